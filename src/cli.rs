@@ -1,0 +1,49 @@
+//! What the user types. Doc comments here and in [`crate::commands`] are the help text.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::{commands, progress};
+
+/// From one photo of a face to a personal SDXL LoRA in seconds, and the pictures it draws.
+#[derive(Debug, Parser)]
+#[command(
+    name = "difflora",
+    version,
+    propagate_version = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 no face found, 4 input file unusable, 130 interrupted.\n\
+                  Every option can be set in the environment as DIFFLORA_NAME; a flag wins."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options that every command takes.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Common {
+    /// Print results as JSON on stdout.
+    #[arg(long, global = true, env = "DIFFLORA_JSON")]
+    pub json: bool,
+    /// No progress bars and no notes on stderr.
+    #[arg(long, short, global = true, env = "DIFFLORA_QUIET")]
+    pub quiet: bool,
+}
+
+/// One subcommand, one story in `commands/`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Paint people of the small world.
+    Portraits(commands::portraits::Args),
+}
+
+/// Runs the command that was asked for.
+pub fn run(cli: Cli) -> Result<()> {
+    progress::set_quiet(cli.common.quiet);
+    progress::catch_interrupts()?;
+    match cli.command {
+        Command::Portraits(args) => commands::portraits::run(args, &cli.common),
+    }
+}

@@ -1,0 +1,3 @@
+//! One file a subcommand, to be read aloud; the four rooms meet only here.
+
+pub mod portraits;

@@ -1,0 +1,39 @@
+//! Failures that a script can tell apart by the exit code.
+
+use std::process::ExitCode;
+
+/// A failure with an exit code of its own; every other error exits with 1.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The command line asks for something that cannot be (exit code 2).
+    #[error("{0}")]
+    Usage(String),
+    /// No face was found in a picture that needs one (exit code 3).
+    #[error("{0}")]
+    NoFace(String),
+    /// An input file cannot be used: missing, truncated, of another kind or shape (exit code 4).
+    #[error("{0}")]
+    Unusable(String),
+    /// The user pressed Ctrl-C (exit code 130).
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl Failure {
+    /// The process exit code that stands for `error`, which may carry a [`Failure`] anywhere in its chain.
+    pub fn exit_code(error: &anyhow::Error) -> ExitCode {
+        let code = match error.chain().find_map(|cause| cause.downcast_ref::<Failure>()) {
+            Some(Failure::Usage(_)) => 2,
+            Some(Failure::NoFace(_)) => 3,
+            Some(Failure::Unusable(_)) => 4,
+            Some(Failure::Interrupted) => 130,
+            None => 1,
+        };
+        ExitCode::from(code)
+    }
+
+    /// An input file that cannot be used, as an error: `cannot use PATH: why`.
+    pub fn unusable(path: &std::path::Path, why: impl std::fmt::Display) -> anyhow::Error {
+        Failure::Unusable(format!("cannot use `{}`: {why}", path.display())).into()
+    }
+}
