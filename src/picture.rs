@@ -1,1 +1,455 @@
-//! Pictures in and out.
+//! Pictures in and out: decoding with limits, upright and over white; resizing as Pillow does; PNG with text.
+//!
+//! Resizing gives Pillow's numbers bit for bit, because CLIP's and the detector's published pre-processing is
+//! defined by it (`src/libImaging/Resample.c`: two passes, each rounded to bytes).
+
+use std::borrow::Cow;
+use std::io::Cursor;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use image::{DynamicImage, ImageDecoder, ImageReader};
+
+use crate::failure::Failure;
+use crate::files;
+
+/// Most pixels that are decoded; a file that claims more is refused before memory is taken for it.
+pub const MAX_PIXELS: u64 = 100_000_000;
+
+/// Largest file that is read as a picture, in bytes.
+const MAX_BYTES: u64 = 1 << 29;
+
+/// An upright RGB picture with 8 bits a channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    /// Pixels from left to right.
+    pub width: usize,
+    /// Pixels from top to bottom.
+    pub height: usize,
+    /// `height · width · 3` bytes: row by row, red, green and blue of each pixel.
+    pub rgb: Vec<u8>,
+}
+
+/// How [`Picture::resize`] weighs its neighbours; both widen when they shrink a picture (antialiasing).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filter {
+    /// Triangle, Pillow's `BILINEAR`.
+    Bilinear,
+    /// Keys' cubic with a = −0.5, Pillow's `BICUBIC`.
+    Bicubic,
+}
+
+impl Picture {
+    /// Reads a PNG, JPEG, WebP, BMP, TIFF or GIF (first frame): EXIF orientation applied, transparency laid over
+    /// white, grey and 16-bit pixels turned into 8-bit RGB.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] when the file is missing, a folder, no picture, truncated or larger than
+    /// [`MAX_PIXELS`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let data = std::fs::metadata(path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Failure::unusable(path, "there is no such file"),
+            _ => Failure::unusable(path, error),
+        })?;
+        if data.is_dir() {
+            return Err(Failure::unusable(path, "it is a folder, wanted a picture file"));
+        }
+        if data.len() > MAX_BYTES {
+            return Err(Failure::unusable(
+                path,
+                format!("{} MB are too large for a picture", data.len() >> 20),
+            ));
+        }
+        let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
+        Self::decode(&bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))
+    }
+
+    /// [`Picture::open`] for a file that is in memory.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        ensure!(!bytes.is_empty(), "the file is empty");
+        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+        let format = reader.format().context("it is not a PNG, JPEG, WebP, BMP, TIFF or GIF picture")?;
+        let mut limits = image::Limits::default();
+        // Room for 16-bit RGBA of the largest picture.
+        limits.max_alloc = Some(MAX_PIXELS * 8);
+        reader.limits(limits);
+        let mut decoder = reader.into_decoder().map_err(damaged)?;
+        let (width, height) = decoder.dimensions();
+        ensure!(
+            u64::from(width) * u64::from(height) <= MAX_PIXELS,
+            "{width}×{height} pixels are more than the limit of {} megapixels; make it smaller first",
+            MAX_PIXELS / 1_000_000
+        );
+        ensure!(width > 0 && height > 0, "it has no pixels");
+        // The JPEG decoder fills what is missing with grey instead of saying so.
+        ensure!(format != image::ImageFormat::Jpeg || jpeg_is_whole(bytes), "it is truncated");
+        let orientation = decoder.orientation().map_err(damaged)?;
+        let mut decoded = DynamicImage::from_decoder(decoder).map_err(damaged)?;
+        decoded.apply_orientation(orientation);
+        let (width, height) = (decoded.width() as usize, decoded.height() as usize);
+        let rgb = if decoded.color().has_alpha() {
+            over_white(decoded.into_rgba8().as_raw())
+        } else {
+            decoded.into_rgb8().into_raw()
+        };
+        Ok(Self { width, height, rgb })
+    }
+
+    /// A picture of one colour.
+    pub fn filled(width: usize, height: usize, colour: [u8; 3]) -> Self {
+        Self { width, height, rgb: colour.repeat(width * height) }
+    }
+
+    /// The picture in a tensor of shape (3, height, width) with values in −1…1, as the VAE draws them.
+    ///
+    /// # Errors
+    /// Numbers that are not finite, or another shape.
+    pub fn from_tensor(picture: &Tensor) -> Result<Self> {
+        let (channels, height, width) = picture.dims3()?;
+        ensure!(channels == 3, "a picture has 3 channels, this tensor {channels}");
+        let values = picture.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.permute((1, 2, 0))?;
+        let values = values.flatten_all()?.to_vec1::<f32>()?;
+        ensure!(
+            values.iter().all(|value| value.is_finite()),
+            "the network drew numbers that are not finite (NaN); no picture is written"
+        );
+        let rgb =
+            values.iter().map(|value| ((value / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8).collect();
+        Ok(Self { width, height, rgb })
+    }
+
+    /// The picture as a tensor of shape (3, height, width) with values in −1…1.
+    pub fn to_tensor(&self, device: &Device) -> Result<Tensor> {
+        let values: Vec<f32> = self.rgb.iter().map(|&value| f32::from(value) / 127.5 - 1.0).collect();
+        let tensor = Tensor::from_vec(values, (self.height, self.width, 3), &Device::Cpu)?;
+        Ok(tensor.permute((2, 0, 1))?.contiguous()?.to_device(device)?)
+    }
+
+    /// Red, green and blue at column `x` and row `y`.
+    pub fn pixel(&self, x: usize, y: usize) -> [u8; 3] {
+        let at = (y * self.width + x) * 3;
+        [self.rgb[at], self.rgb[at + 1], self.rgb[at + 2]]
+    }
+
+    /// The picture at another size, equal to Pillow's `resize` bit for bit.
+    pub fn resize(&self, width: usize, height: usize, filter: Filter) -> Self {
+        assert!(width > 0 && height > 0, "a picture has at least one pixel");
+        let mut picture = Cow::Borrowed(self);
+        if width != self.width {
+            let taps = taps(self.width, width, filter);
+            let mut rgb = vec![0; width * self.height * 3];
+            for (row, out) in picture.rgb.chunks_exact(self.width * 3).zip(rgb.chunks_exact_mut(width * 3)) {
+                for (pixel, (first, weights)) in out.chunks_exact_mut(3).zip(&taps) {
+                    for (c, value) in pixel.iter_mut().enumerate() {
+                        let column = row[first * 3 + c..].iter().step_by(3);
+                        *value = weighted(weights, column);
+                    }
+                }
+            }
+            picture = Cow::Owned(Self { width, height: self.height, rgb });
+        }
+        if height != self.height {
+            let taps = taps(self.height, height, filter);
+            let stride = width * 3;
+            let mut rgb = vec![0; stride * height];
+            for (out, (first, weights)) in rgb.chunks_exact_mut(stride).zip(&taps) {
+                for (x, value) in out.iter_mut().enumerate() {
+                    *value = weighted(weights, picture.rgb[first * stride + x..].iter().step_by(stride));
+                }
+            }
+            picture = Cow::Owned(Self { width, height, rgb });
+        }
+        picture.into_owned()
+    }
+
+    /// The part of the picture from (`left`, `top`) on, cut to what lies inside.
+    pub fn crop(&self, left: usize, top: usize, width: usize, height: usize) -> Self {
+        let (left, top) = (left.min(self.width), top.min(self.height));
+        let (width, height) = (width.min(self.width - left), height.min(self.height - top));
+        let rows = self.rgb.chunks_exact(self.width * 3).skip(top).take(height);
+        let rgb = rows.flat_map(|row| &row[left * 3..(left + width) * 3]).copied().collect();
+        Self { width, height, rgb }
+    }
+
+    /// The largest centred square, cut out and brought to `size`×`size`.
+    pub fn square(&self, size: usize, filter: Filter) -> Self {
+        let side = self.width.min(self.height);
+        self.crop((self.width - side) / 2, (self.height - side) / 2, side, side).resize(size, size, filter)
+    }
+
+    /// Lays `other` over `self` with its upper left corner at (`left`, `top`); what hangs over the edge is cut.
+    pub fn paste(&mut self, other: &Self, left: usize, top: usize) {
+        let width = other.width.min(self.width.saturating_sub(left));
+        for y in 0..other.height.min(self.height.saturating_sub(top)) {
+            let (to, from) = (((top + y) * self.width + left) * 3, y * other.width * 3);
+            self.rgb[to..to + width * 3].copy_from_slice(&other.rgb[from..from + width * 3]);
+        }
+    }
+
+    /// The picture mirrored left to right.
+    pub fn mirrored(&self) -> Self {
+        let mut picture = self.clone();
+        for (to, from) in
+            picture.rgb.chunks_exact_mut(self.width * 3).zip(self.rgb.chunks_exact(self.width * 3))
+        {
+            for (to, from) in to.chunks_exact_mut(3).zip(from.chunks_exact(3).rev()) {
+                to.copy_from_slice(from);
+            }
+        }
+        picture
+    }
+
+    /// The bytes of a PNG file, the same for the same picture. `parameters` is the text chunk in which A1111 and
+    /// its kin keep prompt and settings: Latin-1 (`tEXt`) where it fits, else UTF-8 (`iTXt`).
+    pub fn to_png(&self, parameters: Option<&str>) -> Result<Vec<u8>> {
+        let (width, height) = (u32::try_from(self.width)?, u32::try_from(self.height)?);
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, width, height);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        if let Some(text) = parameters {
+            let latin1 = text.chars().all(|c| u32::from(c) < 256);
+            let (keyword, text) = ("parameters".to_string(), text.to_string());
+            if latin1 {
+                encoder.add_text_chunk(keyword, text)?
+            } else {
+                encoder.add_itxt_chunk(keyword, text)?
+            }
+        }
+        let mut writer = encoder.write_header()?;
+        writer.write_image_data(&self.rgb)?;
+        writer.finish()?;
+        Ok(bytes)
+    }
+
+    /// Writes the picture as a PNG file, see [`Picture::to_png`].
+    pub fn save(&self, path: &Path, parameters: Option<&str>) -> Result<()> {
+        files::write_whole(path, &self.to_png(parameters)?)
+    }
+}
+
+/// Pictures in rows on a white ground, each brought to `cell` pixels in height and width (its longer side; centred
+/// in its cell), with `gap` white pixels between and around them.
+pub fn contact_sheet(rows: &[Vec<&Picture>], cell: usize, gap: usize) -> Picture {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let pitch = cell + gap;
+    let mut sheet = Picture::filled(gap + columns * pitch, gap + rows.len() * pitch, [255; 3]);
+    for (y, row) in rows.iter().enumerate() {
+        for (x, picture) in row.iter().enumerate() {
+            let longer = picture.width.max(picture.height);
+            let side = |length: usize| (length * cell / longer).max(1);
+            let (width, height) = (side(picture.width), side(picture.height));
+            let small = picture.resize(width, height, Filter::Bicubic);
+            sheet.paste(&small, gap + x * pitch + (cell - width) / 2, gap + y * pitch + (cell - height) / 2);
+        }
+    }
+    sheet
+}
+
+/// Fixed-point bits of Pillow's weights: 32 − 8 for the byte − 2 for headroom.
+const WEIGHT_BITS: u32 = 22;
+
+/// For each output pixel the first input pixel that it reads and the weights from there on (`precompute_coeffs`).
+fn taps(from: usize, to: usize, filter: Filter) -> Vec<(usize, Vec<i32>)> {
+    let scale = from as f64 / to as f64;
+    let spread = scale.max(1.0);
+    let support = spread * if filter == Filter::Bicubic { 2.0 } else { 1.0 };
+    (0..to)
+        .map(|out| {
+            let centre = (out as f64 + 0.5) * scale;
+            let first = (centre - support + 0.5).max(0.0) as usize;
+            let end = ((centre + support + 0.5) as usize).min(from);
+            let mut weights: Vec<f64> =
+                (first..end).map(|at| kernel((at as f64 - centre + 0.5) * (1.0 / spread), filter)).collect();
+            let sum: f64 = weights.iter().sum();
+            if sum != 0.0 {
+                weights.iter_mut().for_each(|weight| *weight /= sum);
+            }
+            let one = f64::from(1 << WEIGHT_BITS);
+            // Rounds half away from zero, as the C code does by adding ±0.5 and cutting.
+            let fixed =
+                weights.iter().map(|weight| (weight * one + 0.5f64.copysign(*weight)) as i32).collect();
+            (first, fixed)
+        })
+        .collect()
+}
+
+fn kernel(x: f64, filter: Filter) -> f64 {
+    const A: f64 = -0.5;
+    let x = x.abs();
+    match filter {
+        Filter::Bilinear if x < 1.0 => 1.0 - x,
+        Filter::Bicubic if x < 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
+        Filter::Bicubic if x < 2.0 => (((x - 5.0) * x + 8.0) * x - 4.0) * A,
+        _ => 0.0,
+    }
+}
+
+fn weighted<'a>(weights: &[i32], values: impl Iterator<Item = &'a u8>) -> u8 {
+    let sum = weights.iter().zip(values).fold(1 << (WEIGHT_BITS - 1), |sum, (w, &v)| sum + w * i32::from(v));
+    (sum >> WEIGHT_BITS).clamp(0, 255) as u8
+}
+
+/// RGBA bytes over a white ground, rounded to nearest.
+fn over_white(rgba: &[u8]) -> Vec<u8> {
+    let blend = |colour: u8, alpha: u8| {
+        let (colour, alpha) = (u32::from(colour), u32::from(alpha));
+        ((colour * alpha + 255 * (255 - alpha) + 127) / 255) as u8
+    };
+    rgba.chunks_exact(4).flat_map(|p| [blend(p[0], p[3]), blend(p[1], p[3]), blend(p[2], p[3])]).collect()
+}
+
+/// Whether an end marker follows the last scan. Pixel data cannot hold it (a data byte FF is followed by 00), and a
+/// thumbnail's own end comes before the scan.
+fn jpeg_is_whole(bytes: &[u8]) -> bool {
+    let last = |marker: u8| bytes.windows(2).rposition(|pair| pair == [0xFF, marker]);
+    matches!((last(0xDA), last(0xD9)), (Some(scan), Some(end)) if end > scan)
+}
+
+fn damaged(error: image::ImageError) -> anyhow::Error {
+    match error {
+        image::ImageError::Unsupported(what) => anyhow::anyhow!("{what}"),
+        image::ImageError::Limits(_) => {
+            anyhow::anyhow!("it is larger than the limit of {} megapixels", MAX_PIXELS / 1_000_000)
+        }
+        error => anyhow::anyhow!("it is truncated or damaged ({error})"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A small picture without symmetry.
+    fn gradient(width: usize, height: usize) -> Picture {
+        let rgb = (0..width * height * 3).map(|at| (at * 37 % 251) as u8).collect();
+        Picture { width, height, rgb }
+    }
+
+    #[test]
+    fn a_picture_survives_png() {
+        let picture = gradient(7, 5);
+        assert_eq!(Picture::decode(&picture.to_png(None).unwrap()).unwrap(), picture);
+    }
+
+    #[test]
+    fn png_text_is_latin1_where_it_fits_and_utf8_elsewhere() {
+        let text_of = |text: &str| {
+            let bytes = gradient(2, 2).to_png(Some(text)).unwrap();
+            let reader = png::Decoder::new(Cursor::new(bytes)).read_info().unwrap();
+            let info = reader.info().clone();
+            let latin1 = info.uncompressed_latin1_text.first().map(|chunk| chunk.text.clone());
+            let utf8 = info.utf8_text.first().map(|chunk| chunk.get_text().unwrap());
+            (latin1, utf8)
+        };
+        assert_eq!(text_of("café, Steps: 3"), (Some("café, Steps: 3".to_string()), None));
+        assert_eq!(text_of("写真"), (None, Some("写真".to_string())));
+    }
+
+    #[test]
+    fn grey_alpha_and_16_bit_become_rgb() {
+        let png = |colour, depth, data: &[u8]| {
+            let mut bytes = Vec::new();
+            let mut encoder = png::Encoder::new(&mut bytes, 1, 1);
+            encoder.set_color(colour);
+            encoder.set_depth(depth);
+            encoder.write_header().unwrap().write_image_data(data).unwrap();
+            Picture::decode(&bytes).unwrap().rgb
+        };
+        use png::{BitDepth::*, ColorType::*};
+        assert_eq!(png(Grayscale, Eight, &[77]), [77, 77, 77]);
+        assert_eq!(png(Grayscale, Sixteen, &[128, 0]), [128, 128, 128]);
+        assert_eq!(png(Rgb, Sixteen, &[255, 255, 0, 0, 64, 0]), [255, 0, 64]);
+        assert_eq!(png(Rgba, Eight, &[0, 100, 200, 0]), [255, 255, 255]);
+        assert_eq!(png(Rgba, Eight, &[0, 100, 200, 51]), [204, 224, 244]);
+        assert_eq!(png(GrayscaleAlpha, Eight, &[10, 255]), [10, 10, 10]);
+    }
+
+    #[test]
+    fn exif_orientation_turns_the_picture_upright() {
+        let mut jpeg = Vec::new();
+        let wide = gradient(16, 8);
+        let mut encoder = image::codecs::jpeg::JpegEncoder::new(&mut jpeg);
+        let mut exif = b"II*\0\x08\0\0\0\x01\0".to_vec();
+        // Tag 0x0112 (orientation), one short, 6: turn by 90 degrees clockwise.
+        exif.extend([0x12, 0x01, 3, 0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0]);
+        image::ImageEncoder::set_exif_metadata(&mut encoder, exif).unwrap();
+        encoder.encode(&wide.rgb, 16, 8, image::ExtendedColorType::Rgb8).unwrap();
+        let upright = Picture::decode(&jpeg).unwrap();
+        assert_eq!((upright.width, upright.height), (8, 16));
+    }
+
+    #[test]
+    fn a_header_that_claims_too_many_pixels_is_refused_before_decoding() {
+        let mut png = gradient(1, 1).to_png(None).unwrap();
+        // Width and height stand behind the signature and the chunk's length and name.
+        png[16..20].copy_from_slice(&30_000u32.to_be_bytes());
+        png[20..24].copy_from_slice(&30_000u32.to_be_bytes());
+        let crc = crc32(&png[12..29]);
+        png[29..33].copy_from_slice(&crc.to_be_bytes());
+        let error = Picture::decode(&png).unwrap_err().to_string();
+        assert!(error.contains("limit of 100 megapixels"), "{error}");
+    }
+
+    #[test]
+    fn a_truncated_file_is_said_to_be_truncated() {
+        let picture = gradient(64, 64);
+        let png = picture.to_png(None).unwrap();
+        let mut jpeg = Vec::new();
+        let encoder = image::codecs::jpeg::JpegEncoder::new(&mut jpeg);
+        image::ImageEncoder::write_image(encoder, &picture.rgb, 64, 64, image::ExtendedColorType::Rgb8)
+            .unwrap();
+        assert!(Picture::decode(&jpeg).is_ok());
+        for whole in [png, jpeg] {
+            for part in [3, 12, 40, whole.len() / 2, whole.len() * 9 / 10] {
+                let error =
+                    format!("{:#}", Picture::decode(&whole[..part.min(whole.len() - 1)]).unwrap_err());
+                assert!(error.contains("truncated") || error.contains("not a PNG"), "{part} bytes: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_picture_file_is_unusable() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = folder.path().join("text.png");
+        std::fs::write(&text, "hello, this is text").unwrap();
+        for (path, why) in [
+            (folder.path().to_path_buf(), "folder"),
+            (folder.path().join("missing.png"), "no such file"),
+            (text, "not a PNG"),
+        ] {
+            let error = Picture::open(&path).unwrap_err();
+            assert!(
+                matches!(error.downcast_ref(), Some(Failure::Unusable(text)) if text.contains(why)),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn crops_and_pastes_stay_inside() {
+        let picture = gradient(6, 4);
+        let part = picture.crop(4, 2, 10, 10);
+        assert_eq!((part.width, part.height, part.pixel(1, 1)), (2, 2, picture.pixel(5, 3)));
+        let mut ground = Picture::filled(3, 3, [9; 3]);
+        ground.paste(&picture, 2, 2);
+        assert_eq!((ground.pixel(2, 2), ground.pixel(1, 2)), (picture.pixel(0, 0), [9; 3]));
+        assert_eq!(picture.mirrored().pixel(0, 1), picture.pixel(5, 1));
+    }
+
+    #[test]
+    fn a_tensor_with_nan_is_no_picture() {
+        let tensor = Tensor::new(&[[[f32::NAN]], [[0.0]], [[0.0]]], &Device::Cpu).unwrap();
+        assert!(Picture::from_tensor(&tensor).unwrap_err().to_string().contains("not finite"));
+        let picture = gradient(5, 3);
+        assert_eq!(Picture::from_tensor(&picture.to_tensor(&Device::Cpu).unwrap()).unwrap(), picture);
+    }
+
+    /// CRC-32 as PNG chunks carry it.
+    fn crc32(bytes: &[u8]) -> u32 {
+        let shift = |crc: u32| if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 };
+        !bytes.iter().fold(!0, |crc, &byte| (0..8).fold(crc ^ u32::from(byte), |crc, _| shift(crc)))
+    }
+}
