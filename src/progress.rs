@@ -37,7 +37,11 @@ pub fn set_quiet(quiet: bool) {
 /// A bar over `length` steps on stderr, with rate and time left; nothing is drawn when stderr is
 /// not a terminal or the program was told to be quiet.
 pub fn bar(length: u64, what: &'static str) -> ProgressBar {
-    let target = if QUIET.load(Ordering::SeqCst) { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    let target = if QUIET.load(Ordering::SeqCst) {
+        ProgressDrawTarget::hidden()
+    } else {
+        ProgressDrawTarget::stderr()
+    };
     let style = ProgressStyle::with_template("{prefix:>12} {bar:28} {pos}/{len} {per_sec} {eta} left {msg}")
         .expect("the template is constant and valid");
     ProgressBar::with_draw_target(Some(length), target).with_style(style).with_prefix(what)

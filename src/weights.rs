@@ -102,7 +102,8 @@ impl SimpleBackend for Source {
             }
             return Ok(var.as_tensor().clone());
         }
-        let var = Var::from_tensor(&initial(self.0.seed, name, &shape, init)?.to_dtype(dtype)?.to_device(device)?)?;
+        let var =
+            Var::from_tensor(&initial(self.0.seed, name, &shape, init)?.to_dtype(dtype)?.to_device(device)?)?;
         let tensor = var.as_tensor().clone();
         vars.insert(name.to_string(), var);
         Ok(tensor)

@@ -1,0 +1,214 @@
+//! Multi-head attention that never holds the whole score matrix.
+
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use gemm::Parallelism;
+
+use super::slices::{self, Matrix, Product};
+
+/// softmax(q·kᵀ/√d)·v for each head. `q` (B, N, H·d), `k` and `v` (B, M, H·d) → (B, N, H·d).
+///
+/// With `causal`, a query sees the keys up to its own place (N = M).
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
+    let (b, n, width) = q.dims3()?;
+    let m = k.dim(1)?;
+    if heads == 0 || !width.is_multiple_of(heads) {
+        candle_core::bail!("width {width} does not part into {heads} heads");
+    }
+    if slices::is_cpu_f32(q) {
+        let op = AttentionOp { heads, causal };
+        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
+    }
+    let split = |x: &Tensor, n: usize| {
+        x.reshape((b, n, heads, width / heads))?.transpose(1, 2)?.contiguous()?.to_dtype(DType::F32)
+    };
+    let scale = 1.0 / ((width / heads) as f64).sqrt();
+    let scores = (split(q, n)?.matmul(&split(k, m)?.t()?)? * scale)?; // (B, H, N, M)
+    let scores = if causal {
+        let hidden: Vec<f32> =
+            (0..n * m).map(|i| if i % m > i / m { f32::NEG_INFINITY } else { 0.0 }).collect();
+        scores.broadcast_add(&Tensor::from_vec(hidden, (n, m), q.device())?)?
+    } else {
+        scores
+    };
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
+    weights.matmul(&split(v, m)?)?.transpose(1, 2)?.reshape((b, n, width))?.to_dtype(q.dtype())
+}
+
+struct AttentionOp {
+    heads: usize,
+    causal: bool,
+}
+
+/// Queries whose scores are held at once.
+const ROWS: usize = 128;
+
+impl AttentionOp {
+    /// softmax(scale · q·kᵀ) for the queries `first..first + rows` of one head, into `scores` (rows, m).
+    fn weights(&self, q: Matrix, k: Matrix, first: usize, size: [usize; 3], scores: &mut [f32]) {
+        let [rows, m, d] = size;
+        let scale = 1.0 / (d as f32).sqrt();
+        Product { m: rows, n: m, k: d, scale, add: false, parallelism: Parallelism::None }.write(
+            q,
+            Matrix { row: k.column, column: k.row, ..k },
+            scores,
+            m,
+        );
+        softmax_rows(&mut scores[..rows * m], m, self.causal.then_some(first));
+    }
+
+    fn forward(&self, q: &[f32], k: &[f32], v: &[f32], size: [usize; 4]) -> Vec<f32> {
+        let [b, n, m, width] = size;
+        let d = width / self.heads;
+        let mut y = vec![0f32; b * n * width];
+        let blocks = n.div_ceil(ROWS);
+        // Each chunk of rows of the output is one block of queries, all heads.
+        let write = |sample: usize, block: usize, y: &mut [f32]| {
+            let first = block * ROWS;
+            let rows = y.len() / width;
+            let mut scores = vec![0f32; rows * m];
+            for head in 0..self.heads {
+                let part = |x, row: usize| head_of(x, row, head * d, width);
+                let (q, k, v) = (part(q, sample * n + first), part(k, sample * m), part(v, sample * m));
+                self.weights(q, k, first, [rows, m, d], &mut scores);
+                Product { m: rows, n: d, k: m, scale: 1.0, add: false, parallelism: Parallelism::None }
+                    .write(Matrix { values: &scores, row: m, column: 1 }, v, &mut y[head * d..], width);
+            }
+        };
+        if n % ROWS == 0 {
+            slices::for_chunks(&mut y, ROWS * width, |i, y| write(i / blocks, i % blocks, y));
+        } else {
+            slices::for_chunks(&mut y, n * width, |sample, y| {
+                for (block, y) in y.chunks_mut(ROWS * width).enumerate() {
+                    write(sample, block, y);
+                }
+            });
+        }
+        y
+    }
+
+    /// Gradients of q, k and v; the weights are computed again, block by block.
+    fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32], size: [usize; 4]) -> [Vec<f32>; 3] {
+        let [b, n, m, width] = size;
+        let d = width / self.heads;
+        let scale = 1.0 / (d as f32).sqrt();
+        let mut grad_q = vec![0f32; q.len()];
+        let mut grad_k = vec![0f32; k.len()];
+        let mut grad_v = vec![0f32; v.len()];
+        let rows_max = ROWS.min(n);
+        let (mut p, mut dp) = (vec![0f32; rows_max * m], vec![0f32; rows_max * m]);
+        let product = |m, n, k, scale, add| Product { m, n, k, scale, add, parallelism: Parallelism::None };
+        for sample in 0..b {
+            for head in 0..self.heads {
+                let key = sample * m * width + head * d;
+                let k = Matrix { values: &k[key..], row: width, column: 1 };
+                let v = Matrix { values: &v[key..], row: width, column: 1 };
+                for first in (0..n).step_by(ROWS) {
+                    let rows = ROWS.min(n - first);
+                    let query = (sample * n + first) * width + head * d;
+                    let q = Matrix { values: &q[query..], row: width, column: 1 };
+                    let g = Matrix { values: &grad[query..], row: width, column: 1 };
+                    self.weights(q, k, first, [rows, m, d], &mut p);
+                    let weights_t = Matrix { values: &p, row: 1, column: m };
+                    product(m, d, rows, 1.0, true).write(weights_t, g, &mut grad_v[key..], width);
+                    let v_t = Matrix { row: 1, column: width, ..v };
+                    product(rows, m, d, 1.0, false).write(g, v_t, &mut dp, m);
+                    softmax_slope(&p[..rows * m], m, &mut dp);
+                    let ds = Matrix { values: &dp, row: m, column: 1 };
+                    product(rows, d, m, scale, false).write(ds, k, &mut grad_q[query..], width);
+                    let ds_t = Matrix { values: &dp, row: 1, column: m };
+                    product(m, d, rows, scale, true).write(ds_t, q, &mut grad_k[key..], width);
+                }
+            }
+        }
+        [grad_q, grad_k, grad_v]
+    }
+}
+
+slices::vectorised! {
+    /// Softmax of each row of `m` scores; with `causal`, row i sees the first `causal + i + 1`.
+    fn softmax_rows(scores: &mut [f32], m: usize, causal: Option<usize>) {
+        for (i, row) in scores.chunks_exact_mut(m).enumerate() {
+            let (row, unseen) = row.split_at_mut(causal.map_or(m, |first| first + i + 1));
+            unseen.fill(0.0);
+            let top = row.iter().copied().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b });
+            row.iter_mut().for_each(|score| *score = slices::exp(*score - top));
+            let inverse = 1.0 / slices::lanes_sum(row, |x| x);
+            row.iter_mut().for_each(|score| *score *= inverse);
+        }
+    }
+}
+
+slices::vectorised! {
+    /// dL/dscore = p · (dL/dp − Σ p · dL/dp), in place of dL/dp.
+    fn softmax_slope(p: &[f32], m: usize, dp: &mut [f32]) {
+        for (p, dp) in p.chunks_exact(m).zip(dp.chunks_exact_mut(m)) {
+            let dot = slices::lanes_dot(p, dp, 0.0);
+            for (dp, p) in dp.iter_mut().zip(p) {
+                *dp = p * (*dp - dot);
+            }
+        }
+    }
+}
+
+/// One head's columns of a (rows, width) matrix, from `row` on.
+fn head_of(x: &[f32], row: usize, column: usize, width: usize) -> Matrix<'_> {
+    Matrix { values: &x[row * width + column..], row: width, column: 1 }
+}
+
+fn sizes(q: &Shape, k: &Shape) -> Result<[usize; 4]> {
+    let (b, n, width) = q.dims3()?;
+    let (_, m, _) = k.dims3()?;
+    Ok([b, n, m, width])
+}
+
+impl CustomOp3 for AttentionOp {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let size = sizes(q_layout.shape(), k_layout.shape())?;
+        let [b, _, m, width] = size;
+        if k_layout.dims() != [b, m, width] || v_layout.dims() != [b, m, width] {
+            candle_core::bail!("attention of {q_layout:?} over {k_layout:?} and {v_layout:?}");
+        }
+        let y = self.forward(
+            slices::operand(q, q_layout)?,
+            slices::operand(k, k_layout)?,
+            slices::operand(v, v_layout)?,
+            size,
+        );
+        Ok((CpuStorage::F32(y), q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let size = sizes(q.shape(), k.shape())?;
+        let grad = grad.contiguous()?;
+        let [grad_q, grad_k, grad_v] = slices::with_values(q, |q| {
+            slices::with_values(k, |k| {
+                slices::with_values(v, |v| {
+                    slices::with_values(&grad, |grad| self.backward(q, k, v, grad, size))
+                })
+            })
+        })????;
+        let wanted = |input: &Tensor, values: Vec<f32>| {
+            input.track_op().then(|| Tensor::from_vec(values, input.shape(), input.device())).transpose()
+        };
+        Ok((wanted(q, grad_q)?, wanted(k, grad_k)?, wanted(v, grad_v)?))
+    }
+}

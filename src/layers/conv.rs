@@ -1,0 +1,390 @@
+//! Two-dimensional convolution as a matrix product over gathered patches (im2col), a few samples at a time.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
+use candle_nn::VarBuilder;
+use gemm::Parallelism;
+
+use super::linear::uniform;
+use super::slices::{self, Matrix, Product};
+
+/// A convolution; `weight` (out, in, k, k), `bias` (out).
+#[derive(Clone, Debug)]
+pub struct Conv2d {
+    /// (out, in, k, k)
+    pub weight: Tensor,
+    /// (out)
+    pub bias: Option<Tensor>,
+    geometry: ConvGeometry,
+}
+
+/// Where a kernel looks: `kernel`², moved by `stride`, over a border of zeros.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvGeometry {
+    /// Side of the kernel.
+    pub kernel: usize,
+    /// Step between output pixels.
+    pub stride: usize,
+    /// Zeros above and to the left.
+    pub pad_before: usize,
+    /// Zeros below and to the right.
+    pub pad_after: usize,
+}
+
+impl ConvGeometry {
+    /// Keeps the size: odd kernel, stride 1.
+    pub fn same(kernel: usize) -> Self {
+        Self { kernel, stride: 1, pad_before: kernel / 2, pad_after: kernel / 2 }
+    }
+
+    fn output(&self, size: usize) -> usize {
+        (size + self.pad_before + self.pad_after - self.kernel) / self.stride + 1
+    }
+}
+
+impl Conv2d {
+    /// A convolution with bias, initialised as PyTorch does.
+    pub fn new(input: usize, output: usize, geometry: ConvGeometry, vb: VarBuilder) -> Result<Self> {
+        let bias = Some(vb.get_with_hints(output, "bias", uniform(input * geometry.kernel.pow(2)))?);
+        Ok(Self { bias, ..Self::without_bias(input, output, geometry, vb)? })
+    }
+
+    /// A convolution without bias.
+    pub fn without_bias(input: usize, output: usize, geometry: ConvGeometry, vb: VarBuilder) -> Result<Self> {
+        let k = geometry.kernel;
+        let weight = vb.get_with_hints((output, input, k, k), "weight", uniform(input * k * k))?;
+        Ok(Self { weight, bias: None, geometry })
+    }
+}
+
+impl Module for Conv2d {
+    /// `x` (B, in, H, W) → (B, out, H', W').
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let g = self.geometry;
+        if slices::is_cpu_f32(x) && slices::is_cpu_f32(&self.weight) {
+            let none = Tensor::zeros(0, x.dtype(), x.device())?;
+            let bias = self.bias.as_ref().unwrap_or(&none);
+            return x.contiguous()?.apply_op3(&self.weight.contiguous()?, bias, ConvOp(g));
+        }
+        let (x, padding) = if g.pad_before == g.pad_after {
+            (x.clone(), g.pad_before)
+        } else {
+            let x = x.pad_with_zeros(2, g.pad_before, g.pad_after)?;
+            (x.pad_with_zeros(3, g.pad_before, g.pad_after)?, 0)
+        };
+        let y = x.conv2d(&self.weight, padding, g.stride, 1, 1)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?),
+            None => Ok(y),
+        }
+    }
+}
+
+struct ConvOp(ConvGeometry);
+
+/// Sizes of one convolution.
+#[derive(Clone, Copy)]
+struct Sizes {
+    g: ConvGeometry,
+    b: usize,
+    c_in: usize,
+    c_out: usize,
+    h: usize,
+    w: usize,
+    h_out: usize,
+    w_out: usize,
+}
+
+impl Sizes {
+    fn new(g: ConvGeometry, x: &Shape, weight: &Shape) -> Result<Self> {
+        let (b, c_in, h, w) = x.dims4()?;
+        let (c_out, weight_in, _, _) = weight.dims4()?;
+        if weight_in != c_in || h + g.pad_before + g.pad_after < g.kernel {
+            candle_core::bail!("convolution with weight {weight:?} was given {x:?}");
+        }
+        Ok(Self { g, b, c_in, c_out, h, w, h_out: g.output(h), w_out: g.output(w) })
+    }
+
+    /// Values in one patch: the inner size of the product.
+    fn patch(&self) -> usize {
+        self.c_in * self.g.kernel * self.g.kernel
+    }
+
+    fn pixels_out(&self) -> usize {
+        self.h_out * self.w_out
+    }
+
+    fn sample_in(&self) -> usize {
+        self.c_in * self.h * self.w
+    }
+
+    fn sample_out(&self) -> usize {
+        self.c_out * self.pixels_out()
+    }
+
+    /// Whether the input itself is the matrix of patches.
+    fn is_pointwise(&self) -> bool {
+        self.g.kernel == 1 && self.g.stride == 1 && self.g.pad_before == 0
+    }
+
+    /// Samples that share one product, so that its matrices fill the caches without leaving them.
+    fn group(&self) -> usize {
+        (512 / self.pixels_out()).clamp(1, self.b)
+    }
+
+    /// Calls `visit(row of patches, start in sample, start in row, length, step)` for each run of pixels that
+    /// lies inside the picture: `patches[row · columns + start in row + i] ↔ sample[start in sample + i · step]`.
+    #[inline(always)]
+    fn runs(&self, mut visit: impl FnMut(usize, usize, usize, usize)) {
+        let ConvGeometry { kernel, stride, pad_before, .. } = self.g;
+        for c in 0..self.c_in {
+            for ky in 0..kernel {
+                for kx in 0..kernel {
+                    let row = (c * kernel + ky) * kernel + kx;
+                    // Output columns whose input column x·stride + kx − pad lies in 0..w.
+                    let first = pad_before.saturating_sub(kx).div_ceil(stride);
+                    let last = match (self.w + pad_before).checked_sub(kx + 1) {
+                        Some(room) => (room / stride + 1).min(self.w_out),
+                        None => continue,
+                    };
+                    if first >= last {
+                        continue;
+                    }
+                    for y in 0..self.h_out {
+                        let Some(from) = (y * stride + ky).checked_sub(pad_before) else { continue };
+                        if from >= self.h {
+                            continue;
+                        }
+                        let sample = (c * self.h + from) * self.w + first * stride + kx - pad_before;
+                        visit(row, sample, y * self.w_out + first, last - first);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Threads over the groups of samples, or inside the product when there is one group.
+    fn inner_parallelism(&self) -> Parallelism {
+        if self.b.div_ceil(self.group()) > 1 { Parallelism::None } else { slices::parallelism() }
+    }
+
+    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+        let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
+        let product =
+            |n| Product { m: self.c_out, n, k, scale: 1.0, add: true, parallelism: self.inner_parallelism() };
+        let weight = Matrix { values: weight, row: k, column: 1 };
+        let mut y = vec![0f32; self.b * self.sample_out()];
+        slices::for_chunks(&mut y, group * self.sample_out(), |i, y| {
+            let x = &x[i * group * self.sample_in()..];
+            let count = y.len() / self.sample_out();
+            if !bias.is_empty() {
+                for (channel, values) in y.chunks_exact_mut(pixels).enumerate() {
+                    values.fill(bias[channel % self.c_out]);
+                }
+            }
+            if self.is_pointwise() {
+                for (s, y) in y.chunks_exact_mut(self.sample_out()).enumerate() {
+                    let x = &x[s * self.sample_in()..][..self.sample_in()];
+                    product(pixels).write(weight, Matrix { values: x, row: pixels, column: 1 }, y, pixels);
+                }
+                return;
+            }
+            let columns = count * pixels;
+            let mut patches = vec![0f32; k * columns];
+            for s in 0..count {
+                gather(
+                    self,
+                    &x[s * self.sample_in()..][..self.sample_in()],
+                    &mut patches,
+                    columns,
+                    s * pixels,
+                );
+            }
+            let patches = Matrix { values: &patches, row: columns, column: 1 };
+            if count == 1 {
+                product(columns).write(weight, patches, y, pixels);
+                return;
+            }
+            let mut together = vec![0f32; self.c_out * columns];
+            product(columns).write(weight, patches, &mut together, columns);
+            for (s, y) in y.chunks_exact_mut(self.sample_out()).enumerate() {
+                for (channel, y) in y.chunks_exact_mut(pixels).enumerate() {
+                    let from = &together[channel * columns + s * pixels..][..pixels];
+                    y.iter_mut().zip(from).for_each(|(y, value)| *y += value);
+                }
+            }
+        });
+        y
+    }
+
+    /// The output gradients of `count` samples as one matrix (out, count · pixels).
+    fn side_by_side(&self, grad: &[f32], count: usize) -> Vec<f32> {
+        let (pixels, columns) = (self.pixels_out(), count * self.pixels_out());
+        let mut together = vec![0f32; self.c_out * columns];
+        for s in 0..count {
+            for channel in 0..self.c_out {
+                let from = &grad[(s * self.c_out + channel) * pixels..][..pixels];
+                together[channel * columns + s * pixels..][..pixels].copy_from_slice(from);
+            }
+        }
+        together
+    }
+
+    fn grad_input(&self, weight: &[f32], grad: &[f32]) -> Vec<f32> {
+        let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
+        let mut grad_x = vec![0f32; self.b * self.sample_in()];
+        slices::for_chunks(&mut grad_x, group * self.sample_in(), |i, grad_x| {
+            let count = grad_x.len() / self.sample_in();
+            let columns = count * pixels;
+            let grad = self.side_by_side(&grad[i * group * self.sample_out()..], count);
+            let mut patches = vec![0f32; k * columns];
+            Product {
+                m: k,
+                n: columns,
+                k: self.c_out,
+                scale: 1.0,
+                add: false,
+                parallelism: self.inner_parallelism(),
+            }
+            .write(
+                Matrix { values: weight, row: 1, column: k },
+                Matrix { values: &grad, row: columns, column: 1 },
+                &mut patches,
+                columns,
+            );
+            for (s, grad_x) in grad_x.chunks_exact_mut(self.sample_in()).enumerate() {
+                scatter(self, &patches, columns, s * pixels, grad_x);
+            }
+        });
+        grad_x
+    }
+
+    fn grad_weight(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
+        let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
+        let mut grad_w = vec![0f32; self.c_out * k];
+        for first in (0..self.b).step_by(group) {
+            let count = group.min(self.b - first);
+            let columns = count * pixels;
+            let mut patches = vec![0f32; k * columns];
+            for s in 0..count {
+                let x = &x[(first + s) * self.sample_in()..][..self.sample_in()];
+                gather(self, x, &mut patches, columns, s * pixels);
+            }
+            let grad = self.side_by_side(&grad[first * self.sample_out()..], count);
+            Product {
+                m: self.c_out,
+                n: k,
+                k: columns,
+                scale: 1.0,
+                add: true,
+                parallelism: slices::parallelism(),
+            }
+            .write(
+                Matrix { values: &grad, row: columns, column: 1 },
+                Matrix { values: &patches, row: 1, column: columns },
+                &mut grad_w,
+                k,
+            );
+        }
+        grad_w
+    }
+
+    fn grad_bias(&self, grad: &[f32]) -> Vec<f32> {
+        let mut sums = vec![0f32; self.c_out];
+        for (channel, values) in grad.chunks_exact(self.pixels_out()).enumerate() {
+            sums[channel % self.c_out] += slices::sum(values);
+        }
+        sums
+    }
+}
+
+slices::vectorised! {
+    /// Gathers the patches of one sample into columns `at..` of `patches` (patch, columns).
+    fn gather(s: &Sizes, sample: &[f32], patches: &mut [f32], columns: usize, at: usize) {
+        let stride = s.g.stride;
+        s.runs(|row, from, to, length| {
+            let target = &mut patches[row * columns + at + to..][..length];
+            if stride == 1 {
+                for (value, source) in target.iter_mut().zip(&sample[from..from + length]) {
+                    *value = *source;
+                }
+            } else {
+                for (value, source) in target.iter_mut().zip(sample[from..].iter().step_by(stride)) {
+                    *value = *source;
+                }
+            }
+        });
+    }
+}
+
+slices::vectorised! {
+    /// Adds columns `at..` of `patches` back to the pixels they came from.
+    fn scatter(s: &Sizes, patches: &[f32], columns: usize, at: usize, sample: &mut [f32]) {
+        let stride = s.g.stride;
+        s.runs(|row, from, to, length| {
+            let source = &patches[row * columns + at + to..][..length];
+            if stride == 1 {
+                for (value, source) in sample[from..from + length].iter_mut().zip(source) {
+                    *value += source;
+                }
+            } else {
+                for (value, source) in sample[from..].iter_mut().step_by(stride).zip(source) {
+                    *value += source;
+                }
+            }
+        });
+    }
+}
+
+impl CustomOp3 for ConvOp {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        w: &CpuStorage,
+        w_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let s = Sizes::new(self.0, x_layout.shape(), w_layout.shape())?;
+        let y = s.forward(
+            slices::operand(x, x_layout)?,
+            slices::operand(w, w_layout)?,
+            slices::operand(b, b_layout)?,
+        );
+        Ok((CpuStorage::F32(y), (s.b, s.c_out, s.h_out, s.w_out).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let s = Sizes::new(self.0, x.shape(), w.shape())?;
+        let grad = grad.contiguous()?;
+        slices::with_values(&grad, |grad| {
+            let device = x.device();
+            let grad_x = if x.track_op() {
+                let values = slices::with_values(w, |w| s.grad_input(w, grad))?;
+                Some(Tensor::from_vec(values, x.shape(), device)?)
+            } else {
+                None
+            };
+            let grad_w = if w.track_op() {
+                let values = slices::with_values(x, |x| s.grad_weight(x, grad))?;
+                Some(Tensor::from_vec(values, w.shape(), device)?)
+            } else {
+                None
+            };
+            let grad_b =
+                if b.track_op() { Some(Tensor::from_vec(s.grad_bias(grad), s.c_out, device)?) } else { None };
+            Ok((grad_x, grad_w, grad_b))
+        })?
+    }
+}

@@ -1,0 +1,181 @@
+//! y = x·Wᵀ + b, with an optional LoRA beside it.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
+use candle_nn::VarBuilder;
+
+use super::slices::{self, Matrix, Product};
+
+/// A linear layer; `weight` (out, in), `bias` (out).
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// (out, in)
+    pub weight: Tensor,
+    /// (out)
+    pub bias: Option<Tensor>,
+    /// A LoRA applied at run time: y + scale · up(down(x)).
+    pub adapter: Option<Adapter>,
+}
+
+/// LoRA factors of one linear layer, for one person or for several at once.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// (R, in), or (K, R, in) for the K people whose samples follow each other in the batch.
+    pub down: Tensor,
+    /// (out, R), or (K, out, R).
+    pub up: Tensor,
+    /// weight · alpha / R.
+    pub scale: f64,
+}
+
+impl Linear {
+    /// A layer with bias, initialised as PyTorch does: U(−1/√in, 1/√in).
+    pub fn new(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
+        let mut linear = Self::without_bias(input, output, vb.clone())?;
+        linear.bias = Some(vb.get_with_hints(output, "bias", uniform(input))?);
+        Ok(linear)
+    }
+
+    /// A layer without bias.
+    pub fn without_bias(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints((output, input), "weight", uniform(input))?;
+        Ok(Self { weight, bias: None, adapter: None })
+    }
+
+    /// A layer whose weight and bias start at zero.
+    pub fn zeros(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints((output, input), "weight", candle_nn::Init::Const(0.0))?;
+        let bias = Some(vb.get_with_hints(output, "bias", candle_nn::Init::Const(0.0))?);
+        Ok(Self { weight, bias, adapter: None })
+    }
+}
+
+/// U(−1/√fan, 1/√fan), PyTorch's default for linear layers and convolutions.
+pub(super) fn uniform(fan_in: usize) -> candle_nn::Init {
+    let bound = 1.0 / (fan_in as f64).sqrt();
+    candle_nn::Init::Uniform { lo: -bound, up: bound }
+}
+
+impl Module for Linear {
+    /// `x` (…, in) → (…, out); with an adapter of K people the first axis is K · samples.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = linear(x, &self.weight, self.bias.as_ref())?;
+        match &self.adapter {
+            Some(adapter) => y + adapter.forward(x)?,
+            None => Ok(y),
+        }
+    }
+}
+
+impl Adapter {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.up.rank() == 2 {
+            return linear(&linear(x, &self.down, None)?, &self.up, None)? * self.scale;
+        }
+        let people = self.up.dim(0)?;
+        let mut shape = x.dims().to_vec();
+        let width = x.dim(candle_core::D::Minus1)?;
+        let rows = x.elem_count() / width / people;
+        let x = x.reshape((people, rows, width))?;
+        let h = if self.down.rank() == 2 {
+            linear(&x, &self.down, None)? // one `down` shared by all
+        } else {
+            x.matmul(&self.down.t()?)?
+        };
+        let y = h.matmul(&self.up.t()?)?;
+        if let Some(last) = shape.last_mut() {
+            *last = self.up.dim(1)?;
+        }
+        y.reshape(shape)? * self.scale
+    }
+}
+
+/// x·Wᵀ + b. `x` (…, in), `weight` (out, in), `bias` (out) → (…, out).
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (output, input) = weight.dims2()?;
+    let mut shape = x.dims().to_vec();
+    match shape.last_mut() {
+        Some(last) if *last == input => *last = output,
+        _ => candle_core::bail!("linear layer {input} → {output} was given {:?}", x.shape()),
+    }
+    let rows = x.elem_count() / input;
+    if slices::is_cpu_f32(x) && slices::is_cpu_f32(weight) {
+        let x = x.contiguous()?.reshape((rows, input))?;
+        let none = Tensor::zeros(0, x.dtype(), x.device())?;
+        let y = x.apply_op3(&weight.contiguous()?, bias.unwrap_or(&none), LinearOp)?;
+        return y.reshape(shape);
+    }
+    let y = x.reshape((rows, input))?.matmul(&weight.t()?)?;
+    let y = match bias {
+        Some(bias) => y.broadcast_add(bias)?,
+        None => y,
+    };
+    y.reshape(shape)
+}
+
+struct LinearOp;
+
+impl CustomOp3 for LinearOp {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        w: &CpuStorage,
+        w_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, k) = x_layout.shape().dims2()?;
+        let n = w_layout.shape().dims()[0];
+        let (x, w, b) =
+            (slices::operand(x, x_layout)?, slices::operand(w, w_layout)?, slices::operand(b, b_layout)?);
+        let mut y = vec![0f32; rows * n];
+        if !b.is_empty() {
+            y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(b));
+        }
+        let product =
+            Product { m: rows, n, k, scale: 1.0, add: !b.is_empty(), parallelism: slices::parallelism() };
+        product.write(
+            Matrix { values: x, row: k, column: 1 },
+            Matrix { values: w, row: 1, column: k },
+            &mut y,
+            n,
+        );
+        Ok((CpuStorage::F32(y), (rows, n).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let grad_x = if x.track_op() { Some(grad.matmul(w)?) } else { None };
+        let grad_w = if w.track_op() { Some(grad.t()?.matmul(x)?) } else { None };
+        let grad_b = if b.track_op() { Some(column_sums(&grad)?) } else { None };
+        Ok((grad_x, grad_w, grad_b))
+    }
+}
+
+/// Sums over the rows of (rows, n) → (n).
+fn column_sums(x: &Tensor) -> Result<Tensor> {
+    let mut sums = vec![0f32; x.dim(1)?];
+    slices::with_values(x, |x| add_rows(x, &mut sums))?;
+    Tensor::from_vec(sums, x.dim(1)?, x.device())
+}
+
+slices::vectorised! {
+    fn add_rows(x: &[f32], sums: &mut [f32]) {
+        for row in x.chunks_exact(sums.len()) {
+            for (sum, value) in sums.iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
+    }
+}

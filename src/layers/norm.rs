@@ -1,0 +1,281 @@
+//! GroupNorm (with SiLU fused where it follows) and LayerNorm.
+
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Module, Result, Shape, Tensor};
+use candle_nn::VarBuilder;
+
+use super::slices::{self, lanes_dot, lanes_sum};
+
+/// Normalises each of `groups` groups of channels of a picture (B, C, H, W).
+#[derive(Clone, Debug)]
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// `channels` in `groups`; weight 1 and bias 0 at the start.
+    pub fn new(groups: usize, channels: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        if groups == 0 || !channels.is_multiple_of(groups) {
+            candle_core::bail!("{channels} channels do not part into {groups} groups");
+        }
+        let weight = vb.get_with_hints(channels, "weight", candle_nn::Init::Const(1.0))?;
+        let bias = vb.get_with_hints(channels, "bias", candle_nn::Init::Const(0.0))?;
+        Ok(Self { weight, bias, groups, eps })
+    }
+
+    /// SiLU(norm(x)) in one pass. (B, C, …) → same.
+    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        self.apply(x, true)
+    }
+
+    fn apply(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
+        let (b, c) = (x.dim(0)?, x.dim(1)?);
+        if slices::is_cpu_f32(x) && slices::is_cpu_f32(&self.weight) {
+            let inner = x.elem_count() / (b * c);
+            let op = NormOp {
+                rows: b * self.groups,
+                length: x.elem_count() / (b * self.groups),
+                scale: Scale::Channels { per_group: c / self.groups, inner },
+                eps: self.eps as f32,
+                silu,
+            };
+            return x.contiguous()?.apply_op3(&self.weight.contiguous()?, &self.bias.contiguous()?, op);
+        }
+        let y = x.to_dtype(DType::F32)?.reshape((b, self.groups, ()))?;
+        let y = composite(&y, self.eps)?.reshape(x.shape())?.to_dtype(x.dtype())?;
+        let mut channels = vec![1; x.rank()];
+        channels[1] = c;
+        let y = y
+            .broadcast_mul(&self.weight.reshape(channels.clone())?)?
+            .broadcast_add(&self.bias.reshape(channels)?)?;
+        if silu { y.silu() } else { Ok(y) }
+    }
+}
+
+impl Module for GroupNorm {
+    /// (B, C, …) → same.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.apply(x, false)
+    }
+}
+
+/// Normalises the last axis.
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Over `width` values; weight 1 and bias 0 at the start.
+    pub fn new(width: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(width, "weight", candle_nn::Init::Const(1.0))?;
+        let bias = vb.get_with_hints(width, "bias", candle_nn::Init::Const(0.0))?;
+        Ok(Self { weight, bias, eps })
+    }
+}
+
+impl Module for LayerNorm {
+    /// (…, D) → same.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        normalise_last(x, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// LayerNorm without weight and bias, as DiT uses before its modulation. (…, D) → same.
+pub fn layer_norm_plain(x: &Tensor, eps: f64) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    let one = Tensor::ones(width, x.dtype(), x.device())?;
+    normalise_last(x, &one, &one.zeros_like()?, eps)
+}
+
+fn normalise_last(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    if slices::is_cpu_f32(x) && slices::is_cpu_f32(weight) {
+        let rows = x.elem_count() / width;
+        let op = NormOp { rows, length: width, scale: Scale::Last, eps: eps as f32, silu: false };
+        return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
+    }
+    composite(&x.to_dtype(DType::F32)?, eps)?.to_dtype(x.dtype())?.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
+/// (x − mean) / √(variance + eps) over the last axis.
+fn composite(x: &Tensor, eps: f64) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    centred.broadcast_div(&(variance + eps)?.sqrt()?)
+}
+
+/// Both norms: `rows` runs of `length` values, each normalised by itself.
+struct NormOp {
+    rows: usize,
+    length: usize,
+    scale: Scale,
+    eps: f32,
+    silu: bool,
+}
+
+/// Which weight belongs to the `i`-th value of a row.
+#[derive(Clone, Copy)]
+enum Scale {
+    /// LayerNorm: the `i`-th.
+    Last,
+    /// GroupNorm: that of its channel; `inner` pixels a channel, `per_group` channels a row.
+    Channels { per_group: usize, inner: usize },
+}
+
+impl NormOp {
+    /// Mean and 1/std of one row.
+    #[inline(always)]
+    fn statistics(&self, row: &[f32]) -> (f32, f32) {
+        let n = self.length as f32;
+        let mean = lanes_sum(row, |x| x) / n;
+        let variance = lanes_sum(row, |x| (x - mean) * (x - mean)) / n;
+        (mean, 1.0 / (variance + self.eps).sqrt())
+    }
+
+    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+        let mut y = vec![0f32; x.len()];
+        let together = (16_384 / self.length).max(1);
+        slices::for_chunks(&mut y, together * self.length, |i, y| {
+            forward_rows(self, &x[i * together * self.length..][..y.len()], i * together, weight, bias, y);
+        });
+        y
+    }
+
+    /// Gradients of x, weight and bias.
+    fn backward(&self, x: &[f32], weight: &[f32], bias: &[f32], grad: &[f32]) -> [Vec<f32>; 3] {
+        let mut out = [vec![0f32; x.len()], vec![0f32; weight.len()], vec![0f32; weight.len()]];
+        let [grad_x, grad_w, grad_b] = &mut out;
+        backward_rows(self, [x, weight, bias, grad], grad_x, grad_w, grad_b);
+        out
+    }
+}
+
+slices::vectorised! {
+    /// Normalises the rows of `x`, the first of which is row `first` of the whole.
+    fn forward_rows(op: &NormOp, x: &[f32], first: usize, weight: &[f32], bias: &[f32], y: &mut [f32]) {
+        for (r, (x, y)) in x.chunks_exact(op.length).zip(y.chunks_exact_mut(op.length)).enumerate() {
+            let (mean, inverse) = op.statistics(x);
+            match op.scale {
+                Scale::Last => {
+                    for ((y, x), (w, b)) in y.iter_mut().zip(x).zip(weight.iter().zip(bias)) {
+                        *y = (x - mean) * inverse * w + b;
+                    }
+                }
+                Scale::Channels { per_group, inner } => {
+                    let channel = (first + r) * per_group % weight.len();
+                    for (c, (x, y)) in x.chunks_exact(inner).zip(y.chunks_exact_mut(inner)).enumerate() {
+                        let w = inverse * weight[channel + c];
+                        let b = bias[channel + c] - mean * w;
+                        if op.silu {
+                            for (y, x) in y.iter_mut().zip(x) {
+                                let v = x * w + b;
+                                *y = v / (1.0 + slices::exp(-v));
+                            }
+                        } else {
+                            y.iter_mut().zip(x).for_each(|(y, x)| *y = x * w + b);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+slices::vectorised! {
+    /// Per row: g = dL/d(normalised value); dx = (g − mean(g) − x̂ · mean(g · x̂)) / std.
+    fn backward_rows(op: &NormOp, inputs: [&[f32]; 4], grad_x: &mut [f32], grad_w: &mut [f32], grad_b: &mut [f32]) {
+        let [x, weight, bias, grad] = inputs;
+        let n = op.length as f32;
+        let mut g = vec![0f32; op.length];
+        for r in 0..op.rows {
+            let x = &x[r * op.length..][..op.length];
+            let grad = &grad[r * op.length..][..op.length];
+            let (mean, inverse) = op.statistics(x);
+            match op.scale {
+                Scale::Last => {
+                    let (grad_w, grad_b) = (&mut grad_w[..op.length], &mut grad_b[..op.length]);
+                    let (g, weight) = (&mut g[..op.length], &weight[..op.length]);
+                    for i in 0..op.length {
+                        grad_w[i] += grad[i] * (x[i] - mean) * inverse;
+                        grad_b[i] += grad[i];
+                        g[i] = grad[i] * weight[i];
+                    }
+                }
+                Scale::Channels { per_group, inner } => {
+                    let first = r * per_group % weight.len();
+                    for c in 0..per_group {
+                        let (w, b) = (weight[first + c], bias[first + c]);
+                        let x = &x[c * inner..][..inner];
+                        let grad = &grad[c * inner..][..inner];
+                        let g = &mut g[c * inner..][..inner];
+                        if op.silu {
+                            for ((g, x), grad) in g.iter_mut().zip(x).zip(grad) {
+                                let v = (x - mean) * inverse * w + b;
+                                let s = 1.0 / (1.0 + slices::exp(-v));
+                                *g = grad * s * (1.0 + v * (1.0 - s));
+                            }
+                        } else {
+                            g.copy_from_slice(grad);
+                        }
+                        grad_b[first + c] += lanes_sum(g, |g| g);
+                        grad_w[first + c] += lanes_dot(g, x, mean) * inverse;
+                        g.iter_mut().for_each(|g| *g *= w);
+                    }
+                }
+            }
+            let mean_g = lanes_sum(&g, |g| g) / n;
+            let mean_gx = lanes_dot(&g, x, mean) * inverse / n;
+            for ((out, g), x) in grad_x[r * op.length..].iter_mut().zip(&g).zip(x) {
+                *out = inverse * (g - mean_g - (x - mean) * inverse * mean_gx);
+            }
+        }
+    }
+}
+
+impl CustomOp3 for NormOp {
+    fn name(&self) -> &'static str {
+        "norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        w: &CpuStorage,
+        w_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let y = self.forward(
+            slices::operand(x, x_layout)?,
+            slices::operand(w, w_layout)?,
+            slices::operand(b, b_layout)?,
+        );
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let [grad_x, grad_w, grad_b] = slices::with_values(x, |x| {
+            slices::with_values(w, |w| {
+                slices::with_values(b, |b| slices::with_values(&grad, |grad| self.backward(x, w, b, grad)))
+            })
+        })????;
+        let wanted = |input: &Tensor, values: Vec<f32>| {
+            input.track_op().then(|| Tensor::from_vec(values, input.shape(), input.device())).transpose()
+        };
+        Ok((wanted(x, grad_x)?, wanted(w, grad_w)?, wanted(b, grad_b)?))
+    }
+}

@@ -1,0 +1,188 @@
+//! Plain slices of tensors, and the loops that run over them.
+
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+/// Whether the hand-written kernels apply to `x`.
+pub(super) fn is_cpu_f32(x: &Tensor) -> bool {
+    matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32
+}
+
+/// The values of a contiguous f32 operand of a custom operation.
+pub(super) fn operand<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => candle_core::bail!("a kernel was given a tensor that is not contiguous: {layout:?}"),
+    }
+}
+
+/// Runs `work` on the values of a contiguous f32 tensor on the CPU.
+pub(super) fn with_values<T>(x: &Tensor, work: impl FnOnce(&[f32]) -> T) -> Result<T> {
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(work(operand(storage, layout)?)),
+        _ => candle_core::bail!("a CPU kernel was given a tensor on another device"),
+    }
+}
+
+/// Threads for one kernel: all of the machine's, or one where a training loop runs a shard a thread.
+pub(super) fn threads() -> usize {
+    candle_core::utils::get_num_threads()
+}
+
+/// The threads as `gemm` wants them.
+pub(super) fn parallelism() -> Parallelism {
+    match threads() {
+        1 => Parallelism::None,
+        n => Parallelism::Rayon(n),
+    }
+}
+
+/// Calls `work(i, chunk)` for the `i`-th chunk of `size` values of `out`, on all threads.
+///
+/// With one thread it runs where it is called: rayon would send the work of several shards to its one worker.
+pub(super) fn for_chunks(out: &mut [f32], size: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    if threads() == 1 {
+        out.chunks_mut(size).enumerate().for_each(|(i, chunk)| work(i, chunk));
+    } else {
+        out.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| work(i, chunk));
+    }
+}
+
+/// Compiles a function for the widest vectors of the processor that it meets: the body stands three times,
+/// with AVX-512, with AVX2, and plain. Closures inside inherit the instruction set.
+macro_rules! vectorised {
+    ($(#[$attribute:meta])* $visible:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
+        $(#[$attribute])*
+        $visible fn $name($($argument: $type),*) $(-> $result)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
+                fn wide($($argument: $type),*) $(-> $result)? $body
+                #[target_feature(enable = "avx2,fma")]
+                fn medium($($argument: $type),*) $(-> $result)? $body
+                use std::arch::is_x86_feature_detected as has;
+                if has!("avx512f") && has!("avx512vl") && has!("avx512dq") && has!("avx512bw") {
+                    // SAFETY: the processor has the instructions that `wide` is compiled for.
+                    return unsafe { wide($($argument),*) };
+                }
+                if has!("avx2") && has!("fma") {
+                    // SAFETY: likewise.
+                    return unsafe { medium($($argument),*) };
+                }
+            }
+            $body
+        }
+    };
+}
+pub(super) use vectorised;
+
+/// A row-major or transposed matrix over a slice: the value at (i, j) is `values[i * row + j * column]`.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    pub values: &'a [f32],
+    pub row: usize,
+    pub column: usize,
+}
+
+/// `out[i * out_row + j] (+)= scale · Σ_k a[i, k] · b[k, j]`, for i < m and j < n.
+pub(super) struct Product {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub scale: f32,
+    /// Add to what is in `out`.
+    pub add: bool,
+    pub parallelism: Parallelism,
+}
+
+impl Product {
+    pub(super) fn write(&self, a: Matrix, b: Matrix, out: &mut [f32], out_row: usize) {
+        let Self { m, n, k, .. } = *self;
+        if m == 0 || n == 0 {
+            return;
+        }
+        let end = |rows: usize, columns: usize, matrix: &Matrix| {
+            (rows.max(1) - 1) * matrix.row + (columns.max(1) - 1) * matrix.column
+        };
+        assert!(end(m, k, &a) < a.values.len() && end(k, n, &b) < b.values.len());
+        assert!((m - 1) * out_row + n <= out.len());
+        // SAFETY: the asserts above bound every element that the strides reach, and `out` is borrowed mutably.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                out.as_mut_ptr(),
+                1,
+                out_row as isize,
+                self.add,
+                a.values.as_ptr(),
+                a.column as isize,
+                a.row as isize,
+                b.values.as_ptr(),
+                b.column as isize,
+                b.row as isize,
+                1.0,
+                self.scale,
+                false,
+                false,
+                false,
+                self.parallelism,
+            )
+        }
+    }
+}
+
+/// e^x to 2 ulp, in operations that the compiler turns into vectors. (Cephes `expf` polynomial.)
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    let x = x.clamp(-87.0, 88.0);
+    // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer.
+    let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4f32;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 0.5;
+    let y = p * r * r + r + 1.0;
+    y * f32::from_bits(((n as i32 + 127) << 23) as u32)
+}
+
+/// Σ f(x) in 16 running sums, which the compiler keeps in one vector.
+#[inline(always)]
+pub(super) fn lanes_sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0f32; 16];
+    let chunks = values.chunks_exact(16);
+    let rest: f32 = chunks.remainder().iter().map(|x| f(*x)).sum();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(*x);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+/// Σ a · (b − shift), likewise.
+#[inline(always)]
+pub(super) fn lanes_dot(a: &[f32], b: &[f32], shift: f32) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = chunks_a.remainder().iter().zip(chunks_b.remainder()).map(|(a, b)| a * (b - shift)).sum();
+    for (a, b) in chunks_a.zip(chunks_b) {
+        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += a * (b - shift);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+vectorised! {
+    /// Σ x.
+    pub(super) fn sum(values: &[f32]) -> f32 {
+        lanes_sum(values, |x| x)
+    }
+}
