@@ -1,1 +1,95 @@
+//! Picture → who: a face is found, aligned and turned into a vector.
 //!
+//! ```text
+//! picture ──► detect: box, 5 points ──► align: 112×112 ──► recognise: 512 numbers, the condition
+//!                                                      └─► Judge: 128 numbers, evaluation only
+//! ```
+
+pub mod align;
+pub mod detect;
+pub mod onnx;
+pub mod recognise;
+
+use anyhow::Result;
+
+pub use detect::{Face, Search};
+pub use recognise::cosine;
+
+use crate::picture::Picture;
+use detect::Detector;
+use recognise::Recogniser;
+
+/// Who is in a picture, as the hypernetwork is told.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Unit vector of the face, 512 numbers.
+    pub face: Vec<f32>,
+    /// CLIP embedding of the picture, where the hypernetwork wants one.
+    pub image: Option<Vec<f32>>,
+}
+
+/// Finds faces and embeds them: YuNet and MobileFaceNet. Can be shared between threads.
+pub struct FaceEncoder {
+    detector: Detector,
+    recogniser: Recogniser,
+}
+
+impl FaceEncoder {
+    /// The networks that are built in.
+    pub fn builtin() -> Result<Self> {
+        Ok(Self { detector: Detector::yunet()?, recogniser: Recogniser::mobilefacenet()? })
+    }
+
+    /// The faces of a picture, the largest first; none is no error.
+    pub fn detect(&self, picture: &Picture) -> Result<Vec<Face>> {
+        Ok(self.search(picture)?.faces)
+    }
+
+    /// The faces of a picture and how they were looked for; [`Search::largest`] demands one.
+    pub fn search(&self, picture: &Picture) -> Result<Search> {
+        self.detector.search(picture)
+    }
+
+    /// The unit vector of a face, 512 numbers.
+    pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
+        self.recogniser.embed(picture, face)
+    }
+
+    /// Name and SHA-256 of the detector and of the recogniser, for the record.
+    pub fn provenance(&self) -> [(&'static str, String); 2] {
+        [self.detector.network(), self.recogniser.network()].map(|network| (network.name(), network.sha256()))
+    }
+}
+
+/// The recogniser that judges drawn pictures and that no part of the hypernetwork has seen: SFace. Can be shared
+/// between threads.
+pub struct Judge(Recogniser);
+
+impl Judge {
+    /// SFace as it is built in.
+    pub fn sface() -> Result<Self> {
+        Ok(Self(Recogniser::sface()?))
+    }
+
+    /// The unit vector of a face, 128 numbers.
+    pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
+        self.0.embed(picture, face)
+    }
+
+    /// Name and SHA-256 of the network, for the record.
+    pub fn provenance(&self) -> (&'static str, String) {
+        (self.0.network().name(), self.0.network().sha256())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn encoder_and_judge_are_shared_between_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<FaceEncoder>();
+        shared::<Judge>();
+    }
+}

@@ -1,0 +1,233 @@
+//! Faces with YuNet (Wu et al. 2023, OpenCV Zoo `face_detection_yunet_2023mar`): boxes, scores, five landmarks.
+//!
+//! For a cell in column c and row r of the grid with stride s, the network gives a class and an object
+//! probability, four box numbers and five points (OpenCV, `modules/objdetect/src/face_detect.cpp`):
+//! score = √(cls·obj), centre = ((c + b₀)·s, (r + b₁)·s), size = (e^b₂·s, e^b₃·s), point = ((c + k₀)·s, (r + k₁)·s).
+//!
+//! YuNet was trained on faces of 10 to 300 pixels. A face that fills the frame is missed when it is larger, and a
+//! small picture has to be enlarged, so that each picture is searched at several sizes ([`LADDER`]).
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::onnx::Network;
+use crate::failure::Failure;
+use crate::picture::{Filter, Picture};
+
+/// A face in a picture.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Face {
+    /// Left, top, right and bottom in pixels of the upright picture; may reach beyond its edge.
+    #[serde(rename = "box")]
+    pub bounds: [f32; 4],
+    /// Left eye, right eye, nose, left and right mouth corner as seen in the picture, (x, y) in its pixels.
+    pub points: [[f32; 2]; 5],
+    /// How sure the detector is, 0 to 1.
+    pub score: f32,
+}
+
+/// What was found in a picture, and how it was looked for.
+#[derive(Clone, Debug)]
+pub struct Search {
+    /// The faces, the largest first.
+    pub faces: Vec<Face>,
+    /// To how many pixels the picture's longer side was brought, in the order of trial.
+    pub tried: Vec<usize>,
+    /// The best score at any size, also below the threshold.
+    pub best_score: f32,
+}
+
+impl Search {
+    /// The largest face.
+    ///
+    /// # Errors
+    /// [`Failure::NoFace`], which names the picture `name`, the sizes tried and the best score.
+    pub fn largest(&self, name: &str) -> Result<&Face> {
+        self.faces.first().ok_or_else(|| {
+            let sizes = self.tried.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+            let text = format!(
+                "no face found in `{name}` (longer side brought to {sizes} pixels, best score {:.2}, wanted {MIN_SCORE}); \
+                 take a picture with one upright, well lit face from the front, at least 40 pixels wide and not cut off",
+                self.best_score
+            );
+            Failure::NoFace(text).into()
+        })
+    }
+}
+
+/// Least score of a face.
+pub const MIN_SCORE: f32 = 0.6;
+
+/// A size at which the best face has this score ends the search.
+const SURE_SCORE: f32 = 0.8;
+
+/// Faces that overlap more than this (intersection over union) are one; OpenCV's default.
+const SAME_FACE: f32 = 0.3;
+
+/// Sizes at which a picture is searched, one after the other until a face is sure: the longer side of the picture
+/// and the side of the grey square around it. The frame gives a face that fills the picture the surroundings that the detector
+/// knows from its training.
+const LADDER: [(usize, usize); 3] = [(640, 640), (320, 448), (160, 256)];
+
+/// Pictures with a longer side of at most this start at the second rung: enlarging them tenfold shows nothing more.
+const SMALL: usize = 256;
+
+/// The colour of the frame.
+const FRAME: [u8; 3] = [127; 3];
+
+/// Cells of YuNet's three grids are this many pixels wide.
+const STRIDES: [usize; 3] = [8, 16, 32];
+
+/// YuNet.
+pub struct Detector {
+    network: Network,
+}
+
+impl Detector {
+    /// YuNet as it is built in.
+    pub fn yunet() -> Result<Self> {
+        let outputs = [
+            "cls_8", "cls_16", "cls_32", "obj_8", "obj_16", "obj_32", "bbox_8", "bbox_16", "bbox_32",
+            "kps_8", "kps_16", "kps_32",
+        ];
+        let bytes = include_bytes!("../assets/face/yunet.onnx");
+        Ok(Self { network: Network::embedded("yunet-2023mar", bytes, &outputs)? })
+    }
+
+    /// The network, for its name and checksum.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// All faces of a picture, at the first size of the ladder where one is sure, else at the size with the best
+    /// score.
+    pub fn search(&self, picture: &Picture) -> Result<Search> {
+        let longer = picture.width.max(picture.height);
+        let first = if longer <= SMALL { 1 } else { 0 };
+        let mut search = Search { faces: Vec::new(), tried: Vec::new(), best_score: 0.0 };
+        for (size, frame) in &LADDER[first..] {
+            let candidates = self.at_size(picture, *size, *frame)?;
+            let best = candidates.first().map_or(0.0, |face| face.score);
+            search.tried.push(*size);
+            if best > search.best_score {
+                search.best_score = best;
+                search.faces = suppress(candidates);
+            }
+            if best >= SURE_SCORE {
+                break;
+            }
+        }
+        search.faces.sort_by(|a, b| area(b).total_cmp(&area(a)));
+        Ok(search)
+    }
+
+    /// Candidates with the best score first, when the longer side is brought to `size` in the middle of a grey
+    /// square of `frame` pixels; the first is given however low its score.
+    fn at_size(&self, picture: &Picture, size: usize, frame: usize) -> Result<Vec<Face>> {
+        let longer = picture.width.max(picture.height);
+        let side = |length: usize| ((length * size + longer / 2) / longer).max(1);
+        let (width, height) = (side(picture.width), side(picture.height));
+        let (left, top) = ((frame - width) / 2, (frame - height) / 2);
+        let mut framed = Picture::filled(frame, frame, FRAME);
+        framed.paste(&picture.resize(width, height, Filter::Bilinear), left, top);
+
+        // Blue, green, red planes of 0 to 255, as OpenCV feeds them.
+        let plane = |c: usize| framed.rgb.iter().skip(c).step_by(3).map(|&value| f32::from(value));
+        let input: Vec<f32> = plane(2).chain(plane(1)).chain(plane(0)).collect();
+        let outputs = self.network.run([1, 3, frame, frame], &input)?;
+
+        let (sx, sy) = (picture.width as f32 / width as f32, picture.height as f32 / height as f32);
+        let back = |[x, y]: [f32; 2]| [(x - left as f32) * sx, (y - top as f32) * sy];
+        let mut faces = decode(&outputs, frame);
+        let sure = faces.iter().take_while(|face| face.score >= MIN_SCORE).count();
+        faces.truncate(sure.max(1));
+        for face in &mut faces {
+            let [x1, y1, x2, y2] = face.bounds;
+            let ([x1, y1], [x2, y2]) = (back([x1, y1]), back([x2, y2]));
+            face.bounds = [x1, y1, x2, y2];
+            face.points = face.points.map(back);
+        }
+        Ok(faces)
+    }
+}
+
+/// Every cell of YuNet's grids as a candidate in pixels of the square input with `side` pixels, best score first.
+fn decode(outputs: &[Vec<f32>], side: usize) -> Vec<Face> {
+    let mut faces = Vec::new();
+    for (level, stride) in STRIDES.into_iter().enumerate() {
+        let [class, object, bounds, points] = [0, 3, 6, 9].map(|output| &outputs[output + level]);
+        let columns = side / stride;
+        let s = stride as f32;
+        for (cell, (class, object)) in class.iter().zip(object).enumerate() {
+            let score = (class.clamp(0.0, 1.0) * object.clamp(0.0, 1.0)).sqrt();
+            let (c, r) = ((cell % columns) as f32, (cell / columns) as f32);
+            let b = &bounds[cell * 4..][..4];
+            let k = &points[cell * 10..][..10];
+            let (x, y) = ((c + b[0]) * s, (r + b[1]) * s);
+            let (w, h) = (b[2].exp() * s, b[3].exp() * s);
+            faces.push(Face {
+                bounds: [x - w / 2.0, y - h / 2.0, x + w / 2.0, y + h / 2.0],
+                points: std::array::from_fn(|i| [(c + k[2 * i]) * s, (r + k[2 * i + 1]) * s]),
+                score,
+            });
+        }
+    }
+    faces.sort_by(|a, b| b.score.total_cmp(&a.score));
+    faces
+}
+
+/// Drops faces below the threshold and those that lie on a better one. Wants the best first.
+fn suppress(candidates: Vec<Face>) -> Vec<Face> {
+    let mut kept: Vec<Face> = Vec::new();
+    for face in candidates.into_iter().filter(|face| face.score >= MIN_SCORE) {
+        if kept.iter().all(|better| overlap(better, &face) <= SAME_FACE) {
+            kept.push(face);
+        }
+    }
+    kept
+}
+
+fn area(face: &Face) -> f32 {
+    let [x1, y1, x2, y2] = face.bounds;
+    (x2 - x1).max(0.0) * (y2 - y1).max(0.0)
+}
+
+/// Intersection over union of two boxes.
+fn overlap(a: &Face, b: &Face) -> f32 {
+    let width = (a.bounds[2].min(b.bounds[2]) - a.bounds[0].max(b.bounds[0])).max(0.0);
+    let height = (a.bounds[3].min(b.bounds[3]) - a.bounds[1].max(b.bounds[1])).max(0.0);
+    let both = width * height;
+    both / (area(a) + area(b) - both).max(f32::MIN_POSITIVE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn face(bounds: [f32; 4], score: f32) -> Face {
+        Face { bounds, points: [[0.0; 2]; 5], score }
+    }
+
+    #[test]
+    fn of_two_boxes_on_one_face_the_surer_stays() {
+        let faces = vec![
+            face([0.0, 0.0, 10.0, 10.0], 0.9),
+            face([1.0, 0.0, 11.0, 10.0], 0.8),
+            face([20.0, 0.0, 30.0, 10.0], 0.7),
+            face([40.0, 0.0, 50.0, 10.0], MIN_SCORE - 0.01),
+        ];
+        let kept: Vec<f32> = suppress(faces).iter().map(|face| face.score).collect();
+        assert_eq!(kept, [0.9, 0.7]);
+    }
+
+    #[test]
+    fn a_picture_without_a_face_gives_advice_and_what_was_tried() {
+        let search = Detector::yunet().unwrap().search(&Picture::filled(300, 200, [90, 120, 60])).unwrap();
+        assert_eq!(search.tried, [640, 320, 160]);
+        let error = search.largest("meadow.png").unwrap_err();
+        assert!(
+            matches!(error.downcast_ref(), Some(Failure::NoFace(text)) if text.contains("`meadow.png`")),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,3 @@
+//! Comparison with the reference implementations; the golden files come from `scripts/golden_*.py`.
+
+mod face;
