@@ -1,14 +1,123 @@
 //! `difflora portraits`: paint people of the small world.
 
-use anyhow::Result;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+use serde_json::json;
 
 use crate::cli::Common;
+use crate::dataset::{self, CaptionOptions, Identity, Person, Scene};
+use crate::failure::Failure;
+use crate::picture::Picture;
+use crate::{files, progress};
 
 /// Arguments of `difflora portraits`.
+///
+/// Writes OUT/person-0001/0001.png with its caption in 0001.txt, and the person's factors and scenes in
+/// person.json. A person is fixed by --seed and number: the same command paints the same bytes.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Folder for the pictures; made where it is missing.
+    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    out: PathBuf,
+    /// How many people.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1_000_000), env = "DIFFLORA_PEOPLE")]
+    people: u64,
+    /// How many pictures of each.
+    #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_PICTURES")]
+    pictures: u64,
+    /// Number of the first person.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=1_000_000_000), env = "DIFFLORA_FIRST")]
+    first: u64,
+    /// Seed of the population.
+    #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
+    seed: u64,
+    /// Show everybody in the same scenes, drawn from this seed.
+    #[arg(long, value_name = "SEED", env = "DIFFLORA_SCENES")]
+    scenes: Option<u64>,
+    /// Pixels on a side.
+    #[arg(long, value_name = "PX", default_value_t = 64, value_parser = clap::value_parser!(u16).range(8..=1024), env = "DIFFLORA_SIZE")]
+    size: u16,
+    /// Points along each side of a pixel: 1 is fast, 2 smoother.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=8), env = "DIFFLORA_SUPERSAMPLE")]
+    supersample: u8,
+    /// What captions call the person.
+    #[arg(long, value_name = "WORDS", default_value = "person", env = "DIFFLORA_SUBJECT")]
+    subject: String,
+    /// Say up to N attributes of the person in a caption, such as hair and skin.
+    #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_ATTRIBUTES")]
+    attributes: usize,
+}
 
 /// Paints the people.
-pub fn run(_args: Args, _common: &Common) -> Result<()> {
+pub fn run(args: Args, common: &Common) -> Result<()> {
+    check_writable(&args.out)?;
+    let bar = progress::bar(args.people * args.pictures, "painting");
+    (args.first..args.first + args.people).into_par_iter().try_for_each(|number| {
+        let person = Person::new(args.seed, number);
+        paint_person(&person, &args, || bar.inc(1))
+    })?;
+    bar.finish_and_clear();
+    if common.json {
+        let last = args.first + args.people - 1;
+        let report =
+            json!({ "out": args.out, "first": args.first, "last": last, "pictures_each": args.pictures });
+        println!("{report}");
+    } else {
+        let (pictures, people, out) = (args.people * args.pictures, args.people, args.out.display());
+        progress::note(format_args!("painted {pictures} pictures of {people} people in `{out}`"));
+    }
+    Ok(())
+}
+
+/// Writes the pictures and captions of one person, then what is known about them.
+fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> {
+    let folder = args.out.join(format!("person-{:04}", person.number));
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+    let options = CaptionOptions { subject: &args.subject, attributes: args.attributes, drop: 0.0 };
+    let mut scenes = Vec::new();
+    for number in 1..=args.pictures {
+        progress::check()?;
+        let scene = match args.scenes {
+            Some(seed) => Scene::draw(seed, number),
+            None => Scene::draw_for(person, number),
+        };
+        let rgb = dataset::paint(person, &scene, args.size.into(), args.supersample.into());
+        let caption = dataset::caption(person, &scene, options, args.seed);
+        let name = format!("{number:04}");
+        Picture { width: args.size.into(), height: args.size.into(), rgb }
+            .save(&folder.join(format!("{name}.png")), None)?;
+        files::write_whole(&folder.join(format!("{name}.txt")), format!("{caption}\n").as_bytes())?;
+        scenes.push(json!({ "picture": format!("{name}.png"), "caption": caption, "scene": scene }));
+        painted();
+    }
+    files::write_whole(&folder.join("person.json"), about(person, &scenes).as_bytes())
+}
+
+/// The factors of a person and the scenes of the pictures, one line of JSON each.
+fn about(person: &Person, scenes: &[serde_json::Value]) -> String {
+    let Person { seed, number, identity } = person;
+    let words = dataset::identity_words(identity);
+    let factors: serde_json::Map<_, _> = Identity::NAMES
+        .iter()
+        .zip(identity.to_array())
+        .map(|(name, factor)| (name.to_string(), json!(factor)))
+        .collect();
+    let mut text = format!("{{\"seed\": {seed}, \"number\": {number}, \"words\": {},\n", json!(words));
+    text += &format!(" \"identity\": {},\n \"pictures\": [\n", json!(factors));
+    let lines: Vec<String> = scenes.iter().map(|scene| format!("  {scene}")).collect();
+    text + &lines.join(",\n") + "\n]}\n"
+}
+
+/// Makes the folder and tries to write in it, before any work is done.
+fn check_writable(folder: &Path) -> Result<()> {
+    let place = || format!("`--out {}`", folder.display());
+    if folder.exists() && !folder.is_dir() {
+        return Err(Failure::Usage(format!("{} is not a folder", place())).into());
+    }
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", place()))?;
+    tempfile::tempfile_in(folder).with_context(|| format!("cannot write in the folder {}", place()))?;
     Ok(())
 }
