@@ -1,0 +1,363 @@
+//! The UNet's building blocks: ResNet and transformer layers, and the levels made of them.
+
+use anyhow::{Context, Result};
+use candle_core::{Module, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::layers::{
+    Conv2d, ConvGeometry, GroupNorm, LayerNorm, Linear, attention, geglu, upsample_nearest2x,
+};
+
+/// Groups and ε of a level's GroupNorms.
+pub(super) type Norm = (usize, f64);
+
+/// One attention of a level.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TransformerSize {
+    pub depth: usize,
+    pub heads: usize,
+    pub context: usize,
+}
+
+/// One level on the way down; pushes what the way up will need onto `skips`.
+#[derive(Clone, Debug)]
+pub(super) struct DownBlock {
+    layers: Layers,
+    downsampler: Option<Conv2d>,
+}
+
+impl DownBlock {
+    pub(super) fn new(
+        inputs: &[usize],
+        width: usize,
+        embedding: usize,
+        norm: Norm,
+        attention: Option<TransformerSize>,
+        downsample: bool,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let layers = Layers::new(inputs, width, embedding, norm, attention, vb.clone())?;
+        let halve = ConvGeometry { stride: 2, ..ConvGeometry::same(3) };
+        let downsampler =
+            downsample.then(|| Conv2d::new(width, width, halve, vb.pp("downsamplers.0.conv"))).transpose()?;
+        Ok(Self { layers, downsampler })
+    }
+
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        emb: &Tensor,
+        context: &Tensor,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
+        let mut x = x.clone();
+        for i in 0..self.layers.resnets.len() {
+            x = self.layers.forward(i, &x, emb, context)?;
+            skips.push(x.clone());
+        }
+        if let Some(downsampler) = &self.downsampler {
+            x = downsampler.forward(&x)?;
+            skips.push(x.clone());
+        }
+        Ok(x)
+    }
+
+    pub(super) fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        self.layers.visit_linears(path, visit);
+    }
+}
+
+/// The lowest level: ResNet, attention, ResNet.
+#[derive(Clone, Debug)]
+pub(super) struct MidBlock {
+    first: Resnet,
+    attention: Transformer,
+    second: Resnet,
+}
+
+impl MidBlock {
+    pub(super) fn new(
+        width: usize,
+        embedding: usize,
+        norm: Norm,
+        size: TransformerSize,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        Ok(Self {
+            first: Resnet::new(width, width, embedding, norm, vb.pp("resnets.0"))?,
+            attention: Transformer::new(width, norm.0, size, vb.pp("attentions.0"))?,
+            second: Resnet::new(width, width, embedding, norm, vb.pp("resnets.1"))?,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, emb: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let x = self.first.forward(x, emb)?;
+        let x = self.attention.forward(&x, context)?;
+        self.second.forward(&x, emb)
+    }
+
+    pub(super) fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        self.first.visit_linears(&format!("{path}.resnets.0"), visit);
+        self.attention.visit_linears(&format!("{path}.attentions.0"), visit);
+        self.second.visit_linears(&format!("{path}.resnets.1"), visit);
+    }
+}
+
+/// One level on the way up; pops from `skips`.
+#[derive(Clone, Debug)]
+pub(super) struct UpBlock {
+    layers: Layers,
+    upsampler: Option<Conv2d>,
+}
+
+impl UpBlock {
+    pub(super) fn new(
+        inputs: &[usize],
+        width: usize,
+        embedding: usize,
+        norm: Norm,
+        attention: Option<TransformerSize>,
+        upsample: bool,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let layers = Layers::new(inputs, width, embedding, norm, attention, vb.clone())?;
+        let upsampler = upsample
+            .then(|| Conv2d::new(width, width, ConvGeometry::same(3), vb.pp("upsamplers.0.conv")))
+            .transpose()?;
+        Ok(Self { layers, upsampler })
+    }
+
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        emb: &Tensor,
+        context: &Tensor,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
+        let mut x = x.clone();
+        for i in 0..self.layers.resnets.len() {
+            let skip = skips.pop().context("more layers on the way up than on the way down")?;
+            x = self.layers.forward(i, &Tensor::cat(&[&x, &skip], 1)?, emb, context)?;
+        }
+        match &self.upsampler {
+            Some(upsampler) => Ok(upsampler.forward(&upsample_nearest2x(&x)?)?),
+            None => Ok(x),
+        }
+    }
+
+    pub(super) fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        self.layers.visit_linears(path, visit);
+    }
+}
+
+/// The ResNet blocks of a level, each followed by a transformer where the level has attention.
+#[derive(Clone, Debug)]
+struct Layers {
+    resnets: Vec<Resnet>,
+    attentions: Vec<Transformer>,
+}
+
+impl Layers {
+    fn new(
+        inputs: &[usize],
+        width: usize,
+        embedding: usize,
+        norm: Norm,
+        attention: Option<TransformerSize>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let mut layers = Self { resnets: Vec::new(), attentions: Vec::new() };
+        for (i, &input) in inputs.iter().enumerate() {
+            layers.resnets.push(Resnet::new(input, width, embedding, norm, vb.pp("resnets").pp(i))?);
+            if let Some(size) = attention {
+                layers.attentions.push(Transformer::new(width, norm.0, size, vb.pp("attentions").pp(i))?);
+            }
+        }
+        Ok(layers)
+    }
+
+    fn forward(&self, i: usize, x: &Tensor, emb: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let x = self.resnets[i].forward(x, emb)?;
+        match self.attentions.get(i) {
+            Some(attention) => attention.forward(&x, context),
+            None => Ok(x),
+        }
+    }
+
+    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        for (i, resnet) in self.resnets.iter_mut().enumerate() {
+            resnet.visit_linears(&format!("{path}.resnets.{i}"), visit);
+        }
+        for (i, attention) in self.attentions.iter_mut().enumerate() {
+            attention.visit_linears(&format!("{path}.attentions.{i}"), visit);
+        }
+    }
+}
+
+/// Two convolutions around the time embedding, beside a shortcut.
+#[derive(Clone, Debug)]
+struct Resnet {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Linear,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+}
+
+impl Resnet {
+    fn new(
+        input: usize,
+        output: usize,
+        embedding: usize,
+        (groups, eps): Norm,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let shortcut = |vb| Conv2d::new(input, output, ConvGeometry::same(1), vb);
+        Ok(Self {
+            norm1: GroupNorm::new(groups, input, eps, vb.pp("norm1"))?,
+            conv1: Conv2d::new(input, output, ConvGeometry::same(3), vb.pp("conv1"))?,
+            time_emb_proj: Linear::new(embedding, output, vb.pp("time_emb_proj"))?,
+            norm2: GroupNorm::new(groups, output, eps, vb.pp("norm2"))?,
+            conv2: Conv2d::new(output, output, ConvGeometry::same(3), vb.pp("conv2"))?,
+            conv_shortcut: (input != output).then(|| shortcut(vb.pp("conv_shortcut"))).transpose()?,
+        })
+    }
+
+    /// `x` (B, C, H, W), `emb` (B, E) after SiLU → (B, C', H, W).
+    fn forward(&self, x: &Tensor, emb: &Tensor) -> Result<Tensor> {
+        let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
+        let time = self.time_emb_proj.forward(emb)?.unsqueeze(2)?.unsqueeze(3)?; // (B, C', 1, 1)
+        let h = h.broadcast_add(&time)?;
+        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
+        match &self.conv_shortcut {
+            Some(shortcut) => Ok((shortcut.forward(x)? + h)?),
+            None => Ok((x + h)?),
+        }
+    }
+
+    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        visit(&format!("{path}.time_emb_proj"), &mut self.time_emb_proj);
+    }
+}
+
+/// Pixels as tokens through transformer blocks, and back, beside a shortcut (`Transformer2DModel`).
+#[derive(Clone, Debug)]
+struct Transformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    blocks: Vec<TransformerBlock>,
+    proj_out: Linear,
+}
+
+impl Transformer {
+    fn new(width: usize, groups: usize, size: TransformerSize, vb: VarBuilder) -> Result<Self> {
+        let blocks = (0..size.depth)
+            .map(|i| TransformerBlock::new(width, size, vb.pp("transformer_blocks").pp(i)))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            // diffusers fixes this ε, apart from `norm_eps` (transformers/transformer_2d.py).
+            norm: GroupNorm::new(groups, width, 1e-6, vb.pp("norm"))?,
+            proj_in: Linear::new(width, width, vb.pp("proj_in"))?,
+            blocks,
+            proj_out: Linear::new(width, width, vb.pp("proj_out"))?,
+        })
+    }
+
+    /// `x` (B, D, H, W), `context` (B, N, D') → (B, D, H, W).
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let (b, d, h, w) = x.dims4()?;
+        let tokens = self.norm.forward(x)?.reshape((b, d, h * w))?.transpose(1, 2)?; // (B, H·W, D)
+        let mut tokens = self.proj_in.forward(&tokens)?;
+        for block in &self.blocks {
+            tokens = block.forward(&tokens, context)?;
+        }
+        let out = self.proj_out.forward(&tokens)?.transpose(1, 2)?.reshape((b, d, h, w))?;
+        Ok((x + out)?)
+    }
+
+    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        visit(&format!("{path}.proj_in"), &mut self.proj_in);
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            block.visit_linears(&format!("{path}.transformer_blocks.{i}"), visit);
+        }
+        visit(&format!("{path}.proj_out"), &mut self.proj_out);
+    }
+}
+
+/// Self-attention, attention to the text, feed-forward.
+#[derive(Clone, Debug)]
+struct TransformerBlock {
+    norm1: LayerNorm,
+    attn1: Attention,
+    norm2: LayerNorm,
+    attn2: Attention,
+    norm3: LayerNorm,
+    ff_in: Linear,
+    ff_out: Linear,
+}
+
+impl TransformerBlock {
+    fn new(width: usize, size: TransformerSize, vb: VarBuilder) -> Result<Self> {
+        let norm = |name| LayerNorm::new(width, 1e-5, vb.pp(name));
+        Ok(Self {
+            norm1: norm("norm1")?,
+            attn1: Attention::new(width, width, size.heads, vb.pp("attn1"))?,
+            norm2: norm("norm2")?,
+            attn2: Attention::new(width, size.context, size.heads, vb.pp("attn2"))?,
+            norm3: norm("norm3")?,
+            ff_in: Linear::new(width, 8 * width, vb.pp("ff.net.0.proj"))?,
+            ff_out: Linear::new(4 * width, width, vb.pp("ff.net.2"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let h = self.norm1.forward(x)?;
+        let x = (x + self.attn1.forward(&h, &h)?)?;
+        let x = (&x + self.attn2.forward(&self.norm2.forward(&x)?, context)?)?;
+        let h = geglu(&self.ff_in.forward(&self.norm3.forward(&x)?)?)?;
+        Ok((&x + self.ff_out.forward(&h)?)?)
+    }
+
+    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        self.attn1.visit_linears(&format!("{path}.attn1"), visit);
+        self.attn2.visit_linears(&format!("{path}.attn2"), visit);
+        visit(&format!("{path}.ff.net.0.proj"), &mut self.ff_in);
+        visit(&format!("{path}.ff.net.2"), &mut self.ff_out);
+    }
+}
+
+/// Queries from the picture, keys and values from the picture or the text.
+#[derive(Clone, Debug)]
+struct Attention {
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+    heads: usize,
+}
+
+impl Attention {
+    fn new(width: usize, context: usize, heads: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            to_q: Linear::without_bias(width, width, vb.pp("to_q"))?,
+            to_k: Linear::without_bias(context, width, vb.pp("to_k"))?,
+            to_v: Linear::without_bias(context, width, vb.pp("to_v"))?,
+            to_out: Linear::new(width, width, vb.pp("to_out.0"))?,
+            heads,
+        })
+    }
+
+    /// `x` (B, N, D), `context` (B, M, D') → (B, N, D).
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
+        Ok(self.to_out.forward(&attention(&q, &k, &v, self.heads, false)?)?)
+    }
+
+    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        visit(&format!("{path}.to_q"), &mut self.to_q);
+        visit(&format!("{path}.to_k"), &mut self.to_k);
+        visit(&format!("{path}.to_v"), &mut self.to_v);
+        visit(&format!("{path}.to_out.0"), &mut self.to_out);
+    }
+}

@@ -1,0 +1,321 @@
+//! SDXL's UNet: noisy latents, timestep, text and picture sizes → predicted noise or velocity.
+//!
+//! Podell et al. 2023 (arXiv 2307.01952), in diffusers' naming (`UNet2DConditionModel`). The layout is read from
+//! the model's own `unet/config.json`, so that models of any width and depth run. Unlike candle's, it has SDXL's
+//! own conditioning: the pooled text and the six size numbers enter through `add_embedding`.
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Module, Tensor};
+use candle_nn::VarBuilder;
+use serde::{Deserialize, Serialize};
+
+use super::blocks::{DownBlock, MidBlock, TransformerSize, UpBlock};
+use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear};
+
+/// `unet/config.json`. Keys that only repeat a default of SDXL may be absent; an option that is present with a
+/// value that is not implemented is refused by name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UNetConfig {
+    /// Side of the latents that the model was trained for.
+    pub sample_size: usize,
+    /// Channels of the latents.
+    pub in_channels: usize,
+    /// Channels of the prediction.
+    pub out_channels: usize,
+    /// `DownBlock2D` or `CrossAttnDownBlock2D`, a level each.
+    pub down_block_types: Vec<String>,
+    /// `UpBlock2D` or `CrossAttnUpBlock2D`, from the lowest level up.
+    pub up_block_types: Vec<String>,
+    /// Channels a level.
+    pub block_out_channels: Vec<usize>,
+    /// ResNet blocks a level on the way down; one more on the way up.
+    pub layers_per_block: usize,
+    /// Width of the text context.
+    pub cross_attention_dim: usize,
+    /// Transformer blocks in each attention of a level.
+    pub transformer_layers_per_block: PerLevel,
+    /// Heads a level: diffusers keeps the misnomer `attention_head_dim` for their number.
+    pub attention_head_dim: PerLevel,
+    /// Width of the sinusoid for each of the six size numbers.
+    pub addition_time_embed_dim: usize,
+    /// Pooled text width + 6 · `addition_time_embed_dim`.
+    pub projection_class_embeddings_input_dim: usize,
+    /// Must be `text_time`.
+    pub addition_embed_type: String,
+    /// Groups of every GroupNorm.
+    #[serde(default = "default_groups")]
+    pub norm_num_groups: usize,
+    /// ε of the GroupNorms in ResNet blocks.
+    #[serde(default = "default_eps")]
+    pub norm_eps: f64,
+    /// Must be true: SDXL projects tokens, not pixels.
+    #[serde(default)]
+    pub use_linear_projection: bool,
+    /// Whatever else the file holds; checked by [`UNetConfig::refuse_unsupported`].
+    #[serde(flatten)]
+    pub other: serde_json::Map<String, serde_json::Value>,
+}
+
+fn default_groups() -> usize {
+    32
+}
+
+fn default_eps() -> f64 {
+    1e-5
+}
+
+/// One number for all levels, or one each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum PerLevel {
+    /// The same on every level.
+    All(usize),
+    /// From the highest resolution down.
+    Each(Vec<usize>),
+}
+
+impl PerLevel {
+    fn at(&self, level: usize) -> usize {
+        match self {
+            Self::All(value) => *value,
+            Self::Each(values) => values.get(level).copied().unwrap_or(1),
+        }
+    }
+
+    fn fits(&self, levels: usize) -> bool {
+        matches!(self, Self::All(_)) || matches!(self, Self::Each(values) if values.len() == levels)
+    }
+}
+
+impl UNetConfig {
+    /// Refuses layouts and options that are not implemented, by name.
+    pub fn refuse_unsupported(&self) -> Result<()> {
+        let levels = self.block_out_channels.len();
+        ensure!(levels > 0, "`block_out_channels` is empty");
+        ensure!(
+            self.down_block_types.len() == levels && self.up_block_types.len() == levels,
+            "`down_block_types`, `up_block_types` and `block_out_channels` differ in length"
+        );
+        for kind in self.down_block_types.iter().chain(&self.up_block_types) {
+            ensure!(
+                ["DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"]
+                    .contains(&kind.as_str()),
+                "block type `{kind}` is not one of SDXL's"
+            );
+        }
+        ensure!(
+            self.transformer_layers_per_block.fits(levels) && self.attention_head_dim.fits(levels),
+            "`transformer_layers_per_block` and `attention_head_dim` need one number a level"
+        );
+        ensure!(
+            self.addition_embed_type == "text_time",
+            "`addition_embed_type` is `{}`, SDXL's is `text_time`",
+            self.addition_embed_type
+        );
+        ensure!(self.use_linear_projection, "`use_linear_projection` is false, SDXL's is true");
+        let allowed: &[(&str, &[serde_json::Value])] = &[
+            ("act_fn", &["silu".into()]),
+            ("center_input_sample", &[false.into()]),
+            ("class_embed_type", &[]),
+            ("conv_in_kernel", &[3.into()]),
+            ("conv_out_kernel", &[3.into()]),
+            ("dual_cross_attention", &[false.into()]),
+            ("dropout", &[0.0.into()]),
+            ("encoder_hid_dim", &[]),
+            ("encoder_hid_dim_type", &[]),
+            ("flip_sin_to_cos", &[true.into()]),
+            ("freq_shift", &[0.into()]),
+            ("mid_block_type", &["UNetMidBlock2DCrossAttn".into()]),
+            ("num_class_embeds", &[]),
+            ("num_attention_heads", &[]),
+            ("only_cross_attention", &[false.into()]),
+            ("resnet_time_scale_shift", &["default".into()]),
+            ("reverse_transformer_layers_per_block", &[]),
+            ("time_embedding_type", &["positional".into()]),
+            ("time_embedding_act_fn", &[]),
+            ("time_cond_proj_dim", &[]),
+            ("timestep_post_act", &[]),
+            ("attention_type", &["default".into()]),
+            ("cross_attention_norm", &[]),
+            ("addition_embed_type_num_heads", &[64.into()]),
+        ];
+        for (key, values) in allowed {
+            if let Some(value) = self.other.get(*key).filter(|value| !value.is_null()) {
+                ensure!(values.contains(value), "`{key}` = {value} is not supported");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The network.
+#[derive(Clone, Debug)]
+pub struct UNet {
+    /// As read.
+    pub config: UNetConfig,
+    conv_in: Conv2d,
+    time_embedding: Embedding,
+    add_embedding: Embedding,
+    down_blocks: Vec<DownBlock>,
+    mid_block: MidBlock,
+    up_blocks: Vec<UpBlock>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl UNet {
+    /// Builds the network that `config` describes, on the weights of `vb` (diffusers' names).
+    ///
+    /// # Errors
+    /// An unsupported option, or a weight that is missing or of another shape.
+    pub fn new(config: &UNetConfig, vb: VarBuilder) -> Result<Self> {
+        config.refuse_unsupported().context("unet/config.json")?;
+        let channels = &config.block_out_channels;
+        let levels = channels.len();
+        let embedding = 4 * channels[0];
+        let norm = (config.norm_num_groups, config.norm_eps);
+        let transformer = |level: usize| TransformerSize {
+            depth: config.transformer_layers_per_block.at(level),
+            heads: config.attention_head_dim.at(level),
+            context: config.cross_attention_dim,
+        };
+
+        let conv_in = Conv2d::new(config.in_channels, channels[0], ConvGeometry::same(3), vb.pp("conv_in"))?;
+        let time_embedding = Embedding::new(channels[0], embedding, vb.pp("time_embedding"))?;
+        let add_embedding =
+            Embedding::new(config.projection_class_embeddings_input_dim, embedding, vb.pp("add_embedding"))?;
+
+        let mut skips = vec![channels[0]];
+        let mut width = channels[0];
+        let mut down_blocks = Vec::new();
+        for level in 0..levels {
+            let attention =
+                (config.down_block_types[level] == "CrossAttnDownBlock2D").then(|| transformer(level));
+            let inputs: Vec<usize> =
+                (0..config.layers_per_block).map(|i| if i == 0 { width } else { channels[level] }).collect();
+            width = channels[level];
+            skips.extend(std::iter::repeat_n(width, inputs.len()));
+            let last = level + 1 == levels;
+            if !last {
+                skips.push(width);
+            }
+            let vb = vb.pp("down_blocks").pp(level);
+            down_blocks.push(DownBlock::new(&inputs, width, embedding, norm, attention, !last, vb)?);
+        }
+        let mid_block = MidBlock::new(width, embedding, norm, transformer(levels - 1), vb.pp("mid_block"))?;
+        let mut up_blocks = Vec::new();
+        for (i, kind) in config.up_block_types.iter().enumerate() {
+            let level = levels - 1 - i;
+            let attention = (kind == "CrossAttnUpBlock2D").then(|| transformer(level));
+            let mut inputs = Vec::new();
+            for _ in 0..=config.layers_per_block {
+                let skip = skips.pop().context("more layers on the way up than on the way down")?;
+                inputs.push(width + skip);
+                width = channels[level];
+            }
+            let vb = vb.pp("up_blocks").pp(i);
+            up_blocks.push(UpBlock::new(&inputs, width, embedding, norm, attention, level > 0, vb)?);
+        }
+        let conv_norm_out = GroupNorm::new(norm.0, width, norm.1, vb.pp("conv_norm_out"))?;
+        let conv_out = Conv2d::new(width, config.out_channels, ConvGeometry::same(3), vb.pp("conv_out"))?;
+        Ok(Self {
+            config: config.clone(),
+            conv_in,
+            time_embedding,
+            add_embedding,
+            down_blocks,
+            mid_block,
+            up_blocks,
+            conv_norm_out,
+            conv_out,
+        })
+    }
+
+    /// What the model predicts for noisy latents: noise or velocity, as its scheduler config says.
+    ///
+    /// # Shapes
+    /// `latents` (B, C, H, W), `timesteps` (B) f32, `context` (B, N, D) text tokens, `pooled` (B, P),
+    /// `time_ids` (B, 6): original height and width, crop top and left, target height and width → (B, C, H, W).
+    pub fn forward(
+        &self,
+        latents: &Tensor,
+        timesteps: &Tensor,
+        context: &Tensor,
+        pooled: &Tensor,
+        time_ids: &Tensor,
+    ) -> Result<Tensor> {
+        let (b, _, h, w) = latents.dims4()?;
+        let smallest = 1 << (self.config.block_out_channels.len() - 1);
+        ensure!(
+            h % smallest == 0 && w % smallest == 0,
+            "latents of {h}×{w} do not halve {} times",
+            self.config.block_out_channels.len() - 1
+        );
+        let dtype = latents.dtype();
+        let time = sinusoid(timesteps, self.config.block_out_channels[0])?.to_dtype(dtype)?;
+        let sizes = sinusoid(&time_ids.flatten_all()?, self.config.addition_time_embed_dim)?;
+        let sizes = sizes.reshape((b, ()))?.to_dtype(dtype)?; // (B, 6 · addition_time_embed_dim)
+        let added = Tensor::cat(&[pooled, &sizes], 1)?;
+        let emb = (self.time_embedding.forward(&time)? + self.add_embedding.forward(&added)?)?;
+        let emb = Activation::Silu.apply(&emb)?; // every ResNet block begins with SiLU(emb)
+
+        let mut x = self.conv_in.forward(latents)?;
+        let mut skips = vec![x.clone()];
+        for block in &self.down_blocks {
+            x = block.forward(&x, &emb, context, &mut skips)?;
+        }
+        x = self.mid_block.forward(&x, &emb, context)?;
+        for block in &self.up_blocks {
+            x = block.forward(&x, &emb, context, &mut skips)?;
+        }
+        Ok(self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?)
+    }
+
+    /// Visits every linear layer that a LoRA may change, by its diffusers path without `.weight`.
+    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        self.time_embedding.visit_linears("time_embedding", visit);
+        self.add_embedding.visit_linears("add_embedding", visit);
+        for (i, block) in self.down_blocks.iter_mut().enumerate() {
+            block.visit_linears(&format!("down_blocks.{i}"), visit);
+        }
+        self.mid_block.visit_linears("mid_block", visit);
+        for (i, block) in self.up_blocks.iter_mut().enumerate() {
+            block.visit_linears(&format!("up_blocks.{i}"), visit);
+        }
+    }
+}
+
+/// Two linear layers with SiLU between.
+#[derive(Clone, Debug)]
+struct Embedding {
+    linear_1: Linear,
+    linear_2: Linear,
+}
+
+impl Embedding {
+    fn new(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            linear_1: Linear::new(input, output, vb.pp("linear_1"))?,
+            linear_2: Linear::new(output, output, vb.pp("linear_2"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.linear_2.forward(&Activation::Silu.apply(&self.linear_1.forward(x)?)?)?)
+    }
+
+    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+        visit(&format!("{path}.linear_1"), &mut self.linear_1);
+        visit(&format!("{path}.linear_2"), &mut self.linear_2);
+    }
+}
+
+/// cos and sin of `values` at `width`/2 frequencies from 1 to 1/10000, in f32 whatever the model's type. (B) → (B, width).
+pub fn sinusoid(values: &Tensor, width: usize) -> Result<Tensor> {
+    let half = width / 2;
+    let frequencies: Vec<f32> =
+        (0..half).map(|i| (-(10_000f64.ln()) * i as f64 / half as f64).exp() as f32).collect();
+    let frequencies = Tensor::from_vec(frequencies, (1, half), values.device())?;
+    let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
+    Ok(Tensor::cat(&[angles.cos()?, angles.sin()?], 1)?)
+}
