@@ -35,6 +35,8 @@ pub struct Common {
 /// One subcommand, one story in `commands/`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Detect, embed and compare faces.
+    Face(commands::face::Args),
     /// Paint people of the small world.
     Portraits(commands::portraits::Args),
 }
@@ -44,6 +46,7 @@ pub fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.common.quiet);
     progress::catch_interrupts()?;
     match cli.command {
+        Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
     }
 }

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::failure::Failure;
+
 /// Writes `bytes` to `path`, through a temporary file in the same folder that is renamed at the end.
 ///
 /// A reader sees the old file or the new one, never a part.
@@ -24,6 +26,26 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         Ok(())
     };
     write().with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+/// Makes sure before the work begins that `path` can be written at its end.
+///
+/// # Errors
+/// [`Failure::Usage`] when it is a folder, or when its folder is missing or not writable.
+pub fn check_writable(path: &Path) -> Result<()> {
+    let refuse =
+        |why: String| Err(Failure::Usage(format!("cannot write `{}`: {why}", path.display())).into());
+    let folder = folder_of(path);
+    if path.is_dir() {
+        return refuse("it is a folder".into());
+    }
+    if !folder.is_dir() {
+        return refuse(format!("there is no folder `{}`; make it first", folder.display()));
+    }
+    match tempfile::Builder::new().prefix(".difflora-").tempfile_in(folder) {
+        Ok(_) => Ok(()),
+        Err(error) => refuse(error.to_string()),
+    }
 }
 
 /// The folder that holds `path`; `.` for a bare file name.

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 use std::io::Cursor;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -19,6 +19,9 @@ pub const MAX_PIXELS: u64 = 100_000_000;
 
 /// Largest file that is read as a picture, in bytes.
 const MAX_BYTES: u64 = 1 << 29;
+
+/// Extensions of picture files.
+const EXTENSIONS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"];
 
 /// An upright RGB picture with 8 bits a channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -227,6 +230,33 @@ impl Picture {
     pub fn save(&self, path: &Path, parameters: Option<&str>) -> Result<()> {
         files::write_whole(path, &self.to_png(parameters)?)
     }
+}
+
+/// The picture files in a folder and in the folders inside it, by their extension and sorted by path; what is hidden
+/// is left out.
+pub fn pictures_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let entries = std::fs::read_dir(folder).map_err(|error| Failure::unusable(folder, error))?;
+    for entry in entries {
+        let entry = entry.map_err(|error| Failure::unusable(folder, error))?;
+        let path = entry.path();
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
+        if path.is_dir() {
+            // A link to a folder may lead in a circle.
+            if !path.is_symlink() {
+                found.extend(pictures_in(&path)?);
+            }
+        } else if path
+            .extension()
+            .is_some_and(|e| EXTENSIONS.iter().any(|known| e.eq_ignore_ascii_case(known)))
+        {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Pictures in rows on a white ground, each brought to `cell` pixels in height and width (its longer side; centred

@@ -1,3 +1,4 @@
 //! One file a subcommand, to be read aloud; the four rooms meet only here.
 
+pub mod face;
 pub mod portraits;

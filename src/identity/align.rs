@@ -13,18 +13,19 @@ pub const SIDE: usize = 112;
 pub const TEMPLATE: [[f32; 2]; 5] =
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]];
 
-/// The face whose landmarks are `points`, turned and scaled onto [`TEMPLATE`]: [`SIDE`]×[`SIDE`] pixels, bilinear,
-/// black beyond the picture's edge.
-pub fn align(picture: &Picture, points: &[[f32; 2]; 5]) -> Picture {
-    let to_template = Similarity::fit(points, &TEMPLATE);
-    let mut rgb = Vec::with_capacity(SIDE * SIDE * 3);
-    for v in 0..SIDE {
-        for u in 0..SIDE {
+/// The face whose landmarks are `points`, turned and scaled onto [`TEMPLATE`] enlarged to `side`×`side` pixels,
+/// bilinear, black beyond the picture's edge. Recognisers take [`SIDE`].
+pub fn align(picture: &Picture, points: &[[f32; 2]; 5], side: usize) -> Picture {
+    let scale = side as f32 / SIDE as f32;
+    let to_template = Similarity::fit(points, &TEMPLATE.map(|point| point.map(|at| at * scale)));
+    let mut rgb = Vec::with_capacity(side * side * 3);
+    for v in 0..side {
+        for u in 0..side {
             let (x, y) = to_template.invert(u as f64, v as f64);
             rgb.extend(bilinear(picture, x, y));
         }
     }
-    Picture { width: SIDE, height: SIDE, rgb }
+    Picture { width: side, height: side, rgb }
 }
 
 /// (x, y) ↦ (a·x − b·y + tx, b·x + a·y + ty): rotation, one scale and a shift.
@@ -107,12 +108,12 @@ mod tests {
         let rgb = (0..150 * 130 * 3).map(|at| (at * 31 % 256) as u8).collect();
         let picture = Picture { width: 150, height: 130, rgb };
         let points = TEMPLATE.map(|[x, y]| [x + 20.0, y + 10.0]);
-        assert_eq!(align(&picture, &points), picture.crop(20, 10, SIDE, SIDE));
+        assert_eq!(align(&picture, &points, SIDE), picture.crop(20, 10, SIDE, SIDE));
     }
 
     #[test]
     fn landmarks_in_one_place_give_a_picture_and_no_panic() {
         let picture = Picture::filled(8, 8, [1, 2, 3]);
-        assert_eq!(align(&picture, &[[4.0, 4.0]; 5]).width, SIDE);
+        assert_eq!(align(&picture, &[[4.0, 4.0]; 5], SIDE).width, SIDE);
     }
 }

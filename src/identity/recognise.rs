@@ -41,7 +41,7 @@ impl Recogniser {
 
     /// The unit vector of a face in `picture`.
     pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
-        self.embed_aligned(&align(picture, &face.points))
+        self.embed_aligned(&align(picture, &face.points, SIDE))
     }
 
     /// The unit vector of an aligned face of 112×112 pixels.
