@@ -1,3 +1,5 @@
 //! Comparison with the reference implementations; the golden files come from `scripts/golden_*.py`.
 
 mod face;
+mod golden;
+mod unet;
