@@ -1,5 +1,8 @@
 //! Two-dimensional convolution as a matrix product over gathered patches (im2col), a few samples at a time.
 
+use std::cell::RefCell;
+use std::ops::Range;
+
 use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use gemm::Parallelism;
@@ -131,35 +134,15 @@ impl Sizes {
         (512 / self.pixels_out()).clamp(1, self.b)
     }
 
-    /// Calls `visit(row of patches, start in sample, start in row, length, step)` for each run of pixels that
-    /// lies inside the picture: `patches[row · columns + start in row + i] ↔ sample[start in sample + i · step]`.
-    #[inline(always)]
-    fn runs(&self, mut visit: impl FnMut(usize, usize, usize, usize)) {
-        let ConvGeometry { kernel, stride, pad_before, .. } = self.g;
-        for c in 0..self.c_in {
-            for ky in 0..kernel {
-                for kx in 0..kernel {
-                    let row = (c * kernel + ky) * kernel + kx;
-                    // Output columns whose input column x·stride + kx − pad lies in 0..w.
-                    let first = pad_before.saturating_sub(kx).div_ceil(stride);
-                    let last = match (self.w + pad_before).checked_sub(kx + 1) {
-                        Some(room) => (room / stride + 1).min(self.w_out),
-                        None => continue,
-                    };
-                    if first >= last {
-                        continue;
-                    }
-                    for y in 0..self.h_out {
-                        let Some(from) = (y * stride + ky).checked_sub(pad_before) else { continue };
-                        if from >= self.h {
-                            continue;
-                        }
-                        let sample = (c * self.h + from) * self.w + first * stride + kx - pad_before;
-                        visit(row, sample, y * self.w_out + first, last - first);
-                    }
-                }
-            }
-        }
+    /// The output columns whose input column, x·stride + kx − pad, lies in the picture.
+    fn inside(&self, kx: usize) -> Range<usize> {
+        let ConvGeometry { stride, pad_before, .. } = self.g;
+        let first = pad_before.saturating_sub(kx).div_ceil(stride);
+        let last = match (self.w + pad_before).checked_sub(kx + 1) {
+            Some(room) => (room / stride + 1).min(self.w_out),
+            None => 0,
+        };
+        first..last.max(first)
     }
 
     /// Threads over the groups of samples, or inside the product when there is one group.
@@ -217,73 +200,59 @@ impl Sizes {
     }
 
     /// The output gradients of `count` samples as one matrix (out, count · pixels).
-    fn side_by_side(&self, grad: &[f32], count: usize) -> Vec<f32> {
+    fn side_by_side(&self, grad: &[f32], count: usize, together: &mut [f32]) {
         let (pixels, columns) = (self.pixels_out(), count * self.pixels_out());
-        let mut together = vec![0f32; self.c_out * columns];
         for s in 0..count {
             for channel in 0..self.c_out {
                 let from = &grad[(s * self.c_out + channel) * pixels..][..pixels];
                 together[channel * columns + s * pixels..][..pixels].copy_from_slice(from);
             }
         }
-        together
     }
 
     fn grad_input(&self, weight: &[f32], grad: &[f32]) -> Vec<f32> {
         let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
+        let parallelism = self.inner_parallelism();
         let mut grad_x = vec![0f32; self.b * self.sample_in()];
         slices::for_chunks(&mut grad_x, group * self.sample_in(), |i, grad_x| {
             let count = grad_x.len() / self.sample_in();
             let columns = count * pixels;
-            let grad = self.side_by_side(&grad[i * group * self.sample_out()..], count);
-            let mut patches = vec![0f32; k * columns];
-            Product {
-                m: k,
-                n: columns,
-                k: self.c_out,
-                scale: 1.0,
-                add: false,
-                parallelism: self.inner_parallelism(),
-            }
-            .write(
-                Matrix { values: weight, row: 1, column: k },
-                Matrix { values: &grad, row: columns, column: 1 },
-                &mut patches,
-                columns,
-            );
-            for (s, grad_x) in grad_x.chunks_exact_mut(self.sample_in()).enumerate() {
-                scatter(self, &patches, columns, s * pixels, grad_x);
-            }
+            with_scratch(k * columns, self.c_out * columns, |patches, together| {
+                self.side_by_side(&grad[i * group * self.sample_out()..], count, together);
+                Product { m: k, n: columns, k: self.c_out, scale: 1.0, add: false, parallelism }.write(
+                    Matrix { values: weight, row: 1, column: k },
+                    Matrix { values: together, row: columns, column: 1 },
+                    patches,
+                    columns,
+                );
+                for (s, grad_x) in grad_x.chunks_exact_mut(self.sample_in()).enumerate() {
+                    scatter(self, patches, columns, s * pixels, grad_x);
+                }
+            });
         });
         grad_x
     }
 
     fn grad_weight(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
         let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
+        let parallelism = slices::parallelism();
         let mut grad_w = vec![0f32; self.c_out * k];
         for first in (0..self.b).step_by(group) {
             let count = group.min(self.b - first);
             let columns = count * pixels;
-            let mut patches = vec![0f32; k * columns];
-            for s in 0..count {
-                let x = &x[(first + s) * self.sample_in()..][..self.sample_in()];
-                gather(self, x, &mut patches, columns, s * pixels);
-            }
-            let grad = self.side_by_side(&grad[first * self.sample_out()..], count);
-            Product {
-                m: self.c_out,
-                n: k,
-                k: columns,
-                scale: 1.0,
-                add: true,
-                parallelism: slices::parallelism(),
-            }
-            .write(
-                Matrix { values: &grad, row: columns, column: 1 },
-                Matrix { values: &patches, row: 1, column: columns },
-                &mut grad_w,
-                k,
-            );
+            with_scratch(k * columns, self.c_out * columns, |patches, together| {
+                for s in 0..count {
+                    let x = &x[(first + s) * self.sample_in()..][..self.sample_in()];
+                    gather(self, x, patches, columns, s * pixels);
+                }
+                self.side_by_side(&grad[first * self.sample_out()..], count, together);
+                Product { m: self.c_out, n: k, k: columns, scale: 1.0, add: true, parallelism }.write(
+                    Matrix { values: together, row: columns, column: 1 },
+                    Matrix { values: patches, row: 1, column: columns },
+                    &mut grad_w,
+                    k,
+                );
+            });
         }
         grad_w
     }
@@ -297,41 +266,77 @@ impl Sizes {
     }
 }
 
+/// Runs `work` on two buffers of this thread that keep their memory from call to call; their content is arbitrary.
+fn with_scratch(first: usize, second: usize, work: impl FnOnce(&mut [f32], &mut [f32])) {
+    thread_local! {
+        static SCRATCH: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    }
+    // Taken out, not borrowed: rayon may start another convolution on this thread before `work` is done.
+    let [mut a, mut b] = SCRATCH.take();
+    a.resize(first.max(a.len()), 0.0);
+    b.resize(second.max(b.len()), 0.0);
+    work(&mut a[..first], &mut b[..second]);
+    SCRATCH.set([a, b]);
+}
+
 slices::vectorised! {
-    /// Gathers the patches of one sample into columns `at..` of `patches` (patch, columns).
+    /// Gathers the patches of one sample into columns `at..` of `patches` (patch, columns), borders as zeros.
     fn gather(s: &Sizes, sample: &[f32], patches: &mut [f32], columns: usize, at: usize) {
-        let stride = s.g.stride;
-        s.runs(|row, from, to, length| {
-            let target = &mut patches[row * columns + at + to..][..length];
-            if stride == 1 {
-                for (value, source) in target.iter_mut().zip(&sample[from..from + length]) {
-                    *value = *source;
+        let ConvGeometry { kernel, stride, pad_before, .. } = s.g;
+        for row in 0..s.patch() {
+            let (c, ky, kx) = (row / (kernel * kernel), row / kernel % kernel, row % kernel);
+            let inside = s.inside(kx);
+            let target = &mut patches[row * columns + at..][..s.pixels_out()];
+            for (y, target) in target.chunks_exact_mut(s.w_out).enumerate() {
+                let from = (y * stride + ky).wrapping_sub(pad_before);
+                if from >= s.h || inside.is_empty() {
+                    target.fill(0.0);
+                    continue;
                 }
-            } else {
-                for (value, source) in target.iter_mut().zip(sample[from..].iter().step_by(stride)) {
-                    *value = *source;
+                target[..inside.start].fill(0.0);
+                target[inside.end..].fill(0.0);
+                let start = (c * s.h + from) * s.w + inside.start * stride + kx - pad_before;
+                let target = &mut target[inside.clone()];
+                if stride == 1 {
+                    for (value, source) in target.iter_mut().zip(&sample[start..]) {
+                        *value = *source;
+                    }
+                } else {
+                    for (value, source) in target.iter_mut().zip(sample[start..].iter().step_by(stride)) {
+                        *value = *source;
+                    }
                 }
             }
-        });
+        }
     }
 }
 
 slices::vectorised! {
     /// Adds columns `at..` of `patches` back to the pixels they came from.
     fn scatter(s: &Sizes, patches: &[f32], columns: usize, at: usize, sample: &mut [f32]) {
-        let stride = s.g.stride;
-        s.runs(|row, from, to, length| {
-            let source = &patches[row * columns + at + to..][..length];
-            if stride == 1 {
-                for (value, source) in sample[from..from + length].iter_mut().zip(source) {
-                    *value += source;
+        let ConvGeometry { kernel, stride, pad_before, .. } = s.g;
+        for row in 0..s.patch() {
+            let (c, ky, kx) = (row / (kernel * kernel), row / kernel % kernel, row % kernel);
+            let inside = s.inside(kx);
+            let source = &patches[row * columns + at..][..s.pixels_out()];
+            for (y, source) in source.chunks_exact(s.w_out).enumerate() {
+                let from = (y * stride + ky).wrapping_sub(pad_before);
+                if from >= s.h || inside.is_empty() {
+                    continue;
                 }
-            } else {
-                for (value, source) in sample[from..].iter_mut().step_by(stride).zip(source) {
-                    *value += source;
+                let start = (c * s.h + from) * s.w + inside.start * stride + kx - pad_before;
+                let source = &source[inside.clone()];
+                if stride == 1 {
+                    for (value, source) in sample[start..].iter_mut().zip(source) {
+                        *value += source;
+                    }
+                } else {
+                    for (value, source) in sample[start..].iter_mut().step_by(stride).zip(source) {
+                        *value += source;
+                    }
                 }
             }
-        });
+        }
     }
 }
 
