@@ -32,6 +32,7 @@ pub mod train;
 pub mod failure;
 pub mod files;
 pub mod metrics;
+pub mod model_files;
 pub mod picture;
 pub mod progress;
 pub mod weights;

@@ -1,0 +1,371 @@
+//! The files of a model, on disk or built in: configs, weights, and saving them again.
+//!
+//! A model is a folder as diffusers and transformers write it: one folder a component, each with a `config.json`
+//! and a `.safetensors`. [`ModelFiles::load`] builds a network from such weights and says which tensors were
+//! missing and which were never asked for: a config that does not fit its weights must not draw noise in silence.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result};
+use candle_core::safetensors::{MmapedSafetensors, SliceSafetensors};
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use include_dir::Dir;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::failure::Failure;
+use crate::files::write_whole;
+
+/// Where a diffusers component keeps its weights: `diffusion_pytorch_model.safetensors`.
+pub const DIFFUSERS_WEIGHTS: &str = "diffusion_pytorch_model";
+
+/// Where a transformers component keeps its weights: `model.safetensors`.
+pub const TRANSFORMERS_WEIGHTS: &str = "model";
+
+/// A model's folder.
+#[derive(Clone, Debug)]
+pub enum ModelFiles {
+    /// On disk.
+    Folder(PathBuf),
+    /// Inside the program.
+    BuiltIn {
+        /// What messages call it, for example `tiny`.
+        name: &'static str,
+        /// The folder, or one below it.
+        dir: &'static Dir<'static>,
+    },
+}
+
+impl ModelFiles {
+    /// A folder on disk.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] when there is none.
+    pub fn folder(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        if !path.is_dir() {
+            let why = if path.exists() { "it is a file, wanted a model's folder" } else { "no such folder" };
+            return Err(Failure::unusable(&path, why));
+        }
+        Ok(Self::Folder(path))
+    }
+
+    /// What messages call it: the path, or the name of the built-in model.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Folder(path) => path.display().to_string(),
+            Self::BuiltIn { name, .. } => (*name).to_string(),
+        }
+    }
+
+    /// Whether there is such a file, for example `vae/config.json`.
+    pub fn exists(&self, file: &str) -> bool {
+        match self {
+            Self::Folder(path) => path.join(file).is_file(),
+            Self::BuiltIn { dir, .. } => dir.get_file(dir.path().join(file)).is_some(),
+        }
+    }
+
+    /// The bytes of a file.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] when it is missing or cannot be read.
+    pub fn read(&self, file: &str) -> Result<Cow<'static, [u8]>> {
+        match self {
+            Self::Folder(path) => {
+                let path = path.join(file);
+                std::fs::read(&path).map(Cow::Owned).map_err(|error| Failure::unusable(&path, error))
+            }
+            Self::BuiltIn { dir, .. } => self.embedded(dir, file).map(Cow::Borrowed),
+        }
+    }
+
+    fn embedded(&self, dir: &'static Dir<'static>, file: &str) -> Result<&'static [u8]> {
+        let found = dir.get_file(dir.path().join(file));
+        found
+            .map(|found| found.contents())
+            .ok_or_else(|| self.unusable(file, "the built-in model has no such file"))
+    }
+
+    /// A file of UTF-8 text.
+    pub fn text(&self, file: &str) -> Result<String> {
+        String::from_utf8(self.read(file)?.into_owned()).map_err(|error| self.unusable(file, error))
+    }
+
+    /// A JSON file.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] with the file and the place in it.
+    pub fn json<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
+        serde_json::from_slice(&self.read(file)?).map_err(|error| self.unusable(file, error))
+    }
+
+    /// A component's `config.json`, without the keys that start with `_`, which are remarks of diffusers.
+    pub fn config<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
+        let mut config: serde_json::Map<String, Value> = self.json(file)?;
+        config.retain(|key, _| !key.starts_with('_'));
+        serde_json::from_value(Value::Object(config)).map_err(|error| self.unusable(file, error))
+    }
+
+    /// A network built from the weights of the component in `folder`, which lie in `stem.safetensors`, in
+    /// `stem.fp16.safetensors`, or in the parts that `stem.safetensors.index.json` lists.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] for files that are missing or damaged, and when `build` asks for tensors that are not
+    /// there, or of another shape, or leaves some out.
+    pub fn load<T>(
+        &self,
+        folder: &str,
+        stem: &str,
+        dtype: DType,
+        device: &Device,
+        build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
+    ) -> Result<T> {
+        let (file, weights) = self.weights(folder, stem)?;
+        let names = weights.names();
+        let ledger = Arc::new(Ledger { weights, ..Ledger::default() });
+        let vb = VarBuilder::from_backend(Box::new(Entries(ledger.clone())), dtype, device.clone());
+        let built = build(vb).map_err(|error| self.unusable(&file, format!("{error:#}")))?;
+        let asked = ledger.asked.lock().expect("no thread panics while it holds the names");
+        let missing: Vec<&String> = asked.difference(&names).collect();
+        if !missing.is_empty() {
+            return Err(self.unusable(&file, format!("{} missing", list(&missing))));
+        }
+        // Old transformers stored the numbers 0, 1, 2, … of the positions.
+        let unused: Vec<&String> =
+            names.difference(&asked).filter(|name| !name.ends_with("position_ids")).collect();
+        if !unused.is_empty() {
+            return Err(self.unusable(
+                &file,
+                format!("{} of no use to the network that `config.json` describes", list(&unused)),
+            ));
+        }
+        Ok(built)
+    }
+
+    /// All tensors of a component by name, as stored.
+    pub fn tensors(&self, folder: &str, stem: &str) -> Result<HashMap<String, Tensor>> {
+        let (file, weights) = self.weights(folder, stem)?;
+        weights
+            .names()
+            .into_iter()
+            .map(|name| Ok((name.clone(), weights.load(&name, &Device::Cpu)?)))
+            .collect::<candle_core::Result<_>>()
+            .map_err(|error| self.unusable(&file, error))
+    }
+
+    fn weights(&self, folder: &str, stem: &str) -> Result<(String, Weights)> {
+        let place =
+            |file: &str| if folder.is_empty() { file.to_string() } else { format!("{folder}/{file}") };
+        let index = place(&format!("{stem}.safetensors.index.json"));
+        let whole =
+            [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors")].map(|file| place(&file));
+        let (file, parts) = if let Some(file) = whole.iter().find(|file| self.exists(file)) {
+            (file.clone(), BTreeSet::from([file.clone()]))
+        } else if self.exists(&index) {
+            #[derive(serde::Deserialize)]
+            struct Index {
+                weight_map: BTreeMap<String, String>,
+            }
+            let parts = self.json::<Index>(&index)?.weight_map;
+            (index, parts.values().map(|file| place(file)).collect())
+        } else {
+            return Err(self.unusable(&whole[0], "no such file"));
+        };
+        let mut weights = Vec::new();
+        for part in &parts {
+            let opened = match self {
+                Self::Folder(path) => {
+                    // SAFETY: the file is mapped for reading; difflora replaces files by renaming and never
+                    // changes one in place.
+                    unsafe { MmapedSafetensors::new(path.join(part)) }.map(Part::Mapped)
+                }
+                Self::BuiltIn { dir, .. } => {
+                    SliceSafetensors::new(self.embedded(dir, part)?).map(Part::Slice)
+                }
+            };
+            weights.push(opened.map_err(|error| self.unusable(part, error))?);
+        }
+        Ok((file, Weights(weights)))
+    }
+
+    /// An error about one of the files.
+    pub fn unusable(&self, file: &str, why: impl std::fmt::Display) -> anyhow::Error {
+        match self {
+            Self::Folder(path) => Failure::unusable(&path.join(file), why),
+            Self::BuiltIn { name, .. } => Failure::unusable(Path::new(&format!("{name}:{file}")), why),
+        }
+    }
+}
+
+/// `3 tensors are`, with the first few names.
+fn list(names: &[&String]) -> String {
+    let shown: Vec<String> = names.iter().take(5).map(|name| format!("`{name}`")).collect();
+    match names.len() {
+        1 => format!("the tensor {} is", shown[0]),
+        n if n <= shown.len() => format!("the tensors {} are", shown.join(", ")),
+        n => format!("{n} tensors ({}, …) are", shown.join(", ")),
+    }
+}
+
+/// Writes the component `folder` of the model in `root`: `config.json` and `stem.safetensors`, each whole or not
+/// at all. `weights` are stored as `dtype`.
+pub fn save_component(
+    root: &Path,
+    folder: &str,
+    stem: &str,
+    config: &Value,
+    weights: &BTreeMap<String, Tensor>,
+    dtype: DType,
+) -> Result<()> {
+    let folder = root.join(folder);
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+    let mut stored = BTreeMap::new();
+    for (name, tensor) in weights {
+        stored.insert(name, tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?.contiguous()?);
+    }
+    // transformers refuses files that do not say which framework's layout they have.
+    let layout = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let bytes = safetensors::serialize(stored, Some(layout)).context("cannot serialise the weights")?;
+    write_whole(&folder.join(format!("{stem}.safetensors")), &bytes)?;
+    save_json(&folder.join("config.json"), config)
+}
+
+/// Writes a JSON file as diffusers does: indented by two, with a line end.
+pub fn save_json(path: &Path, value: &Value) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).context("cannot serialise a config")?;
+    text.push('\n');
+    write_whole(path, text.as_bytes())
+}
+
+enum Part {
+    Mapped(MmapedSafetensors),
+    Slice(SliceSafetensors<'static>),
+}
+
+/// The tensors of all parts of a component.
+#[derive(Default)]
+struct Weights(Vec<Part>);
+
+impl Weights {
+    fn names(&self) -> BTreeSet<String> {
+        let names = |part: &Part| match part {
+            Part::Mapped(part) => part.tensors().into_iter().map(|(name, _)| name).collect::<Vec<_>>(),
+            Part::Slice(part) => part.tensors().into_iter().map(|(name, _)| name).collect(),
+        };
+        self.0.iter().flat_map(names).collect()
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.iter().any(|part| match part {
+            Part::Mapped(part) => part.get(name).is_ok(),
+            Part::Slice(part) => part.get(name).is_ok(),
+        })
+    }
+
+    fn load(&self, name: &str, device: &Device) -> candle_core::Result<Tensor> {
+        for part in &self.0 {
+            match part {
+                Part::Mapped(part) if part.get(name).is_ok() => return part.load(name, device),
+                Part::Slice(part) if part.get(name).is_ok() => return part.load(name, device),
+                _ => {}
+            }
+        }
+        candle_core::bail!("there is no tensor `{name}`")
+    }
+}
+
+/// Weights, and the names that a network asked for.
+#[derive(Default)]
+struct Ledger {
+    weights: Weights,
+    asked: Mutex<BTreeSet<String>>,
+}
+
+struct Entries(Arc<Ledger>);
+
+impl SimpleBackend for Entries {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        self.0.asked.lock().expect("no thread panics while it holds the names").insert(name.to_string());
+        if !self.0.weights.contains(name) {
+            // All missing tensors are told together once the network is built.
+            return Tensor::zeros(shape, dtype, device);
+        }
+        let tensor = self.0.weights.load(name, &Device::Cpu)?;
+        if tensor.shape() != &shape {
+            candle_core::bail!("tensor `{name}` has shape {:?}, wanted {shape:?}", tensor.shape());
+        }
+        tensor.to_dtype(dtype)?.to_device(device)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        candle_core::bail!("tensor `{name}` was asked for without its shape")
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.weights.contains(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn saved(names: &[&str]) -> (tempfile::TempDir, ModelFiles) {
+        let root = tempfile::tempdir().unwrap();
+        let one = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let weights = names.iter().map(|name| ((*name).to_string(), one.clone())).collect();
+        let config = serde_json::json!({ "_class_name": "Two", "width": 3 });
+        save_component(root.path(), "part", "model", &config, &weights, DType::F16).unwrap();
+        let files = ModelFiles::folder(root.path()).unwrap();
+        (root, files)
+    }
+
+    fn load(files: &ModelFiles, names: &[&str]) -> Result<Vec<Tensor>> {
+        files.load("part", "model", DType::F32, &Device::Cpu, |vb| {
+            names.iter().map(|name| Ok(vb.get((2, 3), name)?)).collect()
+        })
+    }
+
+    #[test]
+    fn saved_weights_and_configs_come_back() {
+        let (_root, files) = saved(&["a", "b"]);
+        let tensors = load(&files, &["a", "b"]).unwrap();
+        assert_eq!(tensors[0].to_vec2::<f32>().unwrap(), [[1.0; 3]; 2]);
+        let config: BTreeMap<String, usize> = files.config("part/config.json").unwrap();
+        assert_eq!(config, BTreeMap::from([("width".to_string(), 3)]));
+        assert_eq!(files.tensors("part", "model").unwrap()["a"].dtype(), DType::F16);
+    }
+
+    #[test]
+    fn missing_unused_and_misshapen_tensors_are_named() {
+        let (_root, files) = saved(&["a", "b"]);
+        let message = |names: &[&str]| format!("{:#}", load(&files, names).unwrap_err());
+        assert!(message(&["a", "b", "c", "d"]).contains("the tensors `c`, `d` are missing"));
+        assert!(message(&["a"]).contains("the tensor `b` is of no use"));
+        let wrong =
+            files.load("part", "model", DType::F32, &Device::Cpu, |vb| Ok(vb.get((3, 2), "a")?)).unwrap_err();
+        assert!(format!("{wrong:#}").contains("`a` has shape [2, 3], wanted [3, 2]"), "{wrong:#}");
+        assert!(wrong.chain().any(|cause| cause.is::<Failure>()));
+    }
+
+    #[test]
+    fn a_damaged_config_is_told_with_file_and_line() {
+        let (root, files) = saved(&["a"]);
+        std::fs::write(root.path().join("part/config.json"), "{\n \"width\": x\n}").unwrap();
+        let message =
+            format!("{:#}", files.config::<BTreeMap<String, usize>>("part/config.json").unwrap_err());
+        assert!(message.contains("part/config.json") && message.contains("line 2"), "{message}");
+    }
+}
