@@ -9,6 +9,7 @@
 
 mod activation;
 mod attention;
+mod clip_transformer;
 mod conv;
 mod linear;
 mod norm;
@@ -16,6 +17,7 @@ mod slices;
 
 pub use activation::{Activation, geglu, upsample_nearest2x};
 pub use attention::attention;
+pub use clip_transformer::{ClipTransformer, ClipTransformerSizes};
 pub use conv::{Conv2d, ConvGeometry};
 pub use linear::{Adapter, Linear, linear};
 pub use norm::{GroupNorm, LayerNorm, layer_norm_plain};

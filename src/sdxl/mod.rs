@@ -1,5 +1,9 @@
 //! Prompt and LoRA → picture: the text encoders, the UNet and the VAE of SDXL.
 
 mod blocks;
+pub mod text;
+pub mod tokenizer;
 pub mod unet;
 pub mod vae;
+
+pub use crate::model_files as files;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Module, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear, attention, upsample_nearest2x};
 
@@ -97,6 +98,13 @@ impl VaeConfig {
     /// Pixels along the side of the square that one latent pixel stands for; 8 in SDXL.
     pub fn factor(&self) -> usize {
         1 << (self.block_out_channels.len().max(1) - 1)
+    }
+
+    /// The whole `config.json`, as diffusers opens it.
+    pub fn to_json(&self) -> Value {
+        let mut config = json!(self);
+        config["_class_name"] = json!("AutoencoderKL");
+        config
     }
 
     /// Refuses what this implementation does not compute, naming the setting.
