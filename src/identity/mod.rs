@@ -6,6 +6,7 @@
 //! ```
 
 pub mod align;
+pub mod clip;
 pub mod detect;
 pub mod onnx;
 pub mod recognise;

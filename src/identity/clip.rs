@@ -1,0 +1,270 @@
+//! CLIP's image encoder: a picture → the embedding of what is in it.
+//!
+//! Layout and numbers are those of transformers 5.23, `CLIPVisionModelWithProjection`
+//! (`models/clip/modeling_clip.py`) and `CLIPImageProcessor`. (Radford et al. 2021, arXiv 2103.00020.)
+
+use anyhow::{Result, ensure};
+use candle_core::{Device, Module, Tensor};
+use candle_nn::{Init, VarBuilder};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::layers::{
+    Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear,
+};
+use crate::picture::{Filter, Picture};
+
+/// `config.json` of an image encoder. What a file leaves out has transformers' default.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ClipVisionConfig {
+    /// Width of a token, D.
+    pub hidden_size: usize,
+    /// Width inside the feed-forward part.
+    pub intermediate_size: usize,
+    /// Width of the embedding, P.
+    pub projection_dim: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Heads a layer.
+    pub num_attention_heads: usize,
+    /// Channels of a picture.
+    pub num_channels: usize,
+    /// Side of the picture, in pixels.
+    pub image_size: usize,
+    /// Side of the square that becomes one token, in pixels.
+    pub patch_size: usize,
+    /// The feed-forward part's non-linearity.
+    pub hidden_act: Activation,
+    /// Added to the variance in each norm.
+    pub layer_norm_eps: f64,
+}
+
+impl Default for ClipVisionConfig {
+    fn default() -> Self {
+        Self {
+            hidden_size: 768,
+            intermediate_size: 3072,
+            projection_dim: 512,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            num_channels: 3,
+            image_size: 224,
+            patch_size: 32,
+            hidden_act: Activation::QuickGelu,
+            layer_norm_eps: 1e-5,
+        }
+    }
+}
+
+impl ClipVisionConfig {
+    /// The whole `config.json`, as transformers opens it.
+    pub fn to_json(&self) -> Value {
+        let mut config = json!(self);
+        config["architectures"] = json!(["CLIPVisionModelWithProjection"]);
+        config["model_type"] = json!("clip_vision_model");
+        config
+    }
+
+    fn sizes(&self) -> ClipTransformerSizes {
+        ClipTransformerSizes {
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            hidden_act: self.hidden_act,
+            layer_norm_eps: self.layer_norm_eps,
+        }
+    }
+}
+
+/// The image encoder.
+#[derive(Clone, Debug)]
+pub struct ClipVision {
+    class_embedding: Tensor,
+    patch_embedding: Conv2d,
+    position_embedding: Tensor,
+    pre_layrnorm: LayerNorm,
+    encoder: ClipTransformer,
+    post_layernorm: LayerNorm,
+    visual_projection: Linear,
+    image_size: usize,
+}
+
+impl ClipVision {
+    /// Builds it from the weights in `vb`.
+    pub fn new(config: &ClipVisionConfig, vb: VarBuilder) -> Result<Self> {
+        let (width, patch, side) = (config.hidden_size, config.patch_size, config.image_size);
+        ensure!(
+            config.num_attention_heads > 0 && width % config.num_attention_heads == 0,
+            "`hidden_size` {width} does not part into `num_attention_heads` {}",
+            config.num_attention_heads
+        );
+        ensure!((1..=side).contains(&patch), "`patch_size` {patch} does not fit into `image_size` {side}");
+        let tokens = (side / patch).pow(2) + 1;
+        let inner = vb.pp("vision_model");
+        let table = inner.pp("embeddings");
+        let normal = |stdev: f64| Init::Randn { mean: 0.0, stdev };
+        let geometry = ConvGeometry { kernel: patch, stride: patch, pad_before: 0, pad_after: 0 };
+        let norm = |name: &str| LayerNorm::new(width, config.layer_norm_eps, inner.pp(name));
+        Ok(Self {
+            class_embedding: table.get_with_hints(
+                width,
+                "class_embedding",
+                normal((width as f64).powf(-0.5)),
+            )?,
+            patch_embedding: Conv2d::without_bias(
+                config.num_channels,
+                width,
+                geometry,
+                table.pp("patch_embedding"),
+            )?,
+            position_embedding: table.pp("position_embedding").get_with_hints(
+                (tokens, width),
+                "weight",
+                normal(0.02),
+            )?,
+            pre_layrnorm: norm("pre_layrnorm")?,
+            encoder: ClipTransformer::new(&config.sizes(), inner.pp("encoder.layers"))?,
+            post_layernorm: norm("post_layernorm")?,
+            visual_projection: Linear::without_bias(
+                width,
+                config.projection_dim,
+                vb.pp("visual_projection"),
+            )?,
+            image_size: side,
+        })
+    }
+
+    /// Embeddings of pictures from [`ClipPreprocessor`]: `pixels` (B, 3, S, S) → (B, P), not normalised.
+    pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (b, _, h, w) = pixels.dims4()?;
+        let side = self.image_size;
+        ensure!(h == side && w == side, "the image encoder wants {side}×{side} pixels, was given {w}×{h}");
+        let patches = self.patch_embedding.forward(pixels)?.flatten_from(2)?.transpose(1, 2)?; // (B, N − 1, D)
+        let class = self.class_embedding.reshape((1, 1, ()))?;
+        let class = class.broadcast_as((b, 1, class.elem_count()))?;
+        let x = Tensor::cat(&[&class, &patches], 1)?.broadcast_add(&self.position_embedding)?; // (B, N, D)
+        let (_, x) = self.encoder.forward(&self.pre_layrnorm.forward(&x)?, false)?;
+        let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.squeeze(1)?)?; // (B, D)
+        Ok(self.visual_projection.forward(&pooled)?)
+    }
+}
+
+/// `preprocessor_config.json`: shortest side resized, centre cut out, colours normalised.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "PreprocessorFile", into = "PreprocessorFile")]
+pub struct ClipPreprocessor {
+    /// Shortest side after resizing, in pixels.
+    pub shortest_edge: usize,
+    /// Side of the square that is cut out, in pixels.
+    pub crop: usize,
+    /// Mean of red, green and blue in 0…1.
+    pub mean: [f32; 3],
+    /// Standard deviation of them.
+    pub std: [f32; 3],
+}
+
+impl ClipPreprocessor {
+    /// CLIP's own colours at another size of picture.
+    pub fn sized(side: usize) -> Self {
+        Self {
+            shortest_edge: side,
+            crop: side,
+            mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
+            std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
+        }
+    }
+
+    /// (3, S, S) for [`ClipVision::forward`].
+    pub fn apply(&self, picture: &Picture, device: &Device) -> Result<Tensor> {
+        let (short, side) = (self.shortest_edge, self.crop);
+        ensure!(side <= short, "`crop_size` {side} is larger than `shortest_edge` {short}");
+        let shortest = picture.width.min(picture.height);
+        let scaled = |length: usize| short * length / shortest;
+        let resized = picture.resize(scaled(picture.width), scaled(picture.height), Filter::Bicubic);
+        let (left, top) = ((resized.width - side) / 2, (resized.height - side) / 2);
+        let cut = resized.crop(left, top, side, side);
+        let mut values = Vec::with_capacity(3 * side * side);
+        for channel in 0..3 {
+            let (mean, std) = (self.mean[channel] * 255.0, self.std[channel] * 255.0);
+            values
+                .extend(cut.rgb.iter().skip(channel).step_by(3).map(|byte| (f32::from(*byte) - mean) / std));
+        }
+        Ok(Tensor::from_vec(values, (3, side, side), device)?)
+    }
+}
+
+/// The spelling of `preprocessor_config.json`, old and new.
+#[derive(Clone, Serialize, Deserialize)]
+struct PreprocessorFile {
+    #[serde(default = "processor_type")]
+    image_processor_type: String,
+    #[serde(default)]
+    size: Size,
+    #[serde(default)]
+    crop_size: Size,
+    #[serde(default = "mean")]
+    image_mean: [f32; 3],
+    #[serde(default = "std")]
+    image_std: [f32; 3],
+}
+
+fn processor_type() -> String {
+    "CLIPImageProcessor".into()
+}
+
+fn mean() -> [f32; 3] {
+    ClipPreprocessor::sized(224).mean
+}
+
+fn std() -> [f32; 3] {
+    ClipPreprocessor::sized(224).std
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Size {
+    Shortest { shortest_edge: usize },
+    Square { height: usize, width: usize },
+    Number(usize),
+}
+
+impl Default for Size {
+    fn default() -> Self {
+        Self::Number(224)
+    }
+}
+
+impl Size {
+    fn side(&self) -> usize {
+        match *self {
+            Self::Shortest { shortest_edge } => shortest_edge,
+            Self::Square { height, width } => height.min(width),
+            Self::Number(side) => side,
+        }
+    }
+}
+
+impl From<PreprocessorFile> for ClipPreprocessor {
+    fn from(file: PreprocessorFile) -> Self {
+        Self {
+            shortest_edge: file.size.side(),
+            crop: file.crop_size.side(),
+            mean: file.image_mean,
+            std: file.image_std,
+        }
+    }
+}
+
+impl From<ClipPreprocessor> for PreprocessorFile {
+    fn from(settings: ClipPreprocessor) -> Self {
+        Self {
+            image_processor_type: processor_type(),
+            size: Size::Shortest { shortest_edge: settings.shortest_edge },
+            crop_size: Size::Square { height: settings.crop, width: settings.crop },
+            image_mean: settings.mean,
+            image_std: settings.std,
+        }
+    }
+}
