@@ -3,3 +3,4 @@
 mod face;
 mod golden;
 mod unet;
+mod sdxl_parts;
