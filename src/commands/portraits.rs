@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
+use serde::Serialize;
 use serde_json::json;
 
 use crate::cli::Common;
-use crate::dataset::{self, CaptionOptions, Identity, Person, Scene};
+use crate::dataset::{self, CaptionOptions, Person, Scene};
 use crate::failure::Failure;
 use crate::picture::Picture;
 use crate::{files, progress};
@@ -77,7 +78,7 @@ fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> 
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
     let options = CaptionOptions { subject: &args.subject, attributes: args.attributes, drop: 0.0 };
-    let mut scenes = Vec::new();
+    let mut records = Vec::new();
     for number in 1..=args.pictures {
         progress::check()?;
         let scene = match args.scenes {
@@ -86,29 +87,34 @@ fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> 
         };
         let rgb = dataset::paint(person, &scene, args.size.into(), args.supersample.into());
         let caption = dataset::caption(person, &scene, options, args.seed);
-        let name = format!("{number:04}");
+        let picture = format!("{number:04}.png");
         Picture { width: args.size.into(), height: args.size.into(), rgb }
-            .save(&folder.join(format!("{name}.png")), None)?;
-        files::write_whole(&folder.join(format!("{name}.txt")), format!("{caption}\n").as_bytes())?;
-        scenes.push(json!({ "picture": format!("{name}.png"), "caption": caption, "scene": scene }));
+            .save(&folder.join(&picture), None)?;
+        let text = folder.join(&picture).with_extension("txt");
+        files::write_whole(&text, format!("{caption}\n").as_bytes())?;
+        records.push(serde_json::to_string(&Record { picture, caption, scene })?);
         painted();
     }
-    files::write_whole(&folder.join("person.json"), about(person, &scenes).as_bytes())
+    files::write_whole(&folder.join("person.json"), about(person, &records)?.as_bytes())
 }
 
-/// The factors of a person and the scenes of the pictures, one line of JSON each.
-fn about(person: &Person, scenes: &[serde_json::Value]) -> String {
+/// What is known about one picture.
+#[derive(Serialize)]
+struct Record {
+    picture: String,
+    caption: String,
+    scene: Scene,
+}
+
+/// `person.json`: seed, number, identity words and factors, and one line a picture.
+fn about(person: &Person, records: &[String]) -> Result<String> {
     let Person { seed, number, identity } = person;
-    let words = dataset::identity_words(identity);
-    let factors: serde_json::Map<_, _> = Identity::NAMES
-        .iter()
-        .zip(identity.to_array())
-        .map(|(name, factor)| (name.to_string(), json!(factor)))
-        .collect();
-    let mut text = format!("{{\"seed\": {seed}, \"number\": {number}, \"words\": {},\n", json!(words));
-    text += &format!(" \"identity\": {},\n \"pictures\": [\n", json!(factors));
-    let lines: Vec<String> = scenes.iter().map(|scene| format!("  {scene}")).collect();
-    text + &lines.join(",\n") + "\n]}\n"
+    let words = serde_json::to_string(&dataset::identity_words(identity))?;
+    let factors = serde_json::to_string(identity)?;
+    let pictures = records.join(",\n");
+    Ok(format!(
+        "{{\"seed\":{seed},\"number\":{number},\"words\":{words},\n\"identity\":{factors},\n\"pictures\":[\n{pictures}\n]}}\n"
+    ))
 }
 
 /// Makes the folder and tries to write in it, before any work is done.

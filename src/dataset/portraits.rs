@@ -3,7 +3,7 @@
 //! A shape is a signed distance `d`, negative inside; its coverage is `½ − d / edge`, clamped to
 //! [0, 1]. Layers go over one another from back to front, `colour ← (1 − α)·colour + α·ink`. Heads are
 //! superellipses; the face is printed on a vertical cylinder, which a turn of the head rotates:
-//! `u = W·sin(asin(x / W) − yaw)`.
+//! `u = W·sin(asin(x / W) − yaw)`, where `W` is half the head's width.
 //!
 //! Coordinates: `x` right, `y` down, origin in the middle of the head, about 0.5 is half a head wide.
 //! `u`, `v` are the same on the unrolled face. Sizes below are in this unit.
@@ -160,35 +160,41 @@ impl Sitter {
         }
     }
 
+    /// Half the width of the head at the height `y`, before its outline rounds off.
+    fn width_at(&self, y: f32) -> f32 {
+        let down = (y / self.half_height).clamp(0.0, 1.0);
+        self.half_width * (1.0 - self.narrowing * down * down.sqrt())
+    }
+
     /// Distance to the outline of the head.
     fn head_distance(&self, x: f32, y: f32) -> f32 {
-        let down = (y / self.half_height).clamp(0.0, 1.0);
-        let width = self.half_width * (1.0 - self.narrowing * down * down.sqrt());
         let corner = if y > 0.0 { self.corner } else { 2.15 };
-        let power = (x.abs() / width).powf(corner) + (y.abs() / self.half_height).powf(corner);
+        let power = (x.abs() / self.width_at(y)).powf(corner) + (y.abs() / self.half_height).powf(corner);
         (power.powf(1.0 / corner) - 1.0) * self.half_width
     }
 
     /// Radius of the cylinder that the face is printed on.
-    fn radius(&self) -> f32 {
-        1.02 * self.half_width
+    fn radius(&self, y: f32) -> f32 {
+        1.02 * self.width_at(y)
     }
 
-    /// Where the picture's `x` lies on the unrolled face; far outside when it is beside the head.
-    fn face_u(&self, x: f32) -> f32 {
-        let sine = x / self.radius();
-        if sine.abs() < 1.0 { self.radius() * (sine.asin() - self.yaw).sin() } else { 3.0 * x }
+    /// Where a point of the picture lies on the unrolled face; far outside when it is beside the head.
+    fn face_u(&self, x: f32, y: f32) -> f32 {
+        let sine = x / self.radius(y);
+        if sine.abs() < 1.0 { self.radius(y) * (sine.asin() - self.yaw).sin() } else { 3.0 * x }
     }
 
-    /// Where `u` of the unrolled face lies in the picture.
-    fn picture_x(&self, u: f32) -> f32 {
-        let angle = (u / self.radius()).clamp(-1.0, 1.0).asin() + self.yaw;
-        self.radius() * angle.clamp(-0.5 * PI, 0.5 * PI).sin()
+    /// Where a point of the unrolled face lies in the picture.
+    fn picture_x(&self, u: f32, v: f32) -> f32 {
+        let angle = (u / self.radius(v)).clamp(-1.0, 1.0).asin() + self.yaw;
+        self.radius(v) * angle.clamp(-0.5 * PI, 0.5 * PI).sin()
     }
 
     /// The part of the picture that holds this part of the face.
     fn on_face(&self, u: (f32, f32), v: (f32, f32)) -> Area {
-        Area { x: (self.picture_x(u.0), self.picture_x(u.1)), y: v }
+        let left = self.picture_x(u.0, v.0).min(self.picture_x(u.0, v.1));
+        let right = self.picture_x(u.1, v.0).max(self.picture_x(u.1, v.1));
+        Area { x: (left, right), y: v }
     }
 
     /// Brightness of hair: strands, lit from above and from the side.
@@ -196,6 +202,14 @@ impl Sitter {
         let strand = 0.10 * (46.0 * at.x + 6.0 * (5.0 * at.y + 70.0 * self.hair_volume).sin()).sin()
             + 0.05 * (71.0 * at.x + 13.0 * at.y).sin();
         1.0 + strand - 0.25 * (at.y + 0.3) + 0.18 * at.x * self.light
+    }
+
+    /// How far a hat draws the loose hair in at the height `y`.
+    fn drawn_in(&self, y: f32) -> f32 {
+        match self.hat {
+            Hat::None => 0.0,
+            Hat::Cap | Hat::Beanie => 0.08 * (1.0 - (y - self.hat_line) / 0.3).clamp(0.0, 1.0),
+        }
     }
 
     /// How much of the hair a hat leaves free at the height `y`.
@@ -221,7 +235,7 @@ fn paint_hair_behind(canvas: &mut Canvas, sitter: &Sitter) {
         HairStyle::Long => {
             let edge = canvas.edge(1.5);
             canvas.over(Area::ALL, |at| {
-                let falling = width + volume + 0.03 - 0.06 * (at.y - 0.3).max(0.0);
+                let falling = width + volume + 0.03 - 0.06 * (at.y - 0.3).max(0.0) - sitter.drawn_in(at.y);
                 let curtain = (at.x.abs() - falling).max(at.y - 0.84).max(-at.y - 0.2);
                 let crown = ellipse(at.x, at.y + 0.1, width + volume + 0.02, sitter.half_height + volume);
                 let alpha = coverage(curtain.min(crown), edge) * sitter.below_hat(at.y);
@@ -234,7 +248,9 @@ fn paint_hair_behind(canvas: &mut Canvas, sitter: &Sitter) {
             canvas.over(Area::rows(-1.0, 0.35), |at| {
                 let (x, y) = (at.x, at.y + 0.18);
                 let (angle, radius) = (y.atan2(x), x.hypot(y));
-                let rim = radius - (width + 0.11 + volume) - 0.028 * (11.0 * angle + phase).sin();
+                let rim = radius
+                    - (width + 0.11 + volume - sitter.drawn_in(at.y))
+                    - 0.028 * (11.0 * angle + phase).sin();
                 let alpha = coverage(rim.max(at.y - 0.27), edge) * sitter.below_hat(at.y);
                 let curl = 0.13 * (22.0 * angle + 14.0 * radius).sin();
                 (sitter.hair * (sitter.strands(at) + curl), alpha)
@@ -289,7 +305,7 @@ fn paint_ears(canvas: &mut Canvas, sitter: &Sitter) {
 /// The head with its round shading, and the soft forms of the face: sockets, cheeks, forehead.
 fn paint_head(canvas: &mut Canvas, sitter: &Sitter) {
     let edge = canvas.edge(1.0);
-    let turned = sitter.radius() * sitter.yaw.sin();
+    let turned = sitter.picture_x(0.0, 0.0);
     canvas.over(Area::ALL, |at| {
         let (across, down) = ((at.x - 0.25 * turned) / sitter.half_width, at.y / sitter.half_height);
         let (across, down) = (across.clamp(-1.0, 1.0), down.clamp(-1.0, 1.0));
@@ -520,8 +536,10 @@ fn paint_hair_in_front(canvas: &mut Canvas, sitter: &Sitter) {
             HairStyle::Fringe => sitter.hairline + 0.16 + 0.02 * (38.0 * at.u).sin(),
             _ => sitter.hairline + 0.11 * across * across,
         };
-        let above = (at.y - line).min((-at.head - 0.035).max(at.y - 0.02));
-        let hair = (at.head - 0.55 * volume - 0.015).max(above);
+        // Beside the face the hair gets thinner downwards and ends as sideburns.
+        let thinner = ((0.10 - at.y) / 0.35).clamp(0.0, 1.0);
+        let above = (at.y - line).min((-at.head - 0.045 * thinner).max(at.y - 0.04));
+        let hair = (at.head - (0.55 * volume + 0.015) * thinner).max(above);
         (sitter.hair * sitter.strands(at), coverage(hair, edge) * sitter.below_hat(at.y))
     });
     if sitter.hair_style == HairStyle::Long {
@@ -550,8 +568,8 @@ fn paint_glasses(canvas: &mut Canvas, sitter: &Sitter) {
         let aside = at.u.abs();
         let lens = ellipse(aside - middle, at.v - sitter.eye_y - 0.01, radius, 0.82 * radius);
         let on_head = coverage(at.head - 0.05, edge);
-        let rim = band(lens, 0.013, edge) * on_head;
-        let bar = band(at.v - sitter.eye_y + 0.02, 0.013, edge);
+        let rim = band(lens, 0.011, edge) * on_head;
+        let bar = band(at.v - sitter.eye_y + 0.02, 0.011, edge);
         let bridge = bar * coverage(aside - (middle - radius), edge);
         let arm = bar * coverage(middle + radius - aside, edge) * at.face;
         (frame, (lens_alpha * coverage(lens, edge) * on_head).max(rim).max(bridge * at.face).max(arm))
@@ -583,7 +601,7 @@ fn paint_hat(canvas: &mut Canvas, sitter: &Sitter) {
                 let seam = 1.0 - 0.12 * hill(at.u, 0.02);
                 (lit(at) * seam, coverage(crown(at, 0.04, 0.03).max(at.y - line - 0.02), edge))
             });
-            let peak_x = sitter.picture_x(0.0) * 1.2;
+            let peak_x = 1.2 * sitter.picture_x(0.0, 0.0);
             canvas.over(Area::rows(line - 0.2, line + 0.25), |at| {
                 let across = (at.x - peak_x) / (0.92 * width);
                 let bow = 0.075 * (1.0 - across * across).max(0.0);
@@ -611,7 +629,7 @@ fn paint_hat(canvas: &mut Canvas, sitter: &Sitter) {
     }
 }
 
-/// Pencil on tinted paper: lines where the brightness changes, a little colour left.
+/// Pencil on tinted paper: lines where the brightness changes, soft shading, a little colour left.
 fn draw_as_sketch(canvas: &Canvas, step: usize) -> Vec<Rgb> {
     let (side, colours) = (canvas.side, &canvas.colours);
     let grey: Vec<f32> = colours.iter().map(|colour| colour.luma()).collect();
@@ -619,27 +637,27 @@ fn draw_as_sketch(canvas: &Canvas, step: usize) -> Vec<Rgb> {
         let here = grey[row * side + column];
         let left = here - grey[row * side + column.saturating_sub(step)];
         let above = here - grey[row.saturating_sub(step) * side + column];
-        (2.8 * left.hypot(above)).min(0.92)
+        (2.0 * (left.hypot(above) - 0.04)).clamp(0.0, 0.75)
     };
     let pencil = |index: usize| {
         let (row, column) = (index / side, index % side);
-        let paper = Rgb::grey(0.42 + 0.58 * grey[index]).mix(colours[index], 0.22);
+        let paper = Rgb::grey(0.36 + 0.64 * grey[index]).mix(colours[index], 0.30);
         paper * (1.0 - line(row, column))
     };
     (0..colours.len()).map(pencil).collect()
 }
 
-/// Oil: steps of brightness, strong warm colours, slanted strokes.
+/// Oil: soft steps of brightness, strong warm colours, slanted strokes.
 fn paint_in_oil(canvas: &Canvas) -> Vec<Rgb> {
     let oil = |(at, &colour): (&Spot, &Rgb)| {
         let grey = colour.luma();
-        let stroke = 0.035 * (34.0 * (at.x + 0.7 * at.y) + 3.0 * (9.0 * at.x - 11.0 * at.y).sin()).sin();
-        let stepped = ((5.0 * grey).round() / 5.0 - grey) * 0.55;
-        let vivid = Rgb::grey(grey).mix(colour, 1.5).shift(stepped + stroke);
+        let stroke = (31.0 * (at.x + at.y) + 2.0 * (7.0 * (at.x - at.y)).sin()).sin();
+        let step = (2.0 * PI * 4.0 * grey).sin() / (2.0 * PI * 4.0);
+        let vivid = Rgb::grey(grey).mix(colour, 1.4).shift(0.022 * stroke - 0.8 * step);
         // A soft shoulder instead of clipping, so that bright colours keep their form.
-        vivid.tint(Rgb(1.05, 0.98, 0.80)).map(|value| {
+        vivid.tint(Rgb(1.08, 1.0, 0.78)).map(|value| {
             let value = value.max(0.0);
-            value / (1.0 + value.powi(4)).powf(0.25) * 1.12
+            1.1 * value / (1.0 + value.powi(4)).sqrt().sqrt()
         })
     };
     canvas.spots.iter().zip(&canvas.colours).map(oil).collect()
@@ -724,18 +742,13 @@ impl Canvas {
         let middle = (scene.shift[0] / zoom, scene.shift[1] / zoom + LOWERED);
         let edge = 2.0 / (side as f32 * zoom);
         let position = |index: usize| ((2 * index + 1) as f32 / side as f32 - 1.0) / zoom;
-        let columns: Vec<(f32, f32)> = (0..side)
-            .map(|column| {
-                let x = position(column) - middle.0;
-                (x, sitter.face_u(x))
-            })
-            .collect();
         let mut spots = Vec::with_capacity(side * side);
         for row in 0..side {
             let y = position(row) - middle.1;
-            spots.extend(columns.iter().map(|&(x, u)| {
+            spots.extend((0..side).map(|column| {
+                let x = position(column) - middle.0;
                 let head = sitter.head_distance(x, y);
-                Spot { x, y, u, v: y, head, face: coverage(head, edge) }
+                Spot { x, y, u: sitter.face_u(x, y), v: y, head, face: coverage(head, edge) }
             }));
         }
         Self { side, zoom, middle, spots, colours: vec![Rgb::BLACK; side * side] }
