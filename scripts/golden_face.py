@@ -70,7 +70,7 @@ def main(yunet, mobilefacenet, sface, target):
     pictures = {
         "astronaut": (astronaut, 640, 640),
         "photo": (Image.open("tests/data/obama_senate_public_domain.jpg").convert("RGB"), 640, 640),
-        "small": (astronaut.crop((130, 10, 314, 194)).resize((64, 64), Image.BICUBIC), 320, 448),
+        "small": (astronaut.crop((130, 10, 314, 194)).resize((64, 64), Image.BICUBIC), 256, 320),
     }
     golden = {}
     for name, (picture, size, frame) in pictures.items():

@@ -111,7 +111,7 @@ fn detect(pictures: &Pictures, json: bool) -> Result<()> {
         found += search.faces.len();
         nothing = search.largest(&file.display().to_string()).err();
         if json {
-            list.push(json!({ "file": file, "faces": search.faces }));
+            list.push(Found { file: file.to_path_buf(), faces: search.faces });
         } else {
             print(&describe(file, &search.faces))?;
         }
@@ -189,6 +189,13 @@ fn crop(pictures: &Pictures, out: &Path, size: usize, json: bool) -> Result<()> 
     } else {
         print(&format!("{} faces in `{}`", written.len(), out.display()))
     }
+}
+
+/// A line of `detect --json`.
+#[derive(serde::Serialize)]
+struct Found {
+    file: PathBuf,
+    faces: Vec<Face>,
 }
 
 /// The largest face of each picture as a unit vector.

@@ -41,7 +41,7 @@ fn faces_are_found_where_onnxruntime_finds_them_and_embed_alike() {
             assert_eq!(ours.len(), theirs.len());
             ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
         };
-        // The JPEG decoders (libjpeg-turbo, zune-jpeg) differ by a few grey levels, so the photo is allowed more.
+        // The photo is a JPEG, and its decoders (libjpeg-turbo, zune-jpeg) differ in 9 % of its bytes by 1 to 4.
         assert!(apart(&face.bounds, "box") < 0.5, "{name}: {face:?}");
         assert!(apart(face.points.as_flattened(), "points") < 0.5, "{name}: {face:?}");
         assert!(apart(&[face.score], "score") < 0.005, "{name}: {face:?}");
