@@ -1,0 +1,20 @@
+//! The program as a user runs it: arguments in, exit code, stdout and stderr out.
+
+mod face;
+
+/// What a run of the program left behind.
+pub struct Run {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs the program in the repository's folder.
+pub fn difflora(arguments: &[&str]) -> Run {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_difflora")).args(arguments).output().unwrap();
+    Run {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
