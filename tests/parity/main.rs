@@ -2,5 +2,6 @@
 
 mod face;
 mod golden;
-mod unet;
+mod samplers;
 mod sdxl_parts;
+mod unet;
