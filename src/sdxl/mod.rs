@@ -1,6 +1,7 @@
 //! Prompt and LoRA → picture: the text encoders, the UNet and the VAE of SDXL.
 
 mod blocks;
+pub mod folder;
 pub mod text;
 pub mod tokenizer;
 pub mod unet;
