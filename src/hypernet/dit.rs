@@ -1,0 +1,209 @@
+//! Diffusion transformer over LoRA latents: x_t, t and a person's features → x_0.
+//!
+//! Peebles and Xie 2023 (arXiv 2212.09748) with adaLN-Zero, as in facebookresearch/DiT `models.py`; the latent is
+//! cut into tokens of neighbouring values. Following Wu et al. 2024 (arXiv 2408.06740) it predicts x_0, not ε.
+
+use anyhow::ensure;
+use candle_core::{Module, Result, Tensor};
+use candle_nn::VarBuilder;
+use serde::{Deserialize, Serialize};
+
+use crate::layers::{Activation, Linear, attention, layer_norm_plain};
+
+/// Sizes of the transformer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DitConfig {
+    /// L: values in a latent.
+    pub latent: usize,
+    /// Values in a token; L is a multiple.
+    pub token: usize,
+    /// D
+    pub width: usize,
+    /// Blocks.
+    pub depth: usize,
+    /// H
+    pub heads: usize,
+}
+
+/// The transformer.
+#[derive(Clone, Debug)]
+pub struct Dit {
+    config: DitConfig,
+    input: Linear,
+    /// (N, D)
+    position: Tensor,
+    time: [Linear; 2],
+    blocks: Vec<Block>,
+    modulation: Linear,
+    output: Linear,
+}
+
+impl Dit {
+    /// Starts as the function that answers zero, whatever it is asked.
+    pub fn new(config: &DitConfig, vb: VarBuilder) -> anyhow::Result<Self> {
+        let DitConfig { latent, token, width, depth, heads } = *config;
+        ensure!(
+            token > 0 && latent > 0 && latent.is_multiple_of(token),
+            "a latent of {latent} values does not part into tokens of {token}"
+        );
+        ensure!(heads > 0 && width.is_multiple_of(heads), "width {width} does not part into {heads} heads");
+        let init = candle_nn::Init::Randn { mean: 0.0, stdev: 0.02 };
+        Ok(Self {
+            config: config.clone(),
+            input: Linear::new(token, width, vb.pp("input"))?,
+            position: vb.get_with_hints((latent / token, width), "position", init)?,
+            time: [
+                Linear::new(FREQUENCIES, width, vb.pp("time").pp(0))?,
+                Linear::new(width, width, vb.pp("time").pp(1))?,
+            ],
+            blocks: (0..depth)
+                .map(|i| Block::new(width, heads, vb.pp("blocks").pp(i)))
+                .collect::<Result<_>>()?,
+            modulation: Linear::zeros(width, 2 * width, vb.pp("modulation"))?,
+            output: Linear::zeros(width, token, vb.pp("output"))?,
+        })
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &DitConfig {
+        &self.config
+    }
+
+    /// `x` (B, L), `t` (B) f32, `condition` (B, D) → x_0 (B, L).
+    pub fn forward(&self, x: &Tensor, t: &Tensor, condition: &Tensor) -> Result<Tensor> {
+        let (b, l) = x.dims2()?;
+        let token = self.config.token;
+        let tokens = self.input.forward(&x.reshape((b, l / token, token))?)?;
+        let mut x = tokens.broadcast_add(&self.position)?; // (B, N, D)
+        let t = self.time[0].forward(&sinusoid(t)?)?;
+        let t = self.time[1].forward(&Activation::Silu.apply(&t)?)?;
+        let c = Activation::Silu.apply(&(t + condition)?)?; // (B, D)
+        for block in &self.blocks {
+            x = block.forward(&x, &c)?;
+        }
+        let [shift, scale] = parts(&self.modulation.forward(&c)?)?;
+        let x = modulate(&layer_norm_plain(&x, EPS)?, &shift, &scale)?;
+        self.output.forward(&x)?.reshape((b, l))
+    }
+}
+
+/// Of LayerNorm; DiT `models.py`.
+const EPS: f64 = 1e-6;
+
+/// Width of the timestep's sinusoids; DiT `TimestepEmbedder`.
+const FREQUENCIES: usize = 256;
+
+/// cos and sin of t · 10000^(−i/128). `t` (B) → (B, 256).
+fn sinusoid(t: &Tensor) -> Result<Tensor> {
+    let half = FREQUENCIES / 2;
+    let step = -(10_000f64.ln()) / half as f64;
+    let frequencies: Vec<f32> = (0..half).map(|i| (step * i as f64).exp() as f32).collect();
+    let frequencies = Tensor::from_vec(frequencies, (1, half), t.device())?;
+    let angles = t.unsqueeze(1)?.broadcast_mul(&frequencies)?;
+    Tensor::cat(&[angles.cos()?, angles.sin()?], 1)
+}
+
+/// Attention and feed-forward, each shifted, scaled and gated by the condition.
+#[derive(Clone, Debug)]
+struct Block {
+    qkv: Linear,
+    attended: Linear,
+    mlp: [Linear; 2],
+    modulation: Linear,
+    heads: usize,
+}
+
+impl Block {
+    fn new(width: usize, heads: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            qkv: Linear::new(width, 3 * width, vb.pp("qkv"))?,
+            attended: Linear::new(width, width, vb.pp("attended"))?,
+            mlp: [
+                Linear::new(width, 4 * width, vb.pp("mlp").pp(0))?,
+                Linear::new(4 * width, width, vb.pp("mlp").pp(1))?,
+            ],
+            // Zero, so that each block starts as the identity (adaLN-Zero).
+            modulation: Linear::zeros(width, 6 * width, vb.pp("modulation"))?,
+            heads,
+        })
+    }
+
+    /// `x` (B, N, D), `c` (B, D) after SiLU → (B, N, D).
+    fn forward(&self, x: &Tensor, c: &Tensor) -> Result<Tensor> {
+        let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] = parts(&self.modulation.forward(c)?)?;
+        let h = modulate(&layer_norm_plain(x, EPS)?, &shift, &scale)?;
+        let d = h.dim(2)?;
+        let qkv = self.qkv.forward(&h)?; // (B, N, 3D)
+        let part = |i| qkv.narrow(2, i * d, d);
+        let h = self.attended.forward(&attention(&part(0)?, &part(1)?, &part(2)?, self.heads, false)?)?;
+        let x = (x + h.broadcast_mul(&gate)?)?;
+        let h = modulate(&layer_norm_plain(&x, EPS)?, &mlp_shift, &mlp_scale)?;
+        let h = self.mlp[1].forward(&Activation::GeluTanh.apply(&self.mlp[0].forward(&h)?)?)?;
+        x + h.broadcast_mul(&mlp_gate)?
+    }
+}
+
+/// x · (1 + scale) + shift. `x` (B, N, D), the others (B, 1, D).
+fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    x.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
+}
+
+/// (B, K·D) → K tensors (B, 1, D).
+fn parts<const K: usize>(x: &Tensor) -> Result<[Tensor; K]> {
+    let parts = x.unsqueeze(1)?.chunk(K, 2)?;
+    parts.try_into().map_err(|_| candle_core::Error::Msg(format!("{:?} does not part into {K}", x.shape())))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::weights::Trainable;
+
+    /// Values between −1 and 1 that look like chance.
+    fn random(seed: usize, shape: &[usize]) -> Tensor {
+        let count: usize = shape.iter().product();
+        let values: Vec<f32> =
+            (0..count).map(|i| ((i + 31 * seed + 7) * 7919 % 1013) as f32 / 506.5 - 1.0).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn an_untrained_transformer_answers_zero() {
+        let config = DitConfig { latent: 12, token: 4, width: 16, depth: 2, heads: 2 };
+        let dit = Dit::new(&config, Trainable::new(1).builder(&Device::Cpu)).unwrap();
+        let x = random(0, &[3, 12]);
+        let condition = random(1, &[3, 16]);
+        let t = Tensor::new(&[0f32, 10., 999.], &Device::Cpu).unwrap();
+        let y = dit.forward(&x, &t, &condition).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), vec![vec![0.0; 12]; 3]);
+    }
+
+    #[test]
+    fn a_sample_alone_and_in_a_batch_agrees() {
+        let config = DitConfig { latent: 8, token: 2, width: 16, depth: 1, heads: 4 };
+        let trainable = Trainable::new(1);
+        let dit = Dit::new(&config, trainable.builder(&Device::Cpu)).unwrap();
+        for (i, var) in trainable.vars().values().enumerate() {
+            let shift = random(5 + i, var.dims());
+            var.set(&(var.as_tensor() + (shift * 0.1).unwrap()).unwrap()).unwrap();
+        }
+        let x = random(0, &[3, 8]);
+        let condition = random(1, &[3, 16]);
+        let t = Tensor::new(&[5f32, 10., 999.], &Device::Cpu).unwrap();
+        let all = dit.forward(&x, &t, &condition).unwrap();
+        let row = |x: &Tensor| x.narrow(0, 1, 1).unwrap();
+        let one = dit.forward(&row(&x), &row(&t), &row(&condition)).unwrap();
+        let worst = (one - row(&all)).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(worst.to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap() < 1e-5);
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        let config = DitConfig { latent: 10, token: 4, width: 16, depth: 1, heads: 4 };
+        let error = Dit::new(&config, Trainable::new(1).builder(&Device::Cpu)).unwrap_err().to_string();
+        assert!(error.contains("tokens of 4"), "{error}");
+    }
+}

@@ -1,0 +1,169 @@
+//! Standardisation of what the networks see: LoRA vectors, face embeddings, image embeddings.
+//!
+//! x̂ = (x − mean) / scale with a mean for every element, but one scale for a whole block (a LoRA tensor, an
+//! embedding): dividing each element by its own deviation would blow up the noise of elements that hardly
+//! differ between people.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{D, DType, Device, Tensor};
+
+/// Mean of every element and one scale a block. Applied to rows (…, D).
+#[derive(Clone, Debug)]
+pub struct Standardise {
+    /// (D)
+    mean: Tensor,
+    /// (D), equal within a block.
+    scale: Tensor,
+    /// Lengths of the blocks; their sum is D.
+    blocks: Vec<usize>,
+}
+
+impl Standardise {
+    /// Mean and root mean square of the centred rows (M, D), the latter over each block of `blocks` elements.
+    ///
+    /// A block that never varies gets scale 1.
+    pub fn fit(rows: &Tensor, blocks: &[usize]) -> Result<Self> {
+        let (count, width) = rows.dims2()?;
+        ensure!(count > 0, "no rows to take statistics of");
+        let mean = rows.mean(0)?;
+        let squares = rows.broadcast_sub(&mean)?.sqr()?.mean(0)?.to_vec1::<f32>()?; // (D)
+        ensure!(
+            blocks.iter().sum::<usize>() == width,
+            "blocks of {} values for rows of {width}",
+            blocks.iter().sum::<usize>()
+        );
+        let mut scales = Vec::with_capacity(blocks.len());
+        let mut rest = &squares[..];
+        for block in blocks {
+            let (these, others) = rest.split_at(*block);
+            let power = these.iter().map(|x| f64::from(*x)).sum::<f64>() / *block as f64;
+            scales.push(if power > 0.0 { power.sqrt() as f32 } else { 1.0 });
+            rest = others;
+        }
+        Self::new(mean, &scales, blocks)
+    }
+
+    /// One scale for all elements of rows (M, D): for embeddings.
+    pub fn fit_whole(rows: &Tensor) -> Result<Self> {
+        Self::fit(rows, &[rows.dim(D::Minus1)?])
+    }
+
+    fn new(mean: Tensor, scales: &[f32], blocks: &[usize]) -> Result<Self> {
+        let expanded: Vec<f32> = scales
+            .iter()
+            .zip(blocks)
+            .flat_map(|(scale, block)| std::iter::repeat_n(*scale, *block))
+            .collect();
+        let scale = Tensor::from_vec(expanded, mean.dims1()?, mean.device())?;
+        Ok(Self { mean, scale, blocks: blocks.to_vec() })
+    }
+
+    /// D.
+    pub fn width(&self) -> usize {
+        self.mean.elem_count()
+    }
+
+    /// (x − mean) / scale. `x` (…, D) → same.
+    pub fn apply(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        x.broadcast_sub(&self.mean)?.broadcast_div(&self.scale)
+    }
+
+    /// x · scale + mean. `x` (…, D) → same.
+    pub fn undo(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        x.broadcast_mul(&self.scale)?.broadcast_add(&self.mean)
+    }
+
+    /// The mean element (D): for LoRA vectors, the mean LoRA.
+    pub fn mean(&self) -> &Tensor {
+        &self.mean
+    }
+
+    /// What a file stores: `mean` (D), `scale` (blocks), `blocks` (blocks), each after `prefix` and a dot.
+    pub fn tensors(&self, prefix: &str) -> Result<HashMap<String, Tensor>> {
+        let expanded = self.scale.to_vec1::<f32>()?;
+        let mut at = 0;
+        let mut scales = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            scales.push(expanded.get(at).copied().unwrap_or(1.0));
+            at += block;
+        }
+        let count = self.blocks.len();
+        let blocks: Vec<u32> = self.blocks.iter().map(|block| *block as u32).collect();
+        Ok(HashMap::from([
+            (format!("{prefix}.mean"), self.mean.to_device(&Device::Cpu)?),
+            (format!("{prefix}.scale"), Tensor::from_vec(scales, count, &Device::Cpu)?),
+            (format!("{prefix}.blocks"), Tensor::from_vec(blocks, count, &Device::Cpu)?),
+        ]))
+    }
+
+    /// Reads what [`Standardise::tensors`] made.
+    pub fn load(tensors: &HashMap<String, Tensor>, prefix: &str, device: &Device) -> Result<Self> {
+        let get = |name: &str, dtype| -> Result<Tensor> {
+            let name = format!("{prefix}.{name}");
+            let tensor = tensors.get(&name).with_context(|| format!("tensor `{name}` is missing"))?;
+            Ok(tensor.to_dtype(dtype)?.to_device(&Device::Cpu)?)
+        };
+        let mean = get("mean", DType::F32)?;
+        let scales = get("scale", DType::F32)?.to_vec1::<f32>()?;
+        let blocks: Vec<usize> =
+            get("blocks", DType::U32)?.to_vec1::<u32>()?.into_iter().map(|x| x as usize).collect();
+        ensure!(
+            scales.len() == blocks.len() && blocks.iter().sum::<usize>() == mean.elem_count(),
+            "`{prefix}`: mean, scale and blocks differ in length"
+        );
+        Self::new(mean.to_device(device)?, &scales, &blocks)
+    }
+}
+
+/// The one factor that brings latents (M, L) to unit power: 1 / RMS over all of them.
+///
+/// One for all elements, so that the spectrum of the latents stays: with a factor for each, the diffusion
+/// learned next to nothing (relative error 1.5 instead of 0.55 in the small world).
+pub fn unit_power(rows: &Tensor) -> Result<f64> {
+    let power = f64::from(rows.sqr()?.mean_all()?.to_scalar::<f32>()?);
+    ensure!(power.is_finite() && power > 0.0, "the latents are all zero or not finite");
+    Ok(1.0 / power.sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows() -> Tensor {
+        let values: Vec<f32> = (0..40).map(|i| ((i * 37 % 11) as f32 - 3.0) * (1 + i % 4) as f32).collect();
+        Tensor::from_vec(values, (10, 4), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn every_block_has_mean_zero_and_unit_power() {
+        let rows = rows();
+        let s = Standardise::fit(&rows, &[1, 3]).unwrap();
+        let x = s.apply(&rows).unwrap();
+        for mean in x.mean(0).unwrap().to_vec1::<f32>().unwrap() {
+            assert!(mean.abs() < 1e-6);
+        }
+        for (from, length) in [(0, 1), (1, 3)] {
+            let power = x.narrow(1, from, length).unwrap().sqr().unwrap().mean_all().unwrap();
+            assert!((power.to_scalar::<f32>().unwrap() - 1.0).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn undoing_restores_the_rows_also_through_a_file() {
+        let rows = rows();
+        let s = Standardise::fit(&rows, &[2, 2]).unwrap();
+        let s = Standardise::load(&s.tensors("vector").unwrap(), "vector", &Device::Cpu).unwrap();
+        let back = s.undo(&s.apply(&rows).unwrap()).unwrap();
+        let worst = (back - rows).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(worst < 1e-5, "{worst}");
+    }
+
+    #[test]
+    fn a_block_that_never_varies_stays_finite() {
+        let rows = Tensor::ones((3, 2), DType::F32, &Device::Cpu).unwrap();
+        let x = Standardise::fit_whole(&rows).unwrap().apply(&rows).unwrap();
+        assert_eq!(x.sum_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
+    }
+}
