@@ -2,6 +2,7 @@
 
 mod face;
 mod golden;
+mod hypernet;
 mod samplers;
 mod sdxl_parts;
 mod unet;

@@ -1,0 +1,132 @@
+//! Autoencoders, mixer, diffusion transformer and ridge regression against PyTorch and numpy
+//! (`scripts/golden_hypernet.py`): outputs, the gradient of every weight, the losses of ten AdamW steps.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor, Var};
+use difflora::hypernet::dit::{Dit, DitConfig};
+use difflora::hypernet::lae::{Lae, LaeConfig};
+use difflora::hypernet::mixer::{Mixer, MixerConfig};
+use difflora::hypernet::ridge::Ridge;
+use difflora::weights::Trainable;
+
+use crate::golden::{Golden, assert_close};
+
+/// Sums of some hundred f32 products in another order differ by about 1e-6 of the largest value.
+const TOLERANCE: f64 = 1e-5;
+
+/// Ten steps let those differences grow.
+const LOSS_TOLERANCE: f32 = 1e-4;
+
+fn open(topic: &str) -> Golden {
+    Golden::open(&format!("hypernet_{topic}"))
+}
+
+#[track_caller]
+fn assert_near(golden: &Golden, what: &str, ours: &Tensor) {
+    assert_close(ours, &golden.get(what), TOLERANCE, what);
+}
+
+/// The gradient of every weight, and the losses of ten steps.
+fn assert_trains_alike(golden: &Golden, trainable: &Trainable, loss: impl Fn() -> Tensor) {
+    let vars = trainable.vars();
+    let grads = loss().backward().unwrap();
+    let expected = golden.under("grad.");
+    assert_eq!(expected.len(), vars.len());
+    for (name, var) in &vars {
+        let grad = grads.get(var.as_tensor()).unwrap_or_else(|| panic!("`{name}` has no gradient"));
+        assert_close(grad, &expected[name], TOLERANCE, name);
+    }
+    let losses = adamw(&vars, loss);
+    let expected = golden.get("losses").to_vec1::<f32>().unwrap();
+    for (step, (a, b)) in losses.iter().zip(&expected).enumerate() {
+        assert!((a - b).abs() < LOSS_TOLERANCE, "loss of step {step}: {a} instead of {b}");
+    }
+}
+
+/// Ten steps of AdamW (Loshchilov and Hutter 2019) as `torch.optim.AdamW(lr=1e-2, weight_decay=0.1)` takes them.
+fn adamw(vars: &BTreeMap<String, Var>, loss: impl Fn() -> Tensor) -> Vec<f32> {
+    let (lr, decay, beta1, beta2, eps) = (1e-2, 0.1, 0.9f64, 0.999f64, 1e-8);
+    let mut moments: Vec<(Tensor, Tensor)> =
+        vars.values().map(|var| (var.zeros_like().unwrap(), var.zeros_like().unwrap())).collect();
+    let mut losses = Vec::new();
+    for step in 1..=10 {
+        let loss = loss();
+        losses.push(loss.to_scalar::<f32>().unwrap());
+        let grads = loss.backward().unwrap();
+        for (var, (m, v)) in vars.values().zip(&mut moments) {
+            let g = grads.get(var.as_tensor()).unwrap();
+            *m = ((&*m * beta1).unwrap() + (g * (1.0 - beta1)).unwrap()).unwrap();
+            *v = ((&*v * beta2).unwrap() + (g.sqr().unwrap() * (1.0 - beta2)).unwrap()).unwrap();
+            let m = (&*m / (1.0 - beta1.powi(step))).unwrap();
+            let v = (&*v / (1.0 - beta2.powi(step))).unwrap();
+            let move_by = (m / (v.sqrt().unwrap() + eps).unwrap()).unwrap();
+            let kept = (var.as_tensor() * (1.0 - lr * decay)).unwrap();
+            var.set(&(kept - (move_by * lr).unwrap()).unwrap()).unwrap();
+        }
+    }
+    losses
+}
+
+fn autoencoder_trains_alike(topic: &str, config: &LaeConfig) {
+    let golden = open(topic);
+    let trainable = Trainable::new(0);
+    let lae = Lae::new(config, trainable.builder(&Device::Cpu)).unwrap();
+    trainable.load(&golden.under("weight.")).unwrap();
+    let x = &golden.get("x");
+    let z = lae.encode(x).unwrap();
+    assert_near(&golden, "z", &z);
+    assert_near(&golden, "x_hat", &lae.decode(&z).unwrap());
+    assert_trains_alike(&golden, &trainable, || lae.loss(x, 0.5).unwrap().total);
+}
+
+#[test]
+fn the_dense_autoencoder_trains_as_in_pytorch() {
+    let config = LaeConfig::Conv1dDense { input: 50, latent: 6, patch: 8, channels: 12 };
+    autoencoder_trains_alike("lae", &config);
+}
+
+#[test]
+fn the_plain_convolutional_autoencoder_trains_as_in_pytorch() {
+    let config = LaeConfig::Conv1d { input: 50, folds: vec![2, 3], channels: vec![6, 4] };
+    autoencoder_trains_alike("conv1d", &config);
+}
+
+#[test]
+fn the_mixer_trains_as_in_pytorch() {
+    let golden = open("mixer");
+    let trainable = Trainable::new(0);
+    let config = MixerConfig { face: 10, image: 14, width: 16 };
+    let mixer = Mixer::new(&config, trainable.builder(&Device::Cpu)).unwrap();
+    trainable.load(&golden.under("weight.")).unwrap();
+    let forward = || mixer.forward(&golden.get("face"), &golden.get("image")).unwrap();
+    let dropped = || mixer.drop(&forward().condition, &golden.get("keep")).unwrap();
+    assert_near(&golden, "condition", &forward().condition);
+    assert_near(&golden, "gates", &forward().gates);
+    assert_near(&golden, "dropped", &dropped());
+    assert_trains_alike(&golden, &trainable, || {
+        candle_nn::loss::mse(&dropped(), &golden.get("target")).unwrap()
+    });
+}
+
+#[test]
+fn the_diffusion_transformer_trains_as_in_pytorch() {
+    let golden = open("dit");
+    let trainable = Trainable::new(0);
+    let config = DitConfig { latent: 12, token: 4, width: 16, depth: 2, heads: 4 };
+    let dit = Dit::new(&config, trainable.builder(&Device::Cpu)).unwrap();
+    trainable.load(&golden.under("weight.")).unwrap();
+    let forward = || dit.forward(&golden.get("x"), &golden.get("t"), &golden.get("condition")).unwrap();
+    assert_near(&golden, "y", &forward());
+    assert_trains_alike(&golden, &trainable, || {
+        candle_nn::loss::mse(&forward(), &golden.get("target")).unwrap()
+    });
+}
+
+#[test]
+fn the_ridge_regression_equals_numpys() {
+    let golden = open("ridge");
+    let ridge = Ridge::fit(&golden.get("x"), &golden.get("y"), 0.2).unwrap();
+    assert_near(&golden, "guess", &ridge.forward(&golden.get("new")).unwrap());
+    assert_near(&golden, "weight", &ridge.tensors("base")["base.weight"]);
+}
