@@ -4,8 +4,11 @@ mod face;
 
 /// What a run of the program left behind.
 pub struct Run {
+    /// Exit code; −1 when a signal ended it.
     pub code: i32,
+    /// Results.
     pub stdout: String,
+    /// Progress, notes and errors.
     pub stderr: String,
 }
 
