@@ -330,11 +330,23 @@ fn over_white(rgba: &[u8]) -> Vec<u8> {
     rgba.chunks_exact(4).flat_map(|p| [blend(p[0], p[3]), blend(p[1], p[3]), blend(p[2], p[3])]).collect()
 }
 
-/// Whether an end marker follows the last scan. Pixel data cannot hold it (a data byte FF is followed by 00), and a
-/// thumbnail's own end comes before the scan.
+/// Whether the picture's own end marker is there: segments are skipped by their length (a thumbnail has an end of
+/// its own), the pixel data between them byte by byte (there FF is followed by 00 or a restart marker).
 fn jpeg_is_whole(bytes: &[u8]) -> bool {
-    let last = |marker: u8| bytes.windows(2).rposition(|pair| pair == [0xFF, marker]);
-    matches!((last(0xDA), last(0xD9)), (Some(scan), Some(end)) if end > scan)
+    let mut at = 2;
+    while let Some(&[mark, kind]) = bytes.get(at..at + 2) {
+        at += match (mark, kind) {
+            (0xFF, 0xD9) => return true,
+            (0xFF, 0x00 | 0x01 | 0xD0..=0xD8) => 2,
+            (0xFF, 0xFF) => 1,
+            (0xFF, _) => match bytes.get(at + 2..at + 4) {
+                Some(&[high, low]) => 2 + usize::from(u16::from_be_bytes([high, low])),
+                _ => return false,
+            },
+            _ => 1,
+        };
+    }
+    false
 }
 
 fn damaged(error: image::ImageError) -> anyhow::Error {
@@ -438,6 +450,29 @@ mod tests {
                 assert!(error.contains("truncated") || error.contains("not a PNG"), "{part} bytes: {error}");
             }
         }
+    }
+
+    #[test]
+    fn a_jpeg_may_carry_other_data_behind_its_end() {
+        let picture = gradient(32, 32);
+        let mut jpeg = Vec::new();
+        let encoder = image::codecs::jpeg::JpegEncoder::new(&mut jpeg);
+        image::ImageEncoder::write_image(encoder, &picture.rgb, 32, 32, image::ExtendedColorType::Rgb8)
+            .unwrap();
+        jpeg.extend([0, 1, 0xFF, 0xDA, 2, 3]);
+        assert!(Picture::decode(&jpeg).is_ok());
+    }
+
+    #[test]
+    fn a_contact_sheet_keeps_proportions_and_order() {
+        let (wide, dark) = (Picture::filled(20, 10, [200, 0, 0]), Picture::filled(5, 5, [0, 0, 50]));
+        let sheet = contact_sheet(&[vec![&wide, &dark], vec![&dark]], 10, 2);
+        assert_eq!((sheet.width, sheet.height), (26, 26));
+        assert_eq!((sheet.pixel(2, 7), sheet.pixel(2, 3)), ([200, 0, 0], [255; 3]));
+        assert_eq!(
+            (sheet.pixel(20, 7), sheet.pixel(7, 20), sheet.pixel(20, 20)),
+            ([0, 0, 50], [0, 0, 50], [255; 3])
+        );
     }
 
     #[test]
