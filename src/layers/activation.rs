@@ -161,6 +161,9 @@ impl CustomOp1 for GegluOp {
 /// Each pixel becomes four. (B, C, H, W) → (B, C, 2H, 2W).
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
+    if slices::is_cpu_f32(x) {
+        return x.contiguous()?.apply_op1(UpsampleOp);
+    }
     // Broadcasting is differentiable everywhere; candle's own upsampling overwrites gradients.
     x.reshape((b, c, h, 1, w, 1))?.broadcast_as((b, c, h, 2, w, 2))?.contiguous()?.reshape((
         b,
@@ -168,6 +171,32 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
         2 * h,
         2 * w,
     ))
+}
+
+struct UpsampleOp;
+
+impl CustomOp1 for UpsampleOp {
+    fn name(&self) -> &'static str {
+        "upsample"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (b, c, h, w) = layout.shape().dims4()?;
+        let x = slices::operand(x, layout)?;
+        let mut y = vec![0f32; 4 * x.len()];
+        double_rows(x, w, &mut y);
+        Ok((CpuStorage::F32(y), (b, c, 2 * h, 2 * w).into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (grad, w) = (grad.contiguous()?, x.dim(D::Minus1)?);
+        let values = slices::with_values(&grad, |grad| {
+            let mut out = vec![0f32; x.elem_count()];
+            add_fours(grad, w, &mut out);
+            out
+        })?;
+        Ok(Some(Tensor::from_vec(values, x.shape(), x.device())?))
+    }
 }
 
 /// The loops, one function each, so that each is compiled as vectors.
@@ -193,6 +222,28 @@ loops! {
     Gelu gelu gelu_slope;
     GeluTanh gelu_tanh gelu_tanh_slope;
     QuickGelu quick_gelu quick_gelu_slope;
+}
+
+slices::vectorised! {
+    /// Each row of `w` values becomes two of 2w.
+    fn double_rows(x: &[f32], w: usize, y: &mut [f32]) {
+        for (x, y) in x.chunks_exact(w).zip(y.chunks_exact_mut(4 * w)) {
+            let (upper, lower) = y.split_at_mut(2 * w);
+            upper.chunks_exact_mut(2).zip(x).for_each(|(pair, x)| pair.fill(*x));
+            lower.copy_from_slice(upper);
+        }
+    }
+}
+
+slices::vectorised! {
+    /// Each value of `out` is the sum of its four of `grad`.
+    fn add_fours(grad: &[f32], w: usize, out: &mut [f32]) {
+        for (out, grad) in out.chunks_exact_mut(w).zip(grad.chunks_exact(4 * w)) {
+            let (upper, lower) = grad.split_at(2 * w);
+            let pairs = upper.chunks_exact(2).zip(lower.chunks_exact(2));
+            out.iter_mut().zip(pairs).for_each(|(out, (u, l))| *out = u[0] + u[1] + l[0] + l[1]);
+        }
+    }
 }
 
 slices::vectorised! {
