@@ -1,0 +1,278 @@
+//! AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), as `torch.optim.AdamW` computes it:
+//!
+//! ```text
+//! m ← β₁ m + (1 − β₁) g      v ← β₂ v + (1 − β₂) g²
+//! w ← w − η λ w − η / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+//! ```
+//!
+//! candle's own keeps its moments to itself, so that a run could not be resumed.
+
+use std::collections::{BTreeMap, HashMap};
+
+use anyhow::{Context, Result};
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use super::shards::Gradients;
+
+/// AdamW over named variables, with clipping of the gradient's norm.
+pub struct AdamW {
+    options: AdamWOptions,
+    slots: BTreeMap<String, Slot>,
+    step: u64,
+}
+
+/// Constants of [`AdamW`]; the learning rate comes with each step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdamWOptions {
+    /// β₁ and β₂.
+    pub betas: [f64; 2],
+    /// ε
+    pub eps: f64,
+    /// λ
+    pub weight_decay: f64,
+    /// Gradients longer than this, all variables together, are shortened to it; 0 leaves them as they are.
+    pub clip: f64,
+}
+
+impl Default for AdamWOptions {
+    fn default() -> Self {
+        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 1e-2, clip: 1.0 }
+    }
+}
+
+struct Slot {
+    var: Var,
+    /// Running mean of the gradient.
+    first: Tensor,
+    /// Running mean of its square.
+    second: Tensor,
+    /// Factor on the learning rate.
+    rate: f64,
+}
+
+impl AdamW {
+    /// Over `vars`, all at the same rate, with moments of zero.
+    pub fn new(vars: BTreeMap<String, Var>, options: AdamWOptions) -> Result<Self> {
+        let slot = |(name, var): (String, Var)| -> Result<_> {
+            let slot = Slot { first: var.zeros_like()?, second: var.zeros_like()?, rate: 1.0, var };
+            Ok((name, slot))
+        };
+        Ok(Self { options, slots: vars.into_iter().map(slot).collect::<Result<_>>()?, step: 0 })
+    }
+
+    /// Multiplies the learning rate of the variables whose name starts with `prefix` by `factor`.
+    pub fn scale_rate(&mut self, prefix: &str, factor: f64) {
+        for (_, slot) in self.slots.iter_mut().filter(|(name, _)| name.starts_with(prefix)) {
+            slot.rate *= factor;
+        }
+    }
+
+    /// Moves each variable that has a gradient; gives the norm of the gradient before clipping.
+    ///
+    /// # Errors
+    /// A gradient that is not finite: nothing is changed then.
+    pub fn step(&mut self, gradients: &Gradients, learning_rate: f64) -> Result<f64> {
+        let norm = norm(gradients)?;
+        anyhow::ensure!(
+            norm.is_finite(),
+            "the gradient of step {} is not finite; a lower learning rate may help",
+            self.step
+        );
+        let clip = self.options.clip;
+        // The constant is PyTorch's.
+        let scale = if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        self.step += 1;
+        let [beta1, beta2] = self.options.betas;
+        for (name, gradient) in gradients {
+            let slot = self.slots.get_mut(name).with_context(|| format!("`{name}` is not trained here"))?;
+            let rate = learning_rate * slot.rate;
+            let update = Update {
+                keep: (1.0 - rate * self.options.weight_decay) as f32,
+                step: (rate / (1.0 - beta1.powf(self.step as f64))) as f32,
+                root: (1.0 - beta2.powf(self.step as f64)).sqrt() as f32,
+                eps: self.options.eps as f32,
+            };
+            slot.follow(gradient, scale, [beta1, beta2])?;
+            slot.update(&update)?;
+        }
+        Ok(norm)
+    }
+
+    /// Steps made.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// Both moments of every variable, as `first.NAME` and `second.NAME`.
+    pub fn moments(&self) -> BTreeMap<String, Tensor> {
+        let mut moments = BTreeMap::new();
+        for (name, slot) in &self.slots {
+            moments.insert(format!("first.{name}"), slot.first.clone());
+            moments.insert(format!("second.{name}"), slot.second.clone());
+        }
+        moments
+    }
+
+    /// Takes up the moments of an optimiser over the same variables after `steps` steps.
+    ///
+    /// # Errors
+    /// A moment that is missing or of another shape.
+    pub fn set_moments(&mut self, moments: &HashMap<String, Tensor>, steps: u64) -> Result<()> {
+        for (name, slot) in &mut self.slots {
+            let take = |which: &str| -> Result<Tensor> {
+                let key = format!("{which}.{name}");
+                let tensor = moments.get(&key).with_context(|| format!("moment `{key}` is missing"))?;
+                anyhow::ensure!(tensor.shape() == slot.var.shape(), "moment `{key}` has another shape");
+                // A copy, because moments change in place.
+                Ok(tensor.to_dtype(slot.var.dtype())?.to_device(slot.var.device())?.copy()?)
+            };
+            (slot.first, slot.second) = (take("first")?, take("second")?);
+        }
+        self.step = steps;
+        Ok(())
+    }
+}
+
+/// Length of all gradients together.
+pub fn norm(gradients: &Gradients) -> Result<f64> {
+    let mut sum = 0f64;
+    for gradient in gradients.values() {
+        sum += f64::from(gradient.flatten_all()?.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?);
+    }
+    Ok(sum.sqrt())
+}
+
+/// `kept` ← keep · kept + take · new, in place.
+pub(super) fn blend(kept: &mut Tensor, new: &Tensor, keep: f64, take: f64) -> Result<()> {
+    if in_place(kept) {
+        kept.inplace_op2(&new.contiguous()?, &Blend { keep: keep as f32, take: take as f32 })?;
+    } else {
+        *kept = ((&*kept * keep)? + (new * take)?)?.detach();
+    }
+    Ok(())
+}
+
+/// Whether the loops over plain slices apply.
+fn in_place(x: &Tensor) -> bool {
+    matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32
+}
+
+impl Slot {
+    /// The moments follow `scale` · `gradient`.
+    fn follow(&mut self, gradient: &Tensor, scale: f64, [beta1, beta2]: [f64; 2]) -> Result<()> {
+        blend(&mut self.first, gradient, beta1, (1.0 - beta1) * scale)?;
+        if in_place(&self.second) {
+            let squares = Squares { keep: beta2 as f32, take: ((1.0 - beta2) * scale * scale) as f32 };
+            self.second.inplace_op2(&gradient.contiguous()?, &squares)?;
+        } else {
+            let squares = (gradient.sqr()? * ((1.0 - beta2) * scale * scale))?;
+            self.second = ((&self.second * beta2)? + squares)?.detach();
+        }
+        Ok(())
+    }
+
+    fn update(&self, update: &Update) -> Result<()> {
+        if in_place(&self.var) {
+            return Ok(self.var.inplace_op3(&self.first, &self.second, update)?);
+        }
+        let root = ((self.second.sqrt()? / f64::from(update.root))? + f64::from(update.eps))?;
+        let weight = (self.var.as_tensor() * f64::from(update.keep))?;
+        Ok(self.var.set(&(weight - ((&self.first / root)? * f64::from(update.step))?)?.detach())?)
+    }
+}
+
+struct Blend {
+    keep: f32,
+    take: f32,
+}
+
+struct Squares {
+    keep: f32,
+    take: f32,
+}
+
+struct Update {
+    /// 1 − η λ
+    keep: f32,
+    /// η / (1 − β₁ᵗ)
+    step: f32,
+    /// √(1 − β₂ᵗ)
+    root: f32,
+    eps: f32,
+}
+
+impl InplaceOp2 for Blend {
+    fn name(&self) -> &'static str {
+        "blend"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &mut CpuStorage,
+        ly: &Layout,
+        x: &CpuStorage,
+        lx: &Layout,
+    ) -> candle_core::Result<()> {
+        for (y, x) in values_mut(y, ly)?.iter_mut().zip(values(x, lx)?) {
+            *y = self.keep * *y + self.take * x;
+        }
+        Ok(())
+    }
+}
+
+impl InplaceOp2 for Squares {
+    fn name(&self) -> &'static str {
+        "squares"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &mut CpuStorage,
+        ly: &Layout,
+        x: &CpuStorage,
+        lx: &Layout,
+    ) -> candle_core::Result<()> {
+        for (y, x) in values_mut(y, ly)?.iter_mut().zip(values(x, lx)?) {
+            *y = self.keep * *y + self.take * x * x;
+        }
+        Ok(())
+    }
+}
+
+impl InplaceOp3 for Update {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(
+        &self,
+        w: &mut CpuStorage,
+        lw: &Layout,
+        first: &CpuStorage,
+        lf: &Layout,
+        second: &CpuStorage,
+        ls: &Layout,
+    ) -> candle_core::Result<()> {
+        let moments = values(first, lf)?.iter().zip(values(second, ls)?);
+        for (w, (first, second)) in values_mut(w, lw)?.iter_mut().zip(moments) {
+            *w = self.keep * *w - self.step * first / (second.sqrt() / self.root + self.eps);
+        }
+        Ok(())
+    }
+}
+
+fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => candle_core::bail!("an optimiser was given a tensor that is not contiguous: {layout:?}"),
+    }
+}
+
+fn values_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [f32]> {
+    match (layout.contiguous_offsets(), storage) {
+        (Some((start, end)), CpuStorage::F32(values)) => Ok(&mut values[start..end]),
+        _ => candle_core::bail!("an optimiser was given a tensor that is not contiguous f32: {layout:?}"),
+    }
+}

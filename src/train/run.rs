@@ -1,0 +1,187 @@
+//! The loop itself: gradients, a step, the average; now and then a line in the log and a checkpoint.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use super::checkpoint;
+use super::ema::Ema;
+use super::log::Log;
+use super::optimiser::{AdamW, AdamWOptions};
+use super::schedule::Schedule;
+use super::shards::{self, Loss};
+use crate::progress;
+
+/// How a network is trained, whatever it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Steps from the first to the last.
+    pub steps: u64,
+    /// Samples a step.
+    pub batch: usize,
+    /// Parts of a batch, each with a graph and a thread of its own; a part of the recipe, since sums depend on it.
+    pub shards: usize,
+    /// The learning rate.
+    pub rate: Schedule,
+    /// AdamW and clipping.
+    #[serde(default)]
+    pub optimiser: AdamWOptions,
+    /// Decay of the average that is kept as the result.
+    pub ema: f64,
+}
+
+impl Plan {
+    /// Samples a shard.
+    ///
+    /// # Errors
+    /// When the batch does not part evenly.
+    pub fn samples_a_shard(&self) -> Result<usize> {
+        anyhow::ensure!(
+            self.shards > 0 && self.batch > 0 && self.batch.is_multiple_of(self.shards),
+            "a batch of {} does not part into {} shards",
+            self.batch,
+            self.shards
+        );
+        Ok(self.batch / self.shards)
+    }
+}
+
+/// Where a run keeps its state, and when it stops.
+#[derive(Clone, Debug)]
+pub struct Keeping<'a> {
+    /// `FOLDER/NAME.checkpoint.safetensors` and `FOLDER/NAME.jsonl`.
+    pub folder: &'a Path,
+    /// Names the files and the progress bar.
+    pub name: &'static str,
+    /// Go on from the checkpoint when there is one.
+    pub resume: bool,
+    /// Stop then, with a checkpoint.
+    pub deadline: Option<Instant>,
+    /// Seconds between checkpoints.
+    pub save_every: Duration,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// All steps are made.
+    Finished,
+    /// The deadline came first; `--resume` goes on.
+    Paused {
+        /// Steps made.
+        step: u64,
+    },
+}
+
+/// Trains `vars` by `plan`: `loss(step, shard)` must draw what is random from its arguments alone. `after` is called
+/// after each step (from 1) with the averages, for pictures along the way.
+///
+/// Ctrl-C saves the state and ends with [`crate::failure::Failure::Interrupted`].
+pub fn run<S: Serialize>(
+    plan: &Plan,
+    settings: &S,
+    keeping: &Keeping,
+    vars: &BTreeMap<String, Var>,
+    loss: impl Fn(u64, usize) -> Result<Loss> + Sync,
+    mut after: impl FnMut(u64, &Ema) -> Result<()>,
+) -> Result<(End, Ema)> {
+    plan.samples_a_shard()?;
+    let mut optimiser = AdamW::new(vars.clone(), plan.optimiser.clone())?;
+    let mut ema = Ema::new(vars.clone(), plan.ema)?;
+    let path = keeping.folder.join(format!("{}.checkpoint.safetensors", keeping.name));
+    let mut step = 0;
+    if keeping.resume && path.exists() {
+        let saved = checkpoint::load(&path, settings)?;
+        set(vars, &saved.part("weights"))?;
+        optimiser.set_moments(&saved.part("moments"), saved.step)?;
+        ema.set(&saved.part("average"))?;
+        step = saved.step;
+    }
+    let save = |step: u64, optimiser: &AdamW, ema: &Ema| -> Result<()> {
+        let weights = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        let parts =
+            [("weights", weights), ("moments", optimiser.moments()), ("average", ema.averages().clone())];
+        checkpoint::save(&path, step, settings, &parts)
+    };
+
+    let mut log = Log::open(&keeping.folder.join(format!("{}.jsonl", keeping.name)), step)?;
+    let bar = progress::bar(plan.steps, keeping.name);
+    bar.set_position(step);
+    bar.reset_eta();
+    let mut recent = Recent::default();
+    let (start, first) = (Instant::now(), step);
+    let mut saved_at = Instant::now();
+    while step < plan.steps {
+        if progress::interrupted() {
+            save(step, &optimiser, &ema)?;
+            progress::check()?;
+        }
+        if keeping.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            save(step, &optimiser, &ema)?;
+            bar.finish_and_clear();
+            return Ok((End::Paused { step }, ema));
+        }
+        let rate = plan.rate.learning_rate(step, plan.steps);
+        let sum = shards::gradients(vars, plan.shards, |shard| loss(step, shard))?;
+        let norm = optimiser.step(&sum.gradients, rate)?;
+        step += 1;
+        ema.follow(step)?;
+        recent.add(sum.loss, norm, &sum.parts);
+        bar.inc(1);
+        if step % REPORT == 0 || step == plan.steps {
+            let a_second = (step - first) as f64 / start.elapsed().as_secs_f64();
+            let mut figures = vec![("rate", rate), ("samples_a_second", a_second * plan.batch as f64)];
+            figures.extend(recent.means());
+            bar.set_message(format!("loss {:.4} {a_second:.2} it/s", recent.loss()));
+            log.write(step, &figures)?;
+            recent = Recent::default();
+        }
+        after(step, &ema)?;
+        if saved_at.elapsed() >= keeping.save_every {
+            save(step, &optimiser, &ema)?;
+            saved_at = Instant::now();
+        }
+    }
+    save(step, &optimiser, &ema)?;
+    bar.finish_and_clear();
+    Ok((End::Finished, ema))
+}
+
+/// Steps between lines of the log.
+const REPORT: u64 = 20;
+
+/// Means since the last line of the log.
+#[derive(Default)]
+struct Recent {
+    count: f64,
+    sums: BTreeMap<&'static str, f64>,
+}
+
+impl Recent {
+    fn add(&mut self, loss: f64, norm: f64, parts: &[(&'static str, f64)]) {
+        self.count += 1.0;
+        for (name, value) in [("loss", loss), ("gradient_norm", norm)].iter().chain(parts) {
+            *self.sums.entry(name).or_default() += value;
+        }
+    }
+
+    fn loss(&self) -> f64 {
+        self.sums.get("loss").map_or(f64::NAN, |sum| sum / self.count)
+    }
+
+    fn means(&self) -> Vec<(&'static str, f64)> {
+        self.sums.iter().map(|(name, sum)| (*name, sum / self.count)).collect()
+    }
+}
+
+fn set(vars: &BTreeMap<String, Var>, values: &std::collections::HashMap<String, Tensor>) -> Result<()> {
+    for (name, var) in vars {
+        var.set(values.get(name).with_context(|| format!("weight `{name}` is missing in the checkpoint"))?)?;
+    }
+    Ok(())
+}
