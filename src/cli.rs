@@ -39,6 +39,15 @@ pub enum Command {
     Face(commands::face::Args),
     /// Paint people of the small world.
     Portraits(commands::portraits::Args),
+    /// Train a small SDXL from nothing on painted portraits.
+    TrainBase(commands::train_base::Args),
+}
+
+impl Command {
+    /// Whether it trains with a shard of the batch a thread, so that kernels must not have threads of their own.
+    pub fn trains_in_shards(&self) -> bool {
+        matches!(self, Self::TrainBase(_))
+    }
 }
 
 /// Runs the command that was asked for.
@@ -48,5 +57,6 @@ pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
+        Command::TrainBase(args) => commands::train_base::run(args, &cli.common),
     }
 }

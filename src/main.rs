@@ -3,10 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use difflora::{cli, failure::Failure};
+use difflora::{cli, failure::Failure, train};
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
+    if cli.command.trains_in_shards() {
+        // SAFETY: no thread has been started yet.
+        unsafe { train::single_threaded_kernels() };
+    }
     match cli::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -2,3 +2,4 @@
 
 pub mod face;
 pub mod portraits;
+pub mod train_base;

@@ -58,7 +58,7 @@ impl SdxlParts<'_> {
         let index = json!({
             "_class_name": "StableDiffusionXLPipeline",
             "feature_extractor": [null, null],
-            "force_zeros_for_empty_prompt": true,
+            "force_zeros_for_empty_prompt": false,
             "image_encoder": [null, null],
             "scheduler": ["diffusers", class],
             "text_encoder": ["transformers", "CLIPTextModel"],

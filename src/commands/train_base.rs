@@ -1,0 +1,126 @@
+//! `difflora train-base`: a small SDXL from nothing, trained on painted portraits.
+
+mod codec;
+mod drawing;
+mod gallery;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::Common;
+use crate::failure::Failure;
+use crate::train::run::{End, Keeping};
+use crate::{files, progress};
+
+/// Arguments of `difflora train-base`.
+///
+/// Two stages: the VAE learns to code pictures, then the UNet and both text encoders learn to draw from captions.
+/// OUT becomes an ordinary SDXL folder as diffusers reads it; checkpoints, logs and sample sheets go to OUT/training.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Folder for the model; made where it is missing.
+    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    out: PathBuf,
+    /// Sizes and recipe, as in configs/base-tiny.toml.
+    #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
+    config: PathBuf,
+    /// What to train; the UNet needs a VAE that has been trained before.
+    #[arg(long, value_enum, default_value = "all", env = "DIFFLORA_STAGE")]
+    stage: Stage,
+    /// Go on from the last checkpoint of the same settings.
+    #[arg(long, env = "DIFFLORA_RESUME")]
+    resume: bool,
+    /// Steps of each stage that is trained, instead of the number in the settings.
+    #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
+    steps: Option<u64>,
+    /// Stop after so many minutes with a checkpoint; --resume goes on.
+    #[arg(long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
+    minutes: Option<f64>,
+}
+
+/// Parts of the training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Stage {
+    /// The codec between pictures and latents.
+    Vae,
+    /// The denoiser and the text encoders.
+    Unet,
+    /// One after the other.
+    All,
+}
+
+/// The file given by `--config`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    /// Of weights, batches and noise.
+    seed: u64,
+    /// What is painted to learn from.
+    pictures: gallery::Settings,
+    /// Sizes and recipe of the VAE.
+    vae: codec::Settings,
+    /// Sizes and recipe of UNet and text encoders.
+    unet: drawing::Settings,
+}
+
+/// Trains the stages that were asked for.
+pub fn run(args: Args, common: &Common) -> Result<()> {
+    let settings = read(&args)?;
+    let training = args.out.join("training");
+    std::fs::create_dir_all(&training)
+        .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
+    files::write_whole(&training.join("settings.toml"), toml::to_string(&settings)?.as_bytes())?;
+    let keeping = |name| Keeping {
+        folder: &training,
+        name,
+        resume: args.resume,
+        deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
+        save_every: Duration::from_secs(300),
+    };
+    let mut gallery = gallery::Gallery::new(&settings.pictures);
+    if matches!(args.stage, Stage::Vae | Stage::All) {
+        let end = codec::train(&settings, &mut gallery, &keeping("vae"), &args.out)?;
+        if report(end, "vae", common) {
+            return Ok(());
+        }
+    }
+    if matches!(args.stage, Stage::Unet | Stage::All) {
+        let end = drawing::train(&settings, &mut gallery, &keeping("unet"), &args.out)?;
+        report(end, "unet", common);
+    }
+    Ok(())
+}
+
+/// The settings with what the command line changes in them.
+fn read(args: &Args) -> Result<Settings> {
+    let text =
+        std::fs::read_to_string(&args.config).map_err(|error| Failure::unusable(&args.config, error))?;
+    let mut settings: Settings =
+        toml::from_str(&text).map_err(|error| Failure::unusable(&args.config, error))?;
+    if let Some(steps) = args.steps {
+        match args.stage {
+            Stage::Vae => settings.vae.plan.steps = steps,
+            Stage::Unet => settings.unet.plan.steps = steps,
+            Stage::All => (settings.vae.plan.steps, settings.unet.plan.steps) = (steps, steps),
+        }
+    }
+    Ok(settings)
+}
+
+/// Says how a stage ended; whether it paused.
+fn report(end: End, stage: &str, common: &Common) -> bool {
+    if let End::Paused { step } = end {
+        progress::note(format_args!("stage {stage} stops at step {step}; --resume goes on"));
+    }
+    if common.json {
+        let (finished, step) = match end {
+            End::Finished => (true, None),
+            End::Paused { step } => (false, Some(step)),
+        };
+        println!("{}", serde_json::json!({ "stage": stage, "finished": finished, "step": step }));
+    }
+    end != End::Finished
+}
