@@ -4,15 +4,46 @@
 //! (`models/clip/modeling_clip.py`) and `CLIPImageProcessor`. (Radford et al. 2021, arXiv 2103.00020.)
 
 use anyhow::{Result, ensure};
-use candle_core::{Device, Module, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::{Face, portrait_crop};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear,
 };
+use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
 use crate::picture::{Filter, Picture};
+
+/// Picture and face → unit vector of what the person looks like, the second condition of the hypernetwork.
+#[derive(Clone, Debug)]
+pub struct ImageEncoder {
+    network: ClipVision,
+    preprocessor: ClipPreprocessor,
+}
+
+impl ImageEncoder {
+    /// Reads a `CLIPVisionModelWithProjection` folder: `config.json`, `model.safetensors`,
+    /// `preprocessor_config.json`.
+    pub fn open(files: &ModelFiles) -> Result<Self> {
+        let config: ClipVisionConfig = files.config("config.json")?;
+        let preprocessor = files.json("preprocessor_config.json")?;
+        let network = files
+            .load("", TRANSFORMERS_WEIGHTS, DType::F32, &Device::Cpu, |vb| ClipVision::new(&config, vb))?;
+        Ok(Self { network, preprocessor })
+    }
+
+    /// The unit vector of the [`portrait_crop`] around a face of `picture`; P numbers.
+    pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
+        let crop = portrait_crop(picture, face, self.preprocessor.shortest_edge);
+        let pixels = self.preprocessor.apply(&crop, &Device::Cpu)?.unsqueeze(0)?;
+        let embedding: Vec<f32> = self.network.forward(&pixels)?.squeeze(0)?.to_vec1()?;
+        let length = embedding.iter().map(|value| value * value).sum::<f32>().sqrt();
+        ensure!(length.is_finite() && length > 0.0, "the image encoder gives no direction (length {length})");
+        Ok(embedding.iter().map(|value| value / length).collect())
+    }
+}
 
 /// `config.json` of an image encoder. What a file leaves out has transformers' default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -9,11 +9,13 @@ pub mod align;
 pub mod clip;
 pub mod detect;
 pub mod onnx;
+pub mod portrait;
 pub mod recognise;
 
 use anyhow::Result;
 
 pub use detect::{Face, Search};
+pub use portrait::portrait_crop;
 pub use recognise::cosine;
 
 use crate::picture::Picture;

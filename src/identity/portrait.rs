@@ -1,0 +1,59 @@
+//! The square around a face that the image encoder sees: hair, ears and chin, little of the rest.
+
+use super::Face;
+use crate::picture::{Filter, Picture};
+
+/// Side of the square as a multiple of the longer side of the face's box, which ends at brow and chin.
+pub const MARGIN: f32 = 1.5;
+
+/// The square around a face, `size`×`size` pixels; beyond the picture its edge is continued.
+pub fn portrait_crop(picture: &Picture, face: &Face, size: usize) -> Picture {
+    let [x1, y1, x2, y2] = face.bounds;
+    square_around(picture, [(x1 + x2) / 2.0, (y1 + y2) / 2.0], MARGIN * (x2 - x1).max(y2 - y1), size)
+}
+
+/// The square of `side` pixels around `centre` (x, y), brought to `size`×`size`; beyond the picture its edge is
+/// continued.
+pub fn square_around(picture: &Picture, centre: [f32; 2], side: f32, size: usize) -> Picture {
+    // No larger than the picture with a border of its own size, however wrong the box.
+    let most = 3 * picture.width.max(picture.height);
+    let side = (side.round().max(1.0) as usize).min(most);
+    let [left, top] = centre.map(|middle| (middle - side as f32 / 2.0).round() as isize);
+    let inside = |at: isize, length: usize| at.clamp(0, length as isize - 1) as usize;
+    let mut rgb = Vec::with_capacity(side * side * 3);
+    for y in (top..).take(side) {
+        let y = inside(y, picture.height);
+        for x in (left..).take(side) {
+            rgb.extend(picture.pixel(inside(x, picture.width), y));
+        }
+    }
+    Picture { width: side, height: side, rgb }.resize(size, size, Filter::Bicubic)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 8×8 pixels whose red is the column and whose green is the row.
+    fn gradient() -> Picture {
+        let rgb = (0..64u8).flat_map(|i| [i % 8, i / 8, 0]).collect();
+        Picture { width: 8, height: 8, rgb }
+    }
+
+    #[test]
+    fn the_square_lies_around_the_middle_of_the_face() {
+        let face = Face { bounds: [3.0, 2.0, 5.0, 6.0], points: [[0.0; 2]; 5], score: 1.0 };
+        let crop = portrait_crop(&gradient(), &face, 6);
+        assert_eq!((crop.width, crop.height), (6, 6));
+        assert_eq!((crop.pixel(0, 0), crop.pixel(5, 5)), ([1, 1, 0], [6, 6, 0]));
+    }
+
+    #[test]
+    fn beyond_the_picture_its_edge_is_continued() {
+        let crop = square_around(&gradient(), [0.0, 8.0], 6.0, 6);
+        assert_eq!([0, 1, 2, 3, 4, 5].map(|x| crop.pixel(x, 0)[0]), [0, 0, 0, 0, 1, 2]);
+        assert_eq!([0, 1, 2, 3, 4, 5].map(|y| crop.pixel(0, y)[1]), [5, 6, 7, 7, 7, 7]);
+        let absurd = square_around(&gradient(), [1e9, f32::NAN], 1e12, 6);
+        assert_eq!(absurd.width, 6);
+    }
+}
