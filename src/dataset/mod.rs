@@ -1,6 +1,7 @@
 //! The small world: procedural people with captions, made to train small models and to judge them.
 
 mod captions;
+pub mod judge;
 mod people;
 mod portraits;
 
