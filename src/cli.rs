@@ -41,12 +41,14 @@ pub enum Command {
     Portraits(commands::portraits::Args),
     /// Train a small SDXL from nothing on painted portraits.
     TrainBase(commands::train_base::Args),
+    /// Train the small image encoder, or the judge of drawn portraits.
+    TrainEncoder(commands::train_encoder::Args),
 }
 
 impl Command {
     /// Whether it trains with a shard of the batch a thread, so that kernels must not have threads of their own.
     pub fn trains_in_shards(&self) -> bool {
-        matches!(self, Self::TrainBase(_))
+        matches!(self, Self::TrainBase(_) | Self::TrainEncoder(_))
     }
 }
 
@@ -58,5 +60,6 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.common),
+        Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.common),
     }
 }

@@ -3,3 +3,4 @@
 pub mod face;
 pub mod portraits;
 pub mod train_base;
+pub mod train_encoder;

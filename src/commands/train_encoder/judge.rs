@@ -1,0 +1,132 @@
+//! The judge, trained on painted people and scenes: cross entropy for each attribute of the scene, squared error
+//! for each factor of the person.
+
+use std::path::Path;
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use rand::Rng;
+use rand_distr::StandardNormal;
+use serde_json::{Value, json};
+
+use super::{HELD_OUT, Recipe, paint, save, soften};
+use crate::dataset::judge::{self, Record};
+use crate::dataset::{Identity, Person, Scene};
+use crate::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig};
+use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::picture::Picture;
+use crate::progress;
+use crate::train;
+use crate::train::run::{self, End, Keeping};
+use crate::train::shards::{Loss, in_threads};
+use crate::weights::Trainable;
+
+/// Trains the judge, measures it on strangers and writes it to `out`.
+pub fn train(recipe: &Recipe, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
+    let model = ClipVisionConfig { projection_dim: judge::outputs(), ..recipe.model.clone() };
+    let trainable = Trainable::new(recipe.seed);
+    let network = ClipVision::new(&model, trainable.builder(&Device::Cpu))?;
+    let preprocessor = ClipPreprocessor::sized(model.image_size);
+
+    let (shards, samples) = (recipe.plan.shards as u64, recipe.plan.samples_a_shard()?);
+    let loss = |step: u64, shard: usize| {
+        let number = step * shards + shard as u64;
+        let mut rng = train::rng(recipe.seed, number);
+        let (mut pixels, mut truth) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
+        for person in number * samples as u64..(number + 1) * samples as u64 {
+            let (picture, right) = sitting(recipe.seed, person, model.image_size);
+            pixels.push(preprocessor.apply(&grain(soften(picture, &mut rng), &mut rng), &Device::Cpu)?);
+            truth.push(right);
+        }
+        error(&network.forward(&Tensor::stack(&pixels, 0)?)?, &truth)
+    };
+    let (end, ema) = run::run(&recipe.plan, recipe, keeping, &trainable.vars(), loss, |_, _| Ok(()))?;
+    if end != End::Finished {
+        return Ok((end, Value::Null));
+    }
+    // Measured as it will be opened, with weights of 16 bits.
+    save(out, &model.to_json(), &preprocessor, ema.averages())?;
+    let record = measure(out, &model, &preprocessor, recipe.seed)?;
+    let mut config = model.to_json();
+    config["judge"] = json!(record);
+    save(out, &config, &preprocessor, ema.averages())?;
+    Ok((end, json!(record)))
+}
+
+/// What is to be seen in a picture.
+type Truth = ([usize; Scene::CLASSES], [f32; Identity::COUNT]);
+
+/// Person `number` in a scene, and what is to be seen.
+fn sitting(seed: u64, number: u64, size: usize) -> (Picture, Truth) {
+    let person = Person::new(seed, number);
+    let scene = Scene::draw_for(&person, 0);
+    (paint(&person, &scene, size), (scene.classes(), person.identity.to_array()))
+}
+
+/// A little noise on half of the pictures, as codecs leave it.
+fn grain(mut picture: Picture, rng: &mut impl Rng) -> Picture {
+    if rng.random_bool(0.5) {
+        let deviation = rng.random_range(0.0..6.0f32);
+        for byte in &mut picture.rgb {
+            *byte = (f32::from(*byte) + deviation * rng.sample::<f32, _>(StandardNormal)).round() as u8;
+        }
+    }
+    picture
+}
+
+/// `outputs` (B, [`judge::outputs`]) against what is to be seen: mean cross entropy of the attributes plus twice the
+/// mean squared error of the factors, so that both parts start at about the same height.
+fn error(outputs: &Tensor, truth: &[Truth]) -> Result<Loss> {
+    let device = outputs.device();
+    let mut entropy = outputs.narrow(0, 0, 1)?.sum_all()?.zeros_like()?;
+    for (i, range) in judge::class_outputs().into_iter().enumerate() {
+        let right: Vec<u32> = truth.iter().map(|(classes, _)| classes[i] as u32).collect();
+        let logits = outputs.narrow(1, range.start, range.len())?;
+        entropy = (entropy + candle_nn::loss::cross_entropy(&logits, &Tensor::new(right, device)?)?)?;
+    }
+    let entropy = (entropy / Scene::CLASSES as f64)?;
+    let range = judge::factor_outputs();
+    let right: Vec<f32> = truth.iter().flat_map(|(_, factors)| factors.map(judge::scaled)).collect();
+    let right = Tensor::from_vec(right, (truth.len(), range.len()), device)?;
+    let squares = (outputs.narrow(1, range.start, range.len())? - right)?.sqr()?.mean_all()?;
+    let parts = vec![
+        ("entropy", f64::from(entropy.to_scalar::<f32>()?)),
+        ("squares", f64::from(squares.to_scalar::<f32>()?)),
+    ];
+    Ok(Loss { value: (entropy + (squares * 2.0)?)?, parts })
+}
+
+/// People for the measurement.
+const STRANGERS: u64 = 2000;
+
+fn measure(
+    out: &Path,
+    model: &ClipVisionConfig,
+    preprocessor: &ClipPreprocessor,
+    seed: u64,
+) -> Result<Record> {
+    let build = |vb| ClipVision::new(model, vb);
+    let files = ModelFiles::folder(out)?;
+    let network = files.load("", TRANSFORMERS_WEIGHTS, candle_core::DType::F32, &Device::Cpu, build)?;
+    const TOGETHER: u64 = 50;
+    let parts = in_threads((STRANGERS / TOGETHER) as usize, |part| {
+        progress::check()?;
+        let (mut pixels, mut truth) = (Vec::new(), Vec::new());
+        for number in (0..TOGETHER).map(|i| HELD_OUT + part as u64 * TOGETHER + i) {
+            let (picture, right) = sitting(seed, number, model.image_size);
+            pixels.push(preprocessor.apply(&picture, &Device::Cpu)?);
+            truth.push(right);
+        }
+        Ok((network.forward(&Tensor::stack(&pixels, 0)?)?.to_vec2::<f32>()?, truth))
+    })?;
+    let (rows, truth): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+    let record = Record::measure(&rows.concat(), &truth.concat());
+    let accuracies = record.attributes.iter().map(|a| format!("{} {:.1} %", a.name, 100.0 * a.accuracy));
+    let seen = record.factors.iter().filter(|factor| factor.r2 > 0.2).count();
+    progress::note(format_args!(
+        "of {STRANGERS} strangers the judge tells {}; {seen} of {} factors with R² above 0.2",
+        accuracies.collect::<Vec<_>>().join(", "),
+        Identity::COUNT
+    ));
+    Ok(record)
+}
