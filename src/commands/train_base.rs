@@ -3,7 +3,6 @@
 mod codec;
 mod drawing;
 mod gallery;
-mod patches;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -1,1 +1,200 @@
+//! LoRA: a small change ΔW = (alpha / R) · up · down to the linear layers of a model (Hu et al. 2021).
 //!
+//! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`layout`]
+//! turns a LoRA into the flat vector that the hypernetwork learns and back, [`apply`] puts it into a model.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+
+pub mod file;
+pub mod keys;
+
+pub mod layout;
+
+pub mod apply;
+
+/// A LoRA: changes to linear layers, and what is known about their origin.
+#[derive(Clone, Debug, Default)]
+pub struct Lora {
+    /// By module path as diffusers spells it. The UNet's come without prefix
+    /// (`down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`), those of the text encoders begin with
+    /// `text_encoder.` or `text_encoder_2.`.
+    pub layers: BTreeMap<String, LoraLayer>,
+    /// The file's metadata: `ss_…`, `modelspec.…`, `difflora.…`.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// The change of one linear layer.
+#[derive(Clone, Debug)]
+pub struct LoraLayer {
+    /// A, (R, in).
+    pub down: Tensor,
+    /// B, (out, R).
+    pub up: Tensor,
+    /// ΔW is scaled by alpha / R.
+    pub alpha: f32,
+}
+
+/// Metadata key of the words that call the person (ModelSpec 1.0.1).
+pub const TRIGGER_PHRASE: &str = "modelspec.trigger_phrase";
+
+impl Lora {
+    /// The words in a prompt that call the person, where the file tells them.
+    pub fn trigger_phrase(&self) -> Option<&str> {
+        self.metadata.get(TRIGGER_PHRASE).map(String::as_str)
+    }
+
+    /// All factors in another number type and on another device.
+    pub fn to(&self, dtype: DType, device: &Device) -> candle_core::Result<Self> {
+        let convert = |tensor: &Tensor| tensor.to_device(device)?.to_dtype(dtype);
+        let mut lora = self.clone();
+        for layer in lora.layers.values_mut() {
+            (layer.down, layer.up) = (convert(&layer.down)?, convert(&layer.up)?);
+        }
+        Ok(lora)
+    }
+}
+
+impl LoraLayer {
+    /// A layer from its two factors, `down` (R, in) and `up` (out, R).
+    ///
+    /// # Errors
+    /// [`LoraError::Factors`] when they do not fit each other, named by `module`.
+    pub fn new(module: &str, down: Tensor, up: Tensor, alpha: f32) -> Result<Self, LoraError> {
+        match (down.dims(), up.dims()) {
+            ([rank, _], [_, same]) if rank == same && *rank > 0 => Ok(Self { down, up, alpha }),
+            (a, b) => {
+                let (down, up) = (a.to_vec(), b.to_vec());
+                Err(LoraError::Factors { module: module.to_string(), down, up })
+            }
+        }
+    }
+
+    /// R.
+    pub fn rank(&self) -> usize {
+        self.down.dims()[0]
+    }
+
+    /// (out, in) of the linear layer that it changes.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.up.dims()[0], self.down.dims()[1])
+    }
+
+    /// alpha / R.
+    pub fn scale(&self) -> f64 {
+        f64::from(self.alpha) / self.rank() as f64
+    }
+
+    /// ΔW = (alpha / R) · up · down, (out, in) in f32.
+    pub fn delta(&self) -> candle_core::Result<Tensor> {
+        self.up.to_dtype(DType::F32)?.matmul(&self.down.to_dtype(DType::F32)?)? * self.scale()
+    }
+}
+
+/// What can be wrong with a LoRA, or between a LoRA and a model.
+#[derive(Debug, thiserror::Error)]
+pub enum LoraError {
+    /// No key of a file belongs to a LoRA.
+    #[error(
+        "none of its {count} tensors belongs to a LoRA that this program knows, for example {}",
+        listed(examples)
+    )]
+    NoLayers {
+        /// Tensors in the file.
+        count: usize,
+        /// Some of their keys.
+        examples: Vec<String>,
+    },
+    /// A kind of adapter that is not implemented.
+    #[error("`{key}`: {kind} is not supported, only plain LoRA of linear layers")]
+    Kind {
+        /// A key that shows it.
+        key: String,
+        /// Its name.
+        kind: &'static str,
+    },
+    /// Only one of the two factors is there.
+    #[error("layer `{module}` lacks its `{missing}` factor")]
+    Half {
+        /// Which layer.
+        module: String,
+        /// `up` or `down`.
+        missing: &'static str,
+    },
+    /// The two factors do not fit each other.
+    #[error("layer `{module}`: down {down:?} and up {up:?} are not (R, in) and (out, R)")]
+    Factors {
+        /// Which layer.
+        module: String,
+        /// Shape of `down`.
+        down: Vec<usize>,
+        /// Shape of `up`.
+        up: Vec<usize>,
+    },
+    /// A factor or alpha that is NaN or infinite.
+    #[error("layer `{module}` holds numbers that are not finite")]
+    NotFinite {
+        /// Which layer.
+        module: String,
+    },
+    /// A layer of another size than the model's.
+    #[error(
+        "layer `{module}` is {lora:?} (out, in), the model has {model:?}; is the LoRA made for this base?"
+    )]
+    Size {
+        /// Which layer.
+        module: String,
+        /// (out, in) of the LoRA.
+        lora: (usize, usize),
+        /// (out, in) of the model.
+        model: (usize, usize),
+    },
+    /// Layers for which the model has no place.
+    #[error(
+        "{} of {count} layers have no place in this model: {}; is the LoRA made for this base?",
+        modules.len(), listed(modules)
+    )]
+    NoPlace {
+        /// Layers in the LoRA.
+        count: usize,
+        /// Those without a place.
+        modules: Vec<String>,
+    },
+    /// A module that has no name in a file format.
+    #[error("layer `{module}` has no name in {format} files")]
+    NoName {
+        /// Which layer.
+        module: String,
+        /// The format.
+        format: &'static str,
+    },
+    /// A LoRA and a layout that do not fit.
+    #[error("layer `{module}`: {why}; the layout is another one than the LoRA was made with")]
+    Layout {
+        /// Which layer.
+        module: String,
+        /// What differs.
+        why: String,
+    },
+    /// A vector of another length than the layout's.
+    #[error("a vector of {given} numbers, the layout has {wanted}")]
+    Length {
+        /// Numbers given.
+        given: usize,
+        /// Numbers in the layout.
+        wanted: usize,
+    },
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// Up to ten names, and how many more there are.
+pub(crate) fn listed(names: &[String]) -> String {
+    let shown: Vec<String> = names.iter().take(10).map(|name| format!("`{name}`")).collect();
+    match names.len().saturating_sub(10) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}

@@ -2,7 +2,6 @@
 
 mod blocks;
 pub mod folder;
-pub mod pipeline;
 pub mod text;
 pub mod tokenizer;
 pub mod unet;

@@ -3,6 +3,7 @@
 mod face;
 mod golden;
 mod hypernet;
+mod lora;
 mod samplers;
 mod sdxl_parts;
 mod unet;

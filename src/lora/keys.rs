@@ -1,0 +1,509 @@
+//! One module, four spellings.
+//!
+//! | where | example |
+//! |---|---|
+//! | diffusers path, our own name | `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q` |
+//! | kohya, LDM path | `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q` |
+//! | kohya, diffusers path | `lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q` |
+//! | PEFT | `unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q` |
+//!
+//! The LDM paths are those of Stability's own checkpoints; sd-scripts trains on them, so they are the native
+//! names of SDXL LoRAs. Rules as in sd-scripts' `library/sdxl_model_util.py` and diffusers'
+//! `loaders/lora_conversion_utils.py`.
+
+use super::LoraError;
+
+/// How many ResNet layers the UNet has on each level: all that LDM paths depend on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockLayout {
+    /// On the way down, from the highest resolution; the way up has one more each.
+    pub layers_per_block: Vec<usize>,
+}
+
+impl Default for BlockLayout {
+    /// SDXL: three levels of two.
+    fn default() -> Self {
+        Self::uniform(3, 2)
+    }
+}
+
+impl BlockLayout {
+    /// `levels` levels with `layers_per_block` layers each, as `unet/config.json` has it.
+    pub fn uniform(levels: usize, layers_per_block: usize) -> Self {
+        Self { layers_per_block: vec![layers_per_block; levels] }
+    }
+}
+
+/// What a tensor is to its layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// A.
+    Down,
+    /// B.
+    Up,
+    /// The scale.
+    Alpha,
+}
+
+/// What a key says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// A part of a layer: its diffusers path, and which part.
+    Layer(String, Part),
+    /// A part of an adapter of a kind that is not implemented.
+    Other(&'static str),
+    /// Nothing that is known.
+    Unknown,
+}
+
+/// Takes a key of any of the spellings apart.
+pub fn parse(key: &str, layout: &BlockLayout) -> Key {
+    if let Some(kind) = other_kind(key) {
+        return Key::Other(kind);
+    }
+    let Some((stem, part)) = split_part(key) else { return Key::Unknown };
+    match module(&stem, layout) {
+        Some(module) => Key::Layer(module, part),
+        None => Key::Unknown,
+    }
+}
+
+/// The kohya stem with LDM path.
+pub fn kohya(module: &str, layout: &BlockLayout) -> Result<String, LoraError> {
+    let no_name = || LoraError::NoName { module: module.to_string(), format: "kohya" };
+    if let Some(stem) = kohya_text(module) {
+        return Ok(stem);
+    }
+    let ldm = to_ldm(module, layout).ok_or_else(no_name)?;
+    Ok(format!("lora_unet_{}", ldm.replace('.', "_")))
+}
+
+/// The kohya stem with diffusers path.
+pub fn kohya_diffusers(module: &str) -> String {
+    kohya_text(module).unwrap_or_else(|| format!("lora_unet_{}", module.replace('.', "_")))
+}
+
+/// The PEFT stem.
+pub fn peft(module: &str) -> String {
+    if module.starts_with("text_encoder") { module.to_string() } else { format!("unet.{module}") }
+}
+
+fn kohya_text(module: &str) -> Option<String> {
+    let (prefix, rest) = match (module.strip_prefix("text_encoder."), module.strip_prefix("text_encoder_2."))
+    {
+        (Some(rest), _) => ("lora_te1_", rest),
+        (_, Some(rest)) => ("lora_te2_", rest),
+        _ => return None,
+    };
+    Some(format!("{prefix}{}", rest.replace('.', "_")))
+}
+
+/// Names of adapter kinds by what only their keys contain (LyCORIS `modules/*.py`).
+fn other_kind(key: &str) -> Option<&'static str> {
+    let kinds = [
+        (".hada_", "LoHa"),
+        (".lokr_", "LoKr"),
+        (".dora_scale", "DoRA"),
+        (".lora_magnitude_vector", "DoRA"),
+        (".lora_mid.", "a Tucker factor"),
+        (".oft_blocks", "OFT"),
+        (".a1.weight", "GLoRA"),
+        (".on_input", "IA3"),
+    ];
+    if key.ends_with(".diff") || key.ends_with(".diff_b") {
+        return Some("a full difference");
+    }
+    kinds.into_iter().find_map(|(mark, kind)| key.contains(mark).then_some(kind))
+}
+
+/// `(stem, part)` of a key.
+fn split_part(key: &str) -> Option<(String, Part)> {
+    let suffixes = [
+        (".lora_down.weight", Part::Down),
+        (".lora_up.weight", Part::Up),
+        (".lora_A.weight", Part::Down),
+        (".lora_B.weight", Part::Up),
+        (".lora.down.weight", Part::Down),
+        (".lora.up.weight", Part::Up),
+        (".lora_linear_layer.down.weight", Part::Down),
+        (".lora_linear_layer.up.weight", Part::Up),
+        // diffusers before 0.20: `…attn1.processor.to_out_lora.down.weight`
+        ("_lora.down.weight", Part::Down),
+        ("_lora.up.weight", Part::Up),
+        (".alpha", Part::Alpha),
+    ];
+    for (suffix, part) in suffixes {
+        if let Some(stem) = key.strip_suffix(suffix) {
+            return Some((stem.to_string(), part));
+        }
+    }
+    // PEFT with the adapter's name inside: `….lora_A.default.weight`
+    let named = key.strip_suffix(".weight")?;
+    let (rest, _) = named.rsplit_once('.')?;
+    let part = match rest.rsplit_once('.')?.1 {
+        "lora_A" => Part::Down,
+        "lora_B" => Part::Up,
+        _ => return None,
+    };
+    Some((rest.rsplit_once('.')?.0.to_string(), part))
+}
+
+/// The diffusers path of a stem.
+fn module(stem: &str, layout: &BlockLayout) -> Option<String> {
+    let stem = stem.strip_prefix("base_model.model.").unwrap_or(stem).replace(".processor.", ".");
+    let text = [
+        ("lora_te1_", "text_encoder"),
+        ("lora_te_", "text_encoder"),
+        ("lora_te2_", "text_encoder_2"),
+        ("text_encoder.", "text_encoder"),
+        ("text_encoder_2.", "text_encoder_2"),
+    ];
+    for (prefix, encoder) in text {
+        if let Some(rest) = stem.strip_prefix(prefix) {
+            return Some(format!("{encoder}.{}", words(rest)?));
+        }
+    }
+    let prefixes = ["lora_unet_", "lycoris_", "unet.", "model.diffusion_model.", "diffusion_model."];
+    let rest = prefixes.into_iter().find_map(|prefix| stem.strip_prefix(prefix)).unwrap_or(&stem);
+    let path = words(rest)?;
+    let top = path.split('.').next()?;
+    let ldm = ["input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"];
+    let path = if ldm.contains(&top) { from_ldm(&path, layout)? } else { path };
+    // The oldest diffusers files leave the index of the output projection out.
+    Some(if path.ends_with(".to_out") { format!("{path}.0") } else { path })
+}
+
+/// Words that contain an underscore; everything else parts at dots and underscores.
+const COMPOUND: [&str; 34] = [
+    "transformer_blocks",
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+    "input_blocks",
+    "middle_block",
+    "output_blocks",
+    "time_emb_proj",
+    "time_embedding",
+    "time_embed",
+    "add_embedding",
+    "label_emb",
+    "linear_1",
+    "linear_2",
+    "in_layers",
+    "out_layers",
+    "emb_layers",
+    "skip_connection",
+    "conv_shortcut",
+    "conv_in",
+    "conv_out",
+    "proj_in",
+    "proj_out",
+    "to_out",
+    "to_q",
+    "to_k",
+    "to_v",
+    "text_model",
+    "self_attn",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "out_proj",
+    "text_projection",
+];
+
+/// A path in which dots may have become underscores, with its dots back; nothing when a word is unknown.
+fn words(flat: &str) -> Option<String> {
+    const SIMPLE: [&str; 23] = [
+        "attentions",
+        "resnets",
+        "downsamplers",
+        "upsamplers",
+        "attn1",
+        "attn2",
+        "ff",
+        "net",
+        "proj",
+        "conv",
+        "conv1",
+        "conv2",
+        "norm",
+        "norm1",
+        "norm2",
+        "norm3",
+        "op",
+        "out",
+        "encoder",
+        "layers",
+        "mlp",
+        "fc1",
+        "fc2",
+    ];
+    let flat = flat.replace('.', "_");
+    let mut rest = flat.as_str();
+    let mut path: Vec<&str> = Vec::new();
+    while !rest.is_empty() {
+        let ends_there = |word: &&&str| {
+            rest.strip_prefix(**word).is_some_and(|after| after.is_empty() || after.starts_with('_'))
+        };
+        let compound = COMPOUND.iter().find(ends_there).copied();
+        let word = match compound {
+            Some(word) => word,
+            None => {
+                let word = rest.split('_').next()?;
+                let is_index = !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
+                if !is_index && !SIMPLE.contains(&word) {
+                    return None;
+                }
+                &rest[..word.len()]
+            }
+        };
+        path.push(word);
+        rest = &rest[word.len()..];
+        rest = rest.strip_prefix('_').unwrap_or(rest);
+    }
+    (!path.is_empty()).then(|| path.join("."))
+}
+
+/// diffusers name ↔ LDM name of what lies outside the blocks.
+const OUTSIDE: [(&str, &str); 6] = [
+    ("time_embedding.linear_1", "time_embed.0"),
+    ("time_embedding.linear_2", "time_embed.2"),
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
+    ("conv_in", "input_blocks.0.0"),
+    ("conv_out", "out.2"),
+];
+
+/// diffusers name ↔ LDM name within a ResNet block.
+const RESNET: [(&str, &str); 4] = [
+    ("conv1", "in_layers.2"),
+    ("conv2", "out_layers.3"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("conv_shortcut", "skip_connection"),
+];
+
+/// The three parts of the middle block, in LDM order.
+const MIDDLE: [(&str, usize); 3] = [("resnets", 0), ("attentions", 0), ("resnets", 1)];
+
+fn to_ldm(path: &str, layout: &BlockLayout) -> Option<String> {
+    if let Some((_, ldm)) = OUTSIDE.iter().find(|(ours, _)| *ours == path) {
+        return Some((*ldm).to_string());
+    }
+    if let Some(rest) = path.strip_prefix("mid_block.") {
+        let (kind, index, rest) = kind_and_index(rest)?;
+        let place = MIDDLE.iter().position(|part| *part == (kind, index))?;
+        return Some(format!("middle_block.{place}.{}", inner_to_ldm(kind, rest)?));
+    }
+    let (side, rest) = path.split_once('.')?;
+    let (level, rest) = rest.split_once('.')?;
+    let level: usize = level.parse().ok()?;
+    let (kind, index, rest) = kind_and_index(rest)?;
+    let sizes = match side {
+        "down_blocks" => layout.down(),
+        "up_blocks" => layout.up(),
+        _ => return None,
+    };
+    let (first, size) = *sizes.get(level)?;
+    let (block, place) = match (side, kind) {
+        (_, "resnets" | "attentions") if index >= size => return None,
+        (_, "resnets") => (first + index, 0),
+        (_, "attentions") => (first + index, 1),
+        ("down_blocks", "downsamplers") => (first + size, 0),
+        // After the ResNet and the transformer; SDXL has a transformer on every level with an upsampler.
+        ("up_blocks", "upsamplers") => (first + size - 1, 2),
+        _ => return None,
+    };
+    let side = if side == "down_blocks" { "input_blocks" } else { "output_blocks" };
+    Some(format!("{side}.{block}.{place}.{}", inner_to_ldm(kind, rest)?))
+}
+
+fn from_ldm(path: &str, layout: &BlockLayout) -> Option<String> {
+    if let Some((ours, _)) = OUTSIDE.iter().find(|(_, ldm)| *ldm == path) {
+        return Some((*ours).to_string());
+    }
+    let (side, rest) = path.split_once('.')?;
+    let (block, rest) = rest.split_once('.')?;
+    let block: usize = block.parse().ok()?;
+    if side == "middle_block" {
+        let (kind, index) = MIDDLE.get(block)?;
+        return Some(format!("mid_block.{kind}.{index}.{}", inner_from_ldm(kind, rest)?));
+    }
+    let (place, rest) = rest.split_once('.')?;
+    let (side, sizes) = match side {
+        "input_blocks" => ("down_blocks", layout.down()),
+        "output_blocks" => ("up_blocks", layout.up()),
+        _ => return None,
+    };
+    // The last level that begins at or before the block.
+    let level = sizes.iter().rposition(|(first, _)| *first <= block)?;
+    let (first, size) = sizes[level];
+    let index = block - first;
+    let (kind, index) = match (side, place) {
+        ("down_blocks", "0") if index == size => ("downsamplers", 0),
+        _ if index >= size => return None,
+        (_, "0") => ("resnets", index),
+        (_, "1") => ("attentions", index),
+        ("up_blocks", "2") if index == size - 1 => ("upsamplers", 0),
+        _ => return None,
+    };
+    Some(format!("{side}.{level}.{kind}.{index}.{}", inner_from_ldm(kind, rest)?))
+}
+
+impl BlockLayout {
+    /// For each level on the way down: its first LDM block and its layers. Block 0 is `conv_in`, and a
+    /// downsampler follows each level.
+    fn down(&self) -> Vec<(usize, usize)> {
+        let mut first = 1;
+        let mut level = |layers: &usize| {
+            let here = first;
+            first += layers + 1;
+            (here, *layers)
+        };
+        self.layers_per_block.iter().map(&mut level).collect()
+    }
+
+    /// For each level on the way up, from the lowest: its first LDM block and its layers.
+    fn up(&self) -> Vec<(usize, usize)> {
+        let mut first = 0;
+        let mut level = |layers: &usize| {
+            let here = first;
+            first += layers + 1;
+            (here, layers + 1)
+        };
+        self.layers_per_block.iter().rev().map(&mut level).collect()
+    }
+}
+
+/// `attentions.0.rest` → (`attentions`, 0, `rest`).
+fn kind_and_index(path: &str) -> Option<(&str, usize, &str)> {
+    let (kind, rest) = path.split_once('.')?;
+    let (index, rest) = rest.split_once('.')?;
+    Some((kind, index.parse().ok()?, rest))
+}
+
+/// Within a transformer both worlds use the same names.
+fn inner_to_ldm(kind: &str, rest: &str) -> Option<String> {
+    match kind {
+        "resnets" => RESNET.iter().find(|(ours, _)| *ours == rest).map(|(_, ldm)| (*ldm).to_string()),
+        "downsamplers" => (rest == "conv").then(|| "op".to_string()),
+        _ => Some(rest.to_string()),
+    }
+}
+
+fn inner_from_ldm(kind: &str, rest: &str) -> Option<String> {
+    match kind {
+        "resnets" => RESNET.iter().find(|(_, ldm)| *ldm == rest).map(|(ours, _)| (*ours).to_string()),
+        "downsamplers" => (rest == "op").then(|| "conv".to_string()),
+        _ => Some(rest.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SDXL, from sd-scripts' conversion map.
+    const SDXL: [(&str, &str); 14] = [
+        ("down_blocks.0.resnets.1.time_emb_proj", "input_blocks.2.0.emb_layers.1"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        (
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+            "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+        ),
+        ("down_blocks.1.attentions.1.proj_in", "input_blocks.5.1.proj_in"),
+        (
+            "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj",
+            "input_blocks.8.1.transformer_blocks.9.ff.net.0.proj",
+        ),
+        ("down_blocks.2.resnets.0.conv_shortcut", "input_blocks.7.0.skip_connection"),
+        (
+            "mid_block.attentions.0.transformer_blocks.3.attn2.to_out.0",
+            "middle_block.1.transformer_blocks.3.attn2.to_out.0",
+        ),
+        ("mid_block.resnets.1.conv1", "middle_block.2.in_layers.2"),
+        (
+            "up_blocks.0.attentions.2.transformer_blocks.7.ff.net.2",
+            "output_blocks.2.1.transformer_blocks.7.ff.net.2",
+        ),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
+        ("up_blocks.1.attentions.0.proj_out", "output_blocks.3.1.proj_out"),
+        ("up_blocks.2.resnets.2.conv2", "output_blocks.8.0.out_layers.3"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+    ];
+
+    #[test]
+    fn sdxl_s_modules_have_their_ldm_names() {
+        let layout = BlockLayout::default();
+        for (ours, ldm) in SDXL {
+            assert_eq!(to_ldm(ours, &layout).as_deref(), Some(ldm));
+            assert_eq!(from_ldm(ldm, &layout).as_deref(), Some(ours));
+        }
+    }
+
+    #[test]
+    fn every_spelling_leads_to_the_same_module() {
+        let layout = BlockLayout::default();
+        let path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0";
+        for key in [
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+            "lycoris_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora.up.weight",
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight",
+            "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.default.weight",
+            "base_model.model.unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+            "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora_up.weight",
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+        ] {
+            assert_eq!(parse(key, &layout), Key::Layer(path.to_string(), Part::Up), "{key}");
+        }
+        let te = "text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj";
+        for key in [
+            "lora_te2_text_model_encoder_layers_31_self_attn_out_proj.alpha",
+            "text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj.alpha",
+        ] {
+            assert_eq!(parse(key, &layout), Key::Layer(te.to_string(), Part::Alpha), "{key}");
+        }
+    }
+
+    #[test]
+    fn other_adapters_and_strange_keys_are_told_apart() {
+        let layout = BlockLayout::default();
+        let stem = "lora_unet_input_blocks_4_1_proj_in";
+        assert_eq!(parse(&format!("{stem}.hada_w1_a"), &layout), Key::Other("LoHa"));
+        assert_eq!(parse(&format!("{stem}.dora_scale"), &layout), Key::Other("DoRA"));
+        for key in [
+            "",
+            "alpha",
+            ".alpha",
+            ".lora_A.x.weight",
+            "lora_unet_.alpha",
+            "conv_in.weight",
+            "lora_unet_input_blocks_99_1_proj_in.alpha",
+            "lora_unet_input_blocks_99999999999999999999_1_proj_in.alpha",
+            "lora_unet_output_blocks_4_2_conv.alpha",
+            "lora_unet_müsli.lora_up.weight",
+        ] {
+            assert_eq!(parse(key, &layout), Key::Unknown, "{key}");
+        }
+    }
+
+    #[test]
+    fn other_block_layouts_move_the_ldm_numbers() {
+        // A UNet of two levels with one layer each.
+        let layout = BlockLayout::uniform(2, 1);
+        for (ours, ldm) in [
+            ("down_blocks.0.attentions.0.proj_in", "input_blocks.1.1.proj_in"),
+            ("down_blocks.1.attentions.0.proj_in", "input_blocks.3.1.proj_in"),
+            ("up_blocks.0.attentions.1.proj_in", "output_blocks.1.1.proj_in"),
+            ("up_blocks.1.attentions.0.proj_in", "output_blocks.2.1.proj_in"),
+        ] {
+            assert_eq!(to_ldm(ours, &layout).as_deref(), Some(ldm));
+            assert_eq!(from_ldm(ldm, &layout).as_deref(), Some(ours));
+        }
+        assert_eq!(to_ldm("down_blocks.2.attentions.0.proj_in", &layout), None);
+        assert_eq!(to_ldm("down_blocks.1.attentions.1.proj_in", &layout), None);
+    }
+}
