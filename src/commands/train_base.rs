@@ -3,6 +3,7 @@
 mod codec;
 mod drawing;
 mod gallery;
+mod patches;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

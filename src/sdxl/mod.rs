@@ -2,6 +2,7 @@
 
 mod blocks;
 pub mod folder;
+pub mod pipeline;
 pub mod text;
 pub mod tokenizer;
 pub mod unet;

@@ -74,6 +74,12 @@ impl Gallery {
         self.tensor(count, planes.iter())
     }
 
+    /// Up to `count` pictures, evenly spread. (count, 3, size, size) in [−1, 1].
+    pub fn sample(&self, count: usize) -> Result<Tensor> {
+        let count = count.clamp(1, self.len());
+        self.batch(&(0..count).map(|i| i * (self.len() / count)).collect::<Vec<_>>())
+    }
+
     /// Painted pictures by number. (B, 3, size, size) in [−1, 1].
     pub fn batch(&self, numbers: &[usize]) -> Result<Tensor> {
         let length = 3 * self.settings.size * self.settings.size;
