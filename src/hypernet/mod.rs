@@ -1,8 +1,389 @@
-//! Who → LoRA: mixer, diffusion transformer, autoencoder, and their statistics.
+//! Who → LoRA.
+//!
+//! ```text
+//! face, image embedding ──► mixer: condition F ──► dit: noise → x_0 ──► lae: latent → vector ──► LoRA
+//!                      └──► ridge: linear guess ──────────┘ +
+//! ```
+//!
+//! A hypernetwork is a folder: `config.json`, `lae.safetensors`, `dit.safetensors` (mixer and linear guess
+//! included), `stats.safetensors`.
 
+pub mod codec;
+pub mod denoiser;
 pub mod dit;
 pub mod lae;
 pub mod mixer;
 pub mod pca;
 pub mod ridge;
 pub mod stats;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+pub use codec::LoraCodec;
+pub use denoiser::{Denoiser, DenoiserConfig, DenoiserStats, SampleOptions, diffusion_of_latents};
+
+use lae::LaeConfig;
+
+use crate::failure::Failure;
+use crate::files::write_whole;
+use crate::identity::Identity;
+use crate::lora::Lora;
+use crate::lora::layout::LoraLayout;
+use crate::model_files::{ModelFiles, save_json};
+
+/// The whole of it: a person goes in, a LoRA comes out.
+#[derive(Clone, Debug)]
+pub struct Hypernet {
+    /// LoRA ↔ latent.
+    pub codec: LoraCodec,
+    /// Person → latent.
+    pub denoiser: Denoiser,
+}
+
+/// `config.json` of a hypernetwork folder, or of an autoencoder's (without `denoiser`).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Version of the folder's format.
+    pub format: u32,
+    /// The base model that the LoRAs are for.
+    pub base: ModelId,
+    /// Modules of the vector, in order.
+    pub layout: LoraLayout,
+    /// Sizes of the autoencoder.
+    pub lae: LaeConfig,
+    /// Sizes and settings of the rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub denoiser: Option<DenoiserConfig>,
+}
+
+/// The format that this program writes.
+pub const FORMAT: u32 = 1;
+
+/// Another model that this one was made with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelId {
+    /// As a user would write it.
+    pub name: String,
+    /// Of its weights, in hexadecimal.
+    pub sha256: String,
+}
+
+impl ModelId {
+    /// Refuses `found` in the place of `self`; `what` is the role, for example `base model`.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] with both names.
+    pub fn demand(&self, found: &Self, what: &str) -> Result<()> {
+        if self.sha256 == found.sha256 {
+            return Ok(());
+        }
+        let short = |id: &Self| id.sha256.chars().take(12).collect::<String>();
+        Err(Failure::Usage(format!(
+            "the hypernetwork was made for the {what} `{}` (SHA-256 {}…), not for `{}` ({}…)",
+            self.name,
+            short(self),
+            found.name,
+            short(found)
+        ))
+        .into())
+    }
+}
+
+impl Config {
+    fn read(files: &ModelFiles) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Version {
+            format: u32,
+        }
+        // The version first: keys of a newer one would only be called unknown.
+        let Version { format } = files.json("config.json")?;
+        if format != FORMAT {
+            let why = format!("it has format {format}, this program reads {FORMAT}; use a newer difflora");
+            return Err(files.unusable("config.json", why));
+        }
+        files.json("config.json")
+    }
+}
+
+impl Hypernet {
+    /// Reads a hypernetwork folder.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] with the file for anything that is missing, damaged or does not fit.
+    pub fn open(files: &ModelFiles, device: &Device) -> Result<Self> {
+        let config = Config::read(files)?;
+        let Some(denoiser) = &config.denoiser else {
+            let why = "it holds an autoencoder only; train the rest with `difflora train-dit`";
+            return Err(files.unusable("config.json", why));
+        };
+        let codec = LoraCodec::from_config(&config, files, device)?;
+        let denoiser = Denoiser::open(denoiser, files, device)?;
+        let (made, read) = (denoiser.config.dit.latent, codec.lae.config().latent());
+        if made != read {
+            let why = format!("the transformer makes latents of {made} values, the autoencoder reads {read}");
+            return Err(files.unusable("config.json", why));
+        }
+        Ok(Self { codec, denoiser })
+    }
+
+    /// Writes the folder; networks are stored as `dtype` (f16 halves it and changes LoRAs by about 0.1 %).
+    pub fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+        let (weights, stats) = self.denoiser.parts()?;
+        self.codec.save_weights(folder, dtype)?;
+        write_tensors(&folder.join("dit.safetensors"), weights, dtype)?;
+        let mut all = self.codec.stats()?;
+        all.extend(stats);
+        write_tensors(&folder.join("stats.safetensors"), all, DType::F32)?;
+        let config = Config { denoiser: Some(self.denoiser.config.clone()), ..self.codec.config() };
+        // Last, so that a folder with a config is complete.
+        save_json(&folder.join("config.json"), &serde_json::to_value(config)?)
+    }
+
+    /// The options that it was made with, and seed 0.
+    pub fn options(&self) -> SampleOptions {
+        let DenoiserConfig { steps, guidance, .. } = self.denoiser.config;
+        SampleOptions { steps, guidance, seed: 0, samples: 1, strength: 1.0 }
+    }
+
+    /// Samples the LoRA of a person. The same identity and options give the same LoRA.
+    pub fn generate(&self, identity: &Identity, options: &SampleOptions) -> Result<Lora> {
+        self.codec.lora(&self.sample_latent(identity, options)?)
+    }
+
+    /// Samples the latent of a person: z (1, L).
+    pub fn sample_latent(&self, identity: &Identity, options: &SampleOptions) -> Result<Tensor> {
+        let (face, image) = self.denoiser.embeddings(identity, self.codec.standardise.mean().device())?;
+        self.denoiser.sample(&face, &image, options)
+    }
+}
+
+/// Writes tensors by name; floating ones as `dtype`.
+fn write_tensors(path: &Path, tensors: BTreeMap<String, Tensor>, dtype: DType) -> Result<()> {
+    let mut stored = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let tensor = tensor.to_device(&Device::Cpu)?;
+        let tensor = if tensor.dtype().is_float() { tensor.to_dtype(dtype)? } else { tensor };
+        stored.insert(name, tensor.contiguous()?);
+    }
+    let bytes = safetensors::serialize(stored, None).context("cannot serialise the weights")?;
+    write_whole(path, &bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::dit::DitConfig;
+    use super::lae::Lae;
+    use super::mixer::MixerConfig;
+    use super::pca::Pca;
+    use super::ridge::Ridge;
+    use super::stats::{Standardise, unit_power};
+    use super::*;
+    use crate::diffusion::noise::normal;
+    use crate::lora::LoraLayer;
+    use crate::weights::Trainable;
+
+    const PEOPLE: usize = 24;
+    const FACE: usize = 6;
+    const IMAGE: usize = 4;
+    const LATENT: usize = 8;
+
+    fn id(name: &str) -> ModelId {
+        ModelId { name: name.into(), sha256: format!("{name}-0123456789abcdef") }
+    }
+
+    fn rows(stream: u64, width: usize) -> Tensor {
+        normal(9, stream, (PEOPLE, width), &Device::Cpu).unwrap()
+    }
+
+    fn identity(person: usize) -> Identity {
+        let row = |rows: Tensor| rows.get(person).unwrap().to_vec1().unwrap();
+        Identity { face: row(rows(1, FACE)), image: Some(row(rows(2, IMAGE))) }
+    }
+
+    /// Two modules of rank 2 with shared `A`s.
+    fn layout() -> LoraLayout {
+        let layer = |stream, out, input| {
+            let down = normal(8, stream, (2, input), &Device::Cpu).unwrap();
+            let up = Tensor::zeros((out, 2), DType::F32, &Device::Cpu).unwrap();
+            LoraLayer { down, up, alpha: 2.0 }
+        };
+        let layers = [("a.to_q".to_string(), layer(0, 6, 4)), ("b.to_k".to_string(), layer(1, 9, 7))];
+        let lora = Lora { layers: layers.into(), ..Lora::default() };
+        let down = lora.layers.iter().map(|(name, layer)| (name.clone(), layer.down.clone())).collect();
+        LoraLayout::of(&lora).with_shared_down(down).unwrap()
+    }
+
+    /// LoRAs that depend on the embeddings, a codec by PCA, ridge regression, and an untrained transformer.
+    fn untrained() -> Hypernet {
+        let layout = layout();
+        let together = Tensor::cat(&[rows(1, FACE), rows(2, IMAGE)], 1).unwrap();
+        let map = normal(9, 3, (FACE + IMAGE, layout.parameters()), &Device::Cpu).unwrap();
+        let vectors = together.matmul(&map).unwrap();
+        let standardise = Standardise::fit(&vectors, &codec::blocks(&layout)).unwrap();
+        let pca = Pca::fit(&standardise.apply(&vectors).unwrap(), LATENT).unwrap();
+        let lae = LaeConfig::Pca { input: layout.parameters(), latent: LATENT };
+        let weights = Lae::pca_tensors(&pca).into_iter().collect();
+        let codec = LoraCodec::new(id("base"), layout, standardise, &lae, weights, &Device::Cpu).unwrap();
+
+        let z = codec.encode(&vectors).unwrap();
+        let mut stats = DenoiserStats {
+            face: Standardise::fit_whole(&rows(1, FACE)).unwrap(),
+            image: Standardise::fit_whole(&rows(2, IMAGE)).unwrap(),
+            scale: 1.0,
+        };
+        let x = stats.together(&rows(1, FACE), &rows(2, IMAGE)).unwrap();
+        let fit = Ridge::cross_fit(&x, &z, &[1e-3, 1e-2], 4).unwrap();
+        stats.scale = unit_power(&(&z - &fit.out_of_fold).unwrap()).unwrap();
+        let config = DenoiserConfig {
+            mixer: MixerConfig { face: FACE, image: IMAGE, width: 16 },
+            dit: DitConfig { latent: LATENT, token: 4, width: 16, depth: 1, heads: 2 },
+            diffusion: diffusion_of_latents(),
+            steps: 4,
+            guidance: 1.0,
+            linear_guess: true,
+            face_encoder: id("face"),
+            image_encoder: id("clip"),
+        };
+        let trainable = Trainable::new(5);
+        let vb = trainable.builder(&Device::Cpu);
+        mixer::Mixer::new(&config.mixer, vb.pp("mixer")).unwrap();
+        dit::Dit::new(&config.dit, vb.pp("dit")).unwrap();
+        let weights = trainable.vars().into_iter().map(|(name, var)| (name, var.as_tensor().detach()));
+        let weights = weights.chain(fit.ridge.tensors("guess")).collect();
+        let denoiser = Denoiser::new(config, stats, weights, &Device::Cpu).unwrap();
+        Hypernet { codec, denoiser }
+    }
+
+    /// The same with random numbers added to the weights of the transformer and the mixer.
+    fn shaken() -> Hypernet {
+        let Hypernet { codec, denoiser } = untrained();
+        let (weights, _) = denoiser.parts().unwrap();
+        let shaken = weights.into_iter().enumerate().map(|(i, (name, weight))| {
+            let noise = normal(11, i as u64, weight.shape(), &Device::Cpu).unwrap();
+            (name, (weight + (noise * 0.2).unwrap()).unwrap())
+        });
+        let Denoiser { config, stats, .. } = denoiser;
+        let denoiser = Denoiser::new(config, stats, shaken.collect(), &Device::Cpu).unwrap();
+        Hypernet { codec, denoiser }
+    }
+
+    fn values(x: &Tensor) -> Vec<f32> {
+        x.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn worst(a: &Tensor, b: &Tensor) -> f32 {
+        values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
+    #[test]
+    fn an_untrained_transformer_leaves_the_linear_guess() {
+        let hypernet = untrained();
+        let identity = identity(3);
+        let (face, image) = hypernet.denoiser.embeddings(&identity, &Device::Cpu).unwrap();
+        let guess = hypernet.denoiser.linear_guess(&face, &image).unwrap();
+        for options in [
+            hypernet.options(),
+            SampleOptions { steps: 1, samples: 3, ..hypernet.options() },
+            SampleOptions { guidance: 2.0, ..hypernet.options() },
+        ] {
+            let z = hypernet.sample_latent(&identity, &options).unwrap();
+            assert!(worst(&z, &guess) < 1e-5, "{options:?}");
+        }
+        let twice = SampleOptions { strength: 2.0, ..hypernet.options() };
+        let z = hypernet.sample_latent(&identity, &twice).unwrap();
+        assert!(worst(&z, &(guess * 2.0).unwrap()) < 1e-5);
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_lora_and_another_seed_another() {
+        let hypernet = shaken();
+        let lora = |identity: &Identity, seed| {
+            let options = SampleOptions { seed, ..hypernet.options() };
+            let lora = hypernet.generate(identity, &options).unwrap();
+            lora.layers.values().flat_map(|layer| values(&layer.up)).collect::<Vec<f32>>()
+        };
+        assert_eq!(lora(&identity(0), 7), lora(&identity(0), 7));
+        assert_ne!(lora(&identity(0), 7), lora(&identity(0), 8));
+        assert_ne!(lora(&identity(0), 7), lora(&identity(1), 7));
+    }
+
+    #[test]
+    fn guidance_moves_away_from_nobody() {
+        let hypernet = shaken();
+        let z = |guidance| {
+            let options = SampleOptions { guidance, steps: 1, ..hypernet.options() };
+            hypernet.sample_latent(&identity(2), &options).unwrap()
+        };
+        // One step is linear in the guidance.
+        let (none, one, two) = (z(0.0), z(1.0), z(2.0));
+        assert!(worst(&none, &one) > 1e-3);
+        assert!(worst(&two, &((&one * 2.0).unwrap() - &none).unwrap()) < 1e-4);
+    }
+
+    #[test]
+    fn a_saved_hypernetwork_makes_the_same_lora() {
+        let hypernet = shaken();
+        let folder = tempfile::tempdir().unwrap();
+        let files = ModelFiles::folder(folder.path()).unwrap();
+        let options = hypernet.options();
+        let z = hypernet.sample_latent(&identity(1), &options).unwrap();
+        // f16 has 11 bits: a thousandth of values of order one, through several layers.
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 2e-2)] {
+            hypernet.save(folder.path(), dtype).unwrap();
+            let again = Hypernet::open(&files, &Device::Cpu).unwrap();
+            assert!(worst(&z, &again.sample_latent(&identity(1), &options).unwrap()) < tolerance);
+            let (a, b) = (hypernet.codec.lora(&z).unwrap(), again.codec.lora(&z).unwrap());
+            for (name, layer) in &a.layers {
+                assert!(worst(&layer.up, &b.layers[name].up) < tolerance);
+                assert!(worst(&layer.down, &b.layers[name].down) < tolerance);
+            }
+        }
+    }
+
+    #[test]
+    fn folders_that_cannot_be_used_say_why() {
+        let hypernet = untrained();
+        let folder = tempfile::tempdir().unwrap();
+        let files = ModelFiles::folder(folder.path()).unwrap();
+        let message = || format!("{:#}", Hypernet::open(&files, &Device::Cpu).unwrap_err());
+        assert!(message().contains("config.json"));
+        hypernet.codec.save(folder.path(), DType::F32).unwrap();
+        assert!(message().contains("train-dit"), "{}", message());
+        assert!(LoraCodec::open(&files, &Device::Cpu).is_ok());
+        hypernet.save(folder.path(), DType::F32).unwrap();
+        let config = folder.path().join("config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+        assert!(message().contains("newer"), "{}", message());
+        std::fs::write(&config, text.replace("\"depth\": 1", "\"depth\": 2")).unwrap();
+        assert!(message().contains("missing"), "{}", message());
+        std::fs::write(&config, text).unwrap();
+        std::fs::write(folder.path().join("dit.safetensors"), b"short").unwrap();
+        assert!(message().contains("dit.safetensors"), "{}", message());
+    }
+
+    #[test]
+    fn embeddings_and_models_of_another_kind_are_refused_by_name() {
+        let hypernet = untrained();
+        let wrong = Identity { face: vec![0.0; 3], image: Some(vec![0.0; IMAGE]) };
+        let message = hypernet.generate(&wrong, &hypernet.options()).unwrap_err().to_string();
+        assert!(message.contains("3 values") && message.contains("`face`"), "{message}");
+        let message = id("tiny").demand(&id("sdxl"), "base model").unwrap_err().to_string();
+        assert!(message.contains("tiny") && message.contains("sdxl"), "{message}");
+        assert!(id("tiny").demand(&id("tiny"), "base model").is_ok());
+    }
+
+    #[test]
+    fn networks_can_be_shared_between_threads() {
+        fn shared<T: Send + Sync + Clone>() {}
+        shared::<Hypernet>();
+    }
+}

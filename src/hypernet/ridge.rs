@@ -140,11 +140,11 @@ fn solve(a: &Tensor, damping: f64, y: &Tensor) -> Result<Tensor> {
         };
         to.iter_mut().zip(from).for_each(|(a, b)| *a -= factor * b);
     };
-    for i in 0..n {
-        for j in 0..i {
-            subtract(&mut y, i, j, l[i][j]);
+    for (i, row) in l.iter().enumerate() {
+        for (j, factor) in row[..i].iter().enumerate() {
+            subtract(&mut y, i, j, *factor);
         }
-        y[i].iter_mut().for_each(|x| *x /= l[i][i]);
+        y[i].iter_mut().for_each(|x| *x /= row[i]);
     }
     for i in (0..n).rev() {
         for (j, row) in l.iter().enumerate().skip(i + 1) {

@@ -1,0 +1,151 @@
+//! LoRA ↔ latent: vector layout, standardisation and autoencoder together.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor};
+
+use super::lae::{Lae, LaeConfig};
+use super::stats::Standardise;
+use super::{Config, FORMAT, ModelId, write_tensors};
+use crate::lora::Lora;
+use crate::lora::layout::LoraLayout;
+use crate::model_files::{ModelFiles, save_json};
+use crate::weights::frozen;
+
+/// A trained autoencoder with what its vectors mean. `train-lae` writes one, a hypernetwork contains one.
+#[derive(Clone, Debug)]
+pub struct LoraCodec {
+    /// The base model that the LoRAs are for.
+    pub base: ModelId,
+    /// Which modules the vector holds, in order.
+    pub layout: LoraLayout,
+    /// Of vectors (B, P).
+    pub standardise: Standardise,
+    /// The network.
+    pub lae: Lae,
+    /// Its weights by name, as `lae.safetensors` has them.
+    weights: BTreeMap<String, Tensor>,
+}
+
+impl LoraCodec {
+    /// Puts a trained autoencoder together; `weights` are those of `Lae::new(config, …)` by name.
+    pub fn new(
+        base: ModelId,
+        layout: LoraLayout,
+        standardise: Standardise,
+        config: &LaeConfig,
+        weights: BTreeMap<String, Tensor>,
+        device: &Device,
+    ) -> Result<Self> {
+        let named: HashMap<String, Tensor> = weights.clone().into_iter().collect();
+        let lae = Lae::new(config, frozen(named, DType::F32, device))?;
+        let codec = Self { base, layout, standardise, lae, weights };
+        codec.check()?;
+        Ok(codec)
+    }
+
+    /// Reads `config.json`, `lae.safetensors` and `stats.safetensors`.
+    pub fn open(files: &ModelFiles, device: &Device) -> Result<Self> {
+        Self::from_config(&Config::read(files)?, files, device)
+    }
+
+    pub(super) fn from_config(config: &Config, files: &ModelFiles, device: &Device) -> Result<Self> {
+        let lae = files.load("", "lae", DType::F32, device, |vb| Lae::new(&config.lae, vb))?;
+        let stats = files.tensors("", "stats")?;
+        let standardise = Standardise::load(&stats, "vector", device)
+            .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
+        let layout = with_shared_down(&config.layout, &stats)
+            .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
+        let weights = files.tensors("", "lae")?.into_iter().collect();
+        let codec = Self { base: config.base.clone(), layout, standardise, lae, weights };
+        codec.check().map_err(|error| files.unusable("config.json", format!("{error:#}")))?;
+        Ok(codec)
+    }
+
+    fn check(&self) -> Result<()> {
+        let (layout, stats, lae) =
+            (self.layout.parameters(), self.standardise.width(), self.lae.config().input());
+        ensure!(
+            layout == lae && stats == lae,
+            "the autoencoder is for vectors of {lae} values, the layout has {layout}, the statistics {stats}"
+        );
+        Ok(())
+    }
+
+    /// Writes a folder that [`LoraCodec::open`] reads; weights are stored as `dtype`.
+    pub fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+        self.save_weights(folder, dtype)?;
+        write_tensors(&folder.join("stats.safetensors"), self.stats()?, DType::F32)?;
+        // Last, so that a folder with a config is complete.
+        save_json(&folder.join("config.json"), &serde_json::to_value(self.config())?)
+    }
+
+    pub(super) fn save_weights(&self, folder: &Path, dtype: DType) -> Result<()> {
+        write_tensors(&folder.join("lae.safetensors"), self.weights.clone(), dtype)
+    }
+
+    pub(super) fn stats(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut stats: BTreeMap<String, Tensor> = self.standardise.tensors("vector")?.into_iter().collect();
+        let down = self.layout.shared_tensors();
+        stats.extend(down.iter().map(|(module, down)| (format!("{DOWN}{module}"), down.clone())));
+        Ok(stats)
+    }
+
+    pub(super) fn config(&self) -> Config {
+        Config {
+            format: FORMAT,
+            base: self.base.clone(),
+            layout: self.layout.clone(),
+            lae: self.lae.config().clone(),
+            denoiser: None,
+        }
+    }
+
+    /// LoRA vectors (B, P) → z (B, L).
+    pub fn encode(&self, vectors: &Tensor) -> Result<Tensor> {
+        Ok(self.lae.encode(&self.standardise.apply(vectors)?)?)
+    }
+
+    /// z (B, L) → LoRA vectors (B, P).
+    pub fn decode(&self, z: &Tensor) -> Result<Tensor> {
+        Ok(self.standardise.undo(&self.lae.decode(z)?)?)
+    }
+
+    /// One latent z (1, L) → the LoRA.
+    ///
+    /// # Errors
+    /// Values that are not finite: better no file than one that draws black pictures.
+    pub fn lora(&self, z: &Tensor) -> Result<Lora> {
+        let vector = self.decode(z)?.squeeze(0)?.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
+        ensure!(
+            vector.iter().all(|x| x.is_finite()),
+            "the hypernetwork made a LoRA with values that are not finite; its weights are damaged"
+        );
+        Ok(self.layout.from_vector(&vector)?)
+    }
+
+    /// The mean of all LoRAs that it was trained on: what is known about nobody in particular.
+    pub fn mean_lora(&self) -> Result<Lora> {
+        Ok(self.layout.from_vector(&self.standardise.mean().to_device(&Device::Cpu)?.to_vec1::<f32>()?)?)
+    }
+}
+
+/// Before the names of shared `A`s in `stats.safetensors`.
+const DOWN: &str = "down.";
+
+/// The layout with its shared `A`s, where it has them.
+fn with_shared_down(layout: &LoraLayout, stats: &HashMap<String, Tensor>) -> Result<LoraLayout> {
+    if !layout.shared_down {
+        return Ok(layout.clone());
+    }
+    let down = stats.iter().filter_map(|(name, down)| Some((name.strip_prefix(DOWN)?.into(), down.clone())));
+    Ok(layout.clone().with_shared_down(down.collect())?)
+}
+
+/// Lengths of the tensors in a vector: each gets a scale of its own in [`Standardise::fit`].
+pub fn blocks(layout: &LoraLayout) -> Vec<usize> {
+    layout.segments().iter().map(|segment| segment.range.len()).collect()
+}
