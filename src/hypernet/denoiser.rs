@@ -1,8 +1,9 @@
 //! Person → latent: mixer and diffusion transformer, sampled with DDIM.
 //!
 //! What is diffused is x_0 = (z − guess) · scale: the latent, less the linear guess where there is one, brought
-//! to unit power by one factor. Measured in the small world, a transformer on what ridge regression leaves over
-//! keeps more of a person than one on the whole latent.
+//! to unit power by one factor. In a prototype the transformer on what ridge regression leaves over kept a little
+//! more of a person than one on the whole latent (factor correlation 0.37 against 0.34, within its noise) at a
+//! larger error of the weights; so the guess is optional.
 
 use std::collections::{BTreeMap, HashMap};
 

@@ -133,7 +133,7 @@ impl Hypernet {
         Ok(Self { codec, denoiser })
     }
 
-    /// Writes the folder; networks are stored as `dtype` (f16 halves it and changes LoRAs by about 0.1 %).
+    /// Writes the folder; networks are stored as `dtype`, statistics always as f32. f16 halves the folder.
     pub fn save(&self, folder: &Path, dtype: DType) -> Result<()> {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
         let (weights, stats) = self.denoiser.parts()?;

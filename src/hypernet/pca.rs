@@ -3,7 +3,7 @@
 //! With M samples of P ≫ M values the M×M matrix X·Xᵀ has the same eigenvalues as XᵀX, and its eigenvectors u
 //! give the components Xᵀu/√λ. The eigenvectors come from orthogonal iteration with Rayleigh–Ritz steps, whose
 //! small matrices a cyclic Jacobi solver takes; the residual ‖Gv − λv‖ is tested, so that what is returned is
-//! right or an error. (A linear algebra crate would take longer to compile than all of this module's callers.)
+//! right or an error. (A linear algebra crate for this one function would be a large dependency.)
 
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};

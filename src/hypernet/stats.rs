@@ -119,8 +119,8 @@ impl Standardise {
 
 /// The one factor that brings latents (M, L) to unit power: 1 / RMS over all of them.
 ///
-/// One for all elements, so that the spectrum of the latents stays: with a factor for each, the diffusion
-/// learned next to nothing (relative error 1.5 instead of 0.55 in the small world).
+/// One for all elements, so that the spectrum of the latents stays. A prototype that scaled each element by itself
+/// learned nearly nothing; other settings changed together with this one, so it is not proven to be the cause.
 pub fn unit_power(rows: &Tensor) -> Result<f64> {
     let power = f64::from(rows.sqr()?.mean_all()?.to_scalar::<f32>()?);
     ensure!(power.is_finite() && power > 0.0, "the latents are all zero or not finite");
