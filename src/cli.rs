@@ -35,6 +35,8 @@ pub struct Common {
 /// One subcommand, one story in `commands/`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Train LoRAs of many painted people for the hypernetwork to learn from.
+    BuildDataset(commands::build_dataset::Args),
     /// Detect, embed and compare faces.
     Face(commands::face::Args),
     /// Paint people of the small world.
@@ -48,7 +50,7 @@ pub enum Command {
 impl Command {
     /// Whether it trains with a shard of the batch a thread, so that kernels must not have threads of their own.
     pub fn trains_in_shards(&self) -> bool {
-        matches!(self, Self::TrainBase(_) | Self::TrainEncoder(_))
+        matches!(self, Self::BuildDataset(_) | Self::TrainBase(_) | Self::TrainEncoder(_))
     }
 }
 
@@ -57,6 +59,7 @@ pub fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.common.quiet);
     progress::catch_interrupts()?;
     match cli.command {
+        Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
         Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.common),

@@ -1,0 +1,472 @@
+//! `difflora build-dataset`: portraits of many people → a LoRA of each, and a manifest.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::dreambooth::{self, Downs, Frozen, Lessons, Recipe};
+use super::models;
+use crate::cli::Common;
+use crate::dataset::{self, CaptionOptions, Person, Scene};
+use crate::failure::Failure;
+use crate::hypernet::ModelId;
+use crate::identity::FaceEncoder;
+use crate::identity::clip::ImageEncoder;
+use crate::lora::Lora;
+use crate::lora::file::{self, Format};
+use crate::lora::keys::BlockLayout;
+use crate::lora::layout::LoraLayout;
+use crate::picture::Picture;
+use crate::sdxl::pipeline::Sdxl;
+use crate::train::shards::in_threads;
+use crate::{files, progress};
+
+/// Arguments of `difflora build-dataset`.
+///
+/// Paints the people of the small world, trains a DreamBooth LoRA of each on the frozen base, and embeds their
+/// faces. OUT holds manifest.jsonl with a row a person, loras/, embeddings/, portraits/ and the shared basis. A
+/// person is written when done: the same command goes on where it was stopped.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Folder for the dataset; made where it is missing.
+    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    out: PathBuf,
+    /// People, pictures and recipe, as in configs/dataset-tiny.toml.
+    #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
+    config: PathBuf,
+    /// The model that the LoRAs are for.
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    base: String,
+    /// The encoder of whole pictures.
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    image_encoder: String,
+    /// Train so many people twice, with other pictures and noise, and print how far their two LoRAs agree.
+    #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_SIGNAL")]
+    signal: u64,
+    /// Stop after the basis and the signal.
+    #[arg(long, env = "DIFFLORA_SIGNAL_ONLY")]
+    signal_only: bool,
+}
+
+/// The file given by `--config`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    /// Who.
+    people: People,
+    /// What each is learnt from.
+    pictures: Pictures,
+    /// People in one forward pass.
+    people_per_batch: u64,
+    /// DreamBooth of each person.
+    recipe: Recipe,
+    /// How the shared basis is learnt; without it the `down`s are random.
+    basis: Option<Basis>,
+}
+
+/// Painted people by their numbers: first those to learn from, then those held out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct People {
+    /// Seed of the population; the base model must have been trained on another.
+    seed: u64,
+    /// For training the hypernetwork.
+    train: u64,
+    /// For judging it.
+    held_out: u64,
+}
+
+/// The scenes, the same for all people.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pictures {
+    /// Pixels on a side.
+    size: usize,
+    /// Pictures a LoRA is trained on.
+    scenes: u64,
+    /// Seed of those scenes.
+    seed: u64,
+    /// Plain photos a person is embedded from; none is trained on.
+    references: u64,
+}
+
+/// People who teach the basis and are in neither split.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Basis {
+    /// How many.
+    people: u64,
+    /// Steps of learning it.
+    steps: u64,
+}
+
+/// One line of manifest.jsonl.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// Name of the person and of its files.
+    pub id: String,
+    /// `train` or `held-out`.
+    pub split: String,
+    /// Population and number of the painted person.
+    pub person: (u64, u64),
+    /// The LoRA, relative to the dataset.
+    pub lora: String,
+    /// `face` (references, 512) and `image` (references, D), relative to the dataset.
+    pub embeddings: String,
+    /// Mean training loss of the group over the last tenth of the steps.
+    pub loss: f64,
+    /// Of settings and base: rows with another one do not belong together.
+    pub settings: String,
+}
+
+/// `dataset.json`: what all rows share.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Header {
+    /// The model that the LoRAs are for.
+    pub base: ModelId,
+    /// The recogniser of the embeddings.
+    pub face_encoder: ModelId,
+    /// The encoder of whole pictures.
+    pub image_encoder: ModelId,
+    /// Modules, rank and alpha; the shared `down`s lie in basis.safetensors.
+    pub layout: LoraLayout,
+}
+
+/// Everything that stays the same from person to person.
+struct Workshop {
+    settings: Settings,
+    model: Sdxl,
+    layout: BlockLayout,
+    faces: FaceEncoder,
+    images: ImageEncoder,
+}
+
+/// Builds the dataset, or the rest of it.
+pub fn run(args: Args, common: &Common) -> Result<()> {
+    let text =
+        std::fs::read_to_string(&args.config).map_err(|error| Failure::unusable(&args.config, error))?;
+    let settings: Settings = toml::from_str(&text).map_err(|error| Failure::unusable(&args.config, error))?;
+    for folder in ["loras", "embeddings", "portraits"] {
+        std::fs::create_dir_all(args.out.join(folder))
+            .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;
+    }
+    let base_files = models::find(&args.base, "base")?;
+    let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
+    let image_files = models::find(&args.image_encoder, "image_encoder")?;
+    let image_encoder = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    let model = Sdxl::open(&base_files, DType::F32, &Device::Cpu)?;
+    let unet = &model.unet.config;
+    let workshop = Workshop {
+        layout: BlockLayout::uniform(unet.block_out_channels.len(), unet.layers_per_block),
+        faces: FaceEncoder::builtin()?,
+        images: ImageEncoder::open(&image_files)?,
+        model,
+        settings,
+    };
+    let stamp = stamp(&workshop.settings, &base)?;
+    let downs = workshop.basis(&args.out.join("basis.safetensors"), &stamp)?;
+    if args.signal > 0 {
+        let cosine = workshop.signal(&downs, args.signal)?;
+        if common.json {
+            println!("{}", serde_json::json!({ "signal": cosine, "people": args.signal }));
+        } else {
+            println!(
+                "signal: {} people trained twice, cosine of their centred LoRAs {cosine:.3}",
+                args.signal
+            );
+        }
+        if args.signal_only {
+            return Ok(());
+        }
+    }
+    let header = Header {
+        base,
+        face_encoder: workshop.face_encoder(),
+        image_encoder,
+        layout: workshop.vector_layout(&downs)?,
+    };
+    files::write_whole(&args.out.join("dataset.json"), serde_json::to_string_pretty(&header)?.as_bytes())?;
+    files::write_whole(&args.out.join("settings.toml"), toml::to_string(&workshop.settings)?.as_bytes())?;
+    let rows = workshop.train_all(&args.out, &downs, &stamp)?;
+    if common.json {
+        println!("{}", serde_json::json!({ "people": rows, "out": args.out }));
+    } else {
+        println!("{rows} people in {}", args.out.display());
+    }
+    Ok(())
+}
+
+/// Reads a dataset's rows. A last line that was cut off by a crash is left out.
+pub fn read_manifest(folder: &Path) -> Result<Vec<Row>> {
+    let path = folder.join("manifest.jsonl");
+    let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole
+        .lines()
+        .enumerate()
+        .map(|(i, line)| {
+            serde_json::from_str(line)
+                .map_err(|error| Failure::unusable(&path, format!("line {}: {error}", i + 1)))
+        })
+        .collect()
+}
+
+/// SHA-256 of what decides a LoRA, shortened.
+fn stamp(settings: &Settings, base: &ModelId) -> Result<String> {
+    use sha2::{Digest, Sha256};
+    let hash = Sha256::digest(serde_json::to_vec(&(settings, base))?);
+    Ok(hash.iter().take(6).map(|byte| format!("{byte:02x}")).collect())
+}
+
+impl Workshop {
+    fn frozen(&self) -> Frozen<'_> {
+        Frozen { unet: &self.model.unet, schedule: &self.model.schedule }
+    }
+
+    fn face_encoder(&self) -> ModelId {
+        let [_, (name, sha256)] = self.faces.provenance();
+        ModelId { name: name.into(), sha256 }
+    }
+
+    /// Scene `i` of the list that all people share, most of them photos.
+    fn scene(&self, seed: u64, i: u64) -> Scene {
+        let scene = Scene::draw(seed, i);
+        // Three scenes of four are photos: there a person is best seen.
+        if i.is_multiple_of(4) { scene } else { Scene { style: dataset::Style::Photo, ..scene } }
+    }
+
+    /// The pictures of `people` in the scenes of `seed`, as latents, and the captions.
+    fn lessons(&self, people: &[Person], seed: u64) -> Result<Lessons> {
+        let Pictures { size, scenes, .. } = self.settings.pictures;
+        let list: Vec<Scene> = (0..scenes).map(|i| self.scene(seed, i)).collect();
+        let said = CaptionOptions { subject: "person", attributes: 0, drop: 0.0 };
+        let captions: Vec<String> =
+            list.iter().map(|scene| dataset::caption(&people[0], scene, said, seed)).collect();
+        let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
+        let mut latents = Vec::new();
+        for person in people {
+            let pictures = list
+                .iter()
+                .map(|scene| picture(person, scene, size)?.to_tensor(&Device::Cpu))
+                .collect::<Result<Vec<_>>>()?;
+            let (mean, _) = self.model.vae.encode(&Tensor::stack(&pictures, 0)?)?;
+            latents.push(self.model.vae.to_latents(&mean)?);
+        }
+        Ok(Lessons {
+            latents: Tensor::stack(&latents, 0)?,
+            captions: self.model.text.encode_prompts(&captions)?,
+            size,
+        })
+    }
+
+    fn people(&self, seed: u64, numbers: impl IntoIterator<Item = u64>) -> Vec<Person> {
+        numbers.into_iter().map(|number| Person::new(seed, number)).collect()
+    }
+
+    /// The shared `down`s: read when they are there, otherwise random or learnt, and kept in `path`.
+    fn basis(&self, path: &Path, stamp: &str) -> Result<Downs> {
+        if path.exists() {
+            let tensors = crate::weights::read_file(path)?;
+            return Ok(tensors.into_iter().collect());
+        }
+        let recipe = &self.settings.recipe;
+        let mut downs = dreambooth::random_downs(&self.model.unet, recipe)?;
+        if let Some(basis) = &self.settings.basis {
+            // A population of its own.
+            let people = self.people(self.settings.people.seed ^ 0xba515, 1..=basis.people);
+            let recipe = Recipe { steps: basis.steps, ..recipe.clone() };
+            let lessons = self.lessons(&people, self.settings.pictures.seed)?;
+            let bar = progress::bar(basis.steps, "basis");
+            downs = dreambooth::learn_downs(self.frozen(), &downs, &lessons, &recipe, |loss| {
+                bar.set_message(format!("loss {:.4}", loss / basis.people as f64));
+                bar.inc(1);
+                progress::check()
+            })?;
+            bar.finish_and_clear();
+        }
+        let header = std::collections::HashMap::from([("settings".to_string(), stamp.to_string())]);
+        files::write_whole(path, &safetensors::serialize(&downs, Some(header))?)?;
+        Ok(downs)
+    }
+
+    fn vector_layout(&self, downs: &Downs) -> Result<LoraLayout> {
+        let recipe = &self.settings.recipe;
+        let mut layers: BTreeMap<String, (Tensor, usize)> = BTreeMap::new();
+        self.model.unet.clone().visit_linears(&mut |path, linear| {
+            if let (Some(down), Ok((out, _))) = (downs.get(path), linear.weight.dims2()) {
+                layers.insert(path.to_string(), (down.clone(), out));
+            }
+        });
+        let lora = Lora {
+            layers: layers
+                .into_iter()
+                .map(|(path, (down, out))| {
+                    let up = Tensor::zeros((out, recipe.rank), DType::F32, &Device::Cpu)?;
+                    let layer = crate::lora::LoraLayer::new(&path, down, up, recipe.alpha as f32)?;
+                    Ok((path, layer))
+                })
+                .collect::<Result<_>>()?,
+            metadata: Default::default(),
+        };
+        Ok(LoraLayout::of(&lora).with_shared_down(downs.clone())?)
+    }
+
+    /// Mean cosine of each person's two LoRAs, trained with other pictures, timesteps and noise, around the means
+    /// of both runs: about what any predictor can reach.
+    fn signal(&self, downs: &Downs, count: u64) -> Result<f64> {
+        let layout = self.vector_layout(downs)?;
+        let people = self.people(self.settings.people.seed, 1..=count);
+        let bar = progress::bar(2 * self.settings.recipe.steps, "signal");
+        let mut runs = Vec::new();
+        for again in 0..2u64 {
+            let lessons = self.lessons(&people, self.settings.pictures.seed + 1000 * again)?;
+            let recipe =
+                Recipe { seed: self.settings.recipe.seed + 1000 * again, ..self.settings.recipe.clone() };
+            let loras = dreambooth::train(self.frozen(), downs, &lessons, &recipe, |_| {
+                bar.inc(1);
+                progress::check()
+            })?;
+            let rows: Vec<Vec<f32>> =
+                loras.iter().map(|lora| Ok(layout.to_vector(lora)?)).collect::<Result<_>>()?;
+            let rows = Tensor::new(rows, &Device::Cpu)?;
+            runs.push(rows.broadcast_sub(&rows.mean_keepdim(0)?)?);
+        }
+        bar.finish_and_clear();
+        let dot = |a: &Tensor, b: &Tensor| -> Result<Vec<f32>> { Ok((a * b)?.sum(1)?.to_vec1()?) };
+        let (ab, aa, bb) = (dot(&runs[0], &runs[1])?, dot(&runs[0], &runs[0])?, dot(&runs[1], &runs[1])?);
+        let cosines =
+            ab.iter().zip(aa.iter().zip(&bb)).map(|(ab, (aa, bb))| f64::from(ab / (aa * bb).sqrt()));
+        Ok(cosines.sum::<f64>() / count as f64)
+    }
+
+    /// Trains everybody who has no row yet; gives the number of rows.
+    fn train_all(&self, out: &Path, downs: &Downs, stamp: &str) -> Result<usize> {
+        let People { seed, train, held_out } = self.settings.people;
+        let path = out.join("manifest.jsonl");
+        let mut done = std::collections::BTreeSet::new();
+        if path.exists() {
+            for row in read_manifest(out)? {
+                if row.settings != stamp {
+                    let why = format!(
+                        "`{}` was made with other settings or another base ({}, now {stamp}); take another --out",
+                        row.id, row.settings
+                    );
+                    return Err(Failure::unusable(&path, why));
+                }
+                done.insert(row.person.1);
+            }
+        }
+        let left: Vec<u64> = (1..=train + held_out).filter(|number| !done.contains(number)).collect();
+        let groups: Vec<&[u64]> = left.chunks(self.settings.people_per_batch.max(1) as usize).collect();
+        let manifest = OpenOptions::new().create(true).append(true).open(&path);
+        let manifest = Mutex::new(manifest.with_context(|| format!("cannot write `{}`", path.display()))?);
+        let bar = progress::bar(train + held_out, "people");
+        bar.set_position(done.len() as u64);
+        bar.reset_eta();
+        in_threads(groups.len(), |group| {
+            let people = self.people(seed, groups[group].iter().copied());
+            let lessons = self.lessons(&people, self.settings.pictures.seed)?;
+            let (mut loss, mut losses) = (0.0, 0.0);
+            let steps = self.settings.recipe.steps;
+            let mut step = 0;
+            let loras = dreambooth::train(self.frozen(), downs, &lessons, &self.settings.recipe, |value| {
+                step += 1;
+                if 10 * step > 9 * steps {
+                    (loss, losses) = (loss + value / people.len() as f64, losses + 1.0);
+                }
+                progress::check()
+            })?;
+            for (person, lora) in people.iter().zip(loras) {
+                let split = if person.number <= train { "train" } else { "held-out" };
+                self.keep(out, person, lora, split, loss / losses, stamp, &manifest)
+                    .with_context(|| format!("person {}", person.number))?;
+                bar.inc(1);
+            }
+            Ok(())
+        })?;
+        bar.finish_and_clear();
+        Ok(done.len() + left.len())
+    }
+
+    /// Writes one person's files, and then the row that makes them count.
+    #[allow(clippy::too_many_arguments)]
+    fn keep(
+        &self,
+        out: &Path,
+        person: &Person,
+        mut lora: Lora,
+        split: &str,
+        loss: f64,
+        stamp: &str,
+        manifest: &Mutex<File>,
+    ) -> Result<()> {
+        let id = format!("person-{:06}", person.number);
+        let row = Row {
+            lora: format!("loras/{id}.safetensors"),
+            embeddings: format!("embeddings/{id}.safetensors"),
+            split: split.into(),
+            person: (person.seed, person.number),
+            loss,
+            settings: stamp.into(),
+            id,
+        };
+        for layer in lora.layers.values() {
+            ensure!(
+                layer.up.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite(),
+                "the LoRA holds NaN or infinity"
+            );
+        }
+        lora.metadata.insert("ss_network_module".into(), "networks.lora".into());
+        lora.metadata.insert("ss_network_dim".into(), self.settings.recipe.rank.to_string());
+        lora.metadata.insert("ss_network_alpha".into(), self.settings.recipe.alpha.to_string());
+        lora.metadata.insert(crate::lora::TRIGGER_PHRASE.into(), "person".into());
+        let references = self.references(person)?;
+        let embeddings = self.embed(&references, &row.id)?;
+        references[0].save(&out.join(format!("portraits/{}.png", row.id)), None)?;
+        file::write(&out.join(&row.lora), &lora, Format::Kohya, &self.layout)?;
+        files::write_whole(&out.join(&row.embeddings), &safetensors::serialize(&embeddings, None)?)?;
+        let line = serde_json::to_string(&row)? + "\n";
+        let mut manifest = manifest.lock().expect("no thread panics while it writes a row");
+        manifest.write_all(line.as_bytes())?;
+        Ok(manifest.sync_data()?)
+    }
+
+    /// Plain photos of a person, in scenes that no LoRA is trained on.
+    fn references(&self, person: &Person) -> Result<Vec<Picture>> {
+        let Pictures { size, references, seed, .. } = self.settings.pictures;
+        (0..references.max(1)).map(|i| picture(person, &reference_scene(seed, i), size)).collect()
+    }
+
+    /// `face` (references, 512) and `image` (references, D).
+    fn embed(&self, references: &[Picture], id: &str) -> Result<BTreeMap<String, Tensor>> {
+        let (mut face, mut image) = (Vec::new(), Vec::new());
+        for reference in references {
+            let found = self.faces.search(reference)?;
+            // A picture in which no face is found says nothing; the others stand for the person.
+            if let Some(first) = found.faces.first() {
+                face.push(self.faces.embed(reference, first)?);
+                image.push(self.images.embed(reference, first)?);
+            }
+        }
+        ensure!(!face.is_empty(), "no face was found in any reference picture of `{id}`");
+        let tensor = |rows: Vec<Vec<f32>>| Tensor::new(rows, &Device::Cpu);
+        Ok([("face".to_string(), tensor(face)?), ("image".to_string(), tensor(image)?)].into())
+    }
+}
+
+/// The scene of reference picture `i`: a plain photo from any side.
+pub fn reference_scene(seed: u64, i: u64) -> Scene {
+    Scene::draw(seed ^ 0x4ef, i).plain()
+}
+
+/// A painted picture.
+pub fn picture(person: &Person, scene: &Scene, size: usize) -> Result<Picture> {
+    let rgb = dataset::paint(person, scene, size, 1);
+    Ok(Picture { width: size, height: size, rgb })
+}
