@@ -3,21 +3,19 @@
 mod image;
 mod judge;
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Tensor};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::cli::Common;
+use crate::dataset::judge::NetworkConfig;
 use crate::dataset::{self, Person, Scene};
 use crate::failure::Failure;
-use crate::identity::clip::{ClipPreprocessor, ClipVisionConfig};
-use crate::model_files::{TRANSFORMERS_WEIGHTS, save_component, save_json};
+use crate::identity::clip::ClipVisionConfig;
 use crate::picture::{Filter, Picture};
 use crate::progress;
 use crate::train::run::{End, Keeping, Plan};
@@ -25,7 +23,7 @@ use crate::train::run::{End, Keeping, Plan};
 /// Arguments of `difflora train-encoder`.
 ///
 /// Learns from portraits that are painted on the way; nothing is read but the settings. OUT becomes a folder as
-/// transformers writes it (CLIPVisionModelWithProjection); checkpoint and log go to OUT/training.
+/// transformers writes it (the encoder is a CLIPVisionModelWithProjection); checkpoint and log go to OUT/training.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Which network.
@@ -61,18 +59,18 @@ enum Kind {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Settings {
-    image: Recipe,
-    judge: Recipe,
+    image: Recipe<ClipVisionConfig>,
+    judge: Recipe<NetworkConfig>,
 }
 
 /// How one of them is made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Recipe {
+struct Recipe<C> {
     /// Of weights, people and scenes; no other training may use it for its people.
     seed: u64,
-    /// `config.json`; for the judge `projection_dim` follows from what it is asked.
-    model: ClipVisionConfig,
+    /// Sizes of the network, as in its `config.json`.
+    model: C,
     /// Steps, batch, rate.
     plan: Plan,
 }
@@ -81,15 +79,18 @@ struct Recipe {
 pub fn run(args: Args, common: &Common) -> Result<()> {
     let text =
         std::fs::read_to_string(&args.config).map_err(|error| Failure::unusable(&args.config, error))?;
-    let settings: Settings = toml::from_str(&text).map_err(|error| Failure::unusable(&args.config, error))?;
+    let mut settings: Settings =
+        toml::from_str(&text).map_err(|error| Failure::unusable(&args.config, error))?;
     let training = args.out.join("training");
     std::fs::create_dir_all(&training)
         .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
-    let (name, mut recipe) = match args.kind {
-        Kind::Image => ("image", settings.image),
-        Kind::Judge => ("judge", settings.judge),
+    let name = match args.kind {
+        Kind::Image => "image",
+        Kind::Judge => "judge",
     };
-    recipe.plan.steps = args.steps.unwrap_or(recipe.plan.steps);
+    for plan in [&mut settings.image.plan, &mut settings.judge.plan] {
+        plan.steps = args.steps.unwrap_or(plan.steps);
+    }
     let keeping = Keeping {
         folder: &training,
         name,
@@ -98,8 +99,8 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         save_every: Duration::from_secs(120),
     };
     let (end, figures) = match args.kind {
-        Kind::Image => image::train(&recipe, &keeping, &args.out)?,
-        Kind::Judge => judge::train(&recipe, &keeping, &args.out)?,
+        Kind::Image => image::train(&settings.image, &keeping, &args.out)?,
+        Kind::Judge => judge::train(&settings.judge, &keeping, &args.out)?,
     };
     if let End::Paused { step } = end {
         progress::note(format_args!("{name} stops at step {step}; --resume goes on"));
@@ -129,82 +130,15 @@ fn soften(picture: Picture, rng: &mut impl Rng) -> Picture {
     picture.resize(small, small, Filter::Bicubic).resize(side, side, Filter::Bicubic)
 }
 
-/// Writes the folder: `config.json`, `model.safetensors` with 16-bit floats, `preprocessor_config.json`.
-fn save(
-    out: &Path,
-    config: &Value,
-    preprocessor: &ClipPreprocessor,
-    weights: &BTreeMap<String, Tensor>,
-) -> Result<()> {
-    save_component(out, "", TRANSFORMERS_WEIGHTS, config, weights, DType::F16)?;
-    save_json(&out.join("preprocessor_config.json"), &json!(preprocessor))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataset::judge::{Judge, Record, outputs};
-    use crate::identity::Face;
-    use crate::identity::clip::{ClipVision, ImageEncoder};
-    use crate::model_files::ModelFiles;
-    use crate::weights::Trainable;
-
-    /// A network of one narrow layer with random weights, written as a training writes it.
-    fn written(out: &Path, more: Value) {
-        let model = ClipVisionConfig {
-            image_size: 16,
-            patch_size: 8,
-            hidden_size: 8,
-            intermediate_size: 8,
-            num_hidden_layers: 1,
-            num_attention_heads: 2,
-            projection_dim: outputs(),
-            ..ClipVisionConfig::default()
-        };
-        let trainable = Trainable::new(5);
-        ClipVision::new(&model, trainable.builder(&candle_core::Device::Cpu)).unwrap();
-        let weights =
-            trainable.vars().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
-        let mut config = model.to_json();
-        config["judge"] = more;
-        save(out, &config, &ClipPreprocessor::sized(16), &weights).unwrap();
-    }
-
-    #[test]
-    fn what_is_written_opens_as_encoder_and_as_judge() {
-        let out = tempfile::tempdir().unwrap();
-        let record = Record { people: 3, attributes: Vec::new(), factors: Vec::new() };
-        written(out.path(), json!(record));
-        let files = ModelFiles::folder(out.path()).unwrap();
-        let painted = paint(&Person::new(5, 1), &Scene::draw(5, 1), 32);
-
-        let face = Face { bounds: [8.0, 6.0, 24.0, 28.0], points: [[0.0; 2]; 5], score: 1.0 };
-        let embedding = ImageEncoder::open(&files).unwrap().embed(&painted, &face).unwrap();
-        assert_eq!(embedding.len(), outputs());
-        assert!((embedding.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5);
-
-        let judge = Judge::open(&files).unwrap();
-        assert_eq!(judge.record(), &record);
-        let pictures = vec![painted; 65];
-        let classes = judge.classes(&pictures).unwrap();
-        assert_eq!(classes.len(), 65);
-        assert_eq!(classes[0], classes[64]);
-        assert!(judge.factors(&pictures).unwrap().iter().flatten().all(|factor| factor.is_finite()));
-    }
-
-    #[test]
-    fn an_encoder_that_is_no_judge_is_refused() {
-        let out = tempfile::tempdir().unwrap();
-        written(out.path(), Value::Null);
-        let error = Judge::open(&ModelFiles::folder(out.path()).unwrap()).unwrap_err();
-        assert!(format!("{error:#}").contains("config.json"), "{error:#}");
-    }
 
     #[test]
     fn the_settings_in_the_repository_are_read() {
         let settings: Settings = toml::from_str(include_str!("../../configs/encoder-tiny.toml")).unwrap();
-        for recipe in [settings.image, settings.judge] {
-            recipe.plan.samples_a_shard().unwrap();
+        for plan in [settings.image.plan, settings.judge.plan] {
+            plan.samples_a_shard().unwrap();
         }
     }
 }

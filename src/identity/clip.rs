@@ -299,3 +299,41 @@ impl From<ClipPreprocessor> for PreprocessorFile {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model_files::{save_component, save_json};
+    use crate::weights::Trainable;
+
+    #[test]
+    fn an_image_encoder_opens_from_its_folder_and_gives_unit_vectors() {
+        let out = tempfile::tempdir().unwrap();
+        let config = ClipVisionConfig {
+            image_size: 16,
+            patch_size: 8,
+            hidden_size: 8,
+            intermediate_size: 8,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            projection_dim: 12,
+            ..ClipVisionConfig::default()
+        };
+        let trainable = Trainable::new(5);
+        ClipVision::new(&config, trainable.builder(&Device::Cpu)).unwrap();
+        let weights =
+            trainable.vars().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+        save_component(out.path(), "", TRANSFORMERS_WEIGHTS, &config.to_json(), &weights, DType::F16)
+            .unwrap();
+        let preprocessor = json!(ClipPreprocessor::sized(16));
+        save_json(&out.path().join("preprocessor_config.json"), &preprocessor).unwrap();
+
+        let rgb = (0..40 * 30 * 3).map(|i| (i * i % 251) as u8).collect();
+        let picture = Picture { width: 40, height: 30, rgb };
+        let face = Face { bounds: [8.0, 6.0, 24.0, 28.0], points: [[0.0; 2]; 5], score: 1.0 };
+        let encoder = ImageEncoder::open(&ModelFiles::folder(out.path()).unwrap()).unwrap();
+        let embedding = encoder.embed(&picture, &face).unwrap();
+        assert_eq!(embedding.len(), 12);
+        assert!((embedding.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5);
+    }
+}

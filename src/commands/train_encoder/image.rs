@@ -11,18 +11,18 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use candle_nn::Init;
 use rand::Rng;
 use rand_distr::StandardNormal;
 use serde_json::{Value, json};
 
-use super::{HELD_OUT, Recipe, paint, save, soften};
+use super::{HELD_OUT, Recipe, paint, soften};
 use crate::dataset::{Person, Scene};
-use crate::identity::clip::{ClipPreprocessor, ClipVision, ImageEncoder};
+use crate::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig, ImageEncoder};
 use crate::identity::portrait::{MARGIN, square_around};
 use crate::identity::{FaceEncoder, cosine};
-use crate::model_files::ModelFiles;
+use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component, save_json};
 use crate::picture::Picture;
 use crate::progress;
 use crate::train;
@@ -31,7 +31,7 @@ use crate::train::shards::{Loss, in_threads};
 use crate::weights::Trainable;
 
 /// Trains the encoder, writes it to `out` and measures it on strangers.
-pub fn train(recipe: &Recipe, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
+pub fn train(recipe: &Recipe<ClipVisionConfig>, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
     let trainable = Trainable::new(recipe.seed);
     let vb = trainable.builder(&Device::Cpu);
     let network = ClipVision::new(&recipe.model, vb.clone())?;
@@ -64,7 +64,8 @@ pub fn train(recipe: &Recipe, keeping: &Keeping, out: &Path) -> Result<(End, Val
         .filter(|(name, _)| *name != SCALE)
         .map(|(n, t)| (n.clone(), t.clone()))
         .collect();
-    save(out, &recipe.model.to_json(), &preprocessor, &weights)?;
+    save_component(out, "", TRANSFORMERS_WEIGHTS, &recipe.model.to_json(), &weights, DType::F16)?;
+    save_json(&out.join("preprocessor_config.json"), &json!(preprocessor))?;
     Ok((end, measure(&ImageEncoder::open(&ModelFiles::folder(out)?)?, recipe)?))
 }
 
@@ -82,7 +83,7 @@ fn contrast(embeddings: &Tensor, scale: &Tensor) -> Result<Loss> {
     let value = ((candle_nn::loss::cross_entropy(&logits, &same)?
         + candle_nn::loss::cross_entropy(&logits.t()?.contiguous()?, &same)?)?
         * 0.5)?;
-    let found = logits.argmax(1)?.eq(&same)?.to_dtype(candle_core::DType::F32)?.mean_all()?;
+    let found = logits.argmax(1)?.eq(&same)?.to_dtype(DType::F32)?.mean_all()?;
     let parts = vec![
         ("found", f64::from(found.to_scalar::<f32>()?)),
         ("scale", f64::from(scale.exp()?.to_vec1::<f32>()?[0])),
@@ -108,7 +109,7 @@ fn training_picture(person: &Person, picture: u64, size: usize, rng: &mut impl R
 const STRANGERS: u64 = 100;
 
 /// How well strangers are found again: embeds two pictures of each, cut out where the detector finds the face.
-fn measure(encoder: &ImageEncoder, recipe: &Recipe) -> Result<Value> {
+fn measure(encoder: &ImageEncoder, recipe: &Recipe<ClipVisionConfig>) -> Result<Value> {
     let faces = FaceEncoder::builtin()?;
     let bar = progress::bar(STRANGERS, "measuring");
     let found = in_threads(STRANGERS as usize, |number| {

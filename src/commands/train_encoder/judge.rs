@@ -9,11 +9,10 @@ use rand::Rng;
 use rand_distr::StandardNormal;
 use serde_json::{Value, json};
 
-use super::{HELD_OUT, Recipe, paint, save, soften};
-use crate::dataset::judge::{self, Record};
+use super::{HELD_OUT, Recipe, paint, soften};
+use crate::dataset::judge::{self, Config, Network, NetworkConfig, Record};
 use crate::dataset::{Identity, Person, Scene};
-use crate::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig};
-use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component};
 use crate::picture::Picture;
 use crate::progress;
 use crate::train;
@@ -22,34 +21,34 @@ use crate::train::shards::{Loss, in_threads};
 use crate::weights::Trainable;
 
 /// Trains the judge, measures it on strangers and writes it to `out`.
-pub fn train(recipe: &Recipe, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
-    let model = ClipVisionConfig { projection_dim: judge::outputs(), ..recipe.model.clone() };
+pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
+    let model = &recipe.model;
     let trainable = Trainable::new(recipe.seed);
-    let network = ClipVision::new(&model, trainable.builder(&Device::Cpu))?;
-    let preprocessor = ClipPreprocessor::sized(model.image_size);
+    let network = Network::new(model, trainable.builder(&Device::Cpu))?;
 
     let (shards, samples) = (recipe.plan.shards as u64, recipe.plan.samples_a_shard()?);
     let loss = |step: u64, shard: usize| {
         let number = step * shards + shard as u64;
         let mut rng = train::rng(recipe.seed, number);
-        let (mut pixels, mut truth) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
+        let (mut pictures, mut truth) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
         for person in number * samples as u64..(number + 1) * samples as u64 {
             let (picture, right) = sitting(recipe.seed, person, model.image_size);
-            pixels.push(preprocessor.apply(&grain(soften(picture, &mut rng), &mut rng), &Device::Cpu)?);
+            pictures.push(grain(soften(picture, &mut rng), &mut rng));
             truth.push(right);
         }
-        error(&network.forward(&Tensor::stack(&pixels, 0)?)?, &truth)
+        error(&network.forward(&judge::pixels(&pictures, model.image_size)?)?, &truth)
     };
     let (end, ema) = run::run(&recipe.plan, recipe, keeping, &trainable.vars(), loss, |_, _| Ok(()))?;
     if end != End::Finished {
         return Ok((end, Value::Null));
     }
+    let write = |config: Value| {
+        save_component(out, "", TRANSFORMERS_WEIGHTS, &config, ema.averages(), candle_core::DType::F16)
+    };
     // Measured as it will be opened, with weights of 16 bits.
-    save(out, &model.to_json(), &preprocessor, ema.averages())?;
-    let record = measure(out, &model, &preprocessor, recipe.seed)?;
-    let mut config = model.to_json();
-    config["judge"] = json!(record);
-    save(out, &config, &preprocessor, ema.averages())?;
+    write(json!(model))?;
+    let record = measure(out, model, recipe.seed)?;
+    write(json!(Config { network: model.clone(), judge: record.clone() }))?;
     Ok((end, json!(record)))
 }
 
@@ -99,25 +98,20 @@ fn error(outputs: &Tensor, truth: &[Truth]) -> Result<Loss> {
 /// People for the measurement.
 const STRANGERS: u64 = 2000;
 
-fn measure(
-    out: &Path,
-    model: &ClipVisionConfig,
-    preprocessor: &ClipPreprocessor,
-    seed: u64,
-) -> Result<Record> {
-    let build = |vb| ClipVision::new(model, vb);
+fn measure(out: &Path, model: &NetworkConfig, seed: u64) -> Result<Record> {
+    let build = |vb| Network::new(model, vb);
     let files = ModelFiles::folder(out)?;
     let network = files.load("", TRANSFORMERS_WEIGHTS, candle_core::DType::F32, &Device::Cpu, build)?;
     const TOGETHER: u64 = 50;
     let parts = in_threads((STRANGERS / TOGETHER) as usize, |part| {
         progress::check()?;
-        let (mut pixels, mut truth) = (Vec::new(), Vec::new());
+        let (mut pictures, mut truth) = (Vec::new(), Vec::new());
         for number in (0..TOGETHER).map(|i| HELD_OUT + part as u64 * TOGETHER + i) {
             let (picture, right) = sitting(seed, number, model.image_size);
-            pixels.push(preprocessor.apply(&picture, &Device::Cpu)?);
+            pictures.push(picture);
             truth.push(right);
         }
-        Ok((network.forward(&Tensor::stack(&pixels, 0)?)?.to_vec2::<f32>()?, truth))
+        Ok((network.forward(&judge::pixels(&pictures, model.image_size)?)?.to_vec2::<f32>()?, truth))
     })?;
     let (rows, truth): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     let record = Record::measure(&rows.concat(), &truth.concat());
