@@ -16,8 +16,10 @@ use crate::{commands, progress};
 )]
 pub struct Cli {
     #[command(flatten)]
+    /// What every command takes.
     pub common: Common,
     #[command(subcommand)]
+    /// What to do.
     pub command: Command,
 }
 
@@ -35,6 +37,8 @@ pub struct Common {
 /// One subcommand, one story in `commands/`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Make a LoRA from photos of a person, and draw pictures with it.
+    Gen(commands::r#gen::Args),
     /// Train LoRAs of many painted people for the hypernetwork to learn from.
     BuildDataset(commands::build_dataset::Args),
     /// Detect, embed and compare faces.
@@ -59,6 +63,7 @@ pub fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.common.quiet);
     progress::catch_interrupts()?;
     match cli.command {
+        Command::Gen(args) => commands::r#gen::run(args, &cli.common),
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
         Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),

@@ -3,6 +3,7 @@
 pub mod build_dataset;
 pub mod dreambooth;
 pub mod face;
+pub mod r#gen;
 pub mod models;
 pub mod portraits;
 pub mod train_base;

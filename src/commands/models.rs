@@ -6,13 +6,20 @@ use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 use crate::hypernet::ModelId;
+use crate::lora::keys::BlockLayout;
 use crate::model_files::ModelFiles;
+use crate::sdxl::unet::UNetConfig;
 
 /// The bundle that this program carries: a small SDXL and a hypernetwork for it, made by `scripts/make-tiny.sh`.
 static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");
 
 /// The name of the built-in bundle.
 pub const BUILT_IN: &str = "tiny";
+
+/// The file whose hash stands for a base model.
+pub const BASE_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
+/// The file whose hash stands for an image encoder.
+pub const ENCODER_WEIGHTS: &str = "model.safetensors";
 
 /// A part of the built-in bundle: `base`, `hypernet`, `image_encoder` or `judge`.
 pub fn built_in(part: &'static str) -> Result<ModelFiles> {
@@ -49,7 +56,8 @@ pub fn identify(files: &ModelFiles, name: &str, weights: &str) -> Result<ModelId
     Ok(ModelId { name: name.into(), sha256: sha256.iter().map(|byte| format!("{byte:02x}")).collect() })
 }
 
-/// The file whose hash stands for a base model.
-pub const BASE_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
-/// The file whose hash stands for an image encoder.
-pub const ENCODER_WEIGHTS: &str = "model.safetensors";
+/// How many layers each level of a base's UNet has: the LDM spelling of LoRA layers depends on it.
+pub fn block_layout(files: &ModelFiles) -> Result<BlockLayout> {
+    let config: UNetConfig = files.config("unet/config.json")?;
+    Ok(BlockLayout::uniform(config.block_out_channels.len(), config.layers_per_block))
+}

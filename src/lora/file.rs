@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::progress;
 
 /// How the keys of a file are spelled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// `lora_unet_` and LDM paths, with alpha: what sd-scripts writes for SDXL, and what all programs read.
     /// (diffusers 0.42.1 takes one alpha for all attention layers of such a file; where they differ, use

@@ -1,0 +1,482 @@
+//! `difflora gen`: photos of a person (+ prompt) → LoRA file (+ pictures).
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::models;
+use crate::cli::Common;
+use crate::diffusion::noise;
+use crate::failure::Failure;
+use crate::hypernet::{Hypernet, ModelId};
+use crate::identity::clip::ImageEncoder;
+use crate::identity::{FaceEncoder, Identity};
+use crate::lora::apply::{self, Unmatched};
+use crate::lora::file::{self, Format};
+use crate::lora::{Lora, TRIGGER_PHRASE};
+use crate::picture::Picture;
+use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl};
+use crate::{files, progress, weights};
+
+/// Arguments of `difflora gen`.
+///
+/// With neither --ref nor --lora it draws with the base model alone. The built-in model `tiny` draws portraits of
+/// 64×64 pixels of painted people: it is there to try the program and to prove the method.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// One or more pictures of one person.
+    #[arg(long = "ref", value_name = "PHOTO", num_args = 1.., env = "DIFFLORA_REF")]
+    reference: Vec<PathBuf>,
+    /// What to draw; several prompts draw several pictures. Without it only the LoRA is made.
+    #[arg(long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_PROMPT")]
+    prompt: Vec<String>,
+    /// What not to draw.
+    #[arg(long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
+    negative_prompt: Option<String>,
+    /// The hypernetwork: a folder, or the built-in one.
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
+    hypernet: String,
+    /// The base model: a folder in diffusers' layout, or the built-in one.
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    base: String,
+    /// The encoder of whole pictures that the hypernetwork was trained with.
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    image_encoder: String,
+    /// Further LoRA files, each with an optional weight.
+    #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
+    lora: Vec<String>,
+    /// Weight of the person's LoRA.
+    #[arg(
+        long,
+        value_name = "F",
+        default_value_t = 1.0,
+        allow_negative_numbers = true,
+        env = "DIFFLORA_LORA_SCALE"
+    )]
+    lora_scale: f64,
+    /// Merge LoRAs into the weights, or apply them beside the weights.
+    #[arg(long, value_enum, default_value = "merge", env = "DIFFLORA_LORA_MODE")]
+    lora_mode: LoraMode,
+    /// Sampling steps of a picture.
+    #[arg(long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_STEPS")]
+    steps: u32,
+    /// How much the prompt counts; 1 or less draws without the second pass.
+    #[arg(long, value_name = "F", default_value_t = 3.0, env = "DIFFLORA_GUIDANCE")]
+    guidance: f64,
+    /// Sampling method of a picture.
+    #[arg(long, value_enum, default_value = "ddim", env = "DIFFLORA_SAMPLER")]
+    sampler: Sampler,
+    /// Pixels across; the base model's own size where it is not given.
+    #[arg(long, value_name = "PX", env = "DIFFLORA_WIDTH")]
+    width: Option<usize>,
+    /// Pixels down; the base model's own size where it is not given.
+    #[arg(long, value_name = "PX", env = "DIFFLORA_HEIGHT")]
+    height: Option<usize>,
+    /// Pictures of each prompt.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_NUM_IMAGES")]
+    num_images: u32,
+    /// Seed of the pictures' noise; picture k of a call uses seed + k.
+    #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
+    seed: u64,
+    /// Start from the tensor `latents` of this safetensors file, unit normal, instead of the seed's noise.
+    #[arg(long, value_name = "FILE", env = "DIFFLORA_INIT_LATENTS")]
+    init_latents: Option<PathBuf>,
+    /// Sampling steps of the LoRA; the hypernetwork's own number where it is not given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_IDENTITY_STEPS")]
+    identity_steps: Option<u32>,
+    /// Guidance in the sampling of the LoRA.
+    #[arg(long, value_name = "F", env = "DIFFLORA_IDENTITY_GUIDANCE")]
+    identity_guidance: Option<f64>,
+    /// Seed of the LoRA's noise.
+    #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_IDENTITY_SEED")]
+    identity_seed: u64,
+    /// Number type of the base model.
+    #[arg(long, value_enum, default_value = "f32", env = "DIFFLORA_DTYPE")]
+    dtype: Precision,
+    /// Where to compute.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    device: String,
+    /// Picture to write (PNG), or a folder for several; `difflora.png` where it is not given.
+    #[arg(long, value_name = "FILE.png|DIR", env = "DIFFLORA_OUT")]
+    out: Option<PathBuf>,
+    /// LoRA to write; `difflora.safetensors` where neither it nor --prompt is given.
+    #[arg(long, value_name = "FILE.safetensors", env = "DIFFLORA_LORA_OUT")]
+    lora_out: Option<PathBuf>,
+    /// Spelling of the layers' names in the LoRA.
+    #[arg(long, value_enum, default_value = "kohya", env = "DIFFLORA_LORA_FORMAT")]
+    lora_format: Format,
+    /// Never use the network. Nothing does as yet: models are built in or lie in folders.
+    #[arg(long, env = "DIFFLORA_OFFLINE")]
+    offline: bool,
+}
+
+/// How LoRAs change the base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum LoraMode {
+    /// Once, into the weights: drawing costs nothing extra.
+    Merge,
+    /// Beside the weights, at each step.
+    Runtime,
+}
+
+/// A number type for weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Precision {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => DType::F32,
+            Precision::F16 => DType::F16,
+            Precision::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// Makes the LoRA, and draws.
+pub fn run(args: Args, common: &Common) -> Result<()> {
+    let start = Instant::now();
+    let outputs = Outputs::plan(&args)?;
+    let device = device(&args.device)?;
+    let base_files = models::find(&args.base, "base")?;
+    let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
+
+    let person = if args.reference.is_empty() { None } else { Some(make_lora(&args, &base)?) };
+    let mut report = json!({});
+    if let Some((lora, told)) = &person {
+        report["person"] = told.clone();
+        if let Some(path) = &outputs.lora {
+            let levels = models::block_layout(&base_files)?;
+            file::write(path, lora, args.lora_format, &levels)?;
+            report["lora"] = json!(path);
+            say(common, format_args!("LoRA    {}", path.display()));
+        }
+    }
+    if !args.prompt.is_empty() {
+        if args.base == models::BUILT_IN {
+            progress::note(
+                "the built-in model `tiny` draws painted portraits of 64×64 pixels, to try the program and to \
+                 prove the method; real pictures need an SDXL folder (--base) and a hypernetwork for it (--hypernet)",
+            );
+        }
+        let loras = chosen_loras(&args, person.as_ref().map(|(lora, _)| lora), &base_files)?;
+        let mut model = Sdxl::open(&base_files, args.dtype.into(), &device)?;
+        apply_loras(&mut model, &loras, args.lora_mode)?;
+        report["pictures"] = draw(&args, &model, &loras, &outputs.pictures, common)?;
+    }
+    report["seconds"] = json!(start.elapsed().as_secs_f64());
+    if common.json {
+        println!("{report:#}");
+    }
+    Ok(())
+}
+
+fn say(common: &Common, line: std::fmt::Arguments) {
+    if !common.json {
+        println!("{line}");
+    }
+}
+
+/// Where results go; checked before the work begins.
+struct Outputs {
+    lora: Option<PathBuf>,
+    pictures: Vec<PathBuf>,
+}
+
+impl Outputs {
+    fn plan(args: &Args) -> Result<Self> {
+        if args.reference.is_empty() && args.prompt.is_empty() {
+            return Err(Failure::Usage(
+                "nothing to do: give --ref PHOTO for a LoRA, --prompt TEXT for a picture, or both".into(),
+            )
+            .into());
+        }
+        if args.reference.is_empty() && args.lora_out.is_some() {
+            return Err(Failure::Usage("--lora-out needs --ref: the LoRA is made from a photo".into()).into());
+        }
+        if args.prompt.is_empty() && args.out.is_some() {
+            return Err(Failure::Usage("--out needs --prompt, which says what to draw".into()).into());
+        }
+        let lora = match &args.lora_out {
+            Some(path) => Some(path.clone()),
+            None => args.prompt.is_empty().then(|| PathBuf::from("difflora.safetensors")),
+        };
+        let count = args.prompt.len() * args.num_images as usize;
+        let out = args.out.clone().unwrap_or_else(|| PathBuf::from("difflora.png"));
+        let pictures: Vec<PathBuf> = if out.is_dir() {
+            (1..=count).map(|i| out.join(format!("{i:04}.png"))).collect()
+        } else if count == 1 {
+            vec![out]
+        } else {
+            let stem = out.with_extension("");
+            (1..=count).map(|i| PathBuf::from(format!("{}-{i:04}.png", stem.display()))).collect()
+        };
+        for path in pictures.iter().chain(&lora) {
+            files::check_writable(path)?;
+        }
+        for path in &pictures {
+            let png = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
+            if !png {
+                let why =
+                    format!("pictures are written as PNG: name `{}` with .png, or a folder", path.display());
+                return Err(Failure::Usage(why).into());
+            }
+        }
+        Ok(Self { lora, pictures })
+    }
+}
+
+/// The device that `name` stands for.
+fn device(name: &str) -> Result<Device> {
+    let missing =
+        |what: &str| Failure::Usage(format!("this build has no {what}; build it with --features {what}"));
+    match name {
+        "cpu" => Ok(Device::Cpu),
+        "auto" => Ok(Device::cuda_if_available(0)?),
+        "metal" if candle_core::utils::metal_is_available() => Ok(Device::new_metal(0)?),
+        "metal" => Err(missing("metal").into()),
+        _ => match name.strip_prefix("cuda") {
+            Some(_) if !candle_core::utils::cuda_is_available() => Err(missing("cuda").into()),
+            Some(number) => {
+                let number = number.trim_start_matches(':');
+                let number = if number.is_empty() { Ok(0) } else { number.parse() };
+                let number =
+                    number.map_err(|_| Failure::Usage(format!("`{name}` is no device: write cuda:0")))?;
+                Ok(Device::new_cuda(number)?)
+            }
+            None => {
+                Err(Failure::Usage(format!("`{name}` is no device; it is auto, cpu, cuda[:N] or metal"))
+                    .into())
+            }
+        },
+    }
+}
+
+/// Photos → identity → LoRA, with what is worth telling about it.
+fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
+    let hypernet = Hypernet::open(&models::find(&args.hypernet, "hypernet")?, &Device::Cpu)?;
+    let config = &hypernet.denoiser.config;
+    hypernet.codec.base.demand(base, "base model")?;
+    let image_files = models::find(&args.image_encoder, "image_encoder")?;
+    let image_id = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    config.image_encoder.demand(&image_id, "image encoder")?;
+    let faces = FaceEncoder::builtin()?;
+    let [_, (name, sha256)] = faces.provenance();
+    config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
+    let images = ImageEncoder::open(&image_files)?;
+
+    let (mut face, mut image, mut hashes, mut found) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for path in &args.reference {
+        progress::check()?;
+        let picture = Picture::open(path)?;
+        let search = faces.search(&picture)?;
+        let largest = search.largest(&path.display().to_string())?;
+        if search.faces.len() > 1 {
+            progress::note(format_args!(
+                "{} faces in `{}`: the largest is taken, at {:.0?}",
+                search.faces.len(),
+                path.display(),
+                largest.bounds
+            ));
+        }
+        face.push(faces.embed(&picture, largest)?);
+        image.push(images.embed(&picture, largest)?);
+        hashes.push(sha256_of(&std::fs::read(path)?));
+        found.push(json!({ "file": path, "faces": search.faces.len(), "face": largest }));
+    }
+    let identity = Identity { face: mean_direction(&face), image: Some(mean_direction(&image)) };
+    let mut options = hypernet.options();
+    options.seed = args.identity_seed;
+    options.steps = args.identity_steps.map_or(options.steps, |steps| steps as usize);
+    options.guidance = args.identity_guidance.unwrap_or(options.guidance);
+    let start = Instant::now();
+    let mut lora = hypernet.generate(&identity, &options)?;
+    for (module, layer) in &lora.layers {
+        let sum = layer.up.abs()?.sum_all()?.to_scalar::<f32>()?;
+        ensure!(sum.is_finite(), "the hypernetwork made NaN or infinity for `{module}`; nothing is written");
+    }
+    let rank = lora.layers.values().next().map_or(0, crate::lora::LoraLayer::rank);
+    let alpha = lora.layers.values().next().map_or(0.0, |layer| layer.alpha);
+    let base_version = if args.base == models::BUILT_IN { "difflora_tiny" } else { "sdxl_base_v1-0" };
+    for (key, value) in [
+        ("ss_network_module", "networks.lora".to_string()),
+        ("ss_network_dim", rank.to_string()),
+        ("ss_network_alpha", alpha.to_string()),
+        ("ss_base_model_version", base_version.to_string()),
+        (TRIGGER_PHRASE, "person".to_string()),
+        ("modelspec.title", "a person, by difflora".to_string()),
+        ("difflora.version", env!("CARGO_PKG_VERSION").to_string()),
+        ("difflora.hypernet", args.hypernet.clone()),
+        ("difflora.base", base.name.clone()),
+        ("difflora.base_sha256", base.sha256.clone()),
+        ("difflora.face_encoder", config.face_encoder.name.clone()),
+        ("difflora.reference_sha256", hashes.join(",")),
+        ("difflora.identity_seed", options.seed.to_string()),
+        ("difflora.identity_steps", options.steps.to_string()),
+    ] {
+        lora.metadata.insert(key.into(), value);
+    }
+    let told = json!({
+        "references": found,
+        "modules": lora.layers.len(),
+        "rank": rank,
+        "seconds": start.elapsed().as_secs_f64(),
+    });
+    Ok((lora, told))
+}
+
+/// The direction of the sum of unit vectors.
+fn mean_direction(rows: &[Vec<f32>]) -> Vec<f32> {
+    let width = rows.first().map_or(0, Vec::len);
+    let sum: Vec<f32> = (0..width).map(|i| rows.iter().map(|row| row[i]).sum()).collect();
+    let length = sum.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+    sum.into_iter().map(|x| x / length).collect()
+}
+
+fn sha256_of(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A LoRA with its name, weight and short hash, for the picture's text.
+struct Chosen {
+    name: String,
+    weight: f64,
+    hash: String,
+    lora: Lora,
+}
+
+/// The person's LoRA and those of `--lora`.
+fn chosen_loras(
+    args: &Args,
+    person: Option<&Lora>,
+    base: &crate::model_files::ModelFiles,
+) -> Result<Vec<Chosen>> {
+    let layout = models::block_layout(base)?;
+    let mut chosen = Vec::new();
+    if let Some(lora) = person {
+        let name = args
+            .lora_out
+            .as_deref()
+            .and_then(Path::file_stem)
+            .map_or("person".into(), |stem| stem.to_string_lossy());
+        let hash = sha256_of(&file::to_bytes(lora, args.lora_format, &layout)?);
+        chosen.push(Chosen { name: name.into(), weight: args.lora_scale, hash, lora: lora.clone() });
+    }
+    for text in &args.lora {
+        let (path, weight) = match text.rsplit_once(':') {
+            Some((path, weight)) if weight.parse::<f64>().is_ok() => {
+                (PathBuf::from(path), weight.parse().context("weight of a LoRA")?)
+            }
+            _ => (PathBuf::from(text), 1.0),
+        };
+        let lora = file::read(&path, &layout)?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        chosen.push(Chosen { name, weight, hash: sha256_of(&std::fs::read(&path)?), lora });
+    }
+    Ok(chosen)
+}
+
+fn apply_loras(model: &mut Sdxl, chosen: &[Chosen], mode: LoraMode) -> Result<()> {
+    let loras: Vec<(&Lora, f64)> = chosen.iter().map(|chosen| (&chosen.lora, chosen.weight)).collect();
+    if loras.is_empty() {
+        return Ok(());
+    }
+    let unet = &mut model.unet;
+    let fit = "the LoRA does not fit this base model";
+    match mode {
+        LoraMode::Merge => {
+            apply::merge(|visit| unet.visit_linears(visit), &loras, Unmatched::Refuse).context(fit)?;
+        }
+        LoraMode::Runtime => {
+            apply::attach(|visit| unet.visit_linears(visit), &loras, Unmatched::Refuse).context(fit)?;
+        }
+    }
+    Ok(())
+}
+
+/// Draws every picture that was asked for and writes it; gives what was written.
+fn draw(args: &Args, model: &Sdxl, loras: &[Chosen], paths: &[PathBuf], common: &Common) -> Result<Value> {
+    let size = model.native_size();
+    let (width, height) = (args.width.unwrap_or(size), args.height.unwrap_or(size));
+    let shape = model.latent_shape(width, height).map_err(|error| Failure::Usage(error.to_string()))?;
+    let given = args.init_latents.as_deref().map(|path| init_latents(path, shape)).transpose()?;
+    let drawing =
+        Drawing { steps: args.steps as usize, guidance_scale: args.guidance, sampler: args.sampler };
+    let negative = model.negative(args.negative_prompt.as_deref())?;
+    let bar = progress::bar(paths.len() as u64 * u64::from(args.steps), "drawing");
+    let mut written = Vec::new();
+    for (k, path) in paths.iter().enumerate() {
+        let prompt = &args.prompt[k / args.num_images as usize];
+        let seed = args.seed + k as u64;
+        let latents = match &given {
+            Some(latents) => latents.clone(),
+            None => noise::normal(seed, 0, (1, shape[0], shape[1], shape[2]), &Device::Cpu)?,
+        };
+        let conditioning = model.text.encode_prompts(&[prompt])?;
+        let pictures = model.draw(&latents, &conditioning, &negative, drawing, || {
+            bar.inc(1);
+            progress::check()
+        })?;
+        let Some(picture) = pictures.first() else { bail!("no picture was drawn") };
+        picture.save(path, Some(&parameters(args, prompt, seed, (width, height), loras)))?;
+        written.push(json!({ "file": path, "prompt": prompt, "seed": seed }));
+        if !common.json {
+            bar.suspend(|| println!("picture {}", path.display()));
+        }
+    }
+    bar.finish_and_clear();
+    Ok(written.into())
+}
+
+/// The tensor `latents` of a file, (1, C, h, w).
+fn init_latents(path: &Path, shape: [usize; 3]) -> Result<Tensor> {
+    let wanted = [1, shape[0], shape[1], shape[2]];
+    let latents = weights::read_file(path)?
+        .remove("latents")
+        .ok_or_else(|| Failure::unusable(path, "it holds no tensor `latents`"))?;
+    if latents.dims() != wanted {
+        let why = format!("`latents` has shape {:?}, this model and size want {wanted:?}", latents.dims());
+        return Err(Failure::unusable(path, why));
+    }
+    Ok(latents.to_dtype(DType::F32)?)
+}
+
+/// The text that A1111 and its relatives read from a PNG.
+fn parameters(
+    args: &Args,
+    prompt: &str,
+    seed: u64,
+    (width, height): (usize, usize),
+    loras: &[Chosen],
+) -> String {
+    let mut text = prompt.to_string();
+    for lora in loras {
+        text.push_str(&format!(" <lora:{}:{}>", lora.name, lora.weight));
+    }
+    if let Some(negative) = &args.negative_prompt {
+        text.push_str(&format!("\nNegative prompt: {negative}"));
+    }
+    let sampler = match args.sampler {
+        Sampler::Ddim => "DDIM",
+        Sampler::Euler => "Euler",
+    };
+    text.push_str(&format!(
+        "\nSteps: {}, Sampler: {sampler}, CFG scale: {}, Seed: {seed}, Size: {width}x{height}, Model: {}",
+        args.steps, args.guidance, args.base
+    ));
+    if !loras.is_empty() {
+        let hashes: Vec<String> =
+            loras.iter().map(|lora| format!("{}: {}", lora.name, &lora.hash[..12])).collect();
+        text.push_str(&format!(", Lora hashes: \"{}\"", hashes.join(", ")));
+    }
+    text.push_str(&format!(", Version: difflora {}", env!("CARGO_PKG_VERSION")));
+    text
+}
