@@ -49,12 +49,23 @@ pub enum Command {
     TrainBase(commands::train_base::Args),
     /// Train the small image encoder, or the judge of drawn portraits.
     TrainEncoder(commands::train_encoder::Args),
+    /// Train the autoencoder of LoRAs.
+    TrainLae(commands::train_lae::Args),
+    /// Train the networks from a person to a LoRA.
+    TrainDit(commands::train_dit::Args),
 }
 
 impl Command {
     /// Whether it trains with a shard of the batch a thread, so that kernels must not have threads of their own.
     pub fn trains_in_shards(&self) -> bool {
-        matches!(self, Self::BuildDataset(_) | Self::TrainBase(_) | Self::TrainEncoder(_))
+        matches!(
+            self,
+            Self::BuildDataset(_)
+                | Self::TrainBase(_)
+                | Self::TrainEncoder(_)
+                | Self::TrainLae(_)
+                | Self::TrainDit(_)
+        )
     }
 }
 
@@ -69,5 +80,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.common),
         Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.common),
+        Command::TrainLae(args) => commands::train_lae::run(args, &cli.common),
+        Command::TrainDit(args) => commands::train_dit::run(args, &cli.common),
     }
 }

@@ -54,17 +54,27 @@ impl Ridge {
         Ok(Self { weight, bias: bias.to_dtype(DType::F32)? })
     }
 
-    /// Chooses among `penalties` by `folds`-fold cross validation and fits on all rows; row i is in fold
-    /// i mod `folds`.
+    /// [`Ridge::cross_fit_in`] with row i in fold i mod `folds`.
     pub fn cross_fit(x: &Tensor, y: &Tensor, penalties: &[f64], folds: usize) -> Result<CrossFit> {
+        let fold_of: Vec<usize> = (0..x.dim(0)?).map(|i| i % folds.max(1)).collect();
+        Self::cross_fit_in(x, y, penalties, &fold_of)
+    }
+
+    /// Chooses among `penalties` by cross validation and fits on all rows; row i is in fold `fold_of[i]`.
+    pub fn cross_fit_in(x: &Tensor, y: &Tensor, penalties: &[f64], fold_of: &[usize]) -> Result<CrossFit> {
         let count = x.dim(0)?;
-        ensure!(folds >= 2 && count >= 2 * folds, "{count} rows do not part into {folds} folds");
-        let rows = |keep: &dyn Fn(usize) -> bool| -> Result<Tensor> {
-            let rows: Vec<u32> = (0..count).filter(|i| keep(*i)).map(|i| i as u32).collect();
-            Ok(Tensor::from_vec(rows.clone(), rows.len(), x.device())?)
-        };
+        let folds = fold_of.iter().max().map_or(0, |last| last + 1);
+        ensure!(
+            fold_of.len() == count && folds >= 2 && count >= 2 * folds,
+            "{count} rows do not part into {folds} folds"
+        );
+        let of_fold = |fold: usize| (0..count).filter(move |i| fold_of[*i] == fold);
+        let rows = |rows: Vec<u32>| Tensor::from_vec(rows.clone(), rows.len(), x.device());
         let parts = (0..folds)
-            .map(|fold| Ok((rows(&|i| i % folds != fold)?, rows(&|i| i % folds == fold)?)))
+            .map(|fold| {
+                let others = (0..count).filter(|i| fold_of[*i] != fold).map(|i| i as u32).collect();
+                Ok((rows(others)?, rows(of_fold(fold).map(|i| i as u32).collect())?))
+            })
             .collect::<Result<Vec<_>>>()?;
         let spread = y.broadcast_sub(&y.mean_keepdim(0)?)?.sqr()?.sum_all()?.to_scalar::<f32>()?;
         let mut best: Option<(f64, f64, Tensor)> = None;
@@ -74,9 +84,9 @@ impl Ridge {
                 let ridge = Self::fit(&x.index_select(others, 0)?, &y.index_select(others, 0)?, *penalty)?;
                 guesses.push(ridge.forward(&x.index_select(own, 0)?)?);
             }
-            // Fold f holds rows f, f + folds, …: put each guess back in its place.
+            // The guesses come fold by fold: put each back in its place.
             let mut place = vec![0u32; count];
-            for (at, row) in (0..folds).flat_map(|fold| (fold..count).step_by(folds)).enumerate() {
+            for (at, row) in (0..folds).flat_map(of_fold).enumerate() {
                 place[row] = at as u32;
             }
             let place = Tensor::from_vec(place, count, x.device())?;
