@@ -291,11 +291,15 @@ fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -> Re
     add(&format!("{name}, shuffled"), &decode(&z)?, &others)?;
     add("own LoRA through the autoencoder", &decode(&codec.encode(&new.vectors)?)?, &truth)?;
 
+    // As many photos as there are of new people: all would fill the memory and tell no more.
     let learnt = &set.train;
+    let photos = learnt.owners.len().min(new.owners.len());
     let options = SampleOptions { steps: denoiser.config.steps, ..hypernet.options() };
-    let seen = decode(&denoiser.sample(&learnt.faces, &learnt.images, &options)?)?;
-    let seen_truth = learnt.per_reference(&codec.standardise.apply(&learnt.vectors)?)?;
-    add("people learnt from", &seen, &seen_truth)?;
+    let (faces, images) = (learnt.faces.narrow(0, 0, photos)?, learnt.images.narrow(0, 0, photos)?);
+    let owners: Vec<u32> = learnt.owners[..photos].iter().map(|owner| *owner as u32).collect();
+    let owned = learnt.vectors.index_select(&Tensor::new(owners, &Device::Cpu)?, 0)?;
+    let seen = decode(&denoiser.sample(&faces, &images, &options)?)?;
+    add("people learnt from", &seen, &codec.standardise.apply(&owned)?)?;
 
     let gates = denoiser.gates(&new.faces, &new.images)?.mean(0)?.to_vec1::<f32>()?;
     Ok(json!({
