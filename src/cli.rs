@@ -41,6 +41,8 @@ pub enum Command {
     Gen(commands::r#gen::Args),
     /// Train LoRAs of many painted people for the hypernetwork to learn from.
     BuildDataset(commands::build_dataset::Args),
+    /// Judge the pictures of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
+    Eval(commands::eval::Args),
     /// Detect, embed and compare faces.
     Face(commands::face::Args),
     /// Paint people of the small world.
@@ -56,11 +58,13 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether it trains with a shard of the batch a thread, so that kernels must not have threads of their own.
+    /// Whether each thread works on a shard of the batch, or on a person, so that kernels must not have threads of
+    /// their own.
     pub fn trains_in_shards(&self) -> bool {
         matches!(
             self,
             Self::BuildDataset(_)
+                | Self::Eval(_)
                 | Self::TrainBase(_)
                 | Self::TrainEncoder(_)
                 | Self::TrainLae(_)
@@ -76,6 +80,7 @@ pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Gen(args) => commands::r#gen::run(args, &cli.common),
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
+        Command::Eval(args) => commands::eval::run(args, &cli.common),
         Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.common),

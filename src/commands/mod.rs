@@ -2,6 +2,7 @@
 
 pub mod build_dataset;
 pub mod dreambooth;
+pub mod eval;
 pub mod face;
 pub mod r#gen;
 mod lora_set;

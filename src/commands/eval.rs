@@ -1,0 +1,702 @@
+//! `difflora eval`: does a generated LoRA draw the person? Held-out people, drawn in several ways from the same
+//! noise, before judges that no training has seen.
+
+mod measure;
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use self::measure::{Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired};
+use self::table::{interval, obeyed, plain, table};
+use super::build_dataset::{self, Header, Row};
+use super::models;
+use crate::cli::Common;
+use crate::dataset::judge::{Judge as AttributeJudge, Record};
+use crate::dataset::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
+use crate::diffusion::noise;
+use crate::failure::Failure;
+use crate::hypernet::{Hypernet, ModelId, SampleOptions};
+use crate::identity::clip::ImageEncoder;
+use crate::identity::{self, FaceEncoder, Identity, cosine};
+use crate::lora::Lora;
+use crate::lora::apply::{Unmatched, merge};
+use crate::lora::file;
+use crate::lora::keys::BlockLayout;
+use crate::metrics::Mean;
+use crate::picture::{Picture, contact_sheet};
+use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl};
+use crate::sdxl::text::TextConditioning;
+use crate::train::shards::in_threads;
+use crate::{files, progress};
+
+/// Arguments of `difflora eval`.
+///
+/// Draws the held-out people of a dataset without a LoRA, with the mean LoRA of the training set, with the LoRA
+/// that the hypernetwork makes from one photo, with the one it makes from a photo of somebody else, with the LoRA
+/// of the most similar training person, and with the person's own DreamBooth LoRA; all from the same noise and
+/// prompts. SFace, which no training has seen, compares the faces with other photos of the person.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The dataset, as `build-dataset` writes it.
+    #[arg(long, value_name = "DIR", required_unless_present = "base_only", env = "DIFFLORA_DATASET")]
+    dataset: Option<PathBuf>,
+    /// The hypernetwork.
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
+    hypernet: String,
+    /// The model that the LoRAs are for.
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    base: String,
+    /// The encoder of whole pictures.
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    image_encoder: String,
+    /// The judge of attributes; without one prompts and factors are not judged. The built-in one when not given.
+    #[arg(long, value_name = "NAME|DIR", env = "DIFFLORA_JUDGE")]
+    judge: Option<String>,
+    /// At most so many held-out people; all when not given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "DIFFLORA_PEOPLE")]
+    people: Option<u64>,
+    /// Pictures of each person and way; four prompts take turns.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64), env = "DIFFLORA_PICTURES")]
+    pictures: u64,
+    /// Sampling steps of a picture.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_STEPS")]
+    steps: u64,
+    /// Weight of the prompt against no prompt.
+    #[arg(long, value_name = "X", default_value_t = 3.0, env = "DIFFLORA_GUIDANCE")]
+    guidance: f64,
+    /// Sampling method.
+    #[arg(long, value_enum, default_value_t = Sampler::Euler, env = "DIFFLORA_SAMPLER")]
+    sampler: Sampler,
+    /// Latents that the hypernetwork samples and averages.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_SAMPLES")]
+    samples: u64,
+    /// How far from the mean LoRA: factor on the generated latent.
+    #[arg(long, value_name = "X", default_value_t = 1.0, env = "DIFFLORA_STRENGTH")]
+    strength: f64,
+    /// Of all noise.
+    #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
+    seed: u64,
+    /// Folder for table.json, table.md and sheet.png; made where it is missing.
+    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    out: Option<PathBuf>,
+    /// Judge the base alone, by N pictures (100) from captions of random scenes.
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "100", value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_BASE_ONLY")]
+    base_only: Option<u64>,
+}
+
+/// Evaluates a hypernetwork, or a base model alone.
+pub fn run(args: Args, common: &Common) -> Result<()> {
+    if let Some(out) = &args.out {
+        std::fs::create_dir_all(out)
+            .with_context(|| format!("cannot make the folder `{}`", out.display()))?;
+        files::check_writable(&out.join("table.json"))?;
+    }
+    let begin = Instant::now();
+    let (mut report, text, sheet) = match (args.base_only, &args.dataset) {
+        (Some(count), _) => judge_base(&args, count)?,
+        (None, Some(dataset)) => judge_people(&args, dataset)?,
+        (None, None) => return Err(Failure::Usage("eval needs --dataset, or --base-only".into()).into()),
+    };
+    report["seconds"] = json!(begin.elapsed().as_secs_f64().round());
+    if let Some(out) = &args.out {
+        files::write_whole(
+            &out.join("table.json"),
+            (serde_json::to_string_pretty(&report)? + "\n").as_bytes(),
+        )?;
+        files::write_whole(&out.join("table.md"), text.as_bytes())?;
+        sheet.save(&out.join("sheet.png"), None)?;
+    }
+    if common.json {
+        println!("{report}");
+    } else {
+        print!("{text}");
+    }
+    Ok(())
+}
+
+/// The report, its table, and the contact sheet.
+type Findings = (serde_json::Value, String, Picture);
+
+/// One row of the table.
+#[derive(Serialize)]
+struct Method {
+    method: &'static str,
+    #[serde(skip)]
+    title: &'static str,
+    #[serde(flatten)]
+    figures: Figures,
+}
+
+/// A paired difference in similarity.
+#[derive(Serialize)]
+struct Difference {
+    of: &'static str,
+    over: &'static str,
+    similarity: Option<Mean>,
+}
+
+fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
+    let bench = Bench::open(args)?;
+    let header: Header = read_json(&dataset.join("dataset.json"))?;
+    let hypernet = Hypernet::open(&models::find(&args.hypernet, "hypernet")?, &Device::Cpu)?;
+    hypernet.codec.base.demand(&bench.base, "base model")?;
+    if header.base.sha256 != bench.base.sha256 {
+        let why = format!("its LoRAs are for the base `{}`, not for `{}`", header.base.name, bench.base.name);
+        return Err(Failure::unusable(&dataset.join("dataset.json"), why));
+    }
+    let rows = build_dataset::read_manifest(dataset)?;
+    let (held_out, known): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(|row| row.split == "held-out");
+    let count = args.people.map_or(held_out.len(), |people| held_out.len().min(people as usize));
+    if count < 2 {
+        let why = format!("it has {} held-out people; two at least can be told apart", held_out.len());
+        return Err(Failure::unusable(&dataset.join("manifest.jsonl"), why));
+    }
+    let known = Known::read(dataset, &known)?;
+    let images = models::find(&args.image_encoder, "image_encoder")?;
+    let image_id = models::identify(&images, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    hypernet.denoiser.config.image_encoder.demand(&image_id, "image encoder")?;
+    let images = ImageEncoder::open(&images)?;
+    let [_, (name, sha256)] = bench.faces.provenance();
+    let face_id = ModelId { name: name.into(), sha256 };
+    hypernet.denoiser.config.face_encoder.demand(&face_id, "face encoder")?;
+    let Pictures { size, seed, references } = DatasetSettings::read(dataset)?;
+    ensure!(
+        references > 1,
+        "`{}` has {references} reference pictures a person; one is the condition, so two are needed",
+        dataset.display()
+    );
+
+    let prompts: Vec<Scene> = (0..args.pictures).map(prompt).collect();
+    let words: Vec<String> = prompts.iter().map(say).collect();
+    let stage = bench.stage(&prompts, &words, args)?;
+    let options = SampleOptions {
+        seed: args.seed,
+        samples: args.samples as usize,
+        strength: args.strength,
+        ..hypernet.options()
+    };
+
+    // No LoRA and the mean LoRA know nobody, and the noise is the same for all: they are drawn once for all.
+    let bar = progress::bar(3 * count as u64 + 2, "drawing");
+    let draw = |lora: Option<&Lora>| -> Result<Drawn> {
+        let drawn = bench.draw(&stage, lora)?;
+        bar.inc(1);
+        Ok(drawn)
+    };
+    let mean_lora = hypernet.codec.mean_lora()?;
+    let common = in_threads(2, |i| draw([None, Some(&mean_lora)][i]))?;
+    let sitters = in_threads(count, |i| {
+        let row = &held_out[i];
+        let who = || format!("`{}`", row.id);
+        let scenes = (0..references).map(|i| build_dataset::reference_scene(seed, i));
+        let person = Person::new(row.person.0, row.person.1);
+        let photos: Result<Vec<Picture>> =
+            scenes.map(|scene| build_dataset::picture(&person, &scene, size)).collect();
+        let sitter = bench.sitter(&person, &photos?, &images).with_context(who)?;
+        let generated = hypernet.generate(&sitter.condition, &options).with_context(who)?;
+        let own = bench.lora(&dataset.join(&row.lora))?;
+        let nearest = match known.nearest(&sitter.condition.face) {
+            Some(path) => Some(draw(Some(&bench.lora(&path)?)).with_context(who)?),
+            None => None,
+        };
+        let difflora = draw(Some(&generated)).with_context(who)?;
+        Ok(Portrayed { difflora, own: draw(Some(&own)).with_context(who)?, nearest, sitter })
+    })?;
+    bar.finish_and_clear();
+
+    let targets: Vec<Target> = sitters.iter().map(|portrayed| portrayed.sitter.target.clone()).collect();
+    let asked: Vec<_> = prompts.iter().map(asked).collect();
+    let visible = bench.visible();
+    let method = |method, title, shown: Vec<&[Seen]>| Method {
+        method,
+        title,
+        figures: measure(&shown, &targets, &asked, &visible),
+    };
+    let of = |pick: fn(&Portrayed) -> &Drawn| -> Vec<&[Seen]> {
+        sitters.iter().map(|portrayed| pick(portrayed).seen.as_slice()).collect()
+    };
+    let mut methods = vec![
+        method("no-lora", "no LoRA", vec![&common[0].seen; count]),
+        method("mean-lora", "mean LoRA", vec![&common[1].seen; count]),
+    ];
+    // With the same noise for all, the LoRA made for somebody else draws what it drew for that person.
+    let mut shuffled = of(|portrayed| &portrayed.difflora);
+    shuffled.rotate_left(1);
+    methods.push(method("shuffled", "DiffLoRA, another's photo", shuffled));
+    let nearest: Option<Vec<&[Seen]>> =
+        sitters.iter().map(|portrayed| Some(portrayed.nearest.as_ref()?.seen.as_slice())).collect();
+    methods.extend(nearest.map(|shown| method("nearest", "nearest training LoRA", shown)));
+    methods.push(method("difflora", "DiffLoRA", of(|portrayed| &portrayed.difflora)));
+    methods.push(method("own", "own DreamBooth LoRA", of(|portrayed| &portrayed.own)));
+    let painted = sitters.iter().map(|portrayed| std::slice::from_ref(&portrayed.sitter.photo_seen));
+    let mut painted = method("photo", "the photo itself", painted.collect());
+    // It was not drawn from a prompt.
+    painted.figures.obedience.clear();
+    methods.push(painted);
+
+    let figures = |name: &str| methods.iter().find(|method| method.method == name);
+    let differences: Vec<Difference> = ["no-lora", "mean-lora", "shuffled", "nearest", "own"]
+        .into_iter()
+        .filter_map(|over| {
+            let (of, against) = (figures("difflora")?, figures(over)?);
+            Some(Difference { of: "difflora", over, similarity: paired(&of.figures, &against.figures) })
+        })
+        .collect();
+    let text = people_table(&methods, &differences, count, args, &words, &bench);
+    let report = json!({
+        "people": count,
+        "pictures": args.pictures,
+        "prompts": words,
+        "drawing": { "steps": args.steps, "guidance": args.guidance, "seed": args.seed },
+        "generating": { "steps": options.steps, "guidance": options.guidance, "samples": options.samples, "strength": options.strength },
+        "base": bench.base,
+        "hypernet": args.hypernet,
+        "recogniser": bench.recogniser_id(),
+        "judge": bench.record(),
+        "rank_1_by_chance": 1.0 / count as f64,
+        "methods": methods,
+        "differences": differences,
+    });
+    Ok((report, text, people_sheet(&sitters, &common[0])))
+}
+
+/// Detection rate of the base and what it makes of captions.
+fn judge_base(args: &Args, count: u64) -> Result<Findings> {
+    let bench = Bench::open(args)?;
+    let scenes: Vec<Scene> = (0..count).map(|i| Scene::draw(args.seed, i)).collect();
+    let words: Vec<String> = scenes
+        .iter()
+        .enumerate()
+        .map(|(i, scene)| {
+            // Zero to five words about who it is, as in training.
+            let options = CaptionOptions { attributes: i % 6, ..CaptionOptions::default() };
+            caption(&Person::new(args.seed, i as u64), scene, options, args.seed)
+        })
+        .collect();
+    let bar = progress::bar(count, "drawing");
+    let batches: Vec<usize> = (0..scenes.len()).step_by(BATCH).collect();
+    let drawn = in_threads(batches.len(), |batch| {
+        let range = batches[batch]..scenes.len().min(batches[batch] + BATCH);
+        let drawn = bench.draw(&bench.stage(&scenes[range.clone()], &words[range.clone()], args)?, None)?;
+        bar.inc(range.len() as u64);
+        Ok(drawn)
+    })?;
+    bar.finish_and_clear();
+
+    let seen: Vec<&Seen> = drawn.iter().flat_map(|drawn| &drawn.seen).collect();
+    let found = |wanted: &dyn Fn(&Scene) -> bool| {
+        let hits = scenes.iter().zip(&seen).filter(|(scene, _)| wanted(scene));
+        let hits: Vec<f64> = hits.map(|(_, seen)| f64::from(u8::from(seen.face.is_some()))).collect();
+        Mean::of(&hits)
+    };
+    let mut detection = vec![("all", found(&|_| true))];
+    detection.extend(Style::ALL.iter().map(|style| (style.word(), found(&|scene| scene.style == *style))));
+    let asked: Vec<_> = scenes.iter().map(asked).collect();
+    let judged = seen.iter().zip(&asked).filter_map(|(seen, asked)| Some((seen.attributes.as_ref()?, asked)));
+    let obedience = obedience(judged);
+
+    let head = ["", "pictures", "face found"].map(String::from);
+    let rows: Vec<Vec<String>> = detection
+        .iter()
+        .filter_map(|(style, mean)| {
+            Some(vec![(*style).into(), mean.as_ref()?.n.to_string(), plain(mean.map(|mean| mean.mean))])
+        })
+        .collect();
+    let mut text = table(&head, &rows);
+    if let Some(record) = bench.record() {
+        text += &("\n".to_string() + &obedience_table(&obedience, record));
+    }
+    let detection: serde_json::Map<String, serde_json::Value> =
+        detection.into_iter().map(|(style, mean)| (style.into(), json!(mean))).collect();
+    let report = json!({
+        "pictures": count,
+        "base": bench.base,
+        "drawing": { "steps": args.steps, "guidance": args.guidance, "seed": args.seed },
+        "detection": detection,
+        "obedience": obedience,
+        "judge": bench.record(),
+    });
+    let pictures: Vec<&Picture> = drawn.iter().flat_map(|drawn| &drawn.pictures).take(100).collect();
+    let rows: Vec<Vec<&Picture>> = pictures.chunks(10).map(<[_]>::to_vec).collect();
+    Ok((report, text, sheet(&rows)))
+}
+
+/// Pictures of the base that are drawn together.
+const BATCH: usize = 4;
+
+/// What is asked for in picture `i` of a person: photos that show who it is, and one with things on the face.
+fn prompt(i: u64) -> Scene {
+    let (expression, background) = match i % 4 {
+        0 => (Expression::Smiling, Colour::Red),
+        1 => (Expression::Neutral, Colour::Blue),
+        2 => (Expression::Surprised, Colour::White),
+        _ => (Expression::Neutral, Colour::Green),
+    };
+    let plain = Scene::draw(0, i).plain();
+    let scene = Scene { expression, background, yaw: 0.0, ..plain };
+    if i % 4 == 3 { Scene { glasses: Glasses::Clear, hat: Hat::Cap, ..scene } } else { scene }
+}
+
+/// The caption of a scene that says nothing about the person.
+fn say(scene: &Scene) -> String {
+    caption(&Person::new(0, 0), scene, CaptionOptions::default(), 0)
+}
+
+/// The base model and everybody who looks at its pictures.
+struct Bench {
+    base: ModelId,
+    model: Sdxl,
+    layout: BlockLayout,
+    faces: FaceEncoder,
+    recogniser: identity::Judge,
+    attributes: Option<AttributeJudge>,
+}
+
+/// What is drawn: noise and prompts of the same number.
+struct Stage {
+    /// (B, C, h, w)
+    noise: Tensor,
+    prompts: TextConditioning,
+    negative: TextConditioning,
+    drawing: Drawing,
+}
+
+/// Pictures, and what was seen in them.
+struct Drawn {
+    pictures: Vec<Picture>,
+    seen: Vec<Seen>,
+}
+
+/// A held-out person.
+struct Sitter {
+    photo: Picture,
+    photo_seen: Seen,
+    condition: Identity,
+    target: Target,
+}
+
+/// A held-out person as drawn.
+struct Portrayed {
+    sitter: Sitter,
+    difflora: Drawn,
+    own: Drawn,
+    nearest: Option<Drawn>,
+}
+
+impl Bench {
+    fn open(args: &Args) -> Result<Self> {
+        let files = models::find(&args.base, "base")?;
+        let model = Sdxl::open(&files, DType::F32, &Device::Cpu)?;
+        let attributes = match &args.judge {
+            Some(name) => Some(AttributeJudge::open(&models::find(name, "judge")?)?),
+            None => match models::built_in("judge") {
+                Ok(files) => Some(AttributeJudge::open(&files)?),
+                Err(error) => {
+                    progress::note(format_args!("prompts and factors are not judged: {error:#}"));
+                    None
+                }
+            },
+        };
+        Ok(Self {
+            base: models::identify(&files, &args.base, models::BASE_WEIGHTS)?,
+            layout: models::block_layout(&files)?,
+            faces: FaceEncoder::builtin()?,
+            recogniser: identity::Judge::sface()?,
+            attributes,
+            model,
+        })
+    }
+
+    /// Noise is by the scene's place in the list that it came from: `grain` is its own number.
+    fn stage(&self, scenes: &[Scene], words: &[String], args: &Args) -> Result<Stage> {
+        let size = self.model.native_size();
+        let shape = self.model.latent_shape(size, size)?;
+        let noise: Vec<Tensor> = scenes
+            .iter()
+            .map(|scene| noise::normal(args.seed, scene.grain, &shape, self.model.device()))
+            .collect::<candle_core::Result<_>>()?;
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        Ok(Stage {
+            noise: Tensor::stack(&noise, 0)?,
+            prompts: self.model.text.encode_prompts(&words)?,
+            negative: self.model.negative(None)?,
+            drawing: Drawing {
+                steps: args.steps as usize,
+                guidance_scale: args.guidance,
+                sampler: args.sampler,
+            },
+        })
+    }
+
+    /// Draws with `lora` merged in a copy of the model; weights that it does not change are shared.
+    fn draw(&self, stage: &Stage, lora: Option<&Lora>) -> Result<Drawn> {
+        let mut model = self.model.clone();
+        if let Some(lora) = lora {
+            merge(|visit| model.unet.visit_linears(visit), &[(lora, 1.0)], Unmatched::Refuse)?;
+        }
+        let Stage { noise, prompts, negative, drawing } = stage;
+        let pictures = model.draw(noise, prompts, negative, *drawing, progress::check)?;
+        let seen = self.look(&pictures)?;
+        Ok(Drawn { pictures, seen })
+    }
+
+    fn look(&self, pictures: &[Picture]) -> Result<Vec<Seen>> {
+        let attributes: Vec<Option<Attributes>> = match &self.attributes {
+            Some(judge) => {
+                let both = judge.classes(pictures)?.into_iter().zip(judge.factors(pictures)?);
+                both.map(|(classes, factors)| Some(Attributes { classes, factors })).collect()
+            }
+            None => vec![None; pictures.len()],
+        };
+        let look = |(picture, attributes): (&Picture, Option<Attributes>)| {
+            let faces = self.faces.detect(picture)?;
+            let face = faces.first().map(|face| self.recogniser.embed(picture, face)).transpose()?;
+            Ok(Seen { face, attributes })
+        };
+        pictures.iter().zip(attributes).map(look).collect()
+    }
+
+    /// The first photo with a face is the condition; the others tell what the person looks like.
+    fn sitter(&self, person: &Person, photos: &[Picture], images: &ImageEncoder) -> Result<Sitter> {
+        let mut condition = None;
+        let mut others: Vec<Vec<f32>> = Vec::new();
+        for photo in photos {
+            let search = self.faces.search(photo)?;
+            let Some(face) = search.faces.first() else { continue };
+            if condition.is_none() {
+                let image = Some(images.embed(photo, face)?);
+                condition = Some((photo, Identity { face: self.faces.embed(photo, face)?, image }));
+            } else {
+                others.push(self.recogniser.embed(photo, face)?);
+            }
+        }
+        let (photo, condition) = condition.context("no face was found in any reference picture")?;
+        let seen = self.look(std::slice::from_ref(photo))?.pop();
+        Ok(Sitter {
+            photo: photo.clone(),
+            photo_seen: seen.context("a picture was looked at")?,
+            condition,
+            target: Target {
+                face: mean_vector(&others).context("a face was found in one reference picture only")?,
+                factors: person.identity.to_array(),
+            },
+        })
+    }
+
+    fn lora(&self, path: &Path) -> Result<Lora> {
+        file::read(path, &self.layout)
+    }
+
+    fn record(&self) -> Option<&Record> {
+        self.attributes.as_ref().map(AttributeJudge::record)
+    }
+
+    /// The factors that the judge of attributes can see: it explains half of their variance or more.
+    fn visible(&self) -> Vec<usize> {
+        let factors = self.record().map_or(&[][..], |record| &record.factors);
+        factors.iter().enumerate().filter(|(_, factor)| factor.r2 >= 0.5).map(|(i, _)| i).collect()
+    }
+
+    fn recogniser_id(&self) -> ModelId {
+        let (name, sha256) = self.recogniser.provenance();
+        ModelId { name: name.into(), sha256 }
+    }
+}
+
+/// The people that the hypernetwork has learned from.
+struct Known {
+    /// Mean of the face vectors, and the LoRA.
+    people: Vec<(Vec<f32>, PathBuf)>,
+}
+
+impl Known {
+    fn read(dataset: &Path, rows: &[Row]) -> Result<Self> {
+        let read = |row: &Row| {
+            let path = dataset.join(&row.embeddings);
+            let tensors = crate::weights::read_file(&path)?;
+            let faces = tensors.get("face").map(Tensor::to_vec2::<f32>);
+            let faces = faces.and_then(|faces| mean_vector(&faces.ok()?));
+            let faces = faces.ok_or_else(|| Failure::unusable(&path, "it has no rows of `face`"))?;
+            Ok((faces, dataset.join(&row.lora)))
+        };
+        Ok(Self { people: rows.iter().map(read).collect::<Result<_>>()? })
+    }
+
+    /// The LoRA of the person with the most similar face.
+    fn nearest(&self, face: &[f32]) -> Option<PathBuf> {
+        let similarity = |person: &(Vec<f32>, PathBuf)| cosine(&person.0, face);
+        let nearest = self.people.iter().max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
+        nearest.map(|(_, lora)| lora.clone())
+    }
+}
+
+/// The part of the dataset's `settings.toml` that tells how photos are painted.
+#[derive(Deserialize)]
+struct DatasetSettings {
+    pictures: Pictures,
+}
+
+#[derive(Deserialize)]
+struct Pictures {
+    size: usize,
+    seed: u64,
+    references: u64,
+}
+
+impl DatasetSettings {
+    fn read(dataset: &Path) -> Result<Pictures> {
+        let path = dataset.join("settings.toml");
+        let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
+        let settings: Self = toml::from_str(&text).map_err(|error| Failure::unusable(&path, error))?;
+        Ok(settings.pictures)
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
+    serde_json::from_slice(&bytes).map_err(|error| Failure::unusable(path, error))
+}
+
+/// The mean of vectors; only its direction is used.
+fn mean_vector(vectors: &[Vec<f32>]) -> Option<Vec<f32>> {
+    let (first, rest) = vectors.split_first()?;
+    let mut sum = first.clone();
+    for vector in rest {
+        sum.iter_mut().zip(vector).for_each(|(sum, value)| *sum += value);
+    }
+    sum.iter_mut().for_each(|value| *value /= vectors.len() as f32);
+    Some(sum)
+}
+
+fn people_table(
+    methods: &[Method],
+    differences: &[Difference],
+    people: usize,
+    args: &Args,
+    words: &[String],
+    bench: &Bench,
+) -> String {
+    let attributes: Vec<&str> =
+        methods[0].figures.obedience.iter().map(|obedience| obedience.attribute).collect();
+    let mut head = vec!["method", "similarity", "misses as 0", "face found", "same − different", "rank 1"];
+    head.extend(bench.attributes.is_some().then_some("factors"));
+    head.extend(&attributes);
+    let rows: Vec<Vec<String>> = methods
+        .iter()
+        .map(|Method { title, figures, .. }| {
+            let mut row = vec![
+                (*title).to_string(),
+                interval(figures.similarity),
+                interval(figures.similarity_misses_zero),
+                plain(figures.detection.map(|mean| mean.mean)),
+                interval(figures.same_minus_different),
+                plain(figures.rank_1.map(|mean| mean.mean)),
+            ];
+            row.extend(bench.attributes.is_some().then(|| plain(figures.factor_correlation)));
+            row.extend(attributes.iter().map(|attribute| obeyed(&figures.obedience, attribute)));
+            row
+        })
+        .collect();
+    let head: Vec<String> = head.into_iter().map(String::from).collect();
+    let mut text = table(&head, &rows);
+    text += &format!(
+        "\n{people} held-out people, {} pictures each way from the same noise, {} steps, guidance {}, seed {}. \
+         Similarity: cosine of SFace to the person's other photos, 95 % intervals over people; rank 1 by chance \
+         {:.3}.\nNo LoRA and the mean LoRA draw everybody the same, so those pictures are drawn once.\n",
+        args.pictures,
+        args.steps,
+        args.guidance,
+        args.seed,
+        1.0 / people as f64
+    );
+    if let Some(record) = bench.record() {
+        text += &format!(
+            "Factors: correlation with the truth of the {} factors that the judge sees in painted photos.\n",
+            bench.visible().len()
+        );
+        let known: Vec<String> = record
+            .attributes
+            .iter()
+            .filter(|attribute| attributes.contains(&attribute.name.as_str()))
+            .map(|attribute| format!("{} {:.2}", attribute.name, attribute.accuracy))
+            .collect();
+        text += &format!("The judge itself, on painted pictures: {}.\n", known.join(", "));
+    }
+    text += "\nDiffLoRA against, in similarity to the person, pair by pair:\n";
+    for difference in differences {
+        text += &format!("- {}: {}\n", difference.over, interval(difference.similarity));
+    }
+    let mut once = words.to_vec();
+    once.dedup();
+    text += "\nPrompts:\n";
+    for words in once.iter().take(4) {
+        text += &format!("- {words}\n");
+    }
+    text
+}
+
+fn obedience_table(list: &[Obedience], record: &Record) -> String {
+    let head = ["asked for", "pictures", "obeyed", "judge on paintings"].map(String::from);
+    let rows: Vec<Vec<String>> = list
+        .iter()
+        .map(|Obedience { attribute, asked, .. }| {
+            let judge = record.attributes.iter().find(|known| known.name == *attribute);
+            vec![
+                (*attribute).to_string(),
+                asked.to_string(),
+                obeyed(list, attribute),
+                judge.map_or("–".into(), |known| format!("{:.2}", known.accuracy)),
+            ]
+        })
+        .collect();
+    table(&head, &rows)
+}
+
+/// A row a person: the photo, then for the first and the last prompt no LoRA, DiffLoRA, own LoRA.
+fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Picture {
+    let row = |portrayed: &'_ Portrayed| -> Vec<Picture> {
+        let mut row = vec![portrayed.sitter.photo.clone()];
+        let last = base.pictures.len() - 1;
+        for prompt in if last == 0 { vec![0] } else { vec![0, last] } {
+            let ways = [base, &portrayed.difflora, &portrayed.own];
+            row.extend(ways.map(|drawn| drawn.pictures[prompt].clone()));
+        }
+        row
+    };
+    let rows: Vec<Vec<Picture>> = sitters.iter().take(6).map(row).collect();
+    sheet(&rows.iter().map(|row| row.iter().collect()).collect::<Vec<_>>())
+}
+
+/// Small pictures are shown at twice their size.
+fn sheet(rows: &[Vec<&Picture>]) -> Picture {
+    let side = rows.iter().flatten().map(|picture| picture.width.max(picture.height)).max().unwrap_or(64);
+    contact_sheet(rows, if side <= 128 { 2 * side } else { side }, 6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_prompts_take_turns_and_say_what_they_are_judged_by() {
+        let words: Vec<String> = (0..4).map(|i| say(&prompt(i))).collect();
+        assert_eq!(words[0], "a photo of a person, smiling, red background");
+        assert_eq!(words[3], "a photo of a person, neutral, wearing glasses, wearing cap, green background");
+        assert_eq!(say(&prompt(5)), words[1]);
+        assert_ne!(prompt(5).grain, prompt(1).grain, "the same words are drawn from other noise");
+    }
+
+    #[test]
+    fn the_most_similar_person_is_found() {
+        let known = Known { people: vec![(vec![1.0, 0.0], "a".into()), (vec![0.6, 0.8], "b".into())] };
+        assert_eq!(known.nearest(&[0.0, 2.0]), Some("b".into()));
+        assert_eq!(Known { people: Vec::new() }.nearest(&[1.0]), None);
+        assert_eq!(mean_vector(&[vec![1.0, 0.0], vec![0.0, 1.0]]), Some(vec![0.5, 0.5]));
+    }
+}
