@@ -96,7 +96,8 @@ pub fn measure(
             hits += usize::from(place == 1);
         }
         let count = pictures.len().max(1) as f64;
-        with_misses.push(own.iter().sum::<f64>() / count);
+        // The sum of nothing is −0, which would be printed so.
+        with_misses.push((own.iter().sum::<f64>() + 0.0) / count);
         detection.push(own.len() as f64 / count);
         first.push(hits as f64 / count);
         let (same, different) = (mean(&own), mean(&different));
@@ -209,6 +210,10 @@ mod tests {
         assert_eq!(mean(figures.same_minus_different), 0.6);
         assert_eq!(mean(figures.rank_1), 0.5);
         assert_eq!(figures.mean_rank, Some(1.0));
+        let nobody = measure(&[&[seen(None, 0.0)], &[seen(None, 0.0)]], &people(), &asked, &[]);
+        assert!(
+            nobody.similarity.is_none() && nobody.similarity_misses_zero.unwrap().mean.is_sign_positive()
+        );
         assert!((figures.factor_correlation.unwrap() - 1.0).abs() < 1e-9);
         assert!(figures.obedience.iter().all(|attribute| attribute.right == 1.0));
     }
