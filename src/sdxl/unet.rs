@@ -188,12 +188,12 @@ impl UNet {
         let mut skips = vec![channels[0]];
         let mut width = channels[0];
         let mut down_blocks = Vec::new();
-        for level in 0..levels {
+        for (level, &channel) in channels.iter().enumerate() {
             let attention =
                 (config.down_block_types[level] == "CrossAttnDownBlock2D").then(|| transformer(level));
             let inputs: Vec<usize> =
-                (0..config.layers_per_block).map(|i| if i == 0 { width } else { channels[level] }).collect();
-            width = channels[level];
+                (0..config.layers_per_block).map(|i| if i == 0 { width } else { channel }).collect();
+            width = channel;
             skips.extend(std::iter::repeat_n(width, inputs.len()));
             let last = level + 1 == levels;
             if !last {

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The built-in bundle `tiny`, from nothing, by this program alone, on the CPU.
+#
+#     scripts/make-tiny.sh OUT            the recipe of configs/, see the README for times
+#     scripts/make-tiny.sh OUT --quick    a few steps of everything, to see that it runs
+#     scripts/make-tiny.sh OUT --install  afterwards put the bundle into src/assets/tiny
+#
+# Every stage goes on where it was stopped; a stage that is finished is skipped. Delete its folder to train it again.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+out=${1:?usage: scripts/make-tiny.sh OUT [--quick] [--install]}
+shift
+quick= install=
+for flag in "$@"; do
+  case $flag in
+    --quick) quick=1 ;;
+    --install) install=1 ;;
+    *) echo "unknown flag $flag" >&2; exit 2 ;;
+  esac
+done
+
+cargo build --release --locked --manifest-path "$root/Cargo.toml"
+difflora=$root/target/release/difflora
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+configs=$out/configs
+if [ ! -d "$configs" ]; then
+  cp -r "$root/configs" "$configs"
+  if [ -n "$quick" ]; then
+    # Few people and few steps; the networks keep their sizes.
+    sed -i -E 's/^people = 6000/people = 300/; s/^steps = [0-9]+/steps = 40/' "$configs/base-tiny.toml"
+    sed -i -E 's/^steps = [0-9]+/steps = 20/' "$configs/encoder-tiny.toml" "$configs/hypernet-tiny.toml"
+    sed -i -E 's/^train = .*/train = 80/; s/^held_out = .*/held_out = 4/; s/^steps = [0-9]+/steps = 3/' "$configs/dataset-tiny.toml"
+  fi
+fi
+
+stage() { # stage NAME COMMAND...: runs it once, and says how long it took
+  local name=$1 start=$SECONDS
+  shift
+  if [ -e "$out/$name.done" ]; then
+    echo "$name: done before"
+    return
+  fi
+  "$@"
+  touch "$out/$name.done"
+  echo "$name: $((SECONDS - start)) s" | tee -a "$out/times.txt"
+}
+
+base=$out/base image=$out/image_encoder judge=$out/judge data=$out/dataset lae=$out/lae hypernet=$out/hypernet
+stage vae "$difflora" train-base --out "$base" --config "$configs/base-tiny.toml" --stage vae --resume
+stage unet "$difflora" train-base --out "$base" --config "$configs/base-tiny.toml" --stage unet --resume
+stage image-encoder "$difflora" train-encoder --kind image --out "$image" --config "$configs/encoder-tiny.toml" --resume
+stage judge "$difflora" train-encoder --kind judge --out "$judge" --config "$configs/encoder-tiny.toml" --resume
+stage dataset "$difflora" build-dataset --out "$data" --config "$configs/dataset-tiny.toml" --base "$base" \
+  --image-encoder "$image" --signal 8
+stage lae "$difflora" train-lae --dataset "$data" --out "$lae" --config "$configs/hypernet-tiny.toml" --resume
+stage dit "$difflora" train-dit --dataset "$data" --lae "$lae" --out "$hypernet" --config "$configs/hypernet-tiny.toml" --resume
+stage eval "$difflora" eval --dataset "$data" --hypernet "$hypernet" --base "$base" --image-encoder "$image" \
+  --judge "$judge" --out "$out/eval"
+
+if [ -n "$install" ]; then
+  bundle=$root/src/assets/tiny
+  mkdir -p "$bundle"
+  for part in base hypernet image_encoder judge; do
+    rm -rf "${bundle:?}/$part"
+    cp -r "$out/$part" "$bundle/$part"
+    rm -rf "$bundle/$part/training"
+  done
+  du -sh "$bundle"
+fi
