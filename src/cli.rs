@@ -37,6 +37,8 @@ pub struct Common {
 /// One subcommand, one story in `commands/`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Train a LoRA on a folder of one person's pictures (DreamBooth).
+    TrainLora(commands::train_lora::Args),
     /// Make a LoRA from photos of a person, and draw pictures with it.
     Gen(commands::r#gen::Args),
     /// Train LoRAs of many painted people for the hypernetwork to learn from.
@@ -78,6 +80,7 @@ pub fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.common.quiet);
     progress::catch_interrupts()?;
     match cli.command {
+        Command::TrainLora(args) => commands::train_lora::run(args, &cli.common),
         Command::Gen(args) => commands::r#gen::run(args, &cli.common),
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
         Command::Eval(args) => commands::eval::run(args, &cli.common),

@@ -12,3 +12,4 @@ pub mod train_base;
 pub mod train_dit;
 pub mod train_encoder;
 pub mod train_lae;
+pub mod train_lora;

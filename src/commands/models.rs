@@ -53,7 +53,9 @@ pub fn find(name: &str, part: &'static str) -> Result<ModelFiles> {
 /// Name and SHA-256 of a model's weights, given the weight file that stands for it.
 pub fn identify(files: &ModelFiles, name: &str, weights: &str) -> Result<ModelId> {
     let sha256 = Sha256::digest(files.read(weights)?);
-    Ok(ModelId { name: name.into(), sha256: sha256.iter().map(|byte| format!("{byte:02x}")).collect() })
+    // The folder's own name: a path of this machine says nothing elsewhere.
+    let short = std::path::Path::new(name).file_name().map_or(name.into(), |last| last.to_string_lossy());
+    Ok(ModelId { name: short.into(), sha256: sha256.iter().map(|byte| format!("{byte:02x}")).collect() })
 }
 
 /// How many layers each level of a base's UNet has: the LDM spelling of LoRA layers depends on it.

@@ -132,7 +132,7 @@ fn finish(
     let centre = number(&latents.mean(0)?)?;
     let deviation = number(&(latents - centre)?.sqr()?.mean(0)?)?.sqrt();
     let config = VaeConfig { scaling_factor: 1.0 / deviation, force_upcast: false, ..config.clone() };
-    save_component(out, "vae", DIFFUSERS_WEIGHTS, &config.to_json(), average, DType::F32)?;
+    save_component(out, "vae", DIFFUSERS_WEIGHTS, &config.to_json(), average, DType::F16)?;
     let x = gallery.strangers(64)?;
     let error =
         (vae.decode(&vae.encode(&x)?.0)?.clamp(-1f32, 1f32)? - &x)?.sqr()?.flatten_from(1)?.mean(1)?;

@@ -108,7 +108,7 @@ pub fn train(all: &super::Settings, gallery: &mut Gallery, keeping: &Keeping, ou
             vocabulary: (&vocabulary.0, &vocabulary.1),
             scheduler: &scheduler,
         }
-        .write(out, DType::F32)
+        .write(out, DType::F16)
     };
     // The tokenizers are read from files as those of any other model are.
     write(&vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect())?;
