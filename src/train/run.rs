@@ -185,3 +185,65 @@ fn set(vars: &BTreeMap<String, Var>, values: &std::collections::HashMap<String, 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::schedule::Decay;
+    use super::*;
+    use crate::diffusion::noise;
+    use crate::layers::linear;
+    use crate::weights::Trainable;
+
+    fn plan() -> Plan {
+        Plan {
+            steps: 12,
+            batch: 8,
+            shards: 2,
+            rate: Schedule { peak: 1e-2, warmup: 3, decay: Decay::Cosine, floor: 0.1 },
+            optimiser: AdamWOptions::default(),
+            ema: 0.9,
+        }
+    }
+
+    /// Trains a linear map towards another; `kill_at` breaks off as a crash does. Gives weights and averages.
+    fn train(folder: &Path, resume: bool, kill_at: Option<u64>) -> Option<(Vec<f32>, Vec<f32>)> {
+        let trainable = Trainable::new(1);
+        let weight = trainable.builder(&Device::Cpu).get((3, 5), "weight").unwrap();
+        let truth = noise::normal(2, 0, (3, 5), &Device::Cpu).unwrap();
+        let loss = |step: u64, shard: usize| {
+            let x = noise::normal(3, 2 * step + shard as u64, (4, 5), &Device::Cpu)?;
+            let error = (linear(&x, &weight, None)? - linear(&x, &truth, None)?)?;
+            Ok(Loss::from(error.sqr()?.mean_all()?))
+        };
+        let keeping = Keeping { folder, name: "test", resume, deadline: None, save_every: Duration::ZERO };
+        let after = |step: u64, _: &Ema| match kill_at {
+            Some(kill) if step == kill => anyhow::bail!("killed"),
+            _ => Ok(()),
+        };
+        let (end, ema) = run(&plan(), &plan(), &keeping, &trainable.vars(), loss, after).ok()?;
+        assert_eq!(end, End::Finished);
+        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        Some((values(&weight), values(&ema.averages()["weight"])))
+    }
+
+    #[test]
+    fn a_run_that_was_killed_and_goes_on_ends_in_the_same_bits() {
+        let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let wanted = train(whole.path(), false, None).unwrap();
+        assert!(train(broken.path(), false, Some(5)).is_none());
+        assert!(train(broken.path(), true, Some(9)).is_none());
+        assert_eq!(train(broken.path(), true, None).unwrap(), wanted);
+    }
+
+    #[test]
+    fn other_settings_are_refused_with_what_differs() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(train(folder.path(), false, Some(5)).is_none());
+        let path = folder.path().join("test.checkpoint.safetensors");
+        let other = Plan { batch: 16, ..plan() };
+        let error = checkpoint::load(&path, &other).err().unwrap().to_string();
+        assert!(error.contains("batch") && error.contains('8') && error.contains("16"), "{error}");
+    }
+}

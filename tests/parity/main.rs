@@ -6,4 +6,5 @@ mod hypernet;
 mod lora;
 mod samplers;
 mod sdxl_parts;
+mod train;
 mod unet;
