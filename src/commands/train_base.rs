@@ -34,6 +34,10 @@ pub struct Args {
     /// Go on from the last checkpoint of the same settings.
     #[arg(long, env = "DIFFLORA_RESUME")]
     resume: bool,
+    /// Start UNet and text encoders from the weights of this model instead of from noise: a further round of
+    /// training with a schedule of its own. The VAE stays what OUT has.
+    #[arg(long, value_name = "DIR", env = "DIFFLORA_FROM")]
+    from: Option<PathBuf>,
     /// Steps of each stage that is trained, instead of the number in the settings.
     #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
     steps: Option<u64>,
@@ -89,7 +93,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         }
     }
     if matches!(args.stage, Stage::Unet | Stage::All) {
-        let end = drawing::train(&settings, &mut gallery, &keeping("unet"), &args.out)?;
+        let end = drawing::train(&settings, &mut gallery, &keeping("unet"), &args.out, args.from.as_deref())?;
         report(end, "unet", common);
     }
     Ok(())

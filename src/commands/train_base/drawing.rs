@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 use rand::seq::index;
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::gallery::Gallery;
 use crate::diffusion::sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
-use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles};
+use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use crate::picture::{Picture, contact_sheet};
 use crate::sdxl::folder::SdxlParts;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel, TextConditioning, TextEncoders};
@@ -58,8 +58,15 @@ struct Drawing {
     size: usize,
 }
 
-/// Trains UNet and text encoders on the latents of `out`/vae and writes the whole model to `out`.
-pub fn train(all: &super::Settings, gallery: &mut Gallery, keeping: &Keeping, out: &Path) -> Result<End> {
+/// Trains UNet and text encoders on the latents of `out`/vae and writes the whole model to `out`. They start from the
+/// weights of the model `from`, or from noise.
+pub fn train(
+    all: &super::Settings,
+    gallery: &mut Gallery,
+    keeping: &Keeping,
+    out: &Path,
+    from: Option<&Path>,
+) -> Result<End> {
     let mut settings = all.unet.clone();
     let vocabulary = build_vocabulary(&words())?;
     let tokens = serde_json::from_str::<BTreeMap<String, u32>>(&vocabulary.0)?.len();
@@ -89,6 +96,9 @@ pub fn train(all: &super::Settings, gallery: &mut Gallery, keeping: &Keeping, ou
     let vars = trainable.vars();
     for (_, var) in vars.iter().filter(|(name, _)| name.contains("_embedding.weight")) {
         var.set(&(var.as_tensor() * settings.embedding_scale)?.detach())?;
+    }
+    if let Some(from) = from {
+        start_from(from, &vars)?;
     }
     let write = |average: &BTreeMap<String, Tensor>| -> Result<()> {
         let part = |prefix: &str| -> BTreeMap<String, Tensor> {
@@ -133,6 +143,27 @@ pub fn train(all: &super::Settings, gallery: &mut Gallery, keeping: &Keeping, ou
     })?;
     write(ema.averages())?;
     Ok(end)
+}
+
+/// Sets every variable to its value in the model `from`, whose words and sizes must be the same.
+fn start_from(from: &Path, vars: &BTreeMap<String, Var>) -> Result<()> {
+    let files = ModelFiles::folder(from)?;
+    for (part, stem) in [
+        ("unet", DIFFUSERS_WEIGHTS),
+        ("text_encoder", TRANSFORMERS_WEIGHTS),
+        ("text_encoder_2", TRANSFORMERS_WEIGHTS),
+    ] {
+        let weights = files.tensors(part, stem)?;
+        let prefix = format!("{part}.");
+        let own = vars.iter().filter_map(|(name, var)| Some((name.strip_prefix(&prefix)?, var)));
+        for (name, var) in own {
+            let weight = weights.get(name).with_context(|| format!("`{part}` has no `{name}`"));
+            weight
+                .and_then(|weight| Ok(var.set(&weight.to_dtype(DType::F32)?)?))
+                .map_err(|error| files.unusable(part, format!("no start for this training: {error:#}")))?;
+        }
+    }
+    Ok(())
 }
 
 /// Every word of the captions, and the few that prompts of people's own add.
