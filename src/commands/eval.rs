@@ -360,6 +360,9 @@ struct Bench {
 
 /// What is drawn: noise and prompts of the same number.
 struct Stage {
+    seed: u64,
+    /// What tells each sample's noise from the others'.
+    grains: Vec<u64>,
     /// (B, C, h, w)
     noise: Tensor,
     prompts: TextConditioning,
@@ -417,13 +420,12 @@ impl Bench {
     fn stage(&self, scenes: &[Scene], words: &[String], args: &Args) -> Result<Stage> {
         let size = self.model.native_size();
         let shape = self.model.latent_shape(size, size)?;
-        let noise: Vec<Tensor> = scenes
-            .iter()
-            .map(|scene| noise::normal(args.seed, scene.grain, &shape, self.model.device()))
-            .collect::<candle_core::Result<_>>()?;
+        let grains: Vec<u64> = scenes.iter().map(|scene| scene.grain).collect();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         Ok(Stage {
-            noise: Tensor::stack(&noise, 0)?,
+            seed: args.seed,
+            noise: grain_noise(args.seed, &grains, 0, &shape)?,
+            grains,
             prompts: self.model.text.encode_prompts(&words)?,
             negative: self.model.negative(None)?,
             drawing: Drawing {
@@ -440,8 +442,9 @@ impl Bench {
         if let Some(lora) = lora {
             merge(|visit| model.unet.visit_linears(visit), &[(lora, 1.0)], Unmatched::Refuse)?;
         }
-        let Stage { noise, prompts, negative, drawing } = stage;
-        let pictures = model.draw(noise, prompts, negative, *drawing, progress::check)?;
+        let Stage { seed, grains, noise, prompts, negative, drawing } = stage;
+        let fresh = |step: usize| grain_noise(*seed, grains, 1 + step as u64, &noise.dims()[1..]);
+        let pictures = model.draw(noise, prompts, negative, *drawing, fresh, progress::check)?;
         let seen = self.look(&pictures)?;
         Ok(Drawn { pictures, seen })
     }
@@ -572,6 +575,13 @@ fn mean_vector(vectors: &[Vec<f32>]) -> Option<Vec<f32>> {
     }
     sum.iter_mut().for_each(|value| *value /= vectors.len() as f32);
     Some(sum)
+}
+
+/// Unit normal noise of `shape` for each sample, (B, C, h, w): the start is draw 0, what a sampler adds comes after.
+fn grain_noise(seed: u64, grains: &[u64], draw: u64, shape: &[usize]) -> Result<Tensor> {
+    let one = |grain: &u64| noise::normal(seed, grain + (draw << 40), shape, &Device::Cpu);
+    let noise: Vec<Tensor> = grains.iter().map(one).collect::<candle_core::Result<_>>()?;
+    Ok(Tensor::stack(&noise, 0)?)
 }
 
 fn people_table(

@@ -421,7 +421,9 @@ fn draw(args: &Args, model: &Sdxl, loras: &[Chosen], paths: &[PathBuf], common: 
             None => noise::normal(seed, 0, (1, shape[0], shape[1], shape[2]), &Device::Cpu)?,
         };
         let conditioning = model.text.encode_prompts(&[prompt])?;
-        let pictures = model.draw(&latents, &conditioning, &negative, drawing, || {
+        // Stream 0 is the start, so that fresh noise never repeats it.
+        let fresh = |step: usize| Ok(noise::normal(seed, 1 + step as u64, latents.shape(), &Device::Cpu)?);
+        let pictures = model.draw(&latents, &conditioning, &negative, drawing, fresh, || {
             bar.inc(1);
             progress::check()
         })?;
@@ -464,10 +466,7 @@ fn parameters(
     if let Some(negative) = &args.negative_prompt {
         text.push_str(&format!("\nNegative prompt: {negative}"));
     }
-    let sampler = match args.sampler {
-        Sampler::Ddim => "DDIM",
-        Sampler::Euler => "Euler",
-    };
+    let sampler = args.sampler.a1111_name();
     text.push_str(&format!(
         "\nSteps: {}, Sampler: {sampler}, CFG scale: {}, Seed: {seed}, Size: {width}x{height}, Model: {}",
         args.steps, args.guidance, args.base

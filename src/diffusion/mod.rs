@@ -7,4 +7,7 @@
 pub mod sampler;
 pub mod schedule;
 
+mod levels;
 pub mod noise;
+
+pub use levels::Levels;

@@ -1,12 +1,12 @@
 //! How much noise there is at each timestep, and which timesteps a sampler visits.
 //!
-//! Read from a model's `scheduler/scheduler_config.json`; tables are equal to those of diffusers'
-//! `DDIMScheduler` and `EulerDiscreteScheduler` (0.42.1). What is not implemented is refused by its name, because
-//! a schedule that is a little wrong still draws pictures.
+//! Read from a model's `scheduler/scheduler_config.json`; tables are equal to those of diffusers' schedulers (0.42.1).
+//! What is not implemented is refused by its name, because a schedule that is a little wrong still draws pictures.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 /// ᾱ_t for t = 0 … T−1, and the formulas that need them.
 #[derive(Clone, Debug)]
@@ -40,17 +40,6 @@ pub struct DdimStep {
     pub alpha_bar: f64,
     /// ᾱ where the step ends.
     pub alpha_bar_next: f64,
-}
-
-/// The table of [`crate::diffusion::sampler::euler`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct EulerSteps {
-    /// Timesteps that the network is asked about; fractions with linspace spacing.
-    pub timesteps: Vec<f64>,
-    /// Noise levels σ = √((1−ᾱ)/ᾱ); one more than there are timesteps.
-    pub sigmas: Vec<f64>,
-    /// Standard deviation of the first sample.
-    pub initial_sigma: f64,
 }
 
 impl NoiseSchedule {
@@ -113,62 +102,12 @@ impl NoiseSchedule {
         let last = if self.config.set_alpha_to_one { 1.0 } else { self.alphas_bar[0] };
         let step = |t: f64| {
             let t = t.round_ties_even() as usize;
-            let alpha_bar = *self.alphas_bar.get(t).with_context(|| self.beyond_the_table(t, steps))?;
+            let alpha_bar = self.alpha_bar(t, steps)?;
             // As diffusers does: one stride back, which need not be the next timestep in the list.
             let alpha_bar_next = t.checked_sub(stride).map_or(last, |next| self.alphas_bar[next]);
             Ok(DdimStep { t, alpha_bar, alpha_bar_next })
         };
-        self.timesteps(steps)?.into_iter().map(step).collect()
-    }
-
-    /// The noise levels of Euler's method, highest to lowest.
-    pub fn euler_steps(&self, steps: usize) -> Result<EulerSteps> {
-        let timesteps = self.timesteps(steps)?;
-        let mut table: Vec<f64> = self.alphas_bar.iter().map(|alpha_bar| sigma(*alpha_bar)).collect();
-        if let (true, Some(last)) = (self.config.rescale_betas_zero_snr, table.last_mut()) {
-            *last = sigma(ALMOST_NO_SIGNAL); // σ would be infinite
-        }
-        let mut sigmas = Vec::with_capacity(steps + 1);
-        for t in &timesteps {
-            let below = *t as usize;
-            ensure!(below < table.len(), self.beyond_the_table(below, steps));
-            let above = table[(below + 1).min(table.len() - 1)];
-            sigmas.push(table[below] + (above - table[below]) * t.fract());
-        }
-        sigmas.push(match self.config.final_sigmas_type {
-            FinalSigma::Zero => 0.0,
-            FinalSigma::SigmaMin => table[0],
-        });
-        let largest = sigmas[0];
-        let initial_sigma = match self.config.timestep_spacing {
-            Spacing::Leading => (largest * largest + 1.0).sqrt(),
-            Spacing::Trailing | Spacing::Linspace => largest,
-        };
-        Ok(EulerSteps { timesteps, sigmas, initial_sigma })
-    }
-
-    /// The timesteps that are visited, first to last (Lin et al. 2023, table 2).
-    fn timesteps(&self, steps: usize) -> Result<Vec<f64>> {
-        let stride = self.stride(steps)?;
-        let all = self.config.num_train_timesteps as f64;
-        let timestep = |i: usize| match self.config.timestep_spacing {
-            Spacing::Leading => ((steps - 1 - i) * stride + self.config.steps_offset) as f64,
-            Spacing::Trailing => (all - i as f64 * (all / steps as f64)).round_ties_even() - 1.0,
-            Spacing::Linspace if steps == 1 => 0.0,
-            Spacing::Linspace => (steps - 1 - i) as f64 * ((all - 1.0) / (steps - 1) as f64),
-        };
-        Ok((0..steps).map(timestep).collect())
-    }
-
-    fn stride(&self, steps: usize) -> Result<usize> {
-        let all = self.config.num_train_timesteps;
-        ensure!(steps > 0 && steps <= all, "{steps} steps; this model takes 1 to {all}");
-        Ok(all / steps)
-    }
-
-    fn beyond_the_table(&self, t: usize, steps: usize) -> String {
-        let all = self.config.num_train_timesteps;
-        format!("{steps} steps lead to timestep {t}, the model knows 0 to {}; take fewer steps", all - 1)
+        self.timesteps(steps, Spacing::Leading)?.into_iter().map(step).collect()
     }
 
     fn at(&self, t: &[usize]) -> Result<Vec<f64>> {
@@ -183,6 +122,17 @@ impl NoiseSchedule {
 }
 
 impl Prediction {
+    /// The denoised sample D(x; σ) of Karras et al. 2022 from the network's `output`, where `x` = x_0 + σ·ε (B, …) and
+    /// the network was shown x/√(σ²+1).
+    pub fn denoised(self, output: &Tensor, x: &Tensor, sigma: f64) -> candle_core::Result<Tensor> {
+        let total = sigma * sigma + 1.0;
+        match self {
+            Prediction::Epsilon => x - (output * sigma)?,
+            Prediction::V => (x / total)? - (output * (sigma / total.sqrt()))?,
+            Prediction::Sample => Ok(output.clone()),
+        }
+    }
+
     /// x_0 from the network's `output` at `x_t` (B, …); `alphas_bar` (B), or one for all samples.
     pub fn to_x0(self, output: &Tensor, x_t: &Tensor, alphas_bar: &[f64]) -> candle_core::Result<Tensor> {
         match self {
@@ -212,15 +162,8 @@ impl Prediction {
 /// multiplied by zero.
 const SMALLEST: f64 = 1e-8;
 
-/// What diffusers puts in the place of ᾱ = 0 for Euler's method: the smallest half-precision number.
-const ALMOST_NO_SIGNAL: f64 = 1.0 / 16_777_216.0;
-
 fn noise_share(alpha_bar: f64) -> f64 {
     (1.0 - alpha_bar).sqrt()
-}
-
-fn sigma(alpha_bar: f64) -> f64 {
-    ((1.0 - alpha_bar) / alpha_bar).sqrt()
 }
 
 /// `x` (B, …) times f(ᾱ) of each sample; `alphas_bar` (B), or one for all samples.
@@ -251,14 +194,28 @@ pub struct SchedulerConfig {
     pub beta_schedule: BetaSchedule,
     /// What the network's output means.
     pub prediction_type: Prediction,
-    /// Which of the T timesteps a sampler visits.
-    pub timestep_spacing: Spacing,
+    /// Which of the T timesteps a sampler visits; each sampler has its own default, as in diffusers.
+    pub timestep_spacing: Option<Spacing>,
     /// Added to every timestep with leading spacing.
     pub steps_offset: usize,
     /// DDIM's last step ends at ᾱ = 1 instead of ᾱ_0.
     pub set_alpha_to_one: bool,
-    /// Where Euler's last step ends.
+    /// Where the last step ends, in σ.
     pub final_sigmas_type: FinalSigma,
+    /// Noise levels in equal steps of σ^(1/7) (Karras et al. 2022, eq. 5) instead of timesteps in equal steps.
+    pub use_karras_sigmas: bool,
+    /// Fewer than 15 steps of a multistep method end with a step of first order.
+    pub lower_order_final: bool,
+    /// DPM-Solver++ always ends with a step of first order.
+    pub euler_at_final: bool,
+    /// Steps among which LCM chooses its own.
+    pub original_inference_steps: usize,
+    /// Factor on t in LCM's boundary condition.
+    pub timestep_scaling: f64,
+    /// A setting of DPM-Solver++ or UniPC that is not implemented, for example `solver_order: 3`; those two samplers
+    /// refuse it, the others never look at it.
+    #[serde(skip)]
+    pub unsupported_solver: Option<String>,
     /// Shift the betas so that no signal is left at T−1 (Lin et al. 2023, algorithm 1).
     pub rescale_betas_zero_snr: bool,
 }
@@ -305,10 +262,16 @@ impl Default for SchedulerConfig {
             beta_end: 0.012,
             beta_schedule: BetaSchedule::ScaledLinear,
             prediction_type: Prediction::Epsilon,
-            timestep_spacing: Spacing::Leading,
+            timestep_spacing: Some(Spacing::Leading),
             steps_offset: 1,
             set_alpha_to_one: false,
             final_sigmas_type: FinalSigma::Zero,
+            use_karras_sigmas: false,
+            lower_order_final: true,
+            euler_at_final: false,
+            original_inference_steps: 50,
+            timestep_scaling: 10.0,
+            unsupported_solver: None,
             rescale_betas_zero_snr: false,
         }
     }
@@ -316,26 +279,30 @@ impl Default for SchedulerConfig {
 
 impl SchedulerConfig {
     /// Reads `scheduler_config.json`. Keys that are left out have the default of the diffusers class that the
-    /// file names.
+    /// file names, but for the spacing of timesteps, whose default is that of the sampler.
     ///
     /// # Errors
     /// Malformed JSON, and every setting that changes the schedule and is not implemented, by its name.
     pub fn from_json(text: &str) -> Result<Self> {
-        let mut json: serde_json::Value = serde_json::from_str(text).context("not JSON")?;
+        // Python writes `-Infinity`, which is no JSON, for DPM-Solver's lowest λ.
+        let text = text.replace(": -Infinity", ": null");
+        let mut json: serde_json::Value = serde_json::from_str(&text).context("not JSON")?;
         let keys = json.as_object_mut().context("not a JSON object")?;
         let class = keys.get("_class_name").and_then(|name| name.as_str()).unwrap_or_default().to_string();
-        let is_ddim = class == "DDIMScheduler";
-        let defaults = serde_json::json!({
-            "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0,
-            "timestep_spacing": if class == "EulerDiscreteScheduler" { "linspace" } else { "leading" },
-            "set_alpha_to_one": true, "clip_sample": is_ddim,
+        let defaults = if class == "LCMScheduler" {
+            json!({ "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear" })
+        } else {
+            json!({ "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear" })
+        };
+        let common = json!({
+            "steps_offset": 0, "set_alpha_to_one": true, "clip_sample": class == "DDIMScheduler",
+            "timestep_spacing": null,
         });
-        for (key, value) in defaults.as_object().into_iter().flatten() {
+        for (key, value) in [defaults, common].iter().filter_map(|part| part.as_object()).flatten() {
             keys.entry(key).or_insert_with(|| value.clone());
         }
 
         let refused_when_on = [
-            "use_karras_sigmas",
             "use_exponential_sigmas",
             "use_beta_sigmas",
             "use_lu_lambdas",
@@ -347,17 +314,31 @@ impl SchedulerConfig {
             let on = keys.get(key).and_then(|value| value.as_bool()).unwrap_or(false);
             ensure!(!on, "scheduler setting `{key}: true` is not supported");
         }
-        ensure!(
-            keys.get("trained_betas").is_none_or(|value| value.is_null()),
-            "scheduler setting `trained_betas` is not supported"
-        );
+        for key in ["trained_betas", "sigma_min", "sigma_max", "lambda_min_clipped"] {
+            let absent = keys.get(key).is_none_or(|value| value.is_null());
+            ensure!(absent, "scheduler setting `{key}` is not supported");
+        }
         for (key, only) in [("interpolation_type", "linear"), ("timestep_type", "discrete")] {
             match keys.get(key).and_then(|value| value.as_str()) {
                 Some(other) if other != only => bail!("scheduler setting `{key}: {other}` is not supported"),
                 _ => {}
             }
         }
-        let config: Self = serde_json::from_value(json)?;
+        // diffusers turns the solver types of other classes into the class's own default.
+        let solver = [
+            ("solver_order", json!([2])),
+            ("algorithm_type", json!(["dpmsolver++", "deis"])),
+            ("solver_type", json!(["midpoint", "bh2", "logrho"])),
+            ("predict_x0", json!([true])),
+            ("disable_corrector", json!([[]])),
+            ("solver_p", json!([])),
+        ];
+        let unsupported_solver = solver.iter().find_map(|(key, known)| {
+            let value = keys.get(*key).filter(|value| !value.is_null())?;
+            let known = known.as_array().is_some_and(|known| known.contains(value));
+            (!known).then(|| format!("{key}: {value}"))
+        });
+        let config = Self { unsupported_solver, ..serde_json::from_value(json)? };
         ensure!(
             !config.rescale_betas_zero_snr || config.prediction_type != Prediction::Epsilon,
             "`rescale_betas_zero_snr` leaves no signal at the first step, from which `epsilon` cannot be used"
@@ -470,7 +451,7 @@ mod tests {
 
     #[test]
     fn settings_that_are_not_implemented_are_refused_by_name() {
-        for setting in ["use_karras_sigmas", "thresholding", "clip_sample", "use_beta_sigmas"] {
+        for setting in ["thresholding", "clip_sample", "use_beta_sigmas"] {
             let error = SchedulerConfig::from_json(&format!(r#"{{"{setting}": true}}"#)).unwrap_err();
             assert!(error.to_string().contains(setting), "{error}");
         }
@@ -480,6 +461,7 @@ mod tests {
             r#"{"interpolation_type": "log_linear"}"#,
             r#"{"prediction_type": "flow_prediction"}"#,
             r#"{"rescale_betas_zero_snr": true}"#,
+            r#"{"lambda_min_clipped": -5.1}"#,
             r#"{"_class_name": "DDIMScheduler"}"#, // clips, by the default of its class
             "[]",
             "{",
@@ -500,11 +482,30 @@ mod tests {
     }
 
     #[test]
+    fn a_solver_that_is_not_implemented_is_remembered_by_name() -> Result<()> {
+        for (text, refused) in [
+            (r#"{"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "algorithm_type": "dpmsolver++",
+                "solver_type": "midpoint", "lambda_min_clipped": -Infinity, "use_karras_sigmas": true}"#, None),
+            (r#"{"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "predict_x0": true,
+                "disable_corrector": [], "solver_p": null}"#, None),
+            (r#"{"solver_order": 3}"#, Some("solver_order: 3")),
+            (r#"{"algorithm_type": "sde-dpmsolver++"}"#, Some("algorithm_type: \"sde-dpmsolver++\"")),
+            (r#"{"disable_corrector": [0]}"#, Some("disable_corrector: [0]")),
+        ] {
+            assert_eq!(SchedulerConfig::from_json(text)?.unsupported_solver.as_deref(), refused, "{text}");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn impossible_numbers_of_steps_are_errors() {
+        for steps in [0, 51] {
+            assert!(schedule(Prediction::Epsilon).lcm_timesteps(steps).is_err(), "{steps}");
+        }
         let schedule = schedule(Prediction::Epsilon);
         for steps in [0, 1000, 1001] {
             assert!(schedule.ddim_steps(steps).is_err(), "{steps}"); // 1000 steps and offset 1 lead to t = 1000
-            assert!(schedule.euler_steps(steps).is_err(), "{steps}");
+            assert!(schedule.euler_levels(steps).is_err(), "{steps}");
         }
     }
 }

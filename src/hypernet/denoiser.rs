@@ -54,7 +54,7 @@ pub fn diffusion_of_latents() -> SchedulerConfig {
         beta_end: 0.02,
         beta_schedule: BetaSchedule::Linear,
         prediction_type: Prediction::Sample,
-        timestep_spacing: Spacing::Trailing,
+        timestep_spacing: Some(Spacing::Trailing),
         steps_offset: 0,
         set_alpha_to_one: true,
         ..SchedulerConfig::default()

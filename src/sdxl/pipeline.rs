@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use super::text::{TextConditioning, TextEncoders};
 use super::unet::{UNet, UNetConfig};
 use super::vae::{Vae, VaeConfig};
-use crate::diffusion::sampler;
+pub use crate::diffusion::sampler::Sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles};
 use crate::picture::Picture;
@@ -25,15 +25,6 @@ pub struct Sdxl {
     /// Whether a missing negative prompt means zeros, as in SDXL's own `model_index.json`.
     force_zeros_for_empty_prompt: bool,
     device: Device,
-}
-
-/// How latents become less noisy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Sampler {
-    /// Denoising diffusion implicit models, deterministic.
-    Ddim,
-    /// Euler's method on the noise level, SDXL's default.
-    Euler,
 }
 
 /// How to draw.
@@ -114,7 +105,8 @@ impl Sdxl {
 
     /// Draws a picture from each sample of unit normal `latents` (B, C, h, w).
     ///
-    /// `prompts` holds B conditionings, `negative` one for all. `step` is called after each sampling step.
+    /// `prompts` holds B conditionings, `negative` one for all. `noise(i)` gives the unit normal noise (B, C, h, w) that
+    /// some samplers add at step i; `step` is called after each sampling step.
     ///
     /// # Errors
     /// NaN or infinity anywhere, with the step at which it appeared.
@@ -124,6 +116,7 @@ impl Sdxl {
         prompts: &TextConditioning,
         negative: &TextConditioning,
         drawing: Drawing,
+        mut noise: impl FnMut(usize) -> Result<Tensor>,
         mut step: impl FnMut() -> Result<()>,
     ) -> Result<Vec<Picture>> {
         let (b, _, h, w) = latents.dims4()?;
@@ -171,13 +164,8 @@ impl Sdxl {
             Ok(out)
         };
         let latents = latents.to_dtype(DType::F32)?.to_device(&self.device)?;
-        let latents = match drawing.sampler {
-            Sampler::Ddim => {
-                let none = |_| bail!("DDIM without eta needs no noise");
-                sampler::ddim(denoise, latents, &self.schedule, drawing.steps, 0.0, none)?
-            }
-            Sampler::Euler => sampler::euler(denoise, latents, &self.schedule, drawing.steps)?,
-        };
+        let noise = |i: usize| noise(i)?.to_device(&self.device).context("fresh noise");
+        let latents = drawing.sampler.sample(&self.schedule, drawing.steps, denoise, latents, noise)?;
         let decoded = self.vae.decode(&self.vae.from_latents(&latents)?)?;
         if !is_finite(&decoded)? {
             bail!("the VAE decoded NaN or infinity");

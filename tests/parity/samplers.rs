@@ -1,18 +1,19 @@
 //! Schedules and samplers against diffusers 0.42.1 (scripts/golden_samplers.py).
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use difflora::diffusion::{
-    sampler,
-    schedule::{NoiseSchedule, SchedulerConfig},
-};
+use clap::ValueEnum;
+use difflora::diffusion::sampler::{self, Sampler};
+use difflora::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
 struct Golden {
     start: Vec<f32>,
     noise: Vec<Vec<f32>>,
-    alphas_bar: std::collections::BTreeMap<String, Vec<f64>>,
+    alphas_bar: BTreeMap<String, Vec<f64>>,
     cases: Vec<Case>,
 }
 
@@ -42,44 +43,67 @@ fn toy(x: &Tensor, t: f64) -> Result<Tensor> {
 }
 
 /// Relative to numbers above 1, absolute below: both sides round to f32.
-fn assert_close(ours: &[f64], theirs: &[f64], tolerance: f64, what: &str) {
+fn assert_close(ours: &[f64], theirs: &[f64], tolerance: f64, what: &str) -> f64 {
     assert_eq!(ours.len(), theirs.len(), "{what}");
+    let mut worst = 0f64;
     for (ours, theirs) in ours.iter().zip(theirs) {
-        assert!((ours - theirs).abs() <= tolerance * theirs.abs().max(1.0), "{what}: {ours} and {theirs}");
+        let apart = (ours - theirs).abs() / theirs.abs().max(1.0);
+        assert!(apart <= tolerance, "{what}: {ours} and {theirs}");
+        worst = worst.max(apart);
     }
+    worst
 }
 
 #[test]
 fn timesteps_sigmas_and_final_latents_are_those_of_diffusers() -> Result<()> {
     let golden = golden()?;
+    let mut worst = BTreeMap::<&str, f64>::new();
     for case in &golden.cases {
         let what = format!("{} {} steps eta {} {}", case.sampler, case.steps, case.eta, case.config);
         let schedule = NoiseSchedule::new(&SchedulerConfig::from_json(&case.config.to_string())?)?;
+        let sampler = Sampler::from_str(&case.sampler, false).map_err(anyhow::Error::msg)?;
+        let levels = match sampler {
+            Sampler::Ddim | Sampler::Lcm => None,
+            Sampler::Euler => Some(schedule.euler_levels(case.steps)?),
+            Sampler::EulerA => Some(schedule.ancestral_levels(case.steps)?),
+            Sampler::Dpmpp2mKarras => Some(schedule.multistep_levels(case.steps, true)?),
+            Sampler::Dpmpp2m | Sampler::UniPc => {
+                Some(schedule.multistep_levels(case.steps, schedule.config.use_karras_sigmas)?)
+            }
+        };
+        if let Some(levels) = levels {
+            assert_close(&levels.sigmas, &case.sigmas, 1e-6, &what);
+            // The multistep classes start from x_t instead of x_0 + σ·ε.
+            let scale = match sampler {
+                Sampler::Euler | Sampler::EulerA => 1.0,
+                _ => (levels.sigmas[0].powi(2) + 1.0).sqrt(),
+            };
+            assert_close(&[levels.initial_sigma / scale], &[case.initial_sigma], 1e-6, &what);
+        }
+
         let x = tensor(&golden.start)?;
+        let noise = |i: usize| tensor(golden.noise.get(i).context("a noise for each step")?);
         let mut visited = Vec::new();
-        let denoise = |x: &Tensor, t: f64| {
+        let predict = |x: &Tensor, t: f64| {
             visited.push(t);
             toy(x, t)
         };
-        let x = match case.sampler.as_str() {
-            "ddim" => {
-                let noise = |i: usize| tensor(golden.noise.get(i).context("a noise for each step")?);
-                sampler::ddim(denoise, x, &schedule, case.steps, case.eta, noise)?
-            }
-            _ => {
-                let table = schedule.euler_steps(case.steps)?;
-                assert_close(&table.sigmas, &case.sigmas, 1e-6, &what);
-                assert_close(&[table.initial_sigma], &[case.initial_sigma], 1e-6, &what);
-                sampler::euler(denoise, x, &schedule, case.steps)?
-            }
+        let x = if case.eta > 0.0 {
+            sampler::ddim(predict, x, &schedule, case.steps, case.eta, noise)?
+        } else {
+            sampler.sample(&schedule, case.steps, predict, x, noise)?
         };
         assert_close(&visited, &case.timesteps, 1e-6, &what);
         let ours: Vec<f64> = x.squeeze(0)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
         let theirs: Vec<f64> = case.r#final.iter().copied().map(f64::from).collect();
         // Without terminal signal Euler starts from σ = 4096, where neighbouring f32 are 5e-4 apart.
         let tolerance = (f64::from(f32::EPSILON) * case.initial_sigma).max(1e-5);
-        assert_close(&ours, &theirs, tolerance, &what);
+        let apart = assert_close(&ours, &theirs, tolerance, &what);
+        let worst = worst.entry(&case.sampler).or_default();
+        *worst = worst.max(apart);
     }
+    println!("largest difference of a final latent: {worst:?}");
+    assert_eq!(worst.len(), Sampler::value_variants().len(), "every sampler has its cases");
     Ok(())
 }
 
