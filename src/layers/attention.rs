@@ -22,17 +22,28 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
         x.reshape((b, n, heads, width / heads))?.transpose(1, 2)?.contiguous()?.to_dtype(DType::F32)
     };
     let scale = 1.0 / ((width / heads) as f64).sqrt();
-    let scores = (split(q, n)?.matmul(&split(k, m)?.t()?)? * scale)?; // (B, H, N, M)
-    let scores = if causal {
-        let hidden: Vec<f32> =
-            (0..n * m).map(|i| if i % m > i / m { f32::NEG_INFINITY } else { 0.0 }).collect();
-        scores.broadcast_add(&Tensor::from_vec(hidden, (n, m), q.device())?)?
-    } else {
-        scores
-    };
-    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
-    weights.matmul(&split(v, m)?)?.transpose(1, 2)?.reshape((b, n, width))?.to_dtype(q.dtype())
+    let (q_heads, k_t, v_heads) = (split(q, n)?, split(k, m)?.t()?, split(v, m)?);
+    let rows = (SCORES / (b * heads * m)).clamp(1, n);
+    let mut blocks = Vec::new();
+    for first in (0..n).step_by(rows) {
+        let rows = rows.min(n - first);
+        let scores = (q_heads.narrow(2, first, rows)?.contiguous()?.matmul(&k_t)? * scale)?; // (B, H, rows, M)
+        let scores = if causal {
+            let seen = |i: usize| i % m <= first + i / m;
+            let hidden: Vec<f32> =
+                (0..rows * m).map(|i| if seen(i) { 0.0 } else { f32::NEG_INFINITY }).collect();
+            scores.broadcast_add(&Tensor::from_vec(hidden, (rows, m), q.device())?)?
+        } else {
+            scores
+        };
+        blocks.push(candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v_heads)?);
+    }
+    let y = if blocks.len() == 1 { blocks.remove(0) } else { Tensor::cat(&blocks, 2)? };
+    y.transpose(1, 2)?.reshape((b, n, width))?.to_dtype(q.dtype())
 }
+
+/// Scores that the composite form holds at once: 256 MiB of f32.
+const SCORES: usize = 1 << 26;
 
 struct AttentionOp {
     heads: usize,

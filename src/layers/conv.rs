@@ -63,10 +63,12 @@ impl Module for Conv2d {
     /// `x` (B, in, H, W) → (B, out, H', W').
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let g = self.geometry;
-        if slices::is_cpu_f32(x) && slices::is_cpu_f32(&self.weight) {
+        let weight = super::like(&self.weight, x)?;
+        let bias = self.bias.as_ref().map(|bias| super::like(bias, x)).transpose()?;
+        if slices::is_cpu_f32(x) && slices::is_cpu_f32(&weight) {
             let none = Tensor::zeros(0, x.dtype(), x.device())?;
-            let bias = self.bias.as_ref().unwrap_or(&none);
-            return x.contiguous()?.apply_op3(&self.weight.contiguous()?, bias, ConvOp(g));
+            let bias = bias.as_ref().unwrap_or(&none);
+            return x.contiguous()?.apply_op3(&weight.contiguous()?, bias, ConvOp(g));
         }
         let (x, padding) = if g.pad_before == g.pad_after {
             (x.clone(), g.pad_before)
@@ -74,8 +76,8 @@ impl Module for Conv2d {
             let x = x.pad_with_zeros(2, g.pad_before, g.pad_after)?;
             (x.pad_with_zeros(3, g.pad_before, g.pad_after)?, 0)
         };
-        let y = x.conv2d(&self.weight, padding, g.stride, 1, 1)?;
-        match &self.bias {
+        let y = x.conv2d(&weight, padding, g.stride, 1, 1)?;
+        match bias {
             Some(bias) => y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?),
             None => Ok(y),
         }

@@ -98,15 +98,17 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         _ => candle_core::bail!("linear layer {input} → {output} was given {:?}", x.shape()),
     }
     let rows = x.elem_count() / input;
+    let weight = &super::like(weight, x)?;
+    let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
     if slices::is_cpu_f32(x) && slices::is_cpu_f32(weight) {
         let x = x.contiguous()?.reshape((rows, input))?;
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
-        let y = x.apply_op3(&weight.contiguous()?, bias.unwrap_or(&none), LinearOp)?;
+        let y = x.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), LinearOp)?;
         return y.reshape(shape);
     }
     let y = x.reshape((rows, input))?.matmul(&weight.t()?)?;
     let y = match bias {
-        Some(bias) => y.broadcast_add(bias)?,
+        Some(bias) => y.broadcast_add(&bias)?,
         None => y,
     };
     y.reshape(shape)

@@ -6,6 +6,10 @@
 //! operations for every other device and type.
 //!
 //! A weight that is no variable gets no gradient: nothing is computed for frozen models.
+//!
+//! Weights of 16 bits follow the type of what they are applied to. On the CPU that is f32 ([`compute_dtype`]): each
+//! layer widens its weights as it runs, so that a model takes half the memory and loses nothing but the bits of its
+//! weights. Elsewhere activations have 16 bits too, and statistics of norms and softmax are kept in f32.
 
 mod activation;
 mod attention;
@@ -20,4 +24,19 @@ pub use attention::attention;
 pub use clip_transformer::{ClipTransformer, ClipTransformerSizes};
 pub use conv::{Conv2d, ConvGeometry};
 pub use linear::{Adapter, Linear, linear};
-pub use norm::{GroupNorm, LayerNorm, layer_norm_plain};
+pub use norm::{GroupNorm, GroupStatistics, LayerNorm, layer_norm_plain};
+
+use candle_core::{DType, Device, Result, Tensor};
+
+/// The type in which activations are computed where weights of type `stored` lie on `device`.
+pub fn compute_dtype(stored: DType, device: &Device) -> DType {
+    match device {
+        Device::Cpu => DType::F32,
+        _ => stored,
+    }
+}
+
+/// A weight in the type of `x`.
+fn like(weight: &Tensor, x: &Tensor) -> Result<Tensor> {
+    if weight.dtype() == x.dtype() { Ok(weight.clone()) } else { weight.to_dtype(x.dtype()) }
+}

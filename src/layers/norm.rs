@@ -30,9 +30,46 @@ impl GroupNorm {
         self.apply(x, true)
     }
 
+    /// Mean and deviation of a picture that lies in parts, one below the other: each (B, C, h, W).
+    pub fn statistics(&self, parts: &[Tensor]) -> Result<GroupStatistics> {
+        let grouped = |x: &Tensor| x.to_dtype(DType::F32)?.reshape((x.dim(0)?, self.groups, ()));
+        let total: usize = parts.iter().map(Tensor::elem_count).sum();
+        // Each part's mean counts by its size.
+        let average = |of: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<Tensor> {
+            let mut sum: Option<Tensor> = None;
+            for part in parts {
+                let share = part.elem_count() as f64 / total as f64;
+                let mean = (of(&grouped(part)?)?.mean_keepdim(D::Minus1)? * share)?; // (B, groups, 1)
+                sum = Some(match sum {
+                    Some(sum) => (sum + mean)?,
+                    None => mean,
+                });
+            }
+            sum.ok_or_else(|| candle_core::Error::Msg("a picture of no parts has no statistics".into()))
+        };
+        let mean = average(&|x| Ok(x.clone()))?;
+        let variance = average(&|x| x.broadcast_sub(&mean)?.sqr())?;
+        Ok(GroupStatistics { inverse: (variance + self.eps)?.sqrt()?.recip()?, mean })
+    }
+
+    /// SiLU(norm(x)) of a part (B, C, h, W) of a picture whose statistics are known → same.
+    pub fn forward_silu_with(&self, x: &Tensor, statistics: &GroupStatistics) -> Result<Tensor> {
+        let (b, c, _, _) = x.dims4()?;
+        let channels = |values: &Tensor| {
+            let each = (b, self.groups, c / self.groups);
+            values.broadcast_as(each)?.reshape((b, c, 1, 1))
+        };
+        let wide = |weight: &Tensor| weight.to_dtype(DType::F32)?.reshape((1, c, 1, 1));
+        let scale = channels(&statistics.inverse)?.broadcast_mul(&wide(&self.weight)?)?;
+        let shift = wide(&self.bias)?.broadcast_sub(&(channels(&statistics.mean)? * &scale)?)?;
+        let y = x.to_dtype(DType::F32)?.broadcast_mul(&scale)?.broadcast_add(&shift)?;
+        super::Activation::Silu.apply(&y)?.to_dtype(x.dtype())
+    }
+
     fn apply(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
         let (b, c) = (x.dim(0)?, x.dim(1)?);
-        if slices::is_cpu_f32(x) && slices::is_cpu_f32(&self.weight) {
+        if slices::is_cpu_f32(x) {
+            let (weight, bias) = (super::like(&self.weight, x)?, super::like(&self.bias, x)?);
             let inner = x.elem_count() / (b * c);
             let op = NormOp {
                 rows: b * self.groups,
@@ -41,16 +78,15 @@ impl GroupNorm {
                 eps: self.eps as f32,
                 silu,
             };
-            return x.contiguous()?.apply_op3(&self.weight.contiguous()?, &self.bias.contiguous()?, op);
+            return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
         }
         let y = x.to_dtype(DType::F32)?.reshape((b, self.groups, ()))?;
-        let y = composite(&y, self.eps)?.reshape(x.shape())?.to_dtype(x.dtype())?;
+        let y = composite(&y, self.eps)?.reshape(x.shape())?;
         let mut channels = vec![1; x.rank()];
         channels[1] = c;
-        let y = y
-            .broadcast_mul(&self.weight.reshape(channels.clone())?)?
-            .broadcast_add(&self.bias.reshape(channels)?)?;
-        if silu { y.silu() } else { Ok(y) }
+        let wide = |weight: &Tensor| weight.to_dtype(DType::F32)?.reshape(channels.clone());
+        let y = y.broadcast_mul(&wide(&self.weight)?)?.broadcast_add(&wide(&self.bias)?)?;
+        if silu { y.silu()?.to_dtype(x.dtype()) } else { y.to_dtype(x.dtype()) }
     }
 }
 
@@ -59,6 +95,15 @@ impl Module for GroupNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.apply(x, false)
     }
+}
+
+/// What a [`GroupNorm`] divides by, where a picture is worked on in parts.
+#[derive(Clone, Debug)]
+pub struct GroupStatistics {
+    /// (B, groups, 1)
+    mean: Tensor,
+    /// 1/√(variance + ε), (B, groups, 1)
+    inverse: Tensor,
 }
 
 /// Normalises the last axis.
@@ -94,12 +139,16 @@ pub fn layer_norm_plain(x: &Tensor, eps: f64) -> Result<Tensor> {
 
 fn normalise_last(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let width = x.dim(D::Minus1)?;
-    if slices::is_cpu_f32(x) && slices::is_cpu_f32(weight) {
+    if slices::is_cpu_f32(x) {
+        let (weight, bias) = (super::like(weight, x)?, super::like(bias, x)?);
         let rows = x.elem_count() / width;
         let op = NormOp { rows, length: width, scale: Scale::Last, eps: eps as f32, silu: false };
         return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
     }
-    composite(&x.to_dtype(DType::F32)?, eps)?.to_dtype(x.dtype())?.broadcast_mul(weight)?.broadcast_add(bias)
+    composite(&x.to_dtype(DType::F32)?, eps)?
+        .broadcast_mul(&weight.to_dtype(DType::F32)?)?
+        .broadcast_add(&bias.to_dtype(DType::F32)?)?
+        .to_dtype(x.dtype())
 }
 
 /// (x − mean) / √(variance + eps) over the last axis.
