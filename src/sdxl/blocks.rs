@@ -139,10 +139,15 @@ impl UpBlock {
             let skip = skips.pop().context("more layers on the way up than on the way down")?;
             x = self.layers.forward(i, &Tensor::cat(&[&x, &skip], 1)?, emb, context)?;
         }
-        match &self.upsampler {
-            Some(upsampler) => Ok(upsampler.forward(&upsample_nearest2x(&x)?)?),
-            None => Ok(x),
+        let Some(upsampler) = &self.upsampler else { return Ok(x) };
+        let mut x = upsample_nearest2x(&x)?;
+        // A side that was odd on the way down comes back one pixel too long; nearest upsampling to the odd size is
+        // the same without that pixel.
+        if let Some(skip) = skips.last() {
+            let (_, _, h, w) = skip.dims4()?;
+            x = x.narrow(2, 0, h)?.narrow(3, 0, w)?.contiguous()?;
         }
+        Ok(upsampler.forward(&x)?)
     }
 
     pub(super) fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {

@@ -10,7 +10,7 @@ use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
 use super::blocks::{DownBlock, MidBlock, TransformerSize, UpBlock};
-use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear};
+use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear, compute_dtype};
 
 /// `unet/config.json`. Keys that only repeat a default of SDXL may be absent; an option that is present with a
 /// value that is not implemented is refused by name.
@@ -244,13 +244,21 @@ impl UNet {
         pooled: &Tensor,
         time_ids: &Tensor,
     ) -> Result<Tensor> {
-        let (b, _, h, w) = latents.dims4()?;
-        let smallest = 1 << (self.config.block_out_channels.len() - 1);
-        ensure!(
-            h % smallest == 0 && w % smallest == 0,
-            "latents of {h}×{w} do not halve {} times",
-            self.config.block_out_channels.len() - 1
-        );
+        self.forward_watched(latents, timesteps, context, pooled, time_ids, &mut |_, _| {})
+    }
+
+    /// [`UNet::forward`], with `watch` told what each part gives: `conv_in`, `down_blocks.0`, …, `mid_block`,
+    /// `up_blocks.0`, ….
+    pub fn forward_watched(
+        &self,
+        latents: &Tensor,
+        timesteps: &Tensor,
+        context: &Tensor,
+        pooled: &Tensor,
+        time_ids: &Tensor,
+        watch: &mut dyn FnMut(&str, &Tensor),
+    ) -> Result<Tensor> {
+        let (b, _, _, _) = latents.dims4()?;
         let dtype = latents.dtype();
         let time = sinusoid(timesteps, self.config.block_out_channels[0])?.to_dtype(dtype)?;
         let sizes = sinusoid(&time_ids.flatten_all()?, self.config.addition_time_embed_dim)?;
@@ -260,15 +268,24 @@ impl UNet {
         let emb = Activation::Silu.apply(&emb)?; // every ResNet block begins with SiLU(emb)
 
         let mut x = self.conv_in.forward(latents)?;
+        watch("conv_in", &x);
         let mut skips = vec![x.clone()];
-        for block in &self.down_blocks {
+        for (i, block) in self.down_blocks.iter().enumerate() {
             x = block.forward(&x, &emb, context, &mut skips)?;
+            watch(&format!("down_blocks.{i}"), &x);
         }
         x = self.mid_block.forward(&x, &emb, context)?;
-        for block in &self.up_blocks {
+        watch("mid_block", &x);
+        for (i, block) in self.up_blocks.iter().enumerate() {
             x = block.forward(&x, &emb, context, &mut skips)?;
+            watch(&format!("up_blocks.{i}"), &x);
         }
         Ok(self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?)
+    }
+
+    /// The type in which it computes: that of the latents and the text that it is given.
+    pub fn compute_dtype(&self) -> DType {
+        compute_dtype(self.conv_in.weight.dtype(), self.conv_in.weight.device())
     }
 
     /// Visits every linear layer that a LoRA may change, by its diffusers path without `.weight`.
