@@ -10,7 +10,7 @@ use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::layers::{Activation, ClipTransformer, ClipTransformerSizes, LayerNorm, Linear};
+use crate::layers::{Activation, ClipTransformer, ClipTransformerSizes, LayerNorm, Linear, compute_dtype};
 use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
 
 use super::tokenizer::ClipTokenizer;
@@ -56,6 +56,14 @@ impl TextEncoders {
     pub fn encode_prompts(&self, prompts: &[&str]) -> Result<TextConditioning> {
         let ids = |tokenizer: &ClipTokenizer| tokenizer.encode_batch(prompts, self.encoder.device());
         self.encode_ids(&ids(&self.tokenizer)?, &ids(&self.tokenizer_2)?)
+    }
+
+    /// The end of `prompt` that does not fit, as the user wrote it.
+    pub fn cut<'a>(&self, prompt: &'a str) -> Result<Option<&'a str>> {
+        Ok(match self.tokenizer.cut(prompt)? {
+            Some(end) => Some(end),
+            None => self.tokenizer_2.cut(prompt)?,
+        })
     }
 
     /// The same from token numbers of both tokenizers, (B, N) each.
@@ -210,7 +218,9 @@ impl ClipTextModel {
                 self.token_embedding.elem_count() / width
             )
         })?;
-        let x = tokens.reshape((b, n, width))?.broadcast_add(&self.position_embedding.narrow(0, 0, n)?)?;
+        let dtype = compute_dtype(tokens.dtype(), tokens.device());
+        let positions = self.position_embedding.narrow(0, 0, n)?.to_dtype(dtype)?;
+        let x = tokens.reshape((b, n, width))?.to_dtype(dtype)?.broadcast_add(&positions)?;
         let (penultimate, x) = self.encoder.forward(&x, true)?;
         let last = self.final_layer_norm.forward(&x)?; // (B, N, D)
         let pooled = last.reshape((b * n, width))?.index_select(&self.ends(ids)?, 0)?; // (B, D)

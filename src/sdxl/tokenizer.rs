@@ -74,6 +74,15 @@ impl ClipTokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The end of `prompt` that [`ClipTokenizer::encode`] leaves out, as the user wrote it.
+    pub fn cut<'a>(&self, prompt: &'a str) -> Result<Option<&'a str>> {
+        let encoding = self.tokenizer.encode(prompt, true).map_err(|error| anyhow!(error))?;
+        let Some(rest) = encoding.get_overflowing().first() else { return Ok(None) };
+        let own = rest.get_special_tokens_mask().iter().position(|special| *special == 0);
+        let start = own.and_then(|i| rest.get_offsets().get(i)).map_or(prompt.len(), |(start, _)| *start);
+        Ok(prompt.get(start..).map(str::trim).filter(|end| !end.is_empty()))
+    }
+
     /// The numbers of several prompts: (B, N) of `u32`.
     pub fn encode_batch(&self, prompts: &[&str], device: &Device) -> Result<Tensor> {
         let mut ids = Vec::with_capacity(prompts.len() * self.max_length);
