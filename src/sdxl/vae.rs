@@ -5,7 +5,7 @@
 //! `models/autoencoders/autoencoder_kl.py`; a parity test holds values and gradients against it.
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{Module, Tensor};
+use candle_core::{DType, Module, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -202,6 +202,24 @@ impl Vae {
         }
     }
 
+    /// The same pictures as [`Vae::decode`] gives, in a fraction of the memory: beyond the innermost level the picture
+    /// is worked on in strips of about `pixels` pixels.
+    ///
+    /// Tiles that are decoded each for itself and blended, as diffusers' tiling does, differ in brightness and contrast,
+    /// because each GroupNorm sees one tile. Here every norm is given the statistics of all strips and every
+    /// convolution the rows of its neighbours, so that there is no seam to hide.
+    pub fn decode_in_strips(&self, z: &Tensor, pixels: usize) -> Result<Tensor> {
+        match &self.post_quant_conv {
+            Some(conv) => self.decoder.forward_in_strips(&conv.forward(z)?, pixels),
+            None => self.decoder.forward_in_strips(z, pixels),
+        }
+    }
+
+    /// The type of its weights.
+    pub fn dtype(&self) -> DType {
+        self.decoder.conv_in.weight.dtype()
+    }
+
     /// What the encoder gives, as the diffusion model wants it: (z − shift) · scaling_factor. (B, C, h, w) → same.
     pub fn to_latents(&self, z: &Tensor) -> Result<Tensor> {
         let (shift, scale) = self.shift_and_scale(z)?;
@@ -339,6 +357,62 @@ impl Decoder {
     }
 }
 
+impl Decoder {
+    /// What `forward` gives, see [`Vae::decode_in_strips`].
+    fn forward_in_strips(&self, z: &Tensor, pixels: usize) -> Result<Tensor> {
+        let x = self.mid_block.forward(&self.conv_in.forward(z)?)?;
+        let mut strips = split(&x, pixels)?;
+        drop(x);
+        for level in &self.up_blocks {
+            for resnet in &level.resnets {
+                strips = resnet.forward_in_strips(strips)?;
+            }
+            if let Some(conv) = &level.resize {
+                let mut larger = Vec::new();
+                for strip in strips {
+                    larger.extend(split(&upsample_nearest2x(&strip)?, pixels)?);
+                }
+                strips = convolve(conv, larger, |x| Ok(x.clone()))?;
+            }
+        }
+        let statistics = self.conv_norm_out.statistics(&strips)?;
+        let normalise = |x: &Tensor| Ok(self.conv_norm_out.forward_silu_with(x, &statistics)?);
+        Ok(Tensor::cat(&convolve(&self.conv_out, strips, normalise)?, 2)?)
+    }
+}
+
+/// Cuts a picture (B, C, H, W) into strips (B, C, h, W) of at most `pixels` pixels, or of one row.
+fn split(x: &Tensor, pixels: usize) -> Result<Vec<Tensor>> {
+    let (_, _, height, width) = x.dims4()?;
+    let rows = (pixels / width).clamp(1, height);
+    let strip = |first: usize| Ok(x.narrow(2, first, rows.min(height - first))?.force_contiguous()?);
+    (0..height).step_by(rows).map(strip).collect()
+}
+
+/// `conv` of `before(x)` for a picture in strips. `conv` has a kernel of 3 and keeps the size; `before` treats each
+/// pixel by itself. A strip is let go when the next one is done.
+fn convolve(
+    conv: &Conv2d,
+    strips: Vec<Tensor>,
+    before: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let mut out = Vec::with_capacity(strips.len());
+    let mut strips = strips.into_iter().peekable();
+    let mut above: Option<Tensor> = None;
+    while let Some(strip) = strips.next() {
+        let rows = strip.dim(2)?;
+        let last = strip.narrow(2, rows - 1, 1)?.force_contiguous()?;
+        let below = strips.peek().map(|next| next.narrow(2, 0, 1)).transpose()?;
+        let skipped = usize::from(above.is_some());
+        let parts: Vec<Tensor> = [above, Some(strip), below].into_iter().flatten().collect();
+        let x = before(&Tensor::cat(&parts, 2)?)?;
+        drop(parts);
+        out.push(conv.forward(&x)?.narrow(2, skipped, rows)?.force_contiguous()?);
+        above = Some(last);
+    }
+    Ok(out)
+}
+
 /// Residual blocks at one size of picture, and the convolution on the way to the next.
 #[derive(Clone, Debug)]
 struct Level {
@@ -420,6 +494,23 @@ impl Resnet {
             Some(conv) => (conv.forward(x)? + h)?,
             None => (x + h)?,
         })
+    }
+}
+
+impl Resnet {
+    /// What `forward` gives, on a picture in strips.
+    fn forward_in_strips(&self, x: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        let statistics = self.norm1.statistics(&x)?;
+        let h = convolve(&self.conv1, x.clone(), |x| Ok(self.norm1.forward_silu_with(x, &statistics)?))?;
+        let statistics = self.norm2.statistics(&h)?;
+        let h = convolve(&self.conv2, h, |x| Ok(self.norm2.forward_silu_with(x, &statistics)?))?;
+        let add = |(x, h): (Tensor, Tensor)| -> Result<Tensor> {
+            Ok(match &self.conv_shortcut {
+                Some(conv) => (conv.forward(&x)? + h)?,
+                None => (x + h)?,
+            })
+        };
+        x.into_iter().zip(h).map(add).collect()
     }
 }
 
