@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use image::{DynamicImage, ImageDecoder, ImageReader};
+use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageReader};
 
 use crate::failure::Failure;
 use crate::files;
@@ -226,10 +226,90 @@ impl Picture {
         Ok(bytes)
     }
 
-    /// Writes the picture as a PNG file, see [`Picture::to_png`].
-    pub fn save(&self, path: &Path, parameters: Option<&str>) -> Result<()> {
-        files::write_whole(path, &self.to_png(parameters)?)
+    /// The bytes of a file in `format`. `parameters` is the text that A1111 and its relatives read: a text chunk of a
+    /// PNG, EXIF's user comment elsewhere. JPEG is written with quality 95, WebP without loss.
+    pub fn to_bytes(&self, format: PictureFormat, parameters: Option<&str>) -> Result<Vec<u8>> {
+        let (width, height) = (u32::try_from(self.width)?, u32::try_from(self.height)?);
+        let exif = parameters.map(user_comment);
+        let mut bytes = Vec::new();
+        match format {
+            PictureFormat::Png => return self.to_png(parameters),
+            PictureFormat::Jpeg => {
+                let mut encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 95);
+                if let Some(exif) = exif {
+                    encoder.set_exif_metadata(exif)?;
+                }
+                encoder.write_image(&self.rgb, width, height, ExtendedColorType::Rgb8)?;
+            }
+            PictureFormat::WebP => {
+                let mut encoder = image::codecs::webp::WebPEncoder::new_lossless(&mut bytes);
+                if let Some(exif) = exif {
+                    encoder.set_exif_metadata(exif)?;
+                }
+                encoder.write_image(&self.rgb, width, height, ExtendedColorType::Rgb8)?;
+            }
+        }
+        Ok(bytes)
     }
+
+    /// Writes the picture as PNG, JPEG or WebP by the extension of `path`, see [`Picture::to_bytes`].
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] for another extension.
+    pub fn save(&self, path: &Path, parameters: Option<&str>) -> Result<()> {
+        files::write_whole(path, &self.to_bytes(PictureFormat::of(path)?, parameters)?)
+    }
+}
+
+/// A kind of picture file that can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PictureFormat {
+    /// `.png`
+    Png,
+    /// `.jpg`, `.jpeg`
+    Jpeg,
+    /// `.webp`
+    WebP,
+}
+
+impl PictureFormat {
+    /// What the extension of `path` stands for.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] when it is none of these.
+    pub fn of(path: &Path) -> Result<Self> {
+        let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+        match extension.as_str() {
+            "png" => Ok(Self::Png),
+            "jpg" | "jpeg" => Ok(Self::Jpeg),
+            "webp" => Ok(Self::WebP),
+            _ => Err(Failure::Usage(format!(
+                "pictures are written as PNG, JPEG or WebP: name `{}` with .png, .jpg or .webp, or give a folder",
+                path.display()
+            ))
+            .into()),
+        }
+    }
+}
+
+/// EXIF data whose only entry is the user comment `text`, as A1111 writes it: `UNICODE` and big-endian UTF-16.
+fn user_comment(text: &str) -> Vec<u8> {
+    let mut comment = b"UNICODE\0".to_vec();
+    comment.extend(text.encode_utf16().flat_map(u16::to_be_bytes));
+    // A big-endian TIFF of two directories with one entry each: tag, type, count, value or where it lies.
+    let entry = |tag: u16, kind: u16, count: u32, value: u32| {
+        let mut bytes = 1u16.to_be_bytes().to_vec();
+        bytes.extend([tag, kind].iter().flat_map(|x| x.to_be_bytes()));
+        bytes.extend([count, value, 0].iter().flat_map(|x| x.to_be_bytes()));
+        bytes
+    };
+    const HEADER: u32 = 8;
+    const DIRECTORY: u32 = 18;
+    let mut exif = b"MM\0\x2a\0\0\0\x08".to_vec();
+    exif.extend(entry(0x8769, 4, 1, HEADER + DIRECTORY));
+    exif.extend(entry(0x9286, 7, comment.len() as u32, HEADER + 2 * DIRECTORY));
+    exif.extend(comment);
+    exif
 }
 
 /// The picture files in a folder and in the folders inside it, by their extension and sorted by path; what is hidden
@@ -387,6 +467,33 @@ mod tests {
         };
         assert_eq!(text_of("café, Steps: 3"), (Some("café, Steps: 3".to_string()), None));
         assert_eq!(text_of("写真"), (None, Some("写真".to_string())));
+    }
+
+    #[test]
+    fn every_format_carries_its_text() {
+        let picture = gradient(16, 8);
+        for (format, loss) in [(PictureFormat::Png, 0), (PictureFormat::WebP, 0), (PictureFormat::Jpeg, 255)]
+        {
+            let text = "naïve 写真, Steps: 3";
+            let bytes = picture.to_bytes(format, Some(text)).unwrap();
+            let again = Picture::decode(&bytes).unwrap();
+            let apart = again.rgb.iter().zip(&picture.rgb).map(|(a, b)| a.abs_diff(*b)).max();
+            assert!((again.width, again.height) == (16, 8) && apart.unwrap() <= loss, "{format:?}");
+            if format != PictureFormat::Png {
+                let mut decoder = ImageReader::new(Cursor::new(&bytes))
+                    .with_guessed_format()
+                    .unwrap()
+                    .into_decoder()
+                    .unwrap();
+                let exif = decoder.exif_metadata().unwrap().unwrap();
+                let at = exif.windows(8).position(|part| part == b"UNICODE\0").unwrap() + 8;
+                let units: Vec<u16> =
+                    exif[at..].chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]])).collect();
+                assert_eq!(String::from_utf16(&units).unwrap(), text, "{format:?}");
+            }
+            assert!(picture.to_bytes(format, None).unwrap().len() < bytes.len());
+        }
+        assert!(PictureFormat::of(Path::new("a.gif")).is_err() && PictureFormat::of(Path::new("a")).is_err());
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::lora::file;
 use crate::lora::keys::BlockLayout;
 use crate::metrics::Mean;
 use crate::picture::{Picture, contact_sheet};
-use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl};
+use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
 use crate::train::shards::in_threads;
 use crate::{files, progress};
@@ -432,6 +432,8 @@ impl Bench {
                 steps: args.steps as usize,
                 guidance_scale: args.guidance,
                 sampler: args.sampler,
+                sizes: None,
+                vae_tiling: Tiling::Auto,
             },
         })
     }
@@ -444,7 +446,8 @@ impl Bench {
         }
         let Stage { seed, grains, noise, prompts, negative, drawing } = stage;
         let fresh = |step: usize| grain_noise(*seed, grains, 1 + step as u64, &noise.dims()[1..]);
-        let pictures = model.draw(noise, prompts, negative, *drawing, fresh, progress::check)?;
+        let step = |_: &Step| progress::check();
+        let pictures = model.painter().draw(noise, prompts, negative, *drawing, fresh, step)?;
         let seen = self.look(&pictures)?;
         Ok(Drawn { pictures, seen })
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
+use clap::ValueEnum;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -18,8 +19,9 @@ use crate::identity::{FaceEncoder, Identity};
 use crate::lora::apply::{self, Unmatched};
 use crate::lora::file::{self, Format};
 use crate::lora::{Lora, TRIGGER_PHRASE};
-use crate::picture::Picture;
-use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl};
+use crate::picture::{Picture, PictureFormat};
+use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Sdxl, Sizes, Step, Tiling};
+use crate::sdxl::preview::LatentColours;
 use crate::{files, progress, weights};
 
 /// Arguments of `difflora gen`.
@@ -67,22 +69,37 @@ pub struct Args {
     /// How much the prompt counts; 1 or less draws without the second pass.
     #[arg(long, value_name = "F", default_value_t = 3.0, env = "DIFFLORA_GUIDANCE")]
     guidance: f64,
-    /// Sampling method of a picture.
-    #[arg(long, value_enum, default_value = "ddim", env = "DIFFLORA_SAMPLER")]
-    sampler: Sampler,
-    /// Pixels across; the base model's own size where it is not given.
+    /// Sampling method of a picture; the one that the base model names where it is not given.
+    #[arg(long, value_enum, env = "DIFFLORA_SAMPLER")]
+    sampler: Option<Sampler>,
+    /// Pixels across, a multiple of 8 (in small models: of what their VAE says); the base model's own size where it is
+    /// not given.
     #[arg(long, value_name = "PX", env = "DIFFLORA_WIDTH")]
     width: Option<usize>,
-    /// Pixels down; the base model's own size where it is not given.
+    /// Pixels down, likewise.
     #[arg(long, value_name = "PX", env = "DIFFLORA_HEIGHT")]
     height: Option<usize>,
+    /// Size before the picture was made smaller, as SDXL is told; the picture's own where it is not given. A small one
+    /// asks for the look of an enlarged picture.
+    #[arg(long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_ORIGINAL_SIZE")]
+    original_size: Option<[usize; 2]>,
+    /// Size that the picture was brought to, as SDXL is told; its own where it is not given.
+    #[arg(long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_TARGET_SIZE")]
+    target_size: Option<[usize; 2]>,
+    /// Rows and columns that were cut off above and to the left, as SDXL is told; 0,0 centres the subject.
+    #[arg(long, value_name = "TOP,LEFT", value_parser = top_and_left, default_value = "0,0", env = "DIFFLORA_CROP")]
+    crop: [usize; 2],
+    /// Decode the picture in strips: the same picture in a fraction of the memory.
+    #[arg(long, value_enum, default_value = "auto", env = "DIFFLORA_VAE_TILING")]
+    vae_tiling: Tiling,
     /// Pictures of each prompt.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_NUM_IMAGES")]
     num_images: u32,
     /// Seed of the pictures' noise; picture k of a call uses seed + k.
     #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
     seed: u64,
-    /// Start from the tensor `latents` of this safetensors file, unit normal, instead of the seed's noise.
+    /// Start every picture from the tensor `latents` (1, C, height/8, width/8) of this safetensors file, unit normal,
+    /// instead of the seed's noise.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_INIT_LATENTS")]
     init_latents: Option<PathBuf>,
     /// Sampling steps of the LoRA; the hypernetwork's own number where it is not given.
@@ -100,9 +117,16 @@ pub struct Args {
     /// Where to compute.
     #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
     device: String,
-    /// Picture to write (PNG), or a folder for several; `difflora.png` where it is not given.
-    #[arg(long, value_name = "FILE.png|DIR", env = "DIFFLORA_OUT")]
+    /// Picture to write (.png, .jpg or .webp), or a folder for several; `difflora.png` where it is not given. With
+    /// --json each picture has its settings beside it, in a file of its name that ends in .json.
+    #[arg(long, value_name = "FILE|DIR", env = "DIFFLORA_OUT")]
     out: Option<PathBuf>,
+    /// Write no prompt and no settings into pictures.
+    #[arg(long, env = "DIFFLORA_NO_METADATA")]
+    no_metadata: bool,
+    /// Every N steps write what the picture looks like so far, small and rough: `me.preview.png` beside `me.png`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_PREVIEW")]
+    preview: Option<u32>,
     /// LoRA to write; `difflora.safetensors` where neither it nor --prompt is given.
     #[arg(long, value_name = "FILE.safetensors", env = "DIFFLORA_LORA_OUT")]
     lora_out: Option<PathBuf>,
@@ -123,7 +147,8 @@ enum LoraMode {
     Runtime,
 }
 
-/// A number type for weights.
+/// A number type for weights. Where the device is a CPU they are widened as they are used: half the memory, and the
+/// arithmetic of f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Precision {
     F32,
@@ -139,6 +164,23 @@ impl From<Precision> for DType {
             Precision::Bf16 => DType::BF16,
         }
     }
+}
+
+/// `1024x768` → width and height.
+fn width_and_height(text: &str) -> std::result::Result<[usize; 2], String> {
+    two_numbers(text, 'x')
+        .filter(|size| !size.contains(&0))
+        .ok_or("write WIDTHxHEIGHT, for example 1024x768".into())
+}
+
+/// `0,128` → top and left.
+fn top_and_left(text: &str) -> std::result::Result<[usize; 2], String> {
+    two_numbers(text, ',').ok_or("write TOP,LEFT, for example 0,128".into())
+}
+
+fn two_numbers(text: &str, between: char) -> Option<[usize; 2]> {
+    let (first, second) = text.split_once(between)?;
+    Some([first.trim().parse().ok()?, second.trim().parse().ok()?])
 }
 
 /// Makes the LoRA, and draws.
@@ -170,7 +212,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         let loras = chosen_loras(&args, person.as_ref().map(|(lora, _)| lora), &base_files)?;
         let mut model = Sdxl::open(&base_files, args.dtype.into(), &device)?;
         apply_loras(&mut model, &loras, args.lora_mode)?;
-        report["pictures"] = draw(&args, &model, &loras, &outputs.pictures, common)?;
+        report["pictures"] = draw(&args, model, &base, &loras, &outputs.pictures, common)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
     if common.json {
@@ -216,19 +258,15 @@ impl Outputs {
         } else if count == 1 {
             vec![out]
         } else {
-            let stem = out.with_extension("");
-            (1..=count).map(|i| PathBuf::from(format!("{}-{i:04}.png", stem.display()))).collect()
+            let (stem, extension) = (out.with_extension(""), out.extension().unwrap_or_default());
+            let (stem, extension) = (stem.display(), extension.to_string_lossy());
+            (1..=count).map(|i| PathBuf::from(format!("{stem}-{i:04}.{extension}"))).collect()
         };
         for path in pictures.iter().chain(&lora) {
             files::check_writable(path)?;
         }
         for path in &pictures {
-            let png = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
-            if !png {
-                let why =
-                    format!("pictures are written as PNG: name `{}` with .png, or a folder", path.display());
-                return Err(Failure::Usage(why).into());
-            }
+            PictureFormat::of(path)?;
         }
         Ok(Self { lora, pictures })
     }
@@ -367,7 +405,7 @@ fn chosen_loras(
             .as_deref()
             .and_then(Path::file_stem)
             .map_or("person".into(), |stem| stem.to_string_lossy());
-        let hash = sha256_of(&file::to_bytes(lora, args.lora_format, &layout)?);
+        let hash = lora_hash(&file::to_bytes(lora, args.lora_format, &layout)?);
         chosen.push(Chosen { name: name.into(), weight: args.lora_scale, hash, lora: lora.clone() });
     }
     for text in &args.lora {
@@ -379,7 +417,7 @@ fn chosen_loras(
         };
         let lora = file::read(&path, &layout)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        chosen.push(Chosen { name, weight, hash: sha256_of(&std::fs::read(&path)?), lora });
+        chosen.push(Chosen { name, weight, hash: lora_hash(&std::fs::read(&path)?), lora });
     }
     Ok(chosen)
 }
@@ -403,36 +441,93 @@ fn apply_loras(model: &mut Sdxl, chosen: &[Chosen], mode: LoraMode) -> Result<()
 }
 
 /// Draws every picture that was asked for and writes it; gives what was written.
-fn draw(args: &Args, model: &Sdxl, loras: &[Chosen], paths: &[PathBuf], common: &Common) -> Result<Value> {
+fn draw(
+    args: &Args,
+    model: Sdxl,
+    base: &ModelId,
+    loras: &[Chosen],
+    paths: &[PathBuf],
+    common: &Common,
+) -> Result<Value> {
+    let usage = |error: anyhow::Error| Failure::Usage(format!("{error:#}"));
     let size = model.native_size();
     let (width, height) = (args.width.unwrap_or(size), args.height.unwrap_or(size));
-    let shape = model.latent_shape(width, height).map_err(|error| Failure::Usage(error.to_string()))?;
+    let shape = model.latent_shape(width, height).map_err(usage)?;
     let given = args.init_latents.as_deref().map(|path| init_latents(path, shape)).transpose()?;
-    let drawing =
-        Drawing { steps: args.steps as usize, guidance_scale: args.guidance, sampler: args.sampler };
+    let sampler = args.sampler.or(model.sampler).unwrap_or(Sampler::Euler);
+    sampler.check(&model.schedule, args.steps as usize).map_err(usage)?;
+    let drawing = Drawing {
+        steps: args.steps as usize,
+        guidance_scale: args.guidance,
+        sampler,
+        sizes: Some(Sizes {
+            original: args.original_size.unwrap_or([width, height]),
+            crop: args.crop,
+            target: args.target_size.unwrap_or([width, height]),
+        }),
+        vae_tiling: args.vae_tiling,
+    };
+    for prompt in args.prompt.iter().chain(&args.negative_prompt) {
+        if let Some(end) = model.text.cut(prompt)? {
+            let most = model.text.tokenizer.max_length();
+            progress::warn(format_args!("a prompt has more than {most} tokens; this end is left out: {end}"));
+        }
+    }
     let negative = model.negative(args.negative_prompt.as_deref())?;
+    let prompts = args.prompt.iter().map(|prompt| model.text.encode_prompts(&[prompt]));
+    let prompts = prompts.collect::<Result<Vec<_>>>()?;
+    let device = model.device().clone();
+    let Sdxl { text, unet, vae, schedule, .. } = model;
+    drop(text); // 3 GB in SDXL, and not needed from here on
+    let painter = Painter { unet: &unet, vae: &vae, schedule: &schedule };
+    let colours = args.preview.map(|_| LatentColours::fit(&vae, &device)).transpose()?;
+    let preview = args.preview.zip(colours);
+
     let bar = progress::bar(paths.len() as u64 * u64::from(args.steps), "drawing");
     let mut written = Vec::new();
     for (k, path) in paths.iter().enumerate() {
-        let prompt = &args.prompt[k / args.num_images as usize];
-        let seed = args.seed + k as u64;
+        let which = k / args.num_images as usize;
+        let settings = Settings {
+            prompt: &args.prompt[which],
+            negative_prompt: args.negative_prompt.as_deref(),
+            sampler,
+            steps: args.steps,
+            guidance: args.guidance,
+            seed: args.seed.wrapping_add(k as u64),
+            size: [width, height],
+            base,
+            loras,
+        };
+        let seed = settings.seed;
+        let shape = (1, shape[0], shape[1], shape[2]);
         let latents = match &given {
             Some(latents) => latents.clone(),
-            None => noise::normal(seed, 0, (1, shape[0], shape[1], shape[2]), &Device::Cpu)?,
+            None => noise::normal(seed, 0, shape, &Device::Cpu)?,
         };
-        let conditioning = model.text.encode_prompts(&[prompt])?;
         // Stream 0 is the start, so that fresh noise never repeats it.
-        let fresh = |step: usize| Ok(noise::normal(seed, 1 + step as u64, latents.shape(), &Device::Cpu)?);
-        let pictures = model.draw(&latents, &conditioning, &negative, drawing, fresh, || {
+        let fresh = |step: usize| Ok(noise::normal(seed, 1 + step as u64, shape, &Device::Cpu)?);
+        let step = |step: &Step| {
             bar.inc(1);
+            match &preview {
+                Some((every, colours)) if step.number % *every as usize == 0 => {
+                    colours.picture(&step.denoised()?)?.save(&path.with_extension("preview.png"), None)?;
+                }
+                _ => {}
+            }
             progress::check()
-        })?;
+        };
+        let pictures = painter.draw(&latents, &prompts[which], &negative, drawing, fresh, step)?;
         let Some(picture) = pictures.first() else { bail!("no picture was drawn") };
-        picture.save(path, Some(&parameters(args, prompt, seed, (width, height), loras)))?;
-        written.push(json!({ "file": path, "prompt": prompt, "seed": seed }));
-        if !common.json {
+        let text = settings.parameters();
+        picture.save(path, (!args.no_metadata).then_some(&text))?;
+        let mut told = settings.to_json();
+        told["file"] = json!(path);
+        if common.json {
+            files::write_whole(&path.with_extension("json"), format!("{told:#}\n").as_bytes())?;
+        } else {
             bar.suspend(|| println!("picture {}", path.display()));
         }
+        written.push(told);
     }
     bar.finish_and_clear();
     Ok(written.into())
@@ -448,34 +543,139 @@ fn init_latents(path: &Path, shape: [usize; 3]) -> Result<Tensor> {
         let why = format!("`latents` has shape {:?}, this model and size want {wanted:?}", latents.dims());
         return Err(Failure::unusable(path, why));
     }
-    Ok(latents.to_dtype(DType::F32)?)
+    if !latents.dtype().is_float() {
+        let why = format!("`latents` holds {:?}, wanted floating-point numbers", latents.dtype());
+        return Err(Failure::unusable(path, why));
+    }
+    let latents = latents.to_dtype(DType::F32)?;
+    if !latents.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+        return Err(Failure::unusable(path, "`latents` holds NaN or infinity"));
+    }
+    Ok(latents)
 }
 
-/// The text that A1111 and its relatives read from a PNG.
-fn parameters(
-    args: &Args,
-    prompt: &str,
+/// All that a picture depends on.
+struct Settings<'a> {
+    prompt: &'a str,
+    negative_prompt: Option<&'a str>,
+    sampler: Sampler,
+    steps: u32,
+    guidance: f64,
     seed: u64,
-    (width, height): (usize, usize),
-    loras: &[Chosen],
-) -> String {
-    let mut text = prompt.to_string();
-    for lora in loras {
-        text.push_str(&format!(" <lora:{}:{}>", lora.name, lora.weight));
+    /// Width and height.
+    size: [usize; 2],
+    base: &'a ModelId,
+    loras: &'a [Chosen],
+}
+
+impl Settings<'_> {
+    /// The text that A1111 and its relatives read from a picture (`modules/infotext_utils.py`,
+    /// `parse_generation_parameters`).
+    fn parameters(&self) -> String {
+        let mut text = self.prompt.to_string();
+        for lora in self.loras {
+            text.push_str(&format!(" <lora:{}:{}>", lora.name, lora.weight));
+        }
+        if let Some(negative) = self.negative_prompt {
+            text.push_str(&format!("\nNegative prompt: {negative}"));
+        }
+        let [width, height] = self.size;
+        text.push_str(&format!(
+            "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {width}x{height}, Model hash: {}, Model: {}",
+            self.steps,
+            self.sampler.a1111_name(),
+            self.guidance,
+            self.seed,
+            &self.base.sha256[..10],
+            quoted(&self.base.name),
+        ));
+        if !self.loras.is_empty() {
+            let hashes: Vec<String> =
+                self.loras.iter().map(|lora| format!("{}: {}", lora.name, &lora.hash[..12])).collect();
+            text.push_str(&format!(", Lora hashes: {}", quoted(&hashes.join(", "))));
+        }
+        text.push_str(&format!(", Version: difflora {}", env!("CARGO_PKG_VERSION")));
+        text
     }
-    if let Some(negative) = &args.negative_prompt {
-        text.push_str(&format!("\nNegative prompt: {negative}"));
+
+    /// The same for programs.
+    fn to_json(&self) -> Value {
+        let loras: Vec<Value> = self
+            .loras
+            .iter()
+            .map(|lora| json!({ "name": lora.name, "weight": lora.weight, "hash": lora.hash }))
+            .collect();
+        json!({
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "sampler": self.sampler.to_possible_value().map(|value| value.get_name().to_string()),
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "width": self.size[0],
+            "height": self.size[1],
+            "model": { "name": self.base.name, "sha256": self.base.sha256 },
+            "loras": loras,
+            "version": env!("CARGO_PKG_VERSION"),
+        })
     }
-    let sampler = args.sampler.a1111_name();
-    text.push_str(&format!(
-        "\nSteps: {}, Sampler: {sampler}, CFG scale: {}, Seed: {seed}, Size: {width}x{height}, Model: {}",
-        args.steps, args.guidance, args.base
-    ));
-    if !loras.is_empty() {
-        let hashes: Vec<String> =
-            loras.iter().map(|lora| format!("{}: {}", lora.name, &lora.hash[..12])).collect();
-        text.push_str(&format!(", Lora hashes: \"{}\"", hashes.join(", ")));
+}
+
+/// A value as A1111 writes it: in quotation marks where it holds a separator.
+fn quoted(value: &str) -> String {
+    if value.contains([',', ':', '\n', '"']) { json!(value).to_string() } else { value.to_string() }
+}
+
+/// What A1111 calls a LoRA's hash: SHA-256 of a `.safetensors` behind its header, so that other metadata does not
+/// change it (`modules/hashes.py`, `addnet_hash_safetensors`).
+fn lora_hash(bytes: &[u8]) -> String {
+    let header = bytes.first_chunk::<8>().map_or(0, |length| u64::from_le_bytes(*length) as usize);
+    sha256_of(bytes.get(header.saturating_add(8)..).unwrap_or(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_spelt_as_a1111_spells_them() {
+        let base = ModelId { name: "my: model".into(), sha256: "0123456789abcdef".into() };
+        let lora = Lora { layers: Default::default(), metadata: Default::default() };
+        let loras = [Chosen { name: "anna".into(), weight: 0.8, hash: "fedcba9876543210".into(), lora }];
+        let settings = Settings {
+            prompt: "a cat",
+            negative_prompt: Some("blurry"),
+            sampler: Sampler::Dpmpp2mKarras,
+            steps: 20,
+            guidance: 7.5,
+            seed: 42,
+            size: [1024, 768],
+            base: &base,
+            loras: &loras,
+        };
+        let wanted = format!(
+            "a cat <lora:anna:0.8>\nNegative prompt: blurry\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, \
+             Seed: 42, Size: 1024x768, Model hash: 0123456789, Model: \"my: model\", \
+             Lora hashes: \"anna: fedcba987654\", Version: difflora {}",
+            env!("CARGO_PKG_VERSION")
+        );
+        assert_eq!(settings.parameters(), wanted);
+        assert_eq!(settings.to_json()["sampler"], "dpmpp-2m-karras");
     }
-    text.push_str(&format!(", Version: difflora {}", env!("CARGO_PKG_VERSION")));
-    text
+
+    #[test]
+    fn a_lora_s_hash_leaves_out_its_header() {
+        let file =
+            |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"data"].concat();
+        assert_eq!(lora_hash(&file("{}")), lora_hash(&file("{\"__metadata__\": {}}")));
+        assert_eq!(lora_hash(&file("{}")), sha256_of(b"data"));
+    }
+
+    #[test]
+    fn sizes_are_read_in_pairs() {
+        assert_eq!(width_and_height("1024x768"), Ok([1024, 768]));
+        assert_eq!(top_and_left("0, 128"), Ok([0, 128]));
+        assert!(width_and_height("0x768").is_err() && width_and_height("12").is_err());
+        assert!(top_and_left("-1,0").is_err());
+    }
 }

@@ -82,9 +82,7 @@ impl NoiseSchedule {
         let timestep = |i: usize| match config.timestep_spacing.unwrap_or(Spacing::Linspace) {
             Spacing::Leading => ((steps - i) * (all / (steps + 1)) + config.steps_offset) as f64,
             Spacing::Trailing => self.trailing(i, steps),
-            Spacing::Linspace => {
-                ((steps - i) as f64 * ((all as f64 - 1.0) / steps as f64)).round_ties_even()
-            }
+            Spacing::Linspace => ((steps - i) as f64 * ((all as f64 - 1.0) / steps as f64)).round_ties_even(),
         };
         let mut timesteps: Vec<f64> = (0..steps).map(timestep).collect();
         let mut sigmas;
@@ -109,7 +107,10 @@ impl NoiseSchedule {
     /// (`LCMScheduler`; Luo et al. 2023, arXiv 2310.04378, section 4.3).
     pub fn lcm_timesteps(&self, steps: usize) -> Result<Vec<usize>> {
         let (all, original) = (self.config.num_train_timesteps, self.config.original_inference_steps);
-        ensure!(original > 0 && original <= all, "`original_inference_steps` is {original}, of {all} timesteps");
+        ensure!(
+            original > 0 && original <= all,
+            "`original_inference_steps` is {original}, of {all} timesteps"
+        );
         ensure!(steps > 0 && steps <= original, "{steps} steps; LCM takes 1 to {original}");
         let chosen = |i: usize| (i as f64 * (original as f64 / steps as f64)).floor() as usize;
         Ok((0..steps).map(|i| (original - chosen(i)) * (all / original) - 1).collect())

@@ -98,8 +98,7 @@ impl Sampler {
                 let levels = schedule.multistep_levels(steps, karras)?;
                 let x = (x * levels.initial_sigma)?;
                 let first_order_end = config.euler_at_final || config.lower_order_final && steps < 15;
-                let x =
-                    dpmpp_2m(levels.denoiser(prediction, predict), x, &levels.sigmas, first_order_end)?;
+                let x = dpmpp_2m(levels.denoiser(prediction, predict), x, &levels.sigmas, first_order_end)?;
                 scaled_end(x, &levels)
             }
             Self::UniPc => {

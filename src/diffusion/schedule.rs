@@ -484,10 +484,16 @@ mod tests {
     #[test]
     fn a_solver_that_is_not_implemented_is_remembered_by_name() -> Result<()> {
         for (text, refused) in [
-            (r#"{"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "algorithm_type": "dpmsolver++",
-                "solver_type": "midpoint", "lambda_min_clipped": -Infinity, "use_karras_sigmas": true}"#, None),
-            (r#"{"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "predict_x0": true,
-                "disable_corrector": [], "solver_p": null}"#, None),
+            (
+                r#"{"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "algorithm_type": "dpmsolver++",
+                "solver_type": "midpoint", "lambda_min_clipped": -Infinity, "use_karras_sigmas": true}"#,
+                None,
+            ),
+            (
+                r#"{"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "predict_x0": true,
+                "disable_corrector": [], "solver_p": null}"#,
+                None,
+            ),
             (r#"{"solver_order": 3}"#, Some("solver_order: 3")),
             (r#"{"algorithm_type": "sde-dpmsolver++"}"#, Some("algorithm_type: \"sde-dpmsolver++\"")),
             (r#"{"disable_corrector": [0]}"#, Some("disable_corrector: [0]")),

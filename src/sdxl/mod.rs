@@ -3,6 +3,7 @@
 mod blocks;
 pub mod folder;
 pub mod pipeline;
+pub mod preview;
 pub mod text;
 pub mod tokenizer;
 pub mod unet;

@@ -8,6 +8,7 @@ use super::unet::{UNet, UNetConfig};
 use super::vae::{Vae, VaeConfig};
 pub use crate::diffusion::sampler::Sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
+use crate::layers::compute_dtype;
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles};
 use crate::picture::Picture;
 
@@ -22,6 +23,8 @@ pub struct Sdxl {
     pub vae: Vae,
     /// Noise levels and what the UNet predicts.
     pub schedule: NoiseSchedule,
+    /// The sampler that its scheduler config names, if it is one of ours.
+    pub sampler: Option<Sampler>,
     /// Whether a missing negative prompt means zeros, as in SDXL's own `model_index.json`.
     force_zeros_for_empty_prompt: bool,
     device: Device,
@@ -36,6 +39,70 @@ pub struct Drawing {
     pub guidance_scale: f64,
     /// Sampling method.
     pub sampler: Sampler,
+    /// What the UNet is told of the picture's sizes; the picture's own size where it is `None`.
+    pub sizes: Option<Sizes>,
+    /// Whether the VAE decodes in strips.
+    pub vae_tiling: Tiling,
+}
+
+/// What SDXL is told of a picture's history (Podell et al. 2023, sections 2.2 and 2.3), in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Width and height before it was made smaller.
+    pub original: [usize; 2],
+    /// Rows and columns that were cut off above and to the left.
+    pub crop: [usize; 2],
+    /// Width and height that were left.
+    pub target: [usize; 2],
+}
+
+impl Sizes {
+    /// A picture that was neither shrunk nor cut, diffusers' default.
+    pub fn of(width: usize, height: usize) -> Self {
+        Self { original: [width, height], crop: [0, 0], target: [width, height] }
+    }
+
+    /// In the order that the UNet wants, the same for all: (B, 6).
+    pub fn time_ids(&self, b: usize, device: &Device) -> Result<Tensor> {
+        let [original, crop, target] = [self.original, self.crop, self.target];
+        let ids = [original[1], original[0], crop[0], crop[1], target[1], target[0]].map(|size| size as f32);
+        Ok(Tensor::new(&ids, device)?.unsqueeze(0)?.repeat((b, 1))?)
+    }
+}
+
+/// Whether a VAE decodes in strips, which takes a fraction of the memory and gives the same picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Tiling {
+    /// Above 512×512 pixels.
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Most pixels that are decoded in one piece with [`Tiling::Auto`].
+const WHOLE_PIXELS: usize = 512 * 512;
+
+/// Pixels of a strip: a convolution over 256 channels gathers 300 MiB of patches for it.
+const STRIP_PIXELS: usize = 1 << 15;
+
+/// What a sampling step has found.
+pub struct Step<'a> {
+    /// 1 for the first.
+    pub number: usize,
+    x_t: &'a Tensor,
+    output: &'a Tensor,
+    t: f64,
+    schedule: &'a NoiseSchedule,
+}
+
+impl Step<'_> {
+    /// What the latents would be without noise, as far as the network can tell yet: (B, C, h, w).
+    pub fn denoised(&self) -> Result<Tensor> {
+        let t = self.t.round() as usize;
+        self.schedule.to_x0(self.output, self.x_t, &vec![t; self.x_t.dim(0)?])
+    }
 }
 
 impl Sdxl {
@@ -53,14 +120,19 @@ impl Sdxl {
         }
         let unet: UNetConfig = files.config("unet/config.json")?;
         let vae: VaeConfig = files.config("vae/config.json")?;
-        let scheduler: SchedulerConfig =
-            SchedulerConfig::from_json(&files.text("scheduler/scheduler_config.json")?)
-                .map_err(|error| files.unusable("scheduler/scheduler_config.json", format!("{error:#}")))?;
+        let scheduler_file = "scheduler/scheduler_config.json";
+        let scheduler = SchedulerConfig::from_json(&files.text(scheduler_file)?)
+            .map_err(|error| files.unusable(scheduler_file, format!("{error:#}")))?;
+        let sampler = index["scheduler"][1]
+            .as_str()
+            .and_then(|class| Sampler::of_class(class, scheduler.use_karras_sigmas));
+        let vae_dtype = if vae.force_upcast { DType::F32 } else { dtype };
         Ok(Self {
             text: TextEncoders::open(files, dtype, device)?,
             unet: files.load("unet", DIFFUSERS_WEIGHTS, dtype, device, |vb| UNet::new(&unet, vb))?,
-            vae: files.load("vae", DIFFUSERS_WEIGHTS, dtype, device, |vb| Vae::new(&vae, vb))?,
+            vae: files.load("vae", DIFFUSERS_WEIGHTS, vae_dtype, device, |vb| Vae::new(&vae, vb))?,
             schedule: NoiseSchedule::new(&scheduler)?,
+            sampler,
             force_zeros_for_empty_prompt: index["force_zeros_for_empty_prompt"].as_bool().unwrap_or(true),
             device: device.clone(),
         })
@@ -76,13 +148,11 @@ impl Sdxl {
     /// # Errors
     /// A size that the model cannot draw.
     pub fn latent_shape(&self, width: usize, height: usize) -> Result<[usize; 3]> {
-        // The UNet halves the latents once a level but the last.
-        let step = self.vae.config().factor() << (self.unet.config.block_out_channels.len() - 1);
-        ensure!(
-            width > 0 && height > 0 && width.is_multiple_of(step) && height.is_multiple_of(step),
-            "a picture of {width}×{height} cannot be drawn: this model needs multiples of {step}"
-        );
         let factor = self.vae.config().factor();
+        ensure!(
+            width > 0 && height > 0 && width.is_multiple_of(factor) && height.is_multiple_of(factor),
+            "a picture of {width}×{height} cannot be drawn: this model needs multiples of {factor}"
+        );
         Ok([self.unet.config.in_channels, height / factor, width / factor])
     }
 
@@ -103,50 +173,84 @@ impl Sdxl {
         Ok(encoded)
     }
 
-    /// Draws a picture from each sample of unit normal `latents` (B, C, h, w).
-    ///
-    /// `prompts` holds B conditionings, `negative` one for all. `noise(i)` gives the unit normal noise (B, C, h, w) that
-    /// some samplers add at step i; `step` is called after each sampling step.
-    ///
-    /// # Errors
-    /// NaN or infinity anywhere, with the step at which it appeared.
+    /// What draws, without the text encoders.
+    pub fn painter(&self) -> Painter<'_> {
+        Painter { unet: &self.unet, vae: &self.vae, schedule: &self.schedule }
+    }
+}
+
+/// The part of a model that draws once the prompts are encoded; the text encoders can be dropped by then.
+#[derive(Clone, Copy)]
+pub struct Painter<'a> {
+    /// The denoiser.
+    pub unet: &'a UNet,
+    /// The codec between pictures and latents.
+    pub vae: &'a Vae,
+    /// Noise levels and what the UNet predicts.
+    pub schedule: &'a NoiseSchedule,
+}
+
+impl Painter<'_> {
+    /// Draws a picture from each sample of unit normal `latents` (B, C, h, w); see [`Painter::denoise`].
     pub fn draw(
         &self,
         latents: &Tensor,
         prompts: &TextConditioning,
         negative: &TextConditioning,
         drawing: Drawing,
-        mut noise: impl FnMut(usize) -> Result<Tensor>,
-        mut step: impl FnMut() -> Result<()>,
+        noise: impl FnMut(usize) -> Result<Tensor>,
+        step: impl FnMut(&Step) -> Result<()>,
     ) -> Result<Vec<Picture>> {
+        let latents = self.denoise(latents, prompts, negative, drawing, noise, step)?;
+        let decoded = self.decode(&latents, drawing.vae_tiling)?;
+        let b = decoded.dim(0)?;
+        (0..b).map(|i| Picture::from_tensor(&decoded.get(i)?).context("decoded picture")).collect()
+    }
+
+    /// From unit normal `latents` (B, C, h, w) to clean ones, f32.
+    ///
+    /// `prompts` holds B conditionings, `negative` one for all. `noise(i)` gives the unit normal noise (B, C, h, w) that
+    /// some samplers add at step i; `step` is told of each sampling step.
+    ///
+    /// # Errors
+    /// NaN or infinity anywhere, with the part and the step at which it appeared.
+    pub fn denoise(
+        &self,
+        latents: &Tensor,
+        prompts: &TextConditioning,
+        negative: &TextConditioning,
+        drawing: Drawing,
+        mut noise: impl FnMut(usize) -> Result<Tensor>,
+        mut step: impl FnMut(&Step) -> Result<()>,
+    ) -> Result<Tensor> {
         let (b, _, h, w) = latents.dims4()?;
         ensure!(prompts.context.dim(0)? == b, "{b} latents for {} prompts", prompts.context.dim(0)?);
+        let dtype = self.unet.compute_dtype();
         let guided = drawing.guidance_scale > 1.0;
         let both = |cond: &Tensor, uncond: &Tensor| -> Result<Tensor> {
+            ensure!(
+                is_finite(cond)? && (!guided || is_finite(uncond)?),
+                "a text encoder gave NaN or infinity; its weights are damaged, or too large for this number type"
+            );
             if !guided {
-                return Ok(cond.clone());
+                return Ok(cond.to_dtype(dtype)?);
             }
             let mut shape = cond.dims().to_vec();
             shape[0] = b;
-            Ok(Tensor::cat(&[&uncond.broadcast_as(shape)?.contiguous()?, cond], 0)?)
+            Ok(Tensor::cat(&[&uncond.broadcast_as(shape)?.contiguous()?, cond], 0)?.to_dtype(dtype)?)
         };
         let context = both(&prompts.context, &negative.context)?;
         let pooled = both(&prompts.pooled, &negative.pooled)?;
-        let rows = context.dim(0)?;
+        let (rows, device) = (context.dim(0)?, context.device());
         let factor = self.vae.config().factor();
-        let time_ids = time_ids(rows, factor * w, factor * h, &self.device)?;
+        let time_ids = drawing.sizes.unwrap_or(Sizes::of(factor * w, factor * h)).time_ids(rows, device)?;
 
-        let mut done = 0;
-        let denoise = |x: &Tensor, t: f64| -> Result<Tensor> {
-            let twice = if guided { Tensor::cat(&[x, x], 0)? } else { x.clone() };
-            let timesteps = Tensor::full(t as f32, rows, &self.device)?;
-            let out = self.unet.forward(
-                &twice.to_dtype(context.dtype())?,
-                &timesteps,
-                &context,
-                &pooled,
-                &time_ids,
-            )?;
+        let mut number = 0;
+        let predict = |x_t: &Tensor, t: f64| -> Result<Tensor> {
+            number += 1;
+            let twice = if guided { Tensor::cat(&[x_t, x_t], 0)? } else { x_t.clone() };
+            let timesteps = Tensor::full(t as f32, rows, device)?;
+            let out = self.unet.forward(&twice.to_dtype(dtype)?, &timesteps, &context, &pooled, &time_ids)?;
             let out = out.to_dtype(DType::F32)?;
             let out = if guided {
                 let (uncond, cond) = (out.narrow(0, 0, b)?, out.narrow(0, b, b)?);
@@ -154,33 +258,53 @@ impl Sdxl {
             } else {
                 out
             };
-            done += 1;
             if !is_finite(&out)? {
                 bail!(
-                    "the UNet predicted NaN or infinity at step {done}; the weights or the LoRA are damaged"
+                    "the UNet predicted NaN or infinity at step {number} of {} (timestep {t}); its weights or a LoRA \
+                     are damaged, or too large for this number type",
+                    drawing.steps
                 );
             }
-            step()?;
+            step(&Step { number, x_t, output: &out, t, schedule: self.schedule })?;
             Ok(out)
         };
-        let latents = latents.to_dtype(DType::F32)?.to_device(&self.device)?;
-        let noise = |i: usize| noise(i)?.to_device(&self.device).context("fresh noise");
-        let latents = drawing.sampler.sample(&self.schedule, drawing.steps, denoise, latents, noise)?;
-        let decoded = self.vae.decode(&self.vae.from_latents(&latents)?)?;
-        if !is_finite(&decoded)? {
-            bail!("the VAE decoded NaN or infinity");
-        }
-        (0..b).map(|i| Picture::from_tensor(&decoded.get(i)?).context("decoded picture")).collect()
+        let latents = latents.to_dtype(DType::F32)?.to_device(device)?;
+        let noise = |i: usize| noise(i)?.to_device(device).context("fresh noise");
+        let latents = drawing.sampler.sample(self.schedule, drawing.steps, predict, latents, noise)?;
+        ensure!(is_finite(&latents)?, "the latents are NaN or infinite after the last step");
+        Ok(latents)
+    }
+
+    /// Pictures (B, 3, h·f, w·f) in about [−1, 1], f32, of the diffusion model's latents (B, C, h, w).
+    ///
+    /// # Errors
+    /// NaN or infinity in what the VAE decodes.
+    pub fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
+        let (_, _, h, w) = latents.dims4()?;
+        let dtype = compute_dtype(self.vae.dtype(), latents.device());
+        let z = self.vae.from_latents(latents)?.to_dtype(dtype)?;
+        let strips = match tiling {
+            Tiling::Auto => h * w * self.vae.config().factor().pow(2) > WHOLE_PIXELS,
+            Tiling::On => true,
+            Tiling::Off => false,
+        };
+        let decoded =
+            if strips { self.vae.decode_in_strips(&z, STRIP_PIXELS)? } else { self.vae.decode(&z)? };
+        let decoded = decoded.to_dtype(DType::F32)?;
+        ensure!(
+            is_finite(&decoded)?,
+            "the VAE decoded NaN or infinity; its weights are damaged, or too large for this number type (--dtype f32)"
+        );
+        Ok(decoded)
     }
 }
 
 /// SDXL's size conditioning: original size, no crop, target size; (B, 6).
 pub fn time_ids(b: usize, width: usize, height: usize, device: &Device) -> Result<Tensor> {
-    let [w, h] = [width as f32, height as f32];
-    Ok(Tensor::new(&[h, w, 0.0, 0.0, h, w], device)?.unsqueeze(0)?.repeat((b, 1))?)
+    Sizes::of(width, height).time_ids(b, device)
 }
 
 fn is_finite(x: &Tensor) -> Result<bool> {
     // A NaN or an infinity anywhere makes the sum of magnitudes one.
-    Ok(x.abs()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite())
+    Ok(x.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite())
 }
