@@ -1,8 +1,11 @@
 //! `difflora gen` as a user meets it, with the built-in bundle.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
+use candle_core::{DType, Device, Tensor};
+use difflora::picture::Picture;
 use serde_json::Value;
 
 use crate::difflora;
@@ -61,7 +64,7 @@ fn the_lora_changes_the_picture_and_merged_equals_run_time() {
         arguments.extend(more);
         let run = difflora(&arguments);
         assert_eq!(run.code, 0, "{}", run.stderr);
-        difflora::picture::Picture::open(&picture).unwrap().rgb
+        Picture::open(&picture).unwrap().rgb
     };
     let plain = draw("plain.png", &[]);
     let merged = draw("merged.png", &["--lora", text(&lora)]);
@@ -78,18 +81,35 @@ fn what_cannot_be_is_refused_before_the_work_with_its_exit_code() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
     fs::write(at("cut.png"), &fs::read(PHOTO).unwrap()[..5000]).unwrap();
-    let grey = difflora::picture::Picture::filled(200, 200, [127; 3]);
+    let grey = Picture::filled(200, 200, [127; 3]);
     grey.save(Path::new(&at("grey.png")), None).unwrap();
     fs::write(at("cut.safetensors"), [9, 0, 0, 0, 0, 0, 0, 0, b'{']).unwrap();
     let (out, lora) = (at("x.png"), at("x.safetensors"));
-    let cases: [(&[&str], i32, &str); 11] = [
+    // Latents of the built-in model at its own size are (1, 8, 16, 16).
+    let latents = |name: &str, tensor: Tensor| {
+        let path = at(name);
+        candle_core::safetensors::save(&HashMap::from([("latents", tensor)]), &path).unwrap();
+        path
+    };
+    let cpu = &Device::Cpu;
+    let small = latents("small.safetensors", Tensor::zeros((1, 8, 8, 16), DType::F32, cpu).unwrap());
+    let whole = latents("whole.safetensors", Tensor::zeros((1, 8, 16, 16), DType::I64, cpu).unwrap());
+    let nan = latents("nan.safetensors", Tensor::full(f32::NAN, (1, 8, 16, 16), cpu).unwrap());
+    let cases: [(&[&str], i32, &str); 18] = [
         (&[], 2, "nothing to do"),
         (&["--ref", &at("grey.png"), "--lora-out", &lora], 3, "no face found"),
         (&["--ref", &at("cut.png"), "--lora-out", &lora], 4, "cut.png"),
         (&["--ref", &at("missing.png"), "--lora-out", &lora], 4, "missing.png"),
         (&["--ref", folder.path().to_str().unwrap(), "--lora-out", &lora], 4, "folder"),
         (&["--prompt", "x", "--out", &at("no/such/x.png")], 2, "there is no folder"),
-        (&["--prompt", "x", "--out", &at("x.jpg")], 2, "PNG"),
+        (&["--prompt", "x", "--out", &at("x.gif")], 2, "PNG, JPEG or WebP"),
+        (&["--prompt", "x", "--out", &out, "--init-latents", &small], 4, "shape [1, 8, 8, 16]"),
+        (&["--prompt", "x", "--out", &out, "--init-latents", &whole], 4, "I64"),
+        (&["--prompt", "x", "--out", &out, "--init-latents", &nan], 4, "NaN"),
+        (&["--prompt", "x", "--out", &out, "--init-latents", &at("cut.safetensors")], 4, "cut.safetensors"),
+        (&["--prompt", "x", "--out", &out, "--sampler", "lcm", "--steps", "51"], 2, "1 to 50"),
+        (&["--prompt", "x", "--out", &out, "--sampler", "heun"], 2, "dpmpp-2m-karras"),
+        (&["--prompt", "x", "--out", &out, "--original-size", "12"], 2, "WIDTHxHEIGHT"),
         (&["--prompt", "x", "--out", &out, "--width", "63"], 2, "multiples of"),
         (&["--prompt", "x", "--out", &out, "--steps", "0"], 2, "--steps"),
         (&["--prompt", "x", "--out", &out, "--base", "nosuch"], 2, "nosuch"),
@@ -112,4 +132,99 @@ fn an_empty_prompt_and_unknown_words_are_fine() {
         difflora(&["gen", "--prompt", "", "xylophone ☂ person", "--steps", "1", "--out", out, "--quiet"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(folder.path().join("0002.png").exists());
+}
+
+/// Draws with the built-in base and gives the pixels.
+fn pixels(out: &Path, more: &[&str]) -> Vec<u8> {
+    let arguments =
+        [&["gen", "--prompt", "a photo of a person", "--quiet", "--out", text(out)], more].concat();
+    let run = difflora(&arguments);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    Picture::open(out).unwrap().rgb
+}
+
+fn largest_difference(a: &[u8], b: &[u8]) -> u8 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+}
+
+#[test]
+fn a_picture_of_several_is_the_one_drawn_alone_with_its_seed() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for sampler in ["euler-a", "lcm", "dpmpp-2m-karras"] {
+        let common = ["--sampler", sampler, "--steps", "2"];
+        let out = at(&format!("{sampler}.png"));
+        let several = [&common[..], &["--num-images", "2", "--seed", "5"]].concat();
+        let arguments =
+            [&["gen", "--prompt", "a photo of a person", "--quiet", "--out", text(&out)], &several[..]];
+        assert_eq!(difflora(&arguments.concat()).code, 0);
+        let second = Picture::open(&at(&format!("{sampler}-0002.png"))).unwrap().rgb;
+        let first = Picture::open(&at(&format!("{sampler}-0001.png"))).unwrap().rgb;
+        assert_eq!(pixels(&at("alone.png"), &[&common[..], &["--seed", "6"]].concat()), second, "{sampler}");
+        assert!(largest_difference(&first, &second) > 20, "{sampler}");
+    }
+}
+
+#[test]
+fn number_types_strips_and_sizes_change_what_they_should() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let steps = ["--steps", "3"];
+    let draw = |name: &str, more: &[&str]| pixels(&at(name), &[&steps[..], more].concat());
+    let plain = draw("plain.png", &[]);
+    let apart = |name: &str, more: &[&str]| largest_difference(&plain, &draw(name, more));
+    assert!(apart("strips.png", &["--vae-tiling", "on"]) <= 1);
+    assert!(apart("half.png", &["--dtype", "f16"]) <= 2);
+    let brain = apart("brain.png", &["--dtype", "bf16"]);
+    assert!((1..60).contains(&brain), "bf16 differs by {brain}");
+    assert!(apart("cropped.png", &["--crop", "0,512"]) > 2);
+    assert!(apart("enlarged.png", &["--original-size", "8x8"]) > 2);
+    // 60 = 15 latents: odd on every level of the UNet.
+    draw("odd.png", &["--width", "60", "--height", "36"]);
+    let odd = Picture::open(&at("odd.png")).unwrap();
+    assert_eq!((odd.width, odd.height), (60, 36));
+}
+
+#[test]
+fn settings_stand_in_the_picture_and_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let draw = |out: &Path, more: &[&str]| {
+        let arguments =
+            [&["gen", "--prompt", "写真 of a person", "--steps", "4", "--out", text(out)], more].concat();
+        let run = difflora(&arguments);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        run
+    };
+    let out = at("me.webp");
+    let run = draw(&out, &["--json", "--sampler", "unipc", "--preview", "2", "--negative-prompt", "blurry"]);
+    let report: Value = serde_json::from_str(&run.stdout).unwrap();
+    let beside: Value = serde_json::from_slice(&fs::read(at("me.json")).unwrap()).unwrap();
+    assert_eq!(report["pictures"][0], beside);
+    assert_eq!((&beside["sampler"], &beside["steps"]), (&"unipc".into(), &4.into()));
+    let preview = Picture::open(&at("me.preview.png")).unwrap();
+    assert_eq!((preview.width, preview.height), (16, 16));
+    assert!(preview.rgb.iter().max() > preview.rgb.iter().min());
+    let utf16: Vec<u8> = "写真 of a person\nNegative prompt: blurry\nSteps: 4, Sampler: UniPC"
+        .encode_utf16()
+        .flat_map(u16::to_be_bytes)
+        .collect();
+    assert!(fs::read(&out).unwrap().windows(utf16.len()).any(|part| part == utf16));
+
+    let bare = at("bare.png");
+    draw(&bare, &["--no-metadata"]);
+    assert!(!String::from_utf8_lossy(&fs::read(&bare).unwrap()).contains("Steps"));
+    assert!(!at("bare.json").exists() && !at("bare.preview.png").exists());
+}
+
+#[test]
+fn a_long_prompt_is_drawn_with_a_warning_that_says_what_was_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("x.png");
+    let long = "a photo of a person, ".repeat(30) + "Red Background";
+    let run = difflora(&["gen", "--prompt", &long, "--steps", "1", "--out", text(&out)]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let warned = run.stderr.lines().find(|line| line.starts_with("warning:")).unwrap();
+    assert!(warned.contains("tokens") && warned.ends_with("Red Background"), "{warned}");
 }
