@@ -17,13 +17,26 @@ import sys
 try:
     import numpy as np
     import torch
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UniPCMultistepScheduler,
+    )
     from PIL import Image
     from safetensors.torch import load_file, save_file
 except ImportError as missing:
     sys.exit(f"{missing}\nThis check needs Python packages: pip install -r scripts/requirements.txt")
 
-SAMPLERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
+# The samplers without fresh noise. DDIM clips x0 by default, which is meant for pixels.
+SAMPLERS = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmpp-2m": (DPMSolverMultistepScheduler, {}),
+    "dpmpp-2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
 
 
 def arguments():
@@ -67,9 +80,8 @@ def main():
         args.base, torch_dtype=torch.float32, local_files_only=True, add_watermarker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    # DDIM clips x0 by default, which is meant for pixels.
-    extra = {"clip_sample": False} if args.sampler == "ddim" else {}
-    pipe.scheduler = SAMPLERS[args.sampler].from_config(pipe.scheduler.config, **extra)
+    scheduler, extra = SAMPLERS[args.sampler]
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **extra)
     complete = load_lora(pipe, args.lora, args.lora_scale) if args.lora else True
 
     if args.init_latents:

@@ -40,7 +40,7 @@ pub enum Command {
     /// Train a LoRA on a folder of one person's pictures (DreamBooth).
     TrainLora(commands::train_lora::Args),
     /// Make a LoRA from photos of a person, and draw pictures with it.
-    Gen(commands::r#gen::Args),
+    Gen(Box<commands::r#gen::Args>),
     /// Train LoRAs of many painted people for the hypernetwork to learn from.
     BuildDataset(commands::build_dataset::Args),
     /// Judge the pictures of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
@@ -81,7 +81,7 @@ pub fn run(cli: Cli) -> Result<()> {
     progress::catch_interrupts()?;
     match cli.command {
         Command::TrainLora(args) => commands::train_lora::run(args, &cli.common),
-        Command::Gen(args) => commands::r#gen::run(args, &cli.common),
+        Command::Gen(args) => commands::r#gen::run(*args, &cli.common),
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
         Command::Eval(args) => commands::eval::run(args, &cli.common),
         Command::Face(args) => commands::face::run(args, &cli.common),

@@ -454,7 +454,10 @@ fn draw(
     let (width, height) = (args.width.unwrap_or(size), args.height.unwrap_or(size));
     let shape = model.latent_shape(width, height).map_err(usage)?;
     let given = args.init_latents.as_deref().map(|path| init_latents(path, shape)).transpose()?;
-    let sampler = args.sampler.or(model.sampler).unwrap_or(Sampler::Euler);
+    let sampler = args.sampler.or(model.sampler).unwrap_or_else(|| {
+        progress::note("the base model names no sampler that difflora has; it draws with euler");
+        Sampler::Euler
+    });
     sampler.check(&model.schedule, args.steps as usize).map_err(usage)?;
     let drawing = Drawing {
         steps: args.steps as usize,
@@ -509,7 +512,7 @@ fn draw(
         let step = |step: &Step| {
             bar.inc(1);
             match &preview {
-                Some((every, colours)) if step.number % *every as usize == 0 => {
+                Some((every, colours)) if step.number.is_multiple_of(*every as usize) => {
                     colours.picture(&step.denoised()?)?.save(&path.with_extension("preview.png"), None)?;
                 }
                 _ => {}

@@ -314,7 +314,7 @@ impl SchedulerConfig {
             let on = keys.get(key).and_then(|value| value.as_bool()).unwrap_or(false);
             ensure!(!on, "scheduler setting `{key}: true` is not supported");
         }
-        for key in ["trained_betas", "sigma_min", "sigma_max", "lambda_min_clipped"] {
+        for key in ["trained_betas", "sigma_min", "sigma_max"] {
             let absent = keys.get(key).is_none_or(|value| value.is_null());
             ensure!(absent, "scheduler setting `{key}` is not supported");
         }
@@ -326,6 +326,7 @@ impl SchedulerConfig {
         }
         // diffusers turns the solver types of other classes into the class's own default.
         let solver = [
+            ("lambda_min_clipped", json!([])),
             ("solver_order", json!([2])),
             ("algorithm_type", json!(["dpmsolver++", "deis"])),
             ("solver_type", json!(["midpoint", "bh2", "logrho"])),
@@ -461,7 +462,7 @@ mod tests {
             r#"{"interpolation_type": "log_linear"}"#,
             r#"{"prediction_type": "flow_prediction"}"#,
             r#"{"rescale_betas_zero_snr": true}"#,
-            r#"{"lambda_min_clipped": -5.1}"#,
+            r#"{"sigma_max": 14.6}"#,
             r#"{"_class_name": "DDIMScheduler"}"#, // clips, by the default of its class
             "[]",
             "{",
@@ -494,6 +495,7 @@ mod tests {
                 "disable_corrector": [], "solver_p": null}"#,
                 None,
             ),
+            (r#"{"lambda_min_clipped": -5.1}"#, Some("lambda_min_clipped: -5.1")),
             (r#"{"solver_order": 3}"#, Some("solver_order: 3")),
             (r#"{"algorithm_type": "sde-dpmsolver++"}"#, Some("algorithm_type: \"sde-dpmsolver++\"")),
             (r#"{"disable_corrector": [0]}"#, Some("disable_corrector: [0]")),

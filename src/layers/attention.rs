@@ -9,8 +9,7 @@ use super::slices::{self, Matrix, Product};
 ///
 /// With `causal`, a query sees the keys up to its own place (N = M).
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
-    let (b, n, width) = q.dims3()?;
-    let m = k.dim(1)?;
+    let (_, _, width) = q.dims3()?;
     if heads == 0 || !width.is_multiple_of(heads) {
         candle_core::bail!("width {width} does not part into {heads} heads");
     }
@@ -18,12 +17,26 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
         let op = AttentionOp { heads, causal };
         return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
     }
+    composite(q, k, v, heads, causal, SCORES)
+}
+
+/// The same in candle's operations, with at most about `scores` scores at once.
+fn composite(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    causal: bool,
+    scores: usize,
+) -> Result<Tensor> {
+    let (b, n, width) = q.dims3()?;
+    let m = k.dim(1)?;
     let split = |x: &Tensor, n: usize| {
         x.reshape((b, n, heads, width / heads))?.transpose(1, 2)?.contiguous()?.to_dtype(DType::F32)
     };
     let scale = 1.0 / ((width / heads) as f64).sqrt();
     let (q_heads, k_t, v_heads) = (split(q, n)?, split(k, m)?.t()?, split(v, m)?);
-    let rows = (SCORES / (b * heads * m)).clamp(1, n);
+    let rows = (scores / (b * heads * m)).clamp(1, n);
     let mut blocks = Vec::new();
     for first in (0..n).step_by(rows) {
         let rows = rows.min(n - first);
@@ -221,5 +234,40 @@ impl CustomOp3 for AttentionOp {
             input.track_op().then(|| Tensor::from_vec(values, input.shape(), input.device())).transpose()
         };
         Ok((wanted(q, grad_q)?, wanted(k, grad_k)?, wanted(v, grad_v)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::diffusion::noise::normal;
+
+    #[test]
+    fn both_forms_agree_however_the_queries_are_parted() -> Result<()> {
+        let draw = |i: u64, n: usize| normal(3, i, (2, n, 12), &Device::Cpu);
+        let (q, k, v) = (draw(0, 7)?, draw(1, 7)?, draw(2, 7)?);
+        for causal in [false, true] {
+            let whole = attention(&q, &k, &v, 3, causal)?;
+            for scores in [1, 100, 200, 1 << 20] {
+                let parts = composite(&q, &k, &v, 3, causal, scores)?;
+                let apart = (&whole - parts)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(apart < 1e-6, "{scores} scores, causal {causal}: {apart}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn softmax_of_half_precision_is_computed_in_f32() -> Result<()> {
+        // q·k is 40² · 64 = 102,400 before the scale, beyond the largest f16.
+        let q = Tensor::full(40f32, (1, 4, 64), &Device::Cpu)?.to_dtype(DType::F16)?;
+        let v = normal(1, 0, (1, 4, 64), &Device::Cpu)?.to_dtype(DType::F16)?;
+        let y = attention(&q, &q, &v, 1, false)?.to_dtype(DType::F32)?;
+        let mean = v.to_dtype(DType::F32)?.mean_keepdim(1)?;
+        let apart = y.broadcast_sub(&mean)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(apart < 2e-3, "equal scores average the values: {apart}");
+        Ok(())
     }
 }

@@ -328,3 +328,45 @@ impl CustomOp3 for NormOp {
         Ok((wanted(x, grad_x)?, wanted(w, grad_w)?, wanted(b, grad_b)?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::diffusion::noise::normal;
+
+    #[test]
+    fn norms_of_half_precision_are_computed_in_f32() -> Result<()> {
+        // Squares of 1000 are beyond the largest f16.
+        let x = (normal(1, 0, (2, 4, 3, 5), &Device::Cpu)? * 1000.0)?;
+        let vb = crate::weights::Trainable::new(1).builder(&Device::Cpu);
+        let (group, layer) = (GroupNorm::new(2, 4, 1e-5, vb.pp("g"))?, LayerNorm::new(5, 1e-5, vb.pp("l"))?);
+        let half = x.to_dtype(DType::F16)?;
+        let pairs = [
+            (group.forward_silu(&x)?, group.forward_silu(&half)?),
+            (layer.forward(&x)?, layer.forward(&half)?),
+        ];
+        for (wide, narrow) in pairs {
+            assert_eq!(narrow.dtype(), DType::F16);
+            let apart = (wide - narrow.to_dtype(DType::F32)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(apart < 5e-3, "{apart}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_picture_in_parts_is_normalised_as_the_whole() -> Result<()> {
+        let x = ((normal(1, 0, (2, 4, 7, 5), &Device::Cpu)? * 3.0)? + 10.0)?;
+        let norm = GroupNorm::new(2, 4, 1e-5, crate::weights::Trainable::new(1).builder(&Device::Cpu))?;
+        let parts = [x.narrow(2, 0, 2)?, x.narrow(2, 2, 5)?].map(|part| part.contiguous());
+        let parts: Vec<Tensor> = parts.into_iter().collect::<Result<_>>()?;
+        let statistics = norm.statistics(&parts)?;
+        let ours: Vec<Tensor> =
+            parts.iter().map(|part| norm.forward_silu_with(part, &statistics)).collect::<Result<_>>()?;
+        let apart =
+            (norm.forward_silu(&x)? - Tensor::cat(&ours, 2)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(apart < 1e-5, "{apart}");
+        Ok(())
+    }
+}

@@ -271,3 +271,35 @@ fn the_end_of_a_long_prompt_is_named_as_it_was_written() {
     let emoji = "🙂 ".repeat(90);
     assert!(text.cut(&emoji).unwrap().is_some_and(|end| emoji.ends_with(&format!("{end} "))));
 }
+
+/// By hand, for it takes a minute and gigabytes: `cargo test --release --test parity -- --ignored --nocapture megapixel`.
+#[test]
+#[ignore = "takes a minute and several gigabytes"]
+fn a_megapixel_decodes_the_same_in_strips() {
+    use difflora::sdxl::vae::{Vae, VaeConfig};
+    // SDXL's VAE at half its width.
+    let config = VaeConfig::sized(&[64, 128, 256, 256], 2, 32);
+    let trainable = difflora::weights::Trainable::new(1);
+    Vae::new(&config, trainable.builder(&Device::Cpu)).unwrap();
+    // Variables would keep every activation for the backward pass.
+    let weights = trainable.vars().into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect();
+    let vae = Vae::new(&config, difflora::weights::frozen(weights, DType::F32, &Device::Cpu)).unwrap();
+    let peak = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or("VmHWM unknown").to_string()
+    };
+    let noise = difflora::diffusion::noise::normal(0, 0, (1, 4, 16, 16), &Device::Cpu).unwrap();
+    let z = noise.upsample_bilinear2d(128, 128, false).unwrap();
+    let timed = |tiling: &str, decode: &dyn Fn() -> Tensor| {
+        let start = std::time::Instant::now();
+        let picture = decode();
+        println!("{tiling}: {:.1} s, {}", start.elapsed().as_secs_f64(), peak());
+        picture
+    };
+    let strips = timed("strips", &|| vae.decode_in_strips(&z, 1 << 15).unwrap());
+    let whole = timed("whole", &|| vae.decode(&z).unwrap());
+    let largest = whole.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    let apart = (strips - whole).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    println!("largest difference {:.1e} of {largest}", apart);
+    assert!(apart <= 2.0 / 255.0 * largest);
+}
