@@ -3,6 +3,8 @@
 //! A model is a folder as diffusers and transformers write it: one folder a component, each with a `config.json`
 //! and a `.safetensors`. [`ModelFiles::load`] builds a network from such weights and says which tensors were
 //! missing and which were never asked for: a config that does not fit its weights must not draw noise in silence.
+//! A model that lies otherwise, in one file under other names, is an [`Assembled`] folder: names and forms are
+//! translated as tensors are asked for, over the mapped file.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -10,12 +12,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
-use candle_core::safetensors::{MmapedSafetensors, SliceSafetensors};
+use candle_core::safetensors::{Load, MmapedSafetensors, SliceSafetensors};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use include_dir::Dir;
+use rayon::prelude::*;
+use safetensors::{Dtype, tensor::TensorView};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 use crate::files::write_whole;
@@ -25,6 +30,10 @@ pub const DIFFUSERS_WEIGHTS: &str = "diffusion_pytorch_model";
 
 /// Where a transformers component keeps its weights: `model.safetensors`.
 pub const TRANSFORMERS_WEIGHTS: &str = "model";
+
+/// Why a folder of pickles is not read, and what to do about it.
+const PICKLED_FOLDER: &str = "pickled weights can run programs and are not read; convert the folder once with\n  \
+     python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('OLD').save_pretrained('NEW')\"";
 
 /// A model's folder.
 #[derive(Clone, Debug)]
@@ -38,6 +47,56 @@ pub enum ModelFiles {
         /// The folder, or one below it.
         dir: &'static Dir<'static>,
     },
+    /// In one weight file of another layout.
+    Assembled(Arc<Assembled>),
+}
+
+/// A folder that is not there: configs in memory, and the tensors of one `.safetensors` under other names.
+#[derive(Debug)]
+pub struct Assembled {
+    /// The weight file.
+    pub file: PathBuf,
+    /// Configs and vocabularies by their path in a folder, for example `unet/config.json`.
+    pub texts: BTreeMap<String, Cow<'static, str>>,
+    /// For each component, for example `unet`, where its tensors lie.
+    pub tensors: BTreeMap<String, BTreeMap<String, Place>>,
+}
+
+/// Where a tensor lies in an [`Assembled`] model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its name in the weight file.
+    pub stored: String,
+    /// How it lies there.
+    pub form: Form,
+}
+
+/// How a tensor is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// As the network wants it.
+    Whole,
+    /// The n-th of three along the first axis: OpenCLIP keeps query, key and value together.
+    Third(usize),
+    /// Rows and columns exchanged.
+    Transposed,
+    /// As a 1×1 convolution, wanted as a matrix.
+    Pointwise,
+}
+
+impl Form {
+    /// The tensor as the network wants it.
+    fn take(self, stored: Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Whole => Ok(stored),
+            Self::Third(n) => {
+                let rows = stored.dim(0)? / 3;
+                stored.narrow(0, n * rows, rows)?.contiguous()
+            }
+            Self::Transposed => stored.t()?.contiguous(),
+            Self::Pointwise => stored.flatten_from(1),
+        }
+    }
 }
 
 impl ModelFiles {
@@ -59,6 +118,7 @@ impl ModelFiles {
         match self {
             Self::Folder(path) => path.display().to_string(),
             Self::BuiltIn { name, .. } => (*name).to_string(),
+            Self::Assembled(model) => model.file.display().to_string(),
         }
     }
 
@@ -67,6 +127,7 @@ impl ModelFiles {
         match self {
             Self::Folder(path) => path.join(file).is_file(),
             Self::BuiltIn { dir, .. } => dir.get_file(dir.path().join(file)).is_some(),
+            Self::Assembled(model) => model.texts.contains_key(file),
         }
     }
 
@@ -81,6 +142,10 @@ impl ModelFiles {
                 std::fs::read(&path).map(Cow::Owned).map_err(|error| Failure::unusable(&path, error))
             }
             Self::BuiltIn { dir, .. } => self.embedded(dir, file).map(Cow::Borrowed),
+            Self::Assembled(model) => match model.texts.get(file) {
+                Some(text) => Ok(Cow::Owned(text.as_bytes().to_vec())),
+                None => Err(self.unusable(file, "a model in one file has no such part")),
+            },
         }
     }
 
@@ -153,44 +218,78 @@ impl ModelFiles {
         weights
             .names()
             .into_iter()
-            .map(|name| Ok((name.clone(), weights.load(&name, &Device::Cpu)?)))
+            .map(|name| Ok((name.clone(), weights.load(&name)?)))
             .collect::<candle_core::Result<_>>()
             .map_err(|error| self.unusable(&file, error))
     }
 
-    fn weights(&self, folder: &str, stem: &str) -> Result<(String, Weights)> {
+    /// SHA-256 of a component's weights, in hexadecimal; of the whole file where the model is one file.
+    pub fn sha256(&self, folder: &str, stem: &str) -> Result<String> {
+        let mut hash = Sha256::new();
+        match self {
+            Self::Assembled(model) => hash_file(&model.file, &mut hash)?,
+            Self::Folder(path) => {
+                for part in self.weight_files(folder, stem)?.1 {
+                    hash_file(&path.join(part), &mut hash)?;
+                }
+            }
+            Self::BuiltIn { dir, .. } => {
+                for part in self.weight_files(folder, stem)?.1 {
+                    hash.update(self.embedded(dir, &part)?);
+                }
+            }
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// The file that stands for a component's weights in messages, and the files that they lie in.
+    pub fn weight_files(&self, folder: &str, stem: &str) -> Result<(String, BTreeSet<String>)> {
         let place =
             |file: &str| if folder.is_empty() { file.to_string() } else { format!("{folder}/{file}") };
-        let index = place(&format!("{stem}.safetensors.index.json"));
-        let whole =
-            [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors")].map(|file| place(&file));
-        let (file, parts) = if let Some(file) = whole.iter().find(|file| self.exists(file)) {
-            (file.clone(), BTreeSet::from([file.clone()]))
-        } else if self.exists(&index) {
-            #[derive(serde::Deserialize)]
-            struct Index {
-                weight_map: BTreeMap<String, String>,
+        for variant in ["", ".fp16"] {
+            let whole = place(&format!("{stem}{variant}.safetensors"));
+            if self.exists(&whole) {
+                return Ok((whole.clone(), BTreeSet::from([whole])));
             }
-            let parts = self.json::<Index>(&index)?.weight_map;
-            (index, parts.values().map(|file| place(file)).collect())
-        } else {
-            return Err(self.unusable(&whole[0], "no such file"));
-        };
-        let mut weights = Vec::new();
-        for part in &parts {
-            let opened = match self {
-                Self::Folder(path) => {
-                    // SAFETY: the file is mapped for reading; difflora replaces files by renaming and never
-                    // changes one in place.
-                    unsafe { MmapedSafetensors::new(path.join(part)) }.map(Part::Mapped)
+            let index = place(&format!("{stem}.safetensors.index{variant}.json"));
+            if self.exists(&index) {
+                let parts = self.json::<ShardIndex>(&index)?.weight_map;
+                if let Some(name) = parts.values().find(|name| name.contains(['/', '\\'])) {
+                    return Err(self.unusable(&index, format!("the part `{name}` lies outside the folder")));
                 }
-                Self::BuiltIn { dir, .. } => {
-                    SliceSafetensors::new(self.embedded(dir, part)?).map(Part::Slice)
-                }
-            };
-            weights.push(opened.map_err(|error| self.unusable(part, error))?);
+                return Ok((index, parts.values().map(|file| place(file)).collect()));
+            }
         }
-        Ok((file, Weights(weights)))
+        let pickle = ["diffusion_pytorch_model.bin", "pytorch_model.bin"].map(place);
+        let pickle = pickle.into_iter().find(|file| self.exists(file));
+        let whole = place(&format!("{stem}.safetensors"));
+        Err(match pickle {
+            Some(file) => self.unusable(&file, PICKLED_FOLDER),
+            None => self.unusable(&whole, "no such file"),
+        })
+    }
+
+    fn weights(&self, folder: &str, stem: &str) -> Result<(String, Weights)> {
+        // SAFETY: files are mapped for reading; difflora replaces files by renaming and never changes one in place.
+        let map = |path: &Path| unsafe { MmapedSafetensors::new(path) }.map(Part::Mapped);
+        if let Self::Assembled(model) = self {
+            let part = map(&model.file).map_err(|error| self.unusable(folder, error))?;
+            let places = model.tensors.get(folder).cloned().unwrap_or_default();
+            return Ok((folder.to_string(), Weights { parts: vec![part], places: Some(places) }));
+        }
+        let (file, names) = self.weight_files(folder, stem)?;
+        let mut parts = Vec::new();
+        for name in &names {
+            let opened = match self {
+                Self::BuiltIn { dir, .. } => {
+                    SliceSafetensors::new(self.embedded(dir, name)?).map(Part::Slice)
+                }
+                Self::Folder(path) => map(&path.join(name)),
+                Self::Assembled(model) => map(&model.file),
+            };
+            parts.push(opened.map_err(|error| self.unusable(name, error))?);
+        }
+        Ok((file, Weights { parts, places: None }))
     }
 
     /// An error about one of the files.
@@ -198,6 +297,9 @@ impl ModelFiles {
         match self {
             Self::Folder(path) => Failure::unusable(&path.join(file), why),
             Self::BuiltIn { name, .. } => Failure::unusable(Path::new(&format!("{name}:{file}")), why),
+            Self::Assembled(model) => {
+                Failure::unusable(Path::new(&format!("{}:{file}", model.file.display())), why)
+            }
         }
     }
 }
@@ -249,34 +351,89 @@ enum Part {
 
 /// The tensors of all parts of a component.
 #[derive(Default)]
-struct Weights(Vec<Part>);
+struct Weights {
+    parts: Vec<Part>,
+    /// Where they lie, when not under their own names.
+    places: Option<BTreeMap<String, Place>>,
+}
 
 impl Weights {
     fn names(&self) -> BTreeSet<String> {
+        if let Some(places) = &self.places {
+            return places.keys().cloned().collect();
+        }
         let names = |part: &Part| match part {
             Part::Mapped(part) => part.tensors().into_iter().map(|(name, _)| name).collect::<Vec<_>>(),
             Part::Slice(part) => part.tensors().into_iter().map(|(name, _)| name).collect(),
         };
-        self.0.iter().flat_map(names).collect()
+        self.parts.iter().flat_map(names).collect()
     }
 
     fn contains(&self, name: &str) -> bool {
-        self.0.iter().any(|part| match part {
-            Part::Mapped(part) => part.get(name).is_ok(),
-            Part::Slice(part) => part.get(name).is_ok(),
-        })
+        match &self.places {
+            Some(places) => places.contains_key(name),
+            None => self.parts.iter().any(|part| part.view(name).is_ok()),
+        }
     }
 
-    fn load(&self, name: &str, device: &Device) -> candle_core::Result<Tensor> {
-        for part in &self.0 {
-            match part {
-                Part::Mapped(part) if part.get(name).is_ok() => return part.load(name, device),
-                Part::Slice(part) if part.get(name).is_ok() => return part.load(name, device),
-                _ => {}
-            }
+    /// The tensor `name`, on the CPU.
+    fn load(&self, name: &str) -> candle_core::Result<Tensor> {
+        let whole = Place { stored: name.to_string(), form: Form::Whole };
+        let place = match &self.places {
+            Some(places) => places.get(name),
+            None => Some(&whole),
+        };
+        let found = place.and_then(|place| {
+            let view = self.parts.iter().find_map(|part| part.view(&place.stored).ok())?;
+            Some((place, view))
+        });
+        let Some((place, view)) = found else { candle_core::bail!("there is no tensor `{name}`") };
+        if !is_finite(&view) {
+            candle_core::bail!("tensor `{}` holds NaN or infinity; the file is damaged", place.stored);
         }
-        candle_core::bail!("there is no tensor `{name}`")
+        place.form.take(view.load(&Device::Cpu)?)
     }
+}
+
+impl Part {
+    fn view(&self, name: &str) -> candle_core::Result<TensorView<'_>> {
+        match self {
+            Self::Mapped(part) => part.get(name),
+            Self::Slice(part) => part.get(name),
+        }
+    }
+}
+
+/// Whether no float among the stored bytes has all exponent bits set, which is what NaN and infinity are.
+fn is_finite(view: &TensorView) -> bool {
+    let all = |width: usize, exponent: u32| {
+        view.data().par_chunks(width << 20).all(|bytes| match width {
+            2 => bytes
+                .chunks_exact(2)
+                .all(|x| u32::from(u16::from_le_bytes([x[0], x[1]])) & exponent != exponent),
+            _ => bytes
+                .chunks_exact(4)
+                .all(|x| u32::from_le_bytes([x[0], x[1], x[2], x[3]]) & exponent != exponent),
+        })
+    };
+    match view.dtype() {
+        Dtype::F32 => all(4, 0x7f80_0000),
+        Dtype::F16 => all(2, 0x7c00),
+        Dtype::BF16 => all(2, 0x7f80),
+        _ => true,
+    }
+}
+
+/// Adds a file's bytes to a hash, a piece at a time.
+fn hash_file(path: &Path, hash: &mut Sha256) -> Result<()> {
+    let copied = std::fs::File::open(path).and_then(|mut file| std::io::copy(&mut file, hash));
+    copied.map(|_| ()).map_err(|error| Failure::unusable(path, error))
+}
+
+/// `stem.safetensors.index.json`: which part each tensor lies in.
+#[derive(serde::Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
 }
 
 /// Weights, and the names that a network asked for.
@@ -302,7 +459,7 @@ impl SimpleBackend for Entries {
             // All missing tensors are told together once the network is built.
             return Tensor::zeros(shape, dtype, device);
         }
-        let tensor = self.0.weights.load(name, &Device::Cpu)?;
+        let tensor = self.0.weights.load(name)?;
         if tensor.shape() != &shape {
             candle_core::bail!("tensor `{name}` has shape {:?}, wanted {shape:?}", tensor.shape());
         }

@@ -156,7 +156,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         std::fs::create_dir_all(args.out.join(folder))
             .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;
     }
-    let base_files = models::find(&args.base, "base")?;
+    let base_files = models::find_base(&args.base, &models::BaseOptions::default())?;
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
     let image_files = models::find(&args.image_encoder, "image_encoder")?;
     let image_encoder = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;

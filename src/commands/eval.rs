@@ -394,7 +394,7 @@ struct Portrayed {
 
 impl Bench {
     fn open(args: &Args) -> Result<Self> {
-        let files = models::find(&args.base, "base")?;
+        let files = models::find_base(&args.base, &models::BaseOptions::default())?;
         let model = Sdxl::open(&files, DType::F32, &Device::Cpu)?;
         let attributes = match &args.judge {
             Some(name) => Some(AttributeJudge::open(&models::find(name, "judge")?)?),

@@ -42,9 +42,11 @@ pub struct Args {
     /// The hypernetwork: a folder, or the built-in one.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     hypernet: String,
-    /// The base model: a folder in diffusers' layout, or the built-in one.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    /// The base model: a folder in diffusers' layout, one `.safetensors` in LDM layout, or the built-in one.
+    #[arg(long, value_name = "NAME|DIR|FILE", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
+    #[command(flatten)]
+    base_options: models::BaseOptions,
     /// The encoder of whole pictures that the hypernetwork was trained with.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
@@ -188,7 +190,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let start = Instant::now();
     let outputs = Outputs::plan(&args)?;
     let device = device(&args.device)?;
-    let base_files = models::find(&args.base, "base")?;
+    let base_files = models::find_base(&args.base, &args.base_options)?;
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
 
     let person = if args.reference.is_empty() { None } else { Some(make_lora(&args, &base)?) };

@@ -76,7 +76,7 @@ pub struct Args {
 /// Trains the LoRA and writes it.
 pub fn run(args: Args, common: &Common) -> Result<()> {
     files::check_writable(&args.out)?;
-    let base_files = models::find(&args.base, "base")?;
+    let base_files = models::find_base(&args.base, &models::BaseOptions::default())?;
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
     let model = Sdxl::open(&base_files, DType::F32, &Device::Cpu)?;
     let size = args.resolution.unwrap_or(model.native_size());

@@ -265,18 +265,21 @@ fn words(flat: &str) -> Option<String> {
 }
 
 /// diffusers name ↔ LDM name of what lies outside the blocks.
-const OUTSIDE: [(&str, &str); 6] = [
+const OUTSIDE: [(&str, &str); 7] = [
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
     ("add_embedding.linear_1", "label_emb.0.0"),
     ("add_embedding.linear_2", "label_emb.0.2"),
     ("conv_in", "input_blocks.0.0"),
+    ("conv_norm_out", "out.0"),
     ("conv_out", "out.2"),
 ];
 
 /// diffusers name ↔ LDM name within a ResNet block.
-const RESNET: [(&str, &str); 4] = [
+const RESNET: [(&str, &str); 6] = [
+    ("norm1", "in_layers.0"),
     ("conv1", "in_layers.2"),
+    ("norm2", "out_layers.0"),
     ("conv2", "out_layers.3"),
     ("time_emb_proj", "emb_layers.1"),
     ("conv_shortcut", "skip_connection"),
@@ -317,7 +320,8 @@ fn to_ldm(path: &str, layout: &BlockLayout) -> Option<String> {
     Some(format!("{side}.{block}.{place}.{}", inner_to_ldm(kind, rest)?))
 }
 
-fn from_ldm(path: &str, layout: &BlockLayout) -> Option<String> {
+/// The diffusers path of a UNet layer's LDM path, both with dots: `input_blocks.4.1.norm` → `down_blocks.1.attentions.0.norm`.
+pub fn from_ldm(path: &str, layout: &BlockLayout) -> Option<String> {
     if let Some((ours, _)) = OUTSIDE.iter().find(|(_, ldm)| *ldm == path) {
         return Some((*ours).to_string());
     }

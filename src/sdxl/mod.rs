@@ -1,9 +1,11 @@
 //! Prompt and LoRA → picture: the text encoders, the UNet and the VAE of SDXL.
 
+pub mod architecture;
 mod blocks;
 pub mod folder;
 pub mod pipeline;
 pub mod preview;
+pub mod single_file;
 pub mod text;
 pub mod tokenizer;
 pub mod unet;

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
+use super::architecture;
 use super::text::{TextConditioning, TextEncoders};
 use super::unet::{UNet, UNetConfig};
 use super::vae::{Vae, VaeConfig};
@@ -111,13 +112,8 @@ impl Sdxl {
     /// # Errors
     /// [`crate::failure::Failure::Unusable`] when a part is missing, damaged or of another architecture.
     pub fn open(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
-        if !files.exists("model_index.json") {
-            return Err(files.unusable("model_index.json", "it is missing; is this a diffusers SDXL folder?"));
-        }
+        architecture::require_sdxl(files)?;
         let index: serde_json::Value = files.json("model_index.json")?;
-        if !files.exists("text_encoder_2/config.json") {
-            return Err(files.unusable("text_encoder_2", "it is missing; SDXL has two text encoders"));
-        }
         let unet: UNetConfig = files.config("unet/config.json")?;
         let vae: VaeConfig = files.config("vae/config.json")?;
         let scheduler_file = "scheduler/scheduler_config.json";

@@ -156,14 +156,32 @@ pub fn build_vocabulary(words: &[&str]) -> Result<(String, String)> {
         }
     }
     vocab.extend([BOS.to_string(), EOS.to_string()]);
+    let lines: String = merges.iter().map(|(first, second)| format!("{first} {second}\n")).collect();
+    Ok((numbered(&vocab)?, format!("#version: 0.2\n{lines}")))
+}
+
+/// CLIP's own vocabulary, which both encoders of SDXL share: `(vocab.json, merges.txt)`.
+///
+/// The tokens follow from the merges: 256 byte symbols, the same at the end of a word, what each merge makes, and the
+/// two special tokens.
+pub fn clip_vocabulary() -> Result<(String, &'static str)> {
+    let merges = include_str!("../assets/clip/merges.txt");
+    let mut vocab: Vec<String> = byte_symbols();
+    vocab.extend(byte_symbols().into_iter().map(|symbol| symbol + WORD_END));
+    vocab.extend(parse_merges(merges).into_iter().map(|(first, second)| first + &second));
+    vocab.extend([BOS.to_string(), EOS.to_string()]);
+    Ok((numbered(&vocab)?, merges))
+}
+
+/// `vocab.json`: each token with its place in the list.
+fn numbered(vocab: &[String]) -> Result<String> {
     let mut text = String::from("{");
     for (i, token) in vocab.iter().enumerate() {
         let comma = if i == 0 { "" } else { "," };
         text += &format!("{comma}{}:{i}", serde_json::to_string(token)?);
     }
     text.push('}');
-    let lines: String = merges.iter().map(|(first, second)| format!("{first} {second}\n")).collect();
-    Ok((text, format!("#version: 0.2\n{lines}")))
+    Ok(text)
 }
 
 /// Byte-pair encoding of one piece: the pair that comes first in `merges` is joined, again and again.

@@ -7,5 +7,6 @@ mod lora;
 mod pipeline;
 mod samplers;
 mod sdxl_parts;
+mod single_file;
 mod train;
 mod unet;

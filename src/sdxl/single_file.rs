@@ -1,0 +1,546 @@
+//! A whole SDXL in one `.safetensors`, in the layout of the Latent Diffusion Models code (LDM), as most fine-tuned
+//! models are handed around.
+//!
+//! | prefix | part | names |
+//! |---|---|---|
+//! | `model.diffusion_model.` | UNet | LDM |
+//! | `first_stage_model.` | VAE | LDM |
+//! | `conditioner.embedders.0.transformer.` | text encoder 1 | transformers |
+//! | `conditioner.embedders.1.model.` | text encoder 2 | OpenCLIP: query, key and value in one matrix, projection transposed |
+//!
+//! Sizes are read off the tensors' shapes. What they do not tell (heads, groups of norms, scheduler, scaling of
+//! latents) is SDXL's unless `--base-config` says otherwise. Nothing is copied here: the result says where each tensor
+//! of the usual folder lies in the mapped file. The names were checked against diffusers 0.42.1,
+//! `loaders/single_file_utils.py` (`scripts/golden_single_file.py`).
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use candle_core::safetensors::MmapedSafetensors;
+use serde_json::{Map, Value, json};
+
+use super::architecture;
+use super::tokenizer::clip_vocabulary;
+use crate::failure::Failure;
+use crate::lora::keys::{self, BlockLayout};
+use crate::model_files::{Assembled, Form, ModelFiles, Place};
+use crate::progress;
+
+const UNET: &str = "model.diffusion_model.";
+const VAE: &str = "first_stage_model.";
+const TEXT: &str = "conditioner.embedders.0.transformer.";
+const TEXT_2: &str = "conditioner.embedders.1.model.";
+
+/// Head width of SDXL's UNet and of both its text encoders.
+const HEAD_WIDTH: usize = 64;
+
+/// The configs of a model's folder, each with its key in a `--base-config` file.
+const CONFIGS: [(&str, &str); 8] = [
+    ("unet", "unet/config.json"),
+    ("vae", "vae/config.json"),
+    ("text_encoder", "text_encoder/config.json"),
+    ("text_encoder_2", "text_encoder_2/config.json"),
+    ("scheduler", "scheduler/scheduler_config.json"),
+    ("tokenizer", "tokenizer/tokenizer_config.json"),
+    ("tokenizer_2", "tokenizer_2/tokenizer_config.json"),
+    ("model_index", "model_index.json"),
+];
+
+/// Opens the model in `path`; `base_config` is a JSON file with the keys `unet`, `vae`, `text_encoder`,
+/// `text_encoder_2`, `scheduler`, `tokenizer`, `tokenizer_2` and `model_index`, or a diffusers folder, whose settings
+/// win over those that are inferred.
+///
+/// # Errors
+/// [`Failure::Unusable`] for files that are damaged, pickled, or of another architecture, with its name.
+pub fn open(path: &Path, base_config: Option<&Path>) -> Result<ModelFiles> {
+    refuse_pickle(path)?;
+    let unusable = |why: anyhow::Error| Failure::unusable(path, format!("{why:#}"));
+    let shapes = shapes(path).map_err(unusable)?;
+    if let Some(other) = architecture::of_tensors(&shapes) {
+        return Err(Failure::unusable(path, other));
+    }
+    let levels = levels(&shapes).map_err(unusable)?;
+    let mut texts = configs(&shapes, &levels).map_err(unusable)?;
+    let overridden = base_config.map(|config| overrides(config, &mut texts)).transpose()?.unwrap_or_default();
+    vocabularies(&mut texts, overridden).map_err(unusable)?;
+    let tensors = places(&shapes, &levels).map_err(unusable)?;
+    let texts = texts.into_iter().map(|(file, text)| (file, Cow::Owned(text))).collect();
+    Ok(ModelFiles::Assembled(Arc::new(Assembled { file: path.to_path_buf(), texts, tensors })))
+}
+
+/// Shape of each tensor by its name in the file.
+pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
+
+fn shapes(path: &Path) -> Result<Shapes> {
+    // SAFETY: the file is mapped for reading; difflora replaces files by renaming and never changes one in place.
+    let file = unsafe { MmapedSafetensors::new(path) }?;
+    Ok(file.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect())
+}
+
+/// Pickles can run programs; torch writes them bare or inside a zip.
+fn refuse_pickle(path: &Path) -> Result<()> {
+    let mut start = [0u8; 4];
+    let read = std::fs::File::open(path).and_then(|mut file| file.read(&mut start));
+    let count = read.map_err(|error| Failure::unusable(path, error))?;
+    let named =
+        path.extension().is_some_and(|kind| ["ckpt", "pt", "pth", "bin", "pkl"].iter().any(|k| kind == *k));
+    // A safetensors file begins with the length of its header, which is never 0x04034b50 at this size.
+    if count == 4 && (start == *b"PK\x03\x04" || (start[0] == 0x80 && start[1] < 6)) || named {
+        let why = format!(
+            "pickled weights can run programs and are not read; convert the file once with\n  \
+             python -c \"import torch, safetensors.torch as s; w = torch.load('{}', weights_only=True, \
+             map_location='cpu'); w = w.get('state_dict', w); s.save_file({{k: v.contiguous() for k, v in \
+             w.items() if torch.is_tensor(v)}}, 'model.safetensors')\"",
+            path.display()
+        );
+        return Err(Failure::unusable(path, why));
+    }
+    Ok(())
+}
+
+/// One level of the UNet on its way down.
+#[derive(Debug, PartialEq)]
+struct Level {
+    channels: usize,
+    resnets: usize,
+    /// Transformer blocks in each attention; none where the level has no attention.
+    depth: Option<usize>,
+}
+
+/// Reads the levels off the blocks' names and shapes.
+fn levels(shapes: &Shapes) -> Result<Vec<Level>> {
+    let mut levels: Vec<Level> = Vec::new();
+    let mut open = false;
+    for block in 1.. {
+        let place = format!("{UNET}input_blocks.{block}");
+        if shapes.contains_key(&format!("{place}.0.op.weight")) {
+            open = false;
+            continue;
+        }
+        let Some(shape) = shapes.get(&format!("{place}.0.in_layers.2.weight")) else { break };
+        let channels = *shape.first().context("a convolution without channels")?;
+        let depth = depth(shapes, &format!("{place}.1"));
+        match levels.last_mut().filter(|_| open) {
+            Some(level) => {
+                ensure!(
+                    (level.channels, level.depth) == (channels, depth),
+                    "`{place}` differs from the block before it, which is of the same level"
+                );
+                level.resnets += 1;
+            }
+            None => levels.push(Level { channels, resnets: 1, depth }),
+        }
+        open = true;
+    }
+    let last = levels.last().context("it holds no UNet blocks (`model.diffusion_model.input_blocks.…`)")?;
+    let middle = depth(shapes, &format!("{UNET}middle_block.1"));
+    ensure!(
+        middle.is_some() && (last.depth.is_none() || middle == last.depth),
+        "the UNet's middle block is {middle:?} transformer blocks deep, its lowest level {:?}; distilled variants \
+         (SSD-1B, Vega, KOALA) are not supported",
+        last.depth
+    );
+    let resnets = last.resnets;
+    ensure!(
+        levels.iter().all(|level| level.resnets == resnets),
+        "the UNet's levels differ in their number of layers"
+    );
+    for (i, level) in levels.iter().rev().enumerate() {
+        for layer in 0..=resnets {
+            let block = i * (resnets + 1) + layer;
+            let place = format!("{UNET}output_blocks.{block}");
+            ensure!(
+                depth(shapes, &format!("{place}.1")) == level.depth,
+                "`{place}` is not as deep as its level on the way down; distilled variants (SSD-1B, Vega, KOALA) are \
+                 not supported"
+            );
+        }
+    }
+    Ok(levels)
+}
+
+/// How many transformer blocks lie under `place`.
+fn depth(shapes: &Shapes, place: &str) -> Option<usize> {
+    let block = |i: &usize| shapes.contains_key(&format!("{place}.transformer_blocks.{i}.norm1.weight"));
+    shapes.contains_key(&format!("{place}.proj_in.weight")).then(|| (0..).take_while(block).count())
+}
+
+/// Every JSON of the folder, with sizes from the tensors and all else as in SDXL.
+fn configs(shapes: &Shapes, levels: &[Level]) -> Result<BTreeMap<String, String>> {
+    let unet = unet_config(shapes, levels)?;
+    let tokenizer = |pad: &str| {
+        json!({
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad,
+        })
+    };
+    // A tensor of this name marks velocity models (ComfyUI, `comfy/supported_models.py`, class SDXL).
+    let prediction = if shapes.contains_key("v_pred") { "v_prediction" } else { "epsilon" };
+    let values = [
+        unet,
+        vae_config(shapes)?,
+        text_config(shapes)?,
+        text_2_config(shapes)?,
+        json!({
+            "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+            "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": prediction,
+            "steps_offset": 1, "timestep_spacing": "leading", "interpolation_type": "linear",
+            "use_karras_sigmas": false, "clip_sample": false, "set_alpha_to_one": false,
+            "rescale_betas_zero_snr": shapes.contains_key("ztsnr"),
+        }),
+        tokenizer("<|endoftext|>"),
+        tokenizer("!"),
+        json!({
+            "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": true,
+            "scheduler": ["diffusers", "EulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        }),
+    ];
+    Ok(CONFIGS
+        .iter()
+        .zip(values)
+        .map(|((_, file), value)| ((*file).to_string(), value.to_string()))
+        .collect())
+}
+
+/// Axis `axis` of a tensor that must be there.
+fn size(shapes: &Shapes, name: &str, axis: usize) -> Result<usize> {
+    let shape = shapes.get(name).with_context(|| format!("the tensor `{name}` is missing"))?;
+    shape.get(axis).copied().with_context(|| format!("tensor `{name}` has shape {shape:?}"))
+}
+
+fn unet_config(shapes: &Shapes, levels: &[Level]) -> Result<Value> {
+    let of = |name: &str, axis: usize| size(shapes, &format!("{UNET}{name}"), axis);
+    let kinds = |with: &'static str, without: &'static str| {
+        move |level: &Level| if level.depth.is_some() { with } else { without }
+    };
+    let middle = depth(shapes, &format!("{UNET}middle_block.1"));
+    let widths: Vec<usize> = levels.iter().map(|level| level.channels).collect();
+    let pooled = size(shapes, &format!("{TEXT_2}text_projection"), 1)?;
+    let added = of("label_emb.0.0.weight", 1)?;
+    ensure!(
+        added > pooled && (added - pooled).is_multiple_of(6),
+        "`{UNET}label_emb.0.0.weight` takes {added} numbers, which is no pooled text of {pooled} and six sizes"
+    );
+    let mut config = json!({
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128,
+        "in_channels": of("input_blocks.0.0.weight", 1)?,
+        "out_channels": of("out.2.weight", 0)?,
+        "block_out_channels": widths,
+        "layers_per_block": levels[0].resnets,
+        "down_block_types": levels.iter().map(kinds("CrossAttnDownBlock2D", "DownBlock2D")).collect::<Vec<_>>(),
+        "up_block_types": levels.iter().rev().map(kinds("CrossAttnUpBlock2D", "UpBlock2D")).collect::<Vec<_>>(),
+        "transformer_layers_per_block":
+            levels.iter().map(|level| level.depth.or(middle).unwrap_or(1)).collect::<Vec<_>>(),
+        "cross_attention_dim": of("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1)?,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": (added - pooled) / 6,
+        "projection_class_embeddings_input_dim": added,
+        "use_linear_projection": true,
+    });
+    if widths.iter().all(|width| width.is_multiple_of(HEAD_WIDTH)) {
+        config["attention_head_dim"] =
+            json!(widths.iter().map(|width| width / HEAD_WIDTH).collect::<Vec<_>>());
+    }
+    Ok(config)
+}
+
+fn vae_config(shapes: &Shapes) -> Result<Value> {
+    let of = |name: &str, axis: usize| size(shapes, &format!("{VAE}{name}"), axis);
+    let has = |name: &str| shapes.contains_key(&format!("{VAE}{name}"));
+    let levels = (0..).take_while(|i| has(&format!("encoder.down.{i}.block.0.conv1.weight"))).count();
+    let widths = (0..levels)
+        .map(|i| of(&format!("encoder.down.{i}.block.0.conv1.weight"), 0))
+        .collect::<Result<Vec<usize>>>()?;
+    ensure!(levels > 0, "it holds no VAE (`{VAE}…`); give a file that does, or a diffusers folder");
+    let layers = (0..).take_while(|j| has(&format!("encoder.down.0.block.{j}.conv1.weight"))).count();
+    Ok(json!({
+        "_class_name": "AutoencoderKL",
+        "in_channels": of("encoder.conv_in.weight", 1)?,
+        "out_channels": of("decoder.conv_out.weight", 0)?,
+        "latent_channels": of("decoder.conv_in.weight", 1)?,
+        "block_out_channels": widths,
+        "down_block_types": vec!["DownEncoderBlock2D"; levels],
+        "up_block_types": vec!["UpDecoderBlock2D"; levels],
+        "layers_per_block": layers,
+        "mid_block_add_attention": has("decoder.mid.attn_1.q.weight"),
+        "use_quant_conv": has("quant_conv.weight"),
+        "use_post_quant_conv": has("post_quant_conv.weight"),
+        "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": true, "act_fn": "silu",
+    }))
+}
+
+fn text_config(shapes: &Shapes) -> Result<Value> {
+    let of = |name: &str, axis: usize| size(shapes, &format!("{TEXT}text_model.{name}"), axis);
+    let layer =
+        |i: &usize| shapes.contains_key(&format!("{TEXT}text_model.encoder.layers.{i}.layer_norm1.weight"));
+    let width = of("embeddings.token_embedding.weight", 1)?;
+    let tokens = of("embeddings.token_embedding.weight", 0)?;
+    let mut config = json!({
+        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
+        "vocab_size": tokens,
+        "hidden_size": width,
+        "projection_dim": width,
+        "intermediate_size": of("encoder.layers.0.mlp.fc1.weight", 0)?,
+        "num_hidden_layers": (0..).take_while(layer).count(),
+        "max_position_embeddings": of("embeddings.position_embedding.weight", 0)?,
+        "eos_token_id": tokens - 1,
+    });
+    if width.is_multiple_of(HEAD_WIDTH) {
+        config["num_attention_heads"] = json!(width / HEAD_WIDTH);
+    }
+    Ok(config)
+}
+
+fn text_2_config(shapes: &Shapes) -> Result<Value> {
+    let of = |name: &str, axis: usize| size(shapes, &format!("{TEXT_2}{name}"), axis);
+    let layer = |i: &usize| shapes.contains_key(&format!("{TEXT_2}transformer.resblocks.{i}.ln_1.weight"));
+    let (tokens, width) = (of("token_embedding.weight", 0)?, of("token_embedding.weight", 1)?);
+    let mut config = json!({
+        "architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model", "hidden_act": "gelu",
+        "vocab_size": tokens,
+        "hidden_size": width,
+        "projection_dim": of("text_projection", 1)?,
+        "intermediate_size": of("transformer.resblocks.0.mlp.c_fc.weight", 0)?,
+        "num_hidden_layers": (0..).take_while(layer).count(),
+        "max_position_embeddings": of("positional_embedding", 0)?,
+        "eos_token_id": tokens - 1,
+    });
+    if width.is_multiple_of(HEAD_WIDTH) {
+        config["num_attention_heads"] = json!(width / HEAD_WIDTH);
+    }
+    Ok(config)
+}
+
+/// Lets the settings in `config` win; gives the tokenizers' folders whose vocabulary comes from there.
+fn overrides(config: &Path, texts: &mut BTreeMap<String, String>) -> Result<Vec<&'static str>> {
+    let read = |path: &Path| std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error));
+    let parse = |path: &Path| -> Result<Map<String, Value>> {
+        serde_json::from_str(&read(path)?).map_err(|error| Failure::unusable(path, error))
+    };
+    let mut own = Vec::new();
+    if config.is_dir() {
+        for (_, file) in CONFIGS.iter().filter(|(_, file)| config.join(file).is_file()) {
+            merge(texts, file, parse(&config.join(file))?)?;
+        }
+        for folder in ["tokenizer", "tokenizer_2"] {
+            let files = ["vocab.json", "merges.txt", "tokenizer.json"].map(|name| format!("{folder}/{name}"));
+            for file in files.iter().filter(|file| config.join(file).is_file()) {
+                texts.insert(file.clone(), read(&config.join(file))?);
+                if !own.contains(&folder) {
+                    own.push(folder);
+                }
+            }
+        }
+        return Ok(own);
+    }
+    for (key, value) in parse(config)? {
+        let known = CONFIGS.iter().find(|(name, _)| *name == key);
+        let (Some((_, file)), Value::Object(settings)) = (known, value) else {
+            let names: Vec<&str> = CONFIGS.iter().map(|(name, _)| *name).collect();
+            let why = format!("`{key}` is not one of the objects {}", names.join(", "));
+            return Err(Failure::unusable(config, why));
+        };
+        merge(texts, file, settings)?;
+    }
+    Ok(own)
+}
+
+fn merge(texts: &mut BTreeMap<String, String>, file: &str, settings: Map<String, Value>) -> Result<()> {
+    let text = texts.get_mut(file).with_context(|| format!("no `{file}`"))?;
+    let mut merged: Map<String, Value> = serde_json::from_str(text)?;
+    merged.extend(settings);
+    *text = Value::Object(merged).to_string();
+    Ok(())
+}
+
+/// Gives both tokenizers CLIP's vocabulary where they have no other, and makes sure that nothing is left open.
+fn vocabularies(texts: &mut BTreeMap<String, String>, own: Vec<&str>) -> Result<()> {
+    let field = |texts: &BTreeMap<String, String>, file: &str, key: &str| -> Result<Value> {
+        Ok(serde_json::from_str::<Value>(&texts[file])?[key].take())
+    };
+    for (file, key) in [
+        ("unet/config.json", "attention_head_dim"),
+        ("text_encoder/config.json", "num_attention_heads"),
+        ("text_encoder_2/config.json", "num_attention_heads"),
+    ] {
+        if field(texts, file, key)?.is_null() {
+            bail!(
+                "the tensors do not tell `{key}` of `{file}`, and it is not SDXL's; give it with --base-config"
+            );
+        }
+    }
+    for (folder, encoder) in [("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")] {
+        if own.contains(&folder) {
+            continue;
+        }
+        let (vocabulary, merges) = clip_vocabulary()?;
+        let tokens = field(texts, &format!("{encoder}/config.json"), "vocab_size")?;
+        ensure!(
+            tokens == 49408,
+            "its {encoder} knows {tokens} tokens, CLIP's vocabulary has 49408; give a folder with `{folder}/vocab.json` \
+             as --base-config"
+        );
+        texts.insert(format!("{folder}/vocab.json"), vocabulary);
+        texts.insert(format!("{folder}/merges.txt"), merges.to_string());
+    }
+    Ok(())
+}
+
+/// Where each tensor of each component lies.
+fn places(shapes: &Shapes, levels: &[Level]) -> Result<BTreeMap<String, BTreeMap<String, Place>>> {
+    let layout = BlockLayout::uniform(levels.len(), levels[0].resnets);
+    let vae_levels =
+        (0..).take_while(|i| shapes.contains_key(&format!("{VAE}encoder.down.{i}.block.0.conv1.weight")));
+    let vae_levels = vae_levels.count();
+    let mut found: BTreeMap<String, BTreeMap<String, Place>> = BTreeMap::new();
+    let (mut strange, mut unused) = (Vec::new(), Vec::new());
+    for (stored, shape) in shapes {
+        let (component, names) = if let Some(name) = stored.strip_prefix(UNET) {
+            ("unet", unet_name(name, &layout, shape.len()))
+        } else if let Some(name) = stored.strip_prefix(VAE) {
+            ("vae", vae_name(name, vae_levels, shape.len()))
+        } else if let Some(name) = stored.strip_prefix(TEXT) {
+            ("text_encoder", name.starts_with("text_model.").then(|| vec![(name.to_string(), Form::Whole)]))
+        } else if let Some(name) = stored.strip_prefix(TEXT_2) {
+            ("text_encoder_2", open_clip_name(name))
+        } else {
+            unused.push(stored);
+            continue;
+        };
+        match names {
+            Some(names) => {
+                for (name, form) in names {
+                    let place = Place { stored: stored.clone(), form };
+                    found.entry(component.to_string()).or_default().insert(name, place);
+                }
+            }
+            // Numbers of training and of CLIP's loss; no part of drawing.
+            None if ["logit_scale", "position_ids", "text_projection.weight"]
+                .iter()
+                .any(|end| stored.ends_with(end)) => {}
+            None => strange.push(stored.as_str()),
+        }
+    }
+    if let Some(first) = strange.first() {
+        return Err(anyhow!("{} tensors have names that no SDXL has, the first is `{first}`", strange.len()));
+    }
+    // The average of the weights in training, and the marks of velocity models.
+    unused.retain(|name| !name.starts_with("model_ema.") && !["v_pred", "ztsnr"].contains(&name.as_str()));
+    if let Some(first) = unused.first() {
+        progress::note(&format!(
+            "{} tensors are of no use and left out, the first is `{first}`",
+            unused.len()
+        ));
+    }
+    Ok(found)
+}
+
+type Names = Option<Vec<(String, Form)>>;
+
+/// A name that ends in `.weight` or `.bias`, taken apart.
+fn layer_and_kind(name: &str) -> Option<(&str, &str)> {
+    name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))
+}
+
+fn unet_name(name: &str, layout: &BlockLayout, rank: usize) -> Names {
+    let (layer, kind) = layer_and_kind(name)?;
+    // On levels without attention the upsampler follows the ResNet; its place moves up by one.
+    let moved = layer.strip_suffix(".1.conv").filter(|block| block.starts_with("output_blocks."));
+    let layer = moved.map_or(Cow::Borrowed(layer), |block| Cow::Owned(format!("{block}.2.conv")));
+    let matrix = layer.ends_with(".proj_in") || layer.ends_with(".proj_out");
+    let form = if matrix && rank == 4 { Form::Pointwise } else { Form::Whole };
+    Some(vec![(format!("{}.{kind}", keys::from_ldm(&layer, layout)?), form)])
+}
+
+/// LDM name ↔ diffusers name of what lies in the VAE's middle.
+const VAE_MIDDLE: [(&str, &str); 8] = [
+    ("block_1", "resnets.0"),
+    ("block_2", "resnets.1"),
+    ("attn_1.norm", "attentions.0.group_norm"),
+    ("attn_1.q", "attentions.0.to_q"),
+    ("attn_1.k", "attentions.0.to_k"),
+    ("attn_1.v", "attentions.0.to_v"),
+    ("attn_1.proj_out", "attentions.0.to_out.0"),
+    ("attn_1.to_out.0", "attentions.0.to_out.0"),
+];
+
+fn vae_name(name: &str, levels: usize, rank: usize) -> Names {
+    let (layer, kind) = layer_and_kind(name)?;
+    let layer = layer.replace("nin_shortcut", "conv_shortcut");
+    let (side, rest) = layer.split_once('.').unwrap_or((layer.as_str(), ""));
+    let mut form = Form::Whole;
+    let ours = match (side, rest) {
+        ("quant_conv" | "post_quant_conv", "") => side.to_string(),
+        (_, "conv_in" | "conv_out") => format!("{side}.{rest}"),
+        (_, "norm_out") => format!("{side}.conv_norm_out"),
+        _ if rest.starts_with("mid.") => {
+            let rest = rest.strip_prefix("mid.")?;
+            if rest.starts_with("attn_1.") && rank == 4 {
+                form = Form::Pointwise;
+            }
+            let (ldm, ours) = VAE_MIDDLE.iter().find(|(ldm, _)| {
+                rest.strip_prefix(ldm).is_some_and(|after| after.is_empty() || after.starts_with('.'))
+            })?;
+            format!("{side}.mid_block.{ours}{}", &rest[ldm.len()..])
+        }
+        _ => {
+            let (way, rest) = rest.split_once('.')?;
+            let (level, rest) = rest.split_once('.')?;
+            let level: usize = level.parse().ok()?;
+            let (blocks, level) = match (side, way) {
+                ("encoder", "down") => ("down_blocks", level),
+                // LDM counts the decoder's levels from the picture inwards.
+                ("decoder", "up") => ("up_blocks", levels.checked_sub(level + 1)?),
+                _ => return None,
+            };
+            let inner = match rest.split_once('.')? {
+                ("block", rest) => format!("resnets.{rest}"),
+                ("downsample", "conv") => "downsamplers.0.conv".to_string(),
+                ("upsample", "conv") => "upsamplers.0.conv".to_string(),
+                _ => return None,
+            };
+            format!("{side}.{blocks}.{level}.{inner}")
+        }
+    };
+    Some(vec![(format!("{ours}.{kind}"), form)])
+}
+
+/// OpenCLIP name ↔ transformers name within a layer.
+const OPEN_CLIP: [(&str, &str); 5] = [
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+    ("attn.out_proj", "self_attn.out_proj"),
+];
+
+fn open_clip_name(name: &str) -> Names {
+    let whole = |ours: String| Some(vec![(ours, Form::Whole)]);
+    match name {
+        "positional_embedding" => return whole("text_model.embeddings.position_embedding.weight".into()),
+        "token_embedding.weight" => return whole("text_model.embeddings.token_embedding.weight".into()),
+        "text_projection" => return Some(vec![("text_projection.weight".into(), Form::Transposed)]),
+        _ => {}
+    }
+    if let Some(kind) = name.strip_prefix("ln_final.") {
+        return whole(format!("text_model.final_layer_norm.{kind}"));
+    }
+    let (layer, rest) = name.strip_prefix("transformer.resblocks.")?.split_once('.')?;
+    let place = format!("text_model.encoder.layers.{layer}");
+    if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
+        let third =
+            |(n, part): (usize, &str)| (format!("{place}.self_attn.{part}_proj.{kind}"), Form::Third(n));
+        return Some(["q", "k", "v"].into_iter().enumerate().map(third).collect());
+    }
+    let (inner, kind) = layer_and_kind(rest)?;
+    let (_, ours) = OPEN_CLIP.iter().find(|(theirs, _)| *theirs == inner)?;
+    whole(format!("{place}.{ours}.{kind}"))
+}
