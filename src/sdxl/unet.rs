@@ -64,6 +64,54 @@ fn default_eps() -> f64 {
     1e-5
 }
 
+/// Which value of an option is implemented; `null` always is, and is what an absent option means.
+enum Allowed {
+    Null,
+    Any,
+    Flag(bool),
+    Number(f64),
+    Word(&'static str),
+}
+
+/// The options of diffusers 0.42's `UNet2DConditionModel` that [`UNetConfig`] has no field for. Any other is unknown.
+const SUPPORTED: [(&str, Allowed); 35] = [
+    ("act_fn", Allowed::Word("silu")),
+    ("addition_embed_type_num_heads", Allowed::Any), // of another kind of embedding
+    ("attention_type", Allowed::Word("default")),
+    ("center_input_sample", Allowed::Flag(false)),
+    ("class_embed_type", Allowed::Null),
+    ("class_embeddings_concat", Allowed::Flag(false)),
+    ("conv_in_kernel", Allowed::Number(3.0)),
+    ("conv_out_kernel", Allowed::Number(3.0)),
+    ("cross_attention_norm", Allowed::Null),
+    ("downsample_padding", Allowed::Number(1.0)),
+    ("dropout", Allowed::Any), // only in training
+    ("dual_cross_attention", Allowed::Flag(false)),
+    ("encoder_hid_dim", Allowed::Null),
+    ("encoder_hid_dim_type", Allowed::Null),
+    ("flip_sin_to_cos", Allowed::Flag(true)),
+    ("freq_shift", Allowed::Number(0.0)),
+    ("mid_block_only_cross_attention", Allowed::Flag(false)),
+    ("mid_block_scale_factor", Allowed::Number(1.0)),
+    ("mid_block_type", Allowed::Word("UNetMidBlock2DCrossAttn")),
+    ("num_attention_heads", Allowed::Null),
+    ("num_class_embeds", Allowed::Null),
+    ("only_cross_attention", Allowed::Flag(false)),
+    ("resnet_out_scale_factor", Allowed::Number(1.0)),
+    ("resnet_skip_time_act", Allowed::Flag(false)),
+    ("resnet_time_scale_shift", Allowed::Word("default")),
+    ("reverse_transformer_layers_per_block", Allowed::Null),
+    ("time_cond_proj_dim", Allowed::Null),
+    ("time_embedding_act_fn", Allowed::Null),
+    ("time_embedding_dim", Allowed::Null),
+    ("time_embedding_type", Allowed::Word("positional")),
+    ("timestep_post_act", Allowed::Null),
+    ("upcast_attention", Allowed::Any), // the softmax is computed in f32 in any case
+    ("_class_name", Allowed::Any),
+    ("_diffusers_version", Allowed::Any),
+    ("_name_or_path", Allowed::Any),
+];
+
 /// One number for all levels, or one each.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -113,36 +161,16 @@ impl UNetConfig {
             self.addition_embed_type
         );
         ensure!(self.use_linear_projection, "`use_linear_projection` is false, SDXL's is true");
-        let allowed: &[(&str, &[serde_json::Value])] = &[
-            ("act_fn", &["silu".into()]),
-            ("center_input_sample", &[false.into()]),
-            ("class_embed_type", &[]),
-            ("conv_in_kernel", &[3.into()]),
-            ("conv_out_kernel", &[3.into()]),
-            ("dual_cross_attention", &[false.into()]),
-            ("dropout", &[0.0.into()]),
-            ("encoder_hid_dim", &[]),
-            ("encoder_hid_dim_type", &[]),
-            ("flip_sin_to_cos", &[true.into()]),
-            ("freq_shift", &[0.into()]),
-            ("mid_block_type", &["UNetMidBlock2DCrossAttn".into()]),
-            ("num_class_embeds", &[]),
-            ("num_attention_heads", &[]),
-            ("only_cross_attention", &[false.into()]),
-            ("resnet_time_scale_shift", &["default".into()]),
-            ("reverse_transformer_layers_per_block", &[]),
-            ("time_embedding_type", &["positional".into()]),
-            ("time_embedding_act_fn", &[]),
-            ("time_cond_proj_dim", &[]),
-            ("timestep_post_act", &[]),
-            ("attention_type", &["default".into()]),
-            ("cross_attention_norm", &[]),
-            ("addition_embed_type_num_heads", &[64.into()]),
-        ];
-        for (key, values) in allowed {
-            if let Some(value) = self.other.get(*key).filter(|value| !value.is_null()) {
-                ensure!(values.contains(value), "`{key}` = {value} is not supported");
-            }
+        for (key, value) in self.other.iter().filter(|(_, value)| !value.is_null()) {
+            let known = SUPPORTED.iter().find(|(name, _)| name == key);
+            let fits = match known {
+                Some((_, Allowed::Null)) | None => false,
+                Some((_, Allowed::Any)) => true,
+                Some((_, Allowed::Flag(flag))) => *value == *flag,
+                Some((_, Allowed::Number(number))) => value.as_f64() == Some(*number),
+                Some((_, Allowed::Word(word))) => *value == *word,
+            };
+            ensure!(fits, "`{key}` = {value} is not supported");
         }
         Ok(())
     }
@@ -335,4 +363,64 @@ pub fn sinusoid(values: &Tensor, width: usize) -> Result<Tensor> {
     let frequencies = Tensor::from_vec(frequencies, (1, half), values.device())?;
     let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
     Ok(Tensor::cat(&[angles.cos()?, angles.sin()?], 1)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// `unet/config.json` of stabilityai/stable-diffusion-xl-base-1.0, as diffusers 0.42 saves it.
+    fn sdxl() -> Value {
+        serde_json::from_str(
+            r#"{
+            "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.19.0.dev0", "act_fn": "silu",
+            "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
+            "attention_head_dim": [5, 10, 20], "attention_type": "default", "block_out_channels": [320, 640, 1280],
+            "center_input_sample": false, "class_embed_type": null, "class_embeddings_concat": false,
+            "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_dim": 2048, "cross_attention_norm": null,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "downsample_padding": 1, "dropout": 0.0, "dual_cross_attention": false, "encoder_hid_dim": null,
+            "encoder_hid_dim_type": null, "flip_sin_to_cos": true, "freq_shift": 0, "in_channels": 4,
+            "layers_per_block": 2, "mid_block_only_cross_attention": null, "mid_block_scale_factor": 1,
+            "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-05, "norm_num_groups": 32,
+            "num_attention_heads": null, "num_class_embeds": null, "only_cross_attention": false, "out_channels": 4,
+            "projection_class_embeddings_input_dim": 2816, "resnet_out_scale_factor": 1.0,
+            "resnet_skip_time_act": false, "resnet_time_scale_shift": "default",
+            "reverse_transformer_layers_per_block": null, "sample_size": 128, "time_cond_proj_dim": null,
+            "time_embedding_act_fn": null, "time_embedding_dim": null, "time_embedding_type": "positional",
+            "timestep_post_act": null, "transformer_layers_per_block": [1, 2, 10],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "upcast_attention": null,
+            "use_linear_projection": true
+        }"#,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn every_option_of_sdxl_is_taken_and_every_other_value_refused_by_name() {
+        let check =
+            |config: Value| serde_json::from_value::<UNetConfig>(config).unwrap().refuse_unsupported();
+        check(sdxl()).unwrap();
+        for (key, value) in [
+            ("act_fn", json!("gelu")),
+            ("class_embed_type", json!("timestep")),
+            ("time_embedding_dim", json!(64)),
+            ("resnet_time_scale_shift", json!("scale_shift")),
+            ("mid_block_type", json!("UNetMidBlock2D")),
+            ("mid_block_scale_factor", json!(0.5)),
+            ("flip_sin_to_cos", json!(false)),
+            ("reverse_transformer_layers_per_block", json!([1, 2, 3])),
+            ("encoder_hid_dim", json!(768)),
+            ("addition_embed_type", json!("image")),
+            ("use_linear_projection", json!(false)),
+            ("an_option_of_next_year", json!(1)),
+        ] {
+            let mut config = sdxl();
+            config[key] = value;
+            let message = format!("{:#}", check(config).unwrap_err());
+            assert!(message.contains(key), "{key}: {message}");
+        }
+    }
 }
