@@ -2,6 +2,7 @@
 
 pub mod architecture;
 mod blocks;
+pub mod counts;
 pub mod folder;
 pub mod pipeline;
 pub mod preview;
