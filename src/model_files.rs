@@ -190,9 +190,31 @@ impl ModelFiles {
         device: &Device,
         build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
     ) -> Result<T> {
+        self.build(folder, stem, dtype, device, false, build)
+    }
+
+    /// Checks the weights as [`ModelFiles::load`] does, and keeps none: what `build` is given is all zeros.
+    pub fn check<T>(
+        &self,
+        folder: &str,
+        stem: &str,
+        build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
+    ) -> Result<()> {
+        self.build(folder, stem, DType::F32, &Device::Cpu, true, build).map(|_| ())
+    }
+
+    fn build<T>(
+        &self,
+        folder: &str,
+        stem: &str,
+        dtype: DType,
+        device: &Device,
+        only_check: bool,
+        build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
+    ) -> Result<T> {
         let (file, weights) = self.weights(folder, stem)?;
         let names = weights.names();
-        let ledger = Arc::new(Ledger { weights, ..Ledger::default() });
+        let ledger = Arc::new(Ledger { weights, only_check, ..Ledger::default() });
         let vb = VarBuilder::from_backend(Box::new(Entries(ledger.clone())), dtype, device.clone());
         let built = build(vb).map_err(|error| self.unusable(&file, format!("{error:#}")))?;
         let asked = ledger.asked.lock().expect("no thread panics while it holds the names");
@@ -440,6 +462,8 @@ struct ShardIndex {
 #[derive(Default)]
 struct Ledger {
     weights: Weights,
+    /// Whether to give zeros, once a tensor has been looked at.
+    only_check: bool,
     asked: Mutex<BTreeSet<String>>,
 }
 
@@ -462,6 +486,9 @@ impl SimpleBackend for Entries {
         let tensor = self.0.weights.load(name)?;
         if tensor.shape() != &shape {
             candle_core::bail!("tensor `{name}` has shape {:?}, wanted {shape:?}", tensor.shape());
+        }
+        if self.0.only_check {
+            return Tensor::zeros((), dtype, device)?.broadcast_as(shape);
         }
         tensor.to_dtype(dtype)?.to_device(device)
     }
@@ -515,6 +542,47 @@ mod tests {
             files.load("part", "model", DType::F32, &Device::Cpu, |vb| Ok(vb.get((3, 2), "a")?)).unwrap_err();
         assert!(format!("{wrong:#}").contains("`a` has shape [2, 3], wanted [3, 2]"), "{wrong:#}");
         assert!(wrong.chain().any(|cause| cause.is::<Failure>()));
+    }
+
+    #[test]
+    fn weights_in_parts_or_in_half_precision_are_found() {
+        let (root, files) = saved(&["a", "b"]);
+        let at = |name: &str| root.path().join("part").join(name);
+        std::fs::rename(at("model.safetensors"), at("model.fp16.safetensors")).unwrap();
+        assert_eq!(load(&files, &["a", "b"]).unwrap().len(), 2);
+        std::fs::remove_file(at("model.fp16.safetensors")).unwrap();
+
+        for (name, value) in [("a", 1f32), ("b", 2.0)] {
+            let tensor = Tensor::full(value, (2, 3), &Device::Cpu).unwrap();
+            let weights = HashMap::from([(name, tensor)]);
+            candle_core::safetensors::save(&weights, at(&format!("{name}.safetensors"))).unwrap();
+        }
+        let index = |map: Value, variant: &str| {
+            let name = format!("model.safetensors.index{variant}.json");
+            std::fs::write(at(&name), serde_json::json!({ "weight_map": map }).to_string()).unwrap();
+        };
+        for variant in [".fp16", ""] {
+            index(serde_json::json!({ "a": "a.safetensors", "b": "b.safetensors" }), variant);
+            let tensors = load(&files, &["a", "b"]).unwrap();
+            assert_eq!(tensors[1].to_vec2::<f32>().unwrap(), [[2.0; 3]; 2]);
+        }
+        let message = |files: &ModelFiles| format!("{:#}", load(files, &["a", "b"]).unwrap_err());
+        index(serde_json::json!({ "a": "a.safetensors", "b": "../b.safetensors" }), "");
+        assert!(message(&files).contains("outside the folder"), "{}", message(&files));
+        index(serde_json::json!({ "a": "a.safetensors", "b": "c.safetensors" }), "");
+        assert!(message(&files).contains("c.safetensors"), "{}", message(&files));
+    }
+
+    #[test]
+    fn nan_and_infinity_are_found_in_every_float_type_and_large_numbers_are_not() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (value, fine) in [(6e4, true), (-0.0, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
+                let tensor = Tensor::new(&[1f32, value, 2.0], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                let bytes = safetensors::serialize([("a", &tensor)], None).unwrap();
+                let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+                assert_eq!(is_finite(&file.tensor("a").unwrap()), fine, "{value} as {dtype:?}");
+            }
+        }
     }
 
     #[test]
