@@ -47,6 +47,8 @@ pub enum Command {
     Eval(commands::eval::Args),
     /// Detect, embed and compare faces.
     Face(commands::face::Args),
+    /// Find, fetch, check and measure base models.
+    Models(commands::models::Args),
     /// Paint people of the small world.
     Portraits(commands::portraits::Args),
     /// Train a small SDXL from nothing on painted portraits.
@@ -85,6 +87,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
         Command::Eval(args) => commands::eval::run(args, &cli.common),
         Command::Face(args) => commands::face::run(args, &cli.common),
+        Command::Models(args) => commands::models::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.common),
         Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.common),

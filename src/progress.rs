@@ -34,6 +34,11 @@ pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::SeqCst);
 }
 
+/// Whether the user asked for no progress and no notes.
+pub fn is_quiet() -> bool {
+    QUIET.load(Ordering::SeqCst)
+}
+
 /// A bar over `length` steps on stderr, with rate and time left; nothing is drawn when stderr is
 /// not a terminal or the program was told to be quiet.
 pub fn bar(length: u64, what: &'static str) -> ProgressBar {

@@ -42,8 +42,9 @@ pub struct Args {
     /// The hypernetwork: a folder, or the built-in one.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     hypernet: String,
-    /// The base model: a folder in diffusers' layout, one `.safetensors` in LDM layout, or the built-in one.
-    #[arg(long, value_name = "NAME|DIR|FILE", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    /// The base model: a folder in diffusers' layout, one `.safetensors` in LDM layout, a hub repository
+    /// owner/name[@revision], or a name: tiny (built in), sdxl.
+    #[arg(long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
     #[command(flatten)]
     base_options: models::BaseOptions,
@@ -135,9 +136,6 @@ pub struct Args {
     /// Spelling of the layers' names in the LoRA.
     #[arg(long, value_enum, default_value = "kohya", env = "DIFFLORA_LORA_FORMAT")]
     lora_format: Format,
-    /// Never use the network. Nothing does as yet: models are built in or lie in folders.
-    #[arg(long, env = "DIFFLORA_OFFLINE")]
-    offline: bool,
 }
 
 /// How LoRAs change the base.

@@ -1,22 +1,34 @@
-//! Which model a name on the command line means.
+//! `difflora models`: models by name; and which model a name on any command line means.
+
+mod show;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use include_dir::{Dir, include_dir};
+use serde_json::json;
 
+use crate::cli::Common;
 use crate::failure::Failure;
+use crate::hub::{self, Repository, Weights};
 use crate::hypernet::ModelId;
 use crate::lora::keys::BlockLayout;
-use crate::model_files::ModelFiles;
+use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::sdxl::architecture;
 use crate::sdxl::single_file;
+use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
+use crate::sdxl::unet::UNet;
 use crate::sdxl::unet::UNetConfig;
+use crate::sdxl::vae::{Vae, VaeConfig};
 
 /// The bundle that this program carries: a small SDXL and a hypernetwork for it, made by `scripts/make-tiny.sh`.
 static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");
 
 /// The name of the built-in bundle.
 pub const BUILT_IN: &str = "tiny";
+
+/// Short names of hub repositories.
+const NAMES: [(&str, &str); 1] = [("sdxl", "stabilityai/stable-diffusion-xl-base-1.0")];
 
 /// The file whose hash stands for a base model.
 pub const BASE_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
@@ -31,6 +43,132 @@ pub fn built_in(part: &'static str) -> Result<ModelFiles> {
     }
 }
 
+/// Arguments of `difflora models`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// The names that are known, and what of the hub lies in the cache.
+    List,
+    /// The folder that a model of the hub lies in.
+    Path {
+        /// sdxl, or owner/name[@revision].
+        name: String,
+    },
+    /// Fetch the newest version of a model of the hub: only the files that drawing needs.
+    Pull {
+        /// sdxl, or owner/name[@revision].
+        name: String,
+        /// Fetch half-precision weights where there are any: half the download.
+        #[arg(long)]
+        fp16: bool,
+    },
+    /// Look at every weight of a model: names, shapes, numbers, and the hub's checksums.
+    Verify {
+        /// A folder, a file, owner/name[@revision], or a name.
+        name: String,
+        #[command(flatten)]
+        options: BaseOptions,
+    },
+    /// Parameters and multiply-adds of a model, part by part.
+    Show(show::Args),
+}
+
+/// Runs what was asked for.
+pub fn run(args: Args, common: &Common) -> Result<()> {
+    match args.command {
+        Command::List => list(common),
+        Command::Path { name } => {
+            println!("{}", on_the_hub(&name)?.cached()?.display());
+            Ok(())
+        }
+        Command::Pull { name, fp16 } => {
+            let repository = on_the_hub(&name)?;
+            if hub::offline() {
+                return Err(
+                    Failure::Usage("HF_HUB_OFFLINE forbids the network; unset it to fetch".into()).into()
+                );
+            }
+            let folder = repository.fetch(if fp16 { Weights::Half } else { Weights::Any })?;
+            println!("{}", folder.display());
+            Ok(())
+        }
+        Command::Verify { name, options } => verify(&name, &options, common),
+        Command::Show(args) => show::run(&args, common),
+    }
+}
+
+fn on_the_hub(name: &str) -> Result<Repository> {
+    if name == BUILT_IN {
+        return Err(
+            Failure::Usage(format!("`{BUILT_IN}` is inside the program and lies in no folder")).into()
+        );
+    }
+    repository(name, None).ok_or_else(|| {
+        Failure::Usage(format!("`{name}` is no model of the hub: write owner/name[@revision], or sdxl"))
+            .into()
+    })
+}
+
+fn list(common: &Common) -> Result<()> {
+    let state = |repository: &Repository| match (repository.cached(), repository.folder()) {
+        (Ok(folder), _) => ("whole", Some(folder)),
+        (Err(_), Some(folder)) => ("in part", Some(folder)),
+        (Err(_), None) => ("not fetched", None),
+    };
+    let named = NAMES.iter().filter_map(|(name, id)| Some((*name, Repository::parse(id)?)));
+    let cached = hub::repositories().into_iter().filter(|it| NAMES.iter().all(|(_, id)| *id != it.id));
+    // Models of other kinds share the cache; only those with an index of parts can be bases.
+    let cached =
+        cached.filter(|it| it.folder().is_some_and(|folder| folder.join("model_index.json").exists()));
+    let mut rows = vec![(BUILT_IN.to_string(), String::new(), "built in", None)];
+    for (name, repository) in named.chain(cached.map(|repository| ("", repository))) {
+        let (state, folder) = state(&repository);
+        rows.push((name.to_string(), repository.id, state, folder));
+    }
+    if common.json {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|(name, id, state, folder)| json!({ "name": name, "id": id, "state": state, "folder": folder }))
+            .collect();
+        println!("{:#}", json!(rows));
+        return Ok(());
+    }
+    for (name, id, state, folder) in rows {
+        let folder = folder.map(|folder| folder.display().to_string()).unwrap_or_default();
+        println!("{}", format!("{name:<6} {id:<42} {state:<12} {folder}").trim_end());
+    }
+    Ok(())
+}
+
+/// Checks every part of a model without keeping it.
+fn verify(name: &str, options: &BaseOptions, common: &Common) -> Result<()> {
+    let files = find_base(name, options)?;
+    architecture::require_sdxl(&files)?;
+    let unet: UNetConfig = files.config("unet/config.json")?;
+    files.check("unet", DIFFUSERS_WEIGHTS, |vb| UNet::new(&unet, vb))?;
+    let vae: VaeConfig = files.config("vae/config.json")?;
+    files.check("vae", DIFFUSERS_WEIGHTS, |vb| Vae::new(&vae, vb))?;
+    for folder in ["text_encoder", "text_encoder_2"] {
+        let config: ClipTextConfig = files.config(&format!("{folder}/config.json"))?;
+        files.check(folder, TRANSFORMERS_WEIGHTS, |vb| ClipTextModel::new(&config, vb))?;
+    }
+    let mut checksums = 0;
+    if let (ModelFiles::Folder(folder), false) = (&files, Path::new(name).exists()) {
+        checksums = hub::verify_checksums(folder)?;
+    }
+    if common.json {
+        println!("{:#}", json!({ "base": name, "whole": true, "checksums": checksums }));
+    } else {
+        println!("{name}: every weight is there, of the right shape and finite; {checksums} checksums agree");
+    }
+    Ok(())
+}
+
 /// How to find a base model.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct BaseOptions {
@@ -38,12 +176,19 @@ pub struct BaseOptions {
     /// `tokenizer`, `tokenizer_2`, `model_index`) or a diffusers folder with the settings that its tensors do not tell.
     #[arg(long, value_name = "FILE|DIR", env = "DIFFLORA_BASE_CONFIG")]
     pub base_config: Option<PathBuf>,
+    /// Branch, tag or commit of a base on the hub.
+    #[arg(long, value_name = "REVISION", env = "DIFFLORA_REVISION")]
+    pub revision: Option<String>,
+    /// Never use the network: a base on the hub must lie in the cache (HF_HUB_OFFLINE says the same).
+    #[arg(long, env = "DIFFLORA_OFFLINE")]
+    pub offline: bool,
 }
 
-/// The base model that `name` stands for: the built-in one, a folder in diffusers' layout, or one file in LDM layout.
+/// The base model that `name` stands for: a built-in one, a folder in diffusers' layout, one file in LDM layout, or a
+/// repository on the hub.
 ///
 /// # Errors
-/// [`Failure::Usage`] for a name that is none of them.
+/// [`Failure::Usage`] for a name that is none of them, [`Failure::Unusable`] for one that cannot be had.
 pub fn find_base(name: &str, options: &BaseOptions) -> Result<ModelFiles> {
     let path = Path::new(name);
     if path.is_file() {
@@ -52,7 +197,32 @@ pub fn find_base(name: &str, options: &BaseOptions) -> Result<ModelFiles> {
     if options.base_config.is_some() {
         return Err(Failure::Usage("--base-config is for a --base that is one file".into()).into());
     }
-    find(name, "base")
+    if name == BUILT_IN || path.is_dir() {
+        return find(name, "base");
+    }
+    match repository(name, options.revision.as_deref()) {
+        Some(repository) => ModelFiles::folder(repository.open(options.offline)?),
+        None => Err(Failure::Usage(format!(
+            "there is no base `{name}`: give a folder in diffusers' layout, a `.safetensors` with a whole model, a \
+             repository `owner/name` of the Hugging Face hub, or a name: {BUILT_IN}, sdxl"
+        ))
+        .into()),
+    }
+}
+
+/// The hub repository that `name` stands for.
+fn repository(name: &str, revision: Option<&str>) -> Option<Repository> {
+    let (short, of) = name.split_once('@').unwrap_or((name, ""));
+    let full = match NAMES.iter().find(|(known, _)| *known == short) {
+        Some((_, id)) if of.is_empty() => (*id).to_string(),
+        Some((_, id)) => format!("{id}@{of}"),
+        None => name.to_string(),
+    };
+    let mut repository = Repository::parse(&full)?;
+    if let Some(revision) = revision {
+        repository.revision = revision.to_string();
+    }
+    Some(repository)
 }
 
 /// The model `part` that `name` stands for: the built-in one, or a folder.

@@ -50,12 +50,13 @@ pub fn text_encoder(config: &ClipTextConfig, tokens: u64) -> Result<Cost> {
 /// The cost of one step for latents of `height` × `width` and a text of `tokens`; guidance takes two of them.
 pub fn unet(config: &UNetConfig, [height, width]: [u64; 2], tokens: u64) -> Result<Cost> {
     let weights = recorded(|vb| UNet::new(config, vb))?;
-    Ok(unet_sum(&weights, config.block_out_channels.len(), height * width, tokens))
+    Ok(unet_sum(&weights, config.block_out_channels.len(), [height, width], tokens))
 }
 
-fn unet_sum(weights: &[(String, Vec<u64>)], levels: usize, pixels: u64, tokens: u64) -> Cost {
+fn unet_sum(weights: &[(String, Vec<u64>)], levels: usize, size: [u64; 2], tokens: u64) -> Cost {
     sum(weights, |name| {
-        let pixels = pixels >> (2 * level(name, levels));
+        // An odd side is halved upwards.
+        let pixels: u64 = size.iter().map(|side| side.div_ceil(1 << level(name, levels))).product();
         match name {
             _ if name.contains("time_emb") || name.starts_with("add_embedding") => (1, 0),
             _ if name.ends_with("attn2.to_k.weight") || name.ends_with("attn2.to_v.weight") => (tokens, 0),
@@ -178,7 +179,7 @@ mod tests {
     fn without_added_conditioning(config: &UNetConfig, side: u64) -> Cost {
         let mut weights = recorded(|vb| UNet::new(config, vb)).unwrap();
         weights.retain(|(name, _)| !name.starts_with("add_embedding"));
-        unet_sum(&weights, config.block_out_channels.len(), side * side, 77)
+        unet_sum(&weights, config.block_out_channels.len(), [side, side], 77)
     }
 
     #[test]
@@ -227,6 +228,23 @@ mod tests {
         assert_eq!(saved(paper(&[0, 4, 4]).multiply_adds, paper(&[0, 2, 10]).multiply_adds), 28.0);
         assert_eq!(saved(shallow.multiply_adds, sdxl.multiply_adds), 27.0);
         assert_eq!(saved(shallow.with_attention(), sdxl.with_attention()), 20.0);
+    }
+
+    #[test]
+    fn a_shallow_variant_runs_and_holds_the_counted_parameters() {
+        let config = config(32, &[1, 2, 4], &[0, 4, 4], 16);
+        let trainable = crate::weights::Trainable::new(0);
+        let net = UNet::new(&config, trainable.builder(&Device::Cpu)).unwrap();
+        let held: usize = trainable.vars().values().map(|var| var.elem_count()).sum();
+        assert_eq!(unet(&config, [8, 8], 5).unwrap().parameters, held as u64);
+        let normal = |dims: &[usize]| {
+            crate::diffusion::noise::normal(1, 0, Shape::from_dims(dims), &Device::Cpu).unwrap()
+        };
+        let (timesteps, time_ids) = (normal(&[1]).abs().unwrap(), normal(&[1, 6]).abs().unwrap());
+        let context = normal(&[1, 5, 16]);
+        let out = net.forward(&normal(&[1, 4, 8, 8]), &timesteps, &context, &normal(&[1, 1280]), &time_ids);
+        let sum = out.unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(sum.is_finite() && sum > 0.0);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod drawing;
 mod face;
+mod models;
 
 /// What a run of the program left behind.
 pub struct Run {
@@ -15,7 +16,13 @@ pub struct Run {
 
 /// Runs the program in the repository's folder.
 pub fn difflora(arguments: &[&str]) -> Run {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_difflora")).args(arguments).output().unwrap();
+    difflora_with(&[], arguments)
+}
+
+/// Runs it with variables in the environment.
+pub fn difflora_with(environment: &[(&str, &str)], arguments: &[&str]) -> Run {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_difflora"));
+    let output = command.args(arguments).envs(environment.iter().copied()).output().unwrap();
     Run {
         code: output.status.code().unwrap_or(-1),
         stdout: String::from_utf8(output.stdout).unwrap(),

@@ -1,0 +1,109 @@
+//! `difflora models show`: what a base model costs.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{BaseOptions, find_base};
+use crate::cli::Common;
+use crate::failure::Failure;
+use crate::sdxl::architecture;
+use crate::sdxl::counts::{self, Cost};
+use crate::sdxl::text::ClipTextConfig;
+use crate::sdxl::unet::UNetConfig;
+use crate::sdxl::vae::VaeConfig;
+
+/// Arguments of `difflora models show`.
+///
+/// Only configs are read. Multiply-adds are those of convolutions and linear layers for one prompt, one step without
+/// guidance and one picture; the last column adds the products of attention.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A folder, a file, owner/name[@revision], or a name.
+    base: String,
+    /// Pixels across; the model's own size where it is not given.
+    #[arg(long, value_name = "PX")]
+    width: Option<usize>,
+    /// Pixels down; the model's own size where it is not given.
+    #[arg(long, value_name = "PX")]
+    height: Option<usize>,
+    #[command(flatten)]
+    options: BaseOptions,
+}
+
+/// Prints the table.
+pub fn run(args: &Args, common: &Common) -> Result<()> {
+    let files = find_base(&args.base, &args.options)?;
+    architecture::require_sdxl(&files)?;
+    let unet: UNetConfig = files.config("unet/config.json")?;
+    let vae: VaeConfig = files.config("vae/config.json")?;
+    let one: ClipTextConfig = files.config("text_encoder/config.json")?;
+    let two: ClipTextConfig = files.config("text_encoder_2/config.json")?;
+
+    let factor = vae.factor();
+    let own = unet.sample_size * factor;
+    let (width, height) = (args.width.unwrap_or(own), args.height.unwrap_or(own));
+    if width == 0 || height == 0 || !width.is_multiple_of(factor) || !height.is_multiple_of(factor) {
+        let why = format!("{width}×{height} pixels: this model needs multiples of {factor}");
+        return Err(Failure::Usage(why).into());
+    }
+    let tokens = one.max_position_embeddings as u64;
+    let latents = [(height / factor) as u64, (width / factor) as u64];
+    let unusable = |file: &str, error: anyhow::Error| files.unusable(file, format!("{error:#}"));
+    let text = |config: &ClipTextConfig, folder: &str| {
+        counts::text_encoder(config, tokens)
+            .map_err(|error| unusable(&format!("{folder}/config.json"), error))
+    };
+    let [encoder, decoder] = counts::vae(&vae, [height as u64, width as u64])
+        .map_err(|error| unusable("vae/config.json", error))?;
+    let parts = [
+        ("text_encoder", text(&one, "text_encoder")?),
+        ("text_encoder_2", text(&two, "text_encoder_2")?),
+        ("unet", counts::unet(&unet, latents, tokens).map_err(|error| unusable("unet/config.json", error))?),
+        ("vae decoder", decoder),
+        ("vae encoder", encoder),
+    ];
+    let parameters: u64 = parts.iter().map(|(_, cost)| cost.parameters).sum();
+
+    if common.json {
+        let part = |(name, cost): &(&str, Cost)| {
+            json!({
+                "part": name,
+                "parameters": cost.parameters,
+                "multiply_adds": cost.multiply_adds,
+                "multiply_adds_with_attention": cost.with_attention(),
+            })
+        };
+        let report = json!({
+            "base": args.base, "width": width, "height": height, "tokens": tokens, "parameters": parameters,
+            "parts": parts.iter().map(part).collect::<Vec<_>>(),
+        });
+        println!("{report:#}");
+        return Ok(());
+    }
+    println!("{} at {width}×{height} pixels, {tokens} tokens, one step without guidance", args.base);
+    println!("{:<15} {:>14} {:>16} {:>16}", "part", "parameters", "multiply-adds", "with attention");
+    for (name, cost) in &parts {
+        let giga = |count: u64| format!("{:.2} G", count as f64 / 1e9);
+        println!(
+            "{name:<15} {:>14} {:>16} {:>16}",
+            grouped(cost.parameters),
+            giga(cost.multiply_adds),
+            giga(cost.with_attention())
+        );
+    }
+    println!("{:<15} {:>14}", "all", grouped(parameters));
+    Ok(())
+}
+
+/// `2567463684` → `2,567,463,684`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
