@@ -151,10 +151,9 @@ impl Repository {
 fn refusal(id: &str, error: &ureq::Error) -> Option<String> {
     let ureq::Error::StatusCode(status) = error else { return None };
     Some(match status {
-        401 => format!(
-            "the hub wants a token (401): the repository is gated or private, or there is none of this name; make one \
-             at https://huggingface.co/settings/tokens and put it into HF_TOKEN"
-        ),
+        401 => "the hub wants a token (401): the repository is gated or private, or there is none of this name; make \
+                one at https://huggingface.co/settings/tokens and put it into HF_TOKEN"
+            .to_string(),
         403 => format!(
             "the hub refuses your token (403): ask for access at https://huggingface.co/{id} with the account of the \
              token in HF_TOKEN"

@@ -188,7 +188,8 @@ mod tests {
         // table 1 of the paper to its printed digits (32×32 latents, 77 tokens of width 1024), but for TD4, where
         // 1.235 billion are printed as 1.24. The second multiply-adds have the attention products.
         let (sdxl, sd2) = (&[1, 2, 4][..], &[1, 2, 4, 4][..]);
-        let table: [(usize, &[usize], &[usize], u64, f64, f64); 14] = [
+        type Row = (usize, &'static [usize], &'static [usize], u64, f64, f64);
+        let table: [Row; 14] = [
             (320, sdxl, &[0, 2, 10], 2_391_824_644, 198.29, 200.77),
             (128, sdxl, &[0, 2, 10], 423_971_332, 34.88, 35.87),
             (192, sdxl, &[0, 2, 10], 902_336_260, 74.54, 76.03),

@@ -435,7 +435,7 @@ fn places(shapes: &Shapes, levels: &[Level]) -> Result<BTreeMap<String, BTreeMap
     // The average of the weights in training, and the marks of velocity models.
     unused.retain(|name| !name.starts_with("model_ema.") && !["v_pred", "ztsnr"].contains(&name.as_str()));
     if let Some(first) = unused.first() {
-        progress::note(&format!(
+        progress::note(format_args!(
             "{} tensors are of no use and left out, the first is `{first}`",
             unused.len()
         ));
