@@ -45,6 +45,8 @@ pub enum Command {
     BuildDataset(commands::build_dataset::Args),
     /// Judge the pictures of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
     Eval(commands::eval::Args),
+    /// Look into LoRA files, convert, add, shorten, extract, compare and disturb them.
+    Lora(commands::lora::Args),
     /// Detect, embed and compare faces.
     Face(commands::face::Args),
     /// Paint people of the small world.
@@ -84,6 +86,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Gen(args) => commands::r#gen::run(*args, &cli.common),
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
         Command::Eval(args) => commands::eval::run(args, &cli.common),
+        Command::Lora(args) => commands::lora::run(args, &cli.common),
         Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.common),

@@ -265,10 +265,15 @@ impl Change {
         let axis = |on_input: bool| if on_input { input } else { out };
         let form = match &self.form {
             Form::BiasOnly => true,
+            Form::Scaled { on_input: true, .. } if weight.len() < 2 => false,
             Form::Scaled { factor, on_input } => factor.elem_count() == axis(*on_input),
             Form::Orthogonal { blocks, rescale, .. } => {
                 let [.., count, size, _] = *blocks.dims() else { return false };
-                count * size == out && rescale.as_ref().is_none_or(|r| r.elem_count() == out)
+                // Each stage of BOFT lets outputs meet that lie twice as far apart.
+                let stages = if blocks.rank() == 4 { blocks.dims()[0] } else { 0 };
+                let meet =
+                    (0..stages).all(|stage| stage < 32 && size % 2 == 0 && out % ((1 << stage) * size) == 0);
+                meet && count * size == out && rescale.as_ref().is_none_or(|r| r.elem_count() == out)
             }
             Form::Generalised { a, .. } => {
                 a[0].dims()[0] == input
@@ -279,7 +284,8 @@ impl Change {
         };
         let magnitude = self.magnitude.as_ref().is_none_or(|m| m.values.elem_count() == axis(m.on_input));
         let bias = self.bias.as_ref().is_none_or(|bias| bias.elem_count() == out);
-        form && magnitude && bias && rest > 0
+        let has_inputs = weight.len() > 1 || self.magnitude.is_none();
+        form && magnitude && bias && has_inputs && rest > 0
     }
 
     fn same_size(&self, weight: &[usize]) -> bool {

@@ -93,6 +93,10 @@ fn from_reader(file: &mut (impl Read + Seek), layout: &BlockLayout) -> Result<(C
     for (module, entries) in modules {
         let mut parts = BTreeMap::new();
         for (part, entry) in entries {
+            if entry.shape.contains(&0) {
+                let (part, shape) = (part.suffix().to_string(), entry.shape.clone());
+                return Err(LoraError::Part { module: entry.key.clone(), part, shape }.into());
+            }
             let tensor = header.load(file, entry)?;
             if !is_finite(&tensor)? {
                 return Err(LoraError::NotFinite { module: entry.key.clone() }.into());
@@ -168,6 +172,10 @@ impl Parts<'_> {
             for (pair, core) in [(&first, 0), (&second, 1)] {
                 self.check_product(&pair[0], &pair[1], cores.as_ref().map(|cores| &cores[core]))?;
             }
+            let alike = first.iter().zip(&second).all(|(a, b)| a.rank() == 2 && a.dims() == b.dims());
+            if !alike || cores.as_ref().is_some_and(|[a, b]| a.dims() != b.dims()) {
+                return Err(self.shape("hada_w2_a or hada_w2_b", &second[0]));
+            }
             Form::Hadamard { alpha: alpha(first[1].dims()[0]), first, second, cores }
         } else if self.has(&[Part::LokrW1, Part::LokrW1A, Part::LokrW2, Part::LokrW2A]) {
             let first = self.matrix([Part::LokrW1, Part::LokrW1A, Part::LokrW1B], "lokr_w1", false)?;
@@ -175,11 +183,15 @@ impl Parts<'_> {
             let second =
                 self.matrix([Part::LokrW2, Part::LokrW2A, Part::LokrW2B], "lokr_w2", core.is_some())?;
             let core = if matches!(second, Matrix::Whole(_)) { None } else { core };
-            if let Matrix::Product(a, b) = &first {
-                self.check_product(a, b, None)?;
+            match &first {
+                Matrix::Product(a, b) if b.rank() == 2 => self.check_product(a, b, None)?,
+                Matrix::Whole(matrix) if matrix.rank() == 2 => {}
+                Matrix::Product(_, odd) | Matrix::Whole(odd) => return Err(self.shape("lokr_w1", odd)),
             }
-            if let Matrix::Product(a, b) = &second {
-                self.check_product(a, b, core.as_ref())?;
+            match &second {
+                Matrix::Product(a, b) if b.rank() != 3 => self.check_product(a, b, core.as_ref())?,
+                Matrix::Whole(matrix) if matrix.rank() != 3 => {}
+                Matrix::Product(_, odd) | Matrix::Whole(odd) => return Err(self.shape("lokr_w2", odd)),
             }
             let rank = [&second, &first].into_iter().find_map(|matrix| match matrix {
                 Matrix::Product(_, b) => Some(b.dims()[0]),
@@ -188,7 +200,12 @@ impl Parts<'_> {
             // With both matrices whole, LyCORIS takes the scale 1 whatever alpha says.
             let alpha = rank.map_or(stored.unwrap_or(1.0), alpha);
             Form::Kronecker { first, second, core, alpha }
-        } else if let Some(diff) = self.take(Part::Diff).or_else(|| self.take(Part::WNorm)) {
+        } else if let Some(norm) = self.take(Part::WNorm) {
+            if norm.rank() != 1 {
+                return Err(self.shape("w_norm", &norm));
+            }
+            Form::Full(norm)
+        } else if let Some(diff) = self.take(Part::Diff) {
             if diff.rank() == 0 {
                 return Err(self.shape("diff", &diff));
             }

@@ -2,7 +2,7 @@
 //!
 //! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`change`]
 //! every kind of adapter that they hold, [`layout`] turns a LoRA into the flat vector that the hypernetwork learns
-//! and back, [`apply`] puts all of them into a model.
+//! and back, [`apply`] puts all of them into a model, [`edit`] adds, shortens and compares them.
 
 use std::collections::BTreeMap;
 
@@ -18,6 +18,10 @@ pub mod layout;
 
 pub mod apply;
 pub mod strength;
+
+pub mod edit;
+pub mod report;
+pub mod thin;
 
 /// A LoRA: changes to linear layers, and what is known about their origin.
 #[derive(Clone, Debug, Default)]

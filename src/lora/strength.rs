@@ -34,6 +34,12 @@ impl Strength {
         self.everywhere
     }
 
+    /// All weights times `factor`.
+    pub fn times(&self, factor: f64) -> Self {
+        let parts = self.parts.iter().map(|(prefix, weight)| (prefix.clone(), weight * factor)).collect();
+        Self { everywhere: self.everywhere * factor, parts }
+    }
+
     /// `FILE[:WEIGHT]` of the command line.
     ///
     /// # Errors

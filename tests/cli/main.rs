@@ -2,6 +2,7 @@
 
 mod drawing;
 mod face;
+mod lora;
 
 /// What a run of the program left behind.
 pub struct Run {
