@@ -672,4 +672,87 @@ mod tests {
         assert_eq!(to_ldm("down_blocks.2.attentions.0.proj_in", &layout), None);
         assert_eq!(to_ldm("down_blocks.1.attentions.1.proj_in", &layout), None);
     }
+
+    /// The layers of one attention of SDXL, `depth` transformer blocks deep: what sd-scripts trains.
+    fn attention(prefix: &str, depth: usize) -> Vec<String> {
+        let mut layers = vec![format!("{prefix}.proj_in"), format!("{prefix}.proj_out")];
+        for k in 0..depth {
+            for inner in ["ff.net.0.proj", "ff.net.2"] {
+                layers.push(format!("{prefix}.transformer_blocks.{k}.{inner}"));
+            }
+            for (attn, inner) in ["attn1", "attn2"]
+                .into_iter()
+                .flat_map(|a| ["to_q", "to_k", "to_v", "to_out.0"].map(|i| (a, i)))
+            {
+                layers.push(format!("{prefix}.transformer_blocks.{k}.{attn}.{inner}"));
+            }
+        }
+        layers
+    }
+
+    /// All 722 layers by their diffusers paths.
+    fn sdxl_layers() -> Vec<String> {
+        let places = [
+            ("down_blocks.1", 2, 2),
+            ("down_blocks.2", 2, 10),
+            ("up_blocks.0", 3, 10),
+            ("up_blocks.1", 3, 2),
+        ];
+        let mut layers = attention("mid_block.attentions.0", 10);
+        for (block, count, depth) in places {
+            layers.extend((0..count).flat_map(|i| attention(&format!("{block}.attentions.{i}"), depth)));
+        }
+        layers
+    }
+
+    #[test]
+    fn comfyui_finds_every_kohya_key_among_the_names_it_makes_of_the_checkpoint() {
+        // comfy/lora.py, `model_lora_keys_unet`: `lora_unet_` and the checkpoint's own name, dots as underscores.
+        // The transformers of the checkpoint, with their depths:
+        let mut checkpoint = attention("middle_block.1", 10);
+        for (side, blocks) in [
+            ("input_blocks", vec![(4, 2), (5, 2), (7, 10), (8, 10)]),
+            ("output_blocks", vec![(0, 10), (1, 10), (2, 10), (3, 2), (4, 2), (5, 2)]),
+        ] {
+            checkpoint
+                .extend(blocks.iter().flat_map(|(i, depth)| attention(&format!("{side}.{i}.1"), *depth)));
+        }
+        let theirs: std::collections::BTreeSet<String> =
+            checkpoint.iter().map(|path| format!("lora_unet_{}", path.replace('.', "_"))).collect();
+        let layout = BlockLayout::default();
+        let ours = sdxl_layers().iter().map(|module| kohya(module, &layout).unwrap()).collect();
+        assert_eq!(theirs.len(), 722);
+        assert_eq!(theirs, ours);
+        // Both encoders: `lora_te1_` and `lora_te2_` with the names of transformers.
+        let module = "text_encoder_2.text_model.encoder.layers.31.mlp.fc1";
+        assert_eq!(kohya(module, &layout).unwrap(), "lora_te2_text_model_encoder_layers_31_mlp_fc1");
+    }
+
+    #[test]
+    fn a1111_turns_diffusers_names_into_the_same_layers() {
+        // extensions-builtin/Lora/networks.py, `convert_diffusers_name_to_compvis`, for attentions.
+        let convert = |stem: &str| -> String {
+            let rest = stem.strip_prefix("lora_unet_").unwrap();
+            if let Some(suffix) = rest.strip_prefix("mid_block_attentions_0_") {
+                return format!("diffusion_model_middle_block_1_{suffix}");
+            }
+            let (side, rest) = rest.split_once("_blocks_").unwrap();
+            let (level, rest) = rest.split_once("_attentions_").unwrap();
+            let (index, suffix) = rest.split_once('_').unwrap();
+            let block = 3 * level.parse::<usize>().unwrap() + index.parse::<usize>().unwrap();
+            match side {
+                "down" => format!("diffusion_model_input_blocks_{}_1_{suffix}", block + 1),
+                _ => format!("diffusion_model_output_blocks_{block}_1_{suffix}"),
+            }
+        };
+        let layout = BlockLayout::default();
+        for module in sdxl_layers() {
+            let ldm = kohya(&module, &layout).unwrap().replace("lora_unet_", "diffusion_model_");
+            assert_eq!(convert(&kohya_diffusers(&module)), ldm);
+            for stem in [kohya(&module, &layout).unwrap(), kohya_diffusers(&module), peft(&module)] {
+                let key = format!("{stem}.alpha");
+                assert_eq!(parse(&key, &layout), Key::Layer(module.clone(), Part::Alpha), "{key}");
+            }
+        }
+    }
 }
