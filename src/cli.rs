@@ -45,6 +45,8 @@ pub enum Command {
     BuildDataset(commands::build_dataset::Args),
     /// Judge the pictures of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
     Eval(commands::eval::Args),
+    /// Look into LoRA files, convert, add, shorten, extract, compare and disturb them.
+    Lora(commands::lora::Args),
     /// Detect, embed and compare faces.
     Face(commands::face::Args),
     /// Find, fetch, check and measure base models.
@@ -86,6 +88,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Gen(args) => commands::r#gen::run(*args, &cli.common),
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
         Command::Eval(args) => commands::eval::run(args, &cli.common),
+        Command::Lora(args) => commands::lora::run(args, &cli.common),
         Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Models(args) => commands::models::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),

@@ -25,9 +25,11 @@ use crate::hypernet::{Hypernet, ModelId, SampleOptions};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder, Identity, cosine};
 use crate::lora::Lora;
-use crate::lora::apply::{Unmatched, merge};
+use crate::lora::apply::{Originals, Unmatched, merge};
+use crate::lora::change::Changes;
 use crate::lora::file;
 use crate::lora::keys::BlockLayout;
+use crate::lora::strength::Strength;
 use crate::metrics::Mean;
 use crate::picture::{Picture, contact_sheet};
 use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
@@ -442,7 +444,8 @@ impl Bench {
     fn draw(&self, stage: &Stage, lora: Option<&Lora>) -> Result<Drawn> {
         let mut model = self.model.clone();
         if let Some(lora) = lora {
-            merge(|visit| model.unet.visit_linears(visit), &[(lora, 1.0)], Unmatched::Refuse)?;
+            let loras = [(&Changes::from(lora), Strength::all(1.0))];
+            merge(|visit| model.unet.visit_layers(visit), &loras, Unmatched::Refuse, Originals::Drop)?;
         }
         let Stage { seed, grains, noise, prompts, negative, drawing } = stage;
         let fresh = |step: usize| grain_noise(*seed, grains, 1 + step as u64, &noise.dims()[1..]);

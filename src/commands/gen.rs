@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -16,9 +16,12 @@ use crate::failure::Failure;
 use crate::hypernet::{Hypernet, ModelId};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::{FaceEncoder, Identity};
-use crate::lora::apply::{self, Unmatched};
+use crate::layers::Visit;
+use crate::lora::apply::{self, Branch, Originals, Unmatched};
+use crate::lora::change::Changes;
 use crate::lora::file::{self, Format};
-use crate::lora::{Lora, TRIGGER_PHRASE};
+use crate::lora::strength::Strength;
+use crate::lora::{Lora, LoraError, TRIGGER_PHRASE};
 use crate::picture::{Picture, PictureFormat};
 use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Sdxl, Sizes, Step, Tiling};
 use crate::sdxl::preview::LatentColours;
@@ -51,7 +54,8 @@ pub struct Args {
     /// The encoder of whole pictures that the hypernetwork was trained with.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
-    /// Further LoRA files, each with an optional weight.
+    /// Further LoRA files, each with an optional weight: 0.8, or by part, unet=0.8,te=0.4,down.1=0.5. Parts are
+    /// unet, te, te1, te2, down, down.N, mid, up, up.N.
     #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
     lora: Vec<String>,
     /// Weight of the person's LoRA.
@@ -66,6 +70,9 @@ pub struct Args {
     /// Merge LoRAs into the weights, or apply them beside the weights.
     #[arg(long, value_enum, default_value = "merge", env = "DIFFLORA_LORA_MODE")]
     lora_mode: LoraMode,
+    /// Let LoRAs change only what follows the prompt, not the negative prompt; needs --lora-mode runtime.
+    #[arg(long, env = "DIFFLORA_LORA_POSITIVE_ONLY")]
+    lora_positive_only: bool,
     /// Sampling steps of a picture.
     #[arg(long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_STEPS")]
     steps: u32,
@@ -211,7 +218,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         }
         let loras = chosen_loras(&args, person.as_ref().map(|(lora, _)| lora), &base_files)?;
         let mut model = Sdxl::open(&base_files, args.dtype.into(), &device)?;
-        apply_loras(&mut model, &loras, args.lora_mode)?;
+        apply_loras(&mut model, &loras, &args)?;
         report["pictures"] = draw(&args, model, &base, &loras, &outputs.pictures, common)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
@@ -243,6 +250,11 @@ impl Outputs {
         }
         if args.reference.is_empty() && args.lora_out.is_some() {
             return Err(Failure::Usage("--lora-out needs --ref: the LoRA is made from a photo".into()).into());
+        }
+        if args.lora_positive_only && args.lora_mode == LoraMode::Merge {
+            let why =
+                "--lora-positive-only needs --lora-mode runtime: what is merged changes both predictions";
+            return Err(Failure::Usage(why.into()).into());
         }
         if args.prompt.is_empty() && args.out.is_some() {
             return Err(Failure::Usage("--out needs --prompt, which says what to draw".into()).into());
@@ -383,12 +395,12 @@ fn sha256_of(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A LoRA with its name, weight and short hash, for the picture's text.
+/// A LoRA with its name, strength and short hash, for the picture's text.
 struct Chosen {
     name: String,
-    weight: f64,
+    strength: Strength,
     hash: String,
-    lora: Lora,
+    changes: Changes,
 }
 
 /// The person's LoRA and those of `--lora`.
@@ -406,38 +418,69 @@ fn chosen_loras(
             .and_then(Path::file_stem)
             .map_or("person".into(), |stem| stem.to_string_lossy());
         let hash = lora_hash(&file::to_bytes(lora, args.lora_format, &layout)?);
-        chosen.push(Chosen { name: name.into(), weight: args.lora_scale, hash, lora: lora.clone() });
+        let strength = Strength::all(args.lora_scale);
+        chosen.push(Chosen { name: name.into(), strength, hash, changes: lora.into() });
     }
     for text in &args.lora {
-        let (path, weight) = match text.rsplit_once(':') {
-            Some((path, weight)) if weight.parse::<f64>().is_ok() => {
-                (PathBuf::from(path), weight.parse().context("weight of a LoRA")?)
-            }
-            _ => (PathBuf::from(text), 1.0),
-        };
-        let lora = file::read(&path, &layout)?;
+        let (path, strength) = Strength::split(text)?;
+        let changes = file::read_changes(&path, &layout)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        chosen.push(Chosen { name, weight, hash: lora_hash(&std::fs::read(&path)?), lora });
+        chosen.push(Chosen { name, strength, hash: lora_hash(&std::fs::read(&path)?), changes });
     }
     Ok(chosen)
 }
 
-fn apply_loras(model: &mut Sdxl, chosen: &[Chosen], mode: LoraMode) -> Result<()> {
-    let loras: Vec<(&Lora, f64)> = chosen.iter().map(|chosen| (&chosen.lora, chosen.weight)).collect();
+/// Puts the LoRAs into UNet and text encoders.
+///
+/// # Errors
+/// [`Failure::Unusable`] for a LoRA that is not made for this base.
+fn apply_loras(model: &mut Sdxl, chosen: &[Chosen], args: &Args) -> Result<()> {
+    let mut order: Vec<&Chosen> = chosen.iter().collect();
+    // f32 sums depend on their order; the order on the command line must not count.
+    let weight = |chosen: &Chosen| chosen.strength.everywhere();
+    order.sort_by(|a, b| a.hash.cmp(&b.hash).then(weight(a).total_cmp(&weight(b))));
+    let loras: Vec<(&Changes, Strength)> =
+        order.iter().map(|chosen| (&chosen.changes, chosen.strength.clone())).collect();
     if loras.is_empty() {
         return Ok(());
     }
-    let unet = &mut model.unet;
-    let fit = "the LoRA does not fit this base model";
-    match mode {
+    for chosen in chosen {
+        let alone = [(&chosen.changes, chosen.strength.clone())];
+        let missing = apply::check(|visit| layers(model, visit), &alone, Unmatched::Allow)
+            .map_err(|error| Failure::Unusable(format!("cannot use the LoRA `{}`: {error}", chosen.name)))?;
+        if !missing.is_empty() {
+            progress::warn(format_args!(
+                "{} of {} layers of the LoRA `{}` have no place in this base and are left out: {}",
+                missing.len(),
+                chosen.changes.modules.len(),
+                chosen.name,
+                crate::lora::listed(&missing)
+            ));
+        }
+    }
+    match args.lora_mode {
         LoraMode::Merge => {
-            apply::merge(|visit| unet.visit_linears(visit), &loras, Unmatched::Refuse).context(fit)?;
+            apply::merge(|visit| layers(model, visit), &loras, Unmatched::Allow, Originals::Drop)?;
         }
         LoraMode::Runtime => {
-            apply::attach(|visit| unet.visit_linears(visit), &loras, Unmatched::Refuse).context(fit)?;
+            let guided = args.lora_positive_only && args.guidance > 1.0;
+            let branch = if guided { Branch::Positive } else { Branch::Both };
+            // A prompt's batch is one, so text encoders have no halves.
+            apply::attach(|visit| model.text.visit_layers(visit), &loras, Unmatched::Ignore, Branch::Both)?;
+            apply::attach(|visit| model.unet.visit_layers(visit), &loras, Unmatched::Ignore, branch)
+                .map_err(|error| match error {
+                    LoraError::Kind { .. } => Failure::Usage(format!("--lora-positive-only: {error}")).into(),
+                    other => anyhow::Error::from(other),
+                })?;
         }
     }
     Ok(())
+}
+
+/// All layers of a model that a LoRA may change.
+fn layers(model: &mut Sdxl, visit: &mut Visit) {
+    model.unet.visit_layers(visit);
+    model.text.visit_layers(visit);
 }
 
 /// Draws every picture that was asked for and writes it; gives what was written.
@@ -577,7 +620,7 @@ impl Settings<'_> {
     fn parameters(&self) -> String {
         let mut text = self.prompt.to_string();
         for lora in self.loras {
-            text.push_str(&format!(" <lora:{}:{}>", lora.name, lora.weight));
+            text.push_str(&format!(" <lora:{}:{}>", lora.name, lora.strength.everywhere()));
         }
         if let Some(negative) = self.negative_prompt {
             text.push_str(&format!("\nNegative prompt: {negative}"));
@@ -606,7 +649,7 @@ impl Settings<'_> {
         let loras: Vec<Value> = self
             .loras
             .iter()
-            .map(|lora| json!({ "name": lora.name, "weight": lora.weight, "hash": lora.hash }))
+            .map(|lora| json!({ "name": lora.name, "weight": lora.strength.everywhere(), "hash": lora.hash }))
             .collect();
         json!({
             "prompt": self.prompt,
@@ -643,8 +686,8 @@ mod tests {
     #[test]
     fn settings_are_spelt_as_a1111_spells_them() {
         let base = ModelId { name: "my: model".into(), sha256: "0123456789abcdef".into() };
-        let lora = Lora { layers: Default::default(), metadata: Default::default() };
-        let loras = [Chosen { name: "anna".into(), weight: 0.8, hash: "fedcba9876543210".into(), lora }];
+        let (strength, changes) = (Strength::all(0.8), Changes::default());
+        let loras = [Chosen { name: "anna".into(), strength, hash: "fedcba9876543210".into(), changes }];
         let settings = Settings {
             prompt: "a cat",
             negative_prompt: Some("blurry"),

@@ -5,6 +5,7 @@ pub mod dreambooth;
 pub mod eval;
 pub mod face;
 pub mod r#gen;
+pub mod lora;
 mod lora_set;
 pub mod models;
 pub mod portraits;

@@ -6,12 +6,12 @@
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::{Activation, LayerNorm, Linear, attention};
+use super::{Activation, Layer, LayerNorm, Linear, Visit, attention};
 
 /// Layers one after another.
 #[derive(Clone, Debug)]
 pub struct ClipTransformer {
-    layers: Vec<Layer>,
+    layers: Vec<ClipLayer>,
 }
 
 /// What fixes the shape of a [`ClipTransformer`]; the names are those of a CLIP `config.json`.
@@ -35,7 +35,7 @@ impl ClipTransformer {
     /// `vb` stands at `…encoder.layers`.
     pub fn new(sizes: &ClipTransformerSizes, vb: VarBuilder) -> Result<Self> {
         let layers =
-            (0..sizes.num_hidden_layers).map(|i| Layer::new(sizes, vb.pp(i))).collect::<Result<_>>()?;
+            (0..sizes.num_hidden_layers).map(|i| ClipLayer::new(sizes, vb.pp(i))).collect::<Result<_>>()?;
         Ok(Self { layers })
     }
 
@@ -50,25 +50,27 @@ impl ClipTransformer {
         Ok((before, x))
     }
 
-    /// Calls `visit` with `{layer}.self_attn.q_proj` and so on, for every linear layer in order.
-    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear)) {
+    /// Calls `visit` with `{layer}.self_attn.q_proj` and so on, for every linear layer and norm in order.
+    pub fn visit_layers(&mut self, visit: &mut Visit) {
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            for (name, linear) in [
-                ("self_attn.q_proj", &mut layer.q_proj),
-                ("self_attn.k_proj", &mut layer.k_proj),
-                ("self_attn.v_proj", &mut layer.v_proj),
-                ("self_attn.out_proj", &mut layer.out_proj),
-                ("mlp.fc1", &mut layer.fc1),
-                ("mlp.fc2", &mut layer.fc2),
+            for (name, layer) in [
+                ("layer_norm1", layer.layer_norm1.layer()),
+                ("self_attn.q_proj", Layer::Linear(&mut layer.q_proj)),
+                ("self_attn.k_proj", Layer::Linear(&mut layer.k_proj)),
+                ("self_attn.v_proj", Layer::Linear(&mut layer.v_proj)),
+                ("self_attn.out_proj", Layer::Linear(&mut layer.out_proj)),
+                ("layer_norm2", layer.layer_norm2.layer()),
+                ("mlp.fc1", Layer::Linear(&mut layer.fc1)),
+                ("mlp.fc2", Layer::Linear(&mut layer.fc2)),
             ] {
-                visit(&format!("{i}.{name}"), linear);
+                visit(&format!("{i}.{name}"), layer);
             }
         }
     }
 }
 
 #[derive(Clone, Debug)]
-struct Layer {
+struct ClipLayer {
     layer_norm1: LayerNorm,
     q_proj: Linear,
     k_proj: Linear,
@@ -81,7 +83,7 @@ struct Layer {
     fc2: Linear,
 }
 
-impl Layer {
+impl ClipLayer {
     fn new(sizes: &ClipTransformerSizes, vb: VarBuilder) -> Result<Self> {
         let (width, inner, eps) = (sizes.hidden_size, sizes.intermediate_size, sizes.layer_norm_eps);
         let projection = |name: &str| Linear::new(width, width, vb.pp("self_attn").pp(name));

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use gemm::Parallelism;
 
-use super::linear::uniform;
+use super::linear::{Adapter, uniform};
 use super::slices::{self, Matrix, Product};
 
 /// A convolution; `weight` (out, in, k, k), `bias` (out).
@@ -17,6 +17,9 @@ pub struct Conv2d {
     pub weight: Tensor,
     /// (out)
     pub bias: Option<Tensor>,
+    /// A LoRA applied at run time: y + scale · up(down(x)); `down` (R, in, k, k) looks where the weight looks, `up`
+    /// is a matrix (out, R), or (K, out, R) for K people.
+    pub adapter: Option<Adapter>,
     geometry: ConvGeometry,
 }
 
@@ -55,32 +58,54 @@ impl Conv2d {
     pub fn without_bias(input: usize, output: usize, geometry: ConvGeometry, vb: VarBuilder) -> Result<Self> {
         let k = geometry.kernel;
         let weight = vb.get_with_hints((output, input, k, k), "weight", uniform(input * k * k))?;
-        Ok(Self { weight, bias: None, geometry })
+        Ok(Self { weight, bias: None, adapter: None, geometry })
     }
 }
 
 impl Module for Conv2d {
-    /// `x` (B, in, H, W) → (B, out, H', W').
+    /// `x` (B, in, H, W) → (B, out, H', W'); with an adapter of K people B is K · samples.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let g = self.geometry;
-        let weight = super::like(&self.weight, x)?;
-        let bias = self.bias.as_ref().map(|bias| super::like(bias, x)).transpose()?;
-        if slices::is_cpu_f32(x) && slices::is_cpu_f32(&weight) {
-            let none = Tensor::zeros(0, x.dtype(), x.device())?;
-            let bias = bias.as_ref().unwrap_or(&none);
-            return x.contiguous()?.apply_op3(&weight.contiguous()?, bias, ConvOp(g));
-        }
-        let (x, padding) = if g.pad_before == g.pad_after {
-            (x.clone(), g.pad_before)
-        } else {
-            let x = x.pad_with_zeros(2, g.pad_before, g.pad_after)?;
-            (x.pad_with_zeros(3, g.pad_before, g.pad_after)?, 0)
-        };
-        let y = x.conv2d(&weight, padding, g.stride, 1, 1)?;
-        match bias {
-            Some(bias) => y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?),
+        let y = conv2d(x, &self.weight, self.bias.as_ref(), self.geometry)?;
+        match &self.adapter {
+            Some(adapter) => y + adapter.forward_conv(x, self.geometry)?,
             None => Ok(y),
         }
+    }
+}
+
+impl Adapter {
+    fn forward_conv(&self, x: &Tensor, geometry: ConvGeometry) -> Result<Tensor> {
+        let h = conv2d(x, &self.down, None, geometry)?;
+        let (b, rank, height, width) = h.dims4()?;
+        if let Ok((out, _)) = self.up.dims2() {
+            let up = self.up.reshape((out, rank, 1, 1))?;
+            return conv2d(&h, &up, None, ConvGeometry::same(1))? * self.scale;
+        }
+        let (people, out, _) = self.up.dims3()?;
+        let h = h.reshape((people, b / people, rank, height * width))?;
+        let up = super::like(&self.up, x)?.unsqueeze(1)?;
+        (up.broadcast_matmul(&h)?.reshape((b, out, height, width))?) * self.scale
+    }
+}
+
+/// `x` (B, in, H, W), `weight` (out, in, k, k), `bias` (out) → (B, out, H', W').
+fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: ConvGeometry) -> Result<Tensor> {
+    let weight = super::like(weight, x)?;
+    let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
+    if slices::is_cpu_f32(x) && slices::is_cpu_f32(&weight) {
+        let none = Tensor::zeros(0, x.dtype(), x.device())?;
+        return x.contiguous()?.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), ConvOp(g));
+    }
+    let (x, padding) = if g.pad_before == g.pad_after {
+        (x.clone(), g.pad_before)
+    } else {
+        let x = x.pad_with_zeros(2, g.pad_before, g.pad_after)?;
+        (x.pad_with_zeros(3, g.pad_before, g.pad_after)?, 0)
+    };
+    let y = x.conv2d(&weight, padding, g.stride, 1, 1)?;
+    match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?),
+        None => Ok(y),
     }
 }
 

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
+use super::Layer;
 use super::slices::{self, lanes_dot, lanes_sum};
 
 /// Normalises each of `groups` groups of channels of a picture (B, C, H, W).
@@ -23,6 +24,11 @@ impl GroupNorm {
         let weight = vb.get_with_hints(channels, "weight", candle_nn::Init::Const(1.0))?;
         let bias = vb.get_with_hints(channels, "bias", candle_nn::Init::Const(0.0))?;
         Ok(Self { weight, bias, groups, eps })
+    }
+
+    /// Itself as a layer that an adapter may change.
+    pub fn layer(&mut self) -> Layer<'_> {
+        Layer::Norm { weight: &mut self.weight, bias: &mut self.bias }
     }
 
     /// SiLU(norm(x)) in one pass. (B, C, …) → same.
@@ -120,6 +126,11 @@ impl LayerNorm {
         let weight = vb.get_with_hints(width, "weight", candle_nn::Init::Const(1.0))?;
         let bias = vb.get_with_hints(width, "bias", candle_nn::Init::Const(0.0))?;
         Ok(Self { weight, bias, eps })
+    }
+
+    /// Itself as a layer that an adapter may change.
+    pub fn layer(&mut self) -> Layer<'_> {
+        Layer::Norm { weight: &mut self.weight, bias: &mut self.bias }
     }
 }
 

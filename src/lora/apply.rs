@@ -1,179 +1,266 @@
-//! LoRAs into a model: merged into its weights once, or attached beside them.
+//! LoRA files into a model: merged into its weights once, or attached beside them.
 //!
-//! Merged: W' = W + Σ weight · (alpha / R) · up · down, in f32 from the original weights; drawing then costs
-//! nothing extra. Attached: y + weight · (alpha / R) · up(down(x)), changed at any time.
+//! Merged: W' = W + Σ ΔW, in f32 from the original weights; drawing then costs nothing extra. Attached:
+//! y + weight · (alpha / R) · up(down(x)), changed at any time; what is no product of two thin factors (LoHa, DoRA,
+//! norms, …) is merged in both cases.
 //!
-//! A model is given by how its linear layers are visited, so that this module knows no network:
-//! `merge(|visit| unet.visit_linears(visit), …)`. Layers of the text encoders are visited under
+//! A model is given by how its layers are visited, so that this module knows no network:
+//! `merge(|visit| unet.visit_layers(visit), …)`. Layers of the text encoders are visited under
 //! `text_encoder.` and `text_encoder_2.`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Tensor};
 
-use super::{Lora, LoraError, LoraLayer};
-use crate::layers::{Adapter, Linear};
-
-/// What [`merge`] calls with each linear layer and its path.
-pub type Visit<'a> = dyn FnMut(&str, &mut Linear) + 'a;
+use super::LoraError;
+use super::change::{Change, Changes};
+use super::strength::Strength;
+use crate::layers::{Adapter, Layer, Visit, compute_dtype};
 
 /// What to do with layers for which the model has no place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unmatched {
     /// Fail and name them; nothing is changed.
     Refuse,
-    /// Leave them out.
+    /// Leave them out; fail only if nothing else is left.
     Allow,
+    /// Leave them out, and be content with nothing.
+    Ignore,
 }
 
-/// What was merged, and the way back.
+/// Whether a merge can be undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Originals {
+    /// The original weights of what is changed are kept in memory.
+    Keep,
+    /// They are let go one by one, so that memory holds each weight once.
+    Drop,
+}
+
+/// Which predictions an attached LoRA changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Branch {
+    /// All.
+    Both,
+    /// Of a batch, the second half alone: where guidance is used, what follows the prompt.
+    Positive,
+}
+
+/// What was changed, and the way back.
 #[derive(Debug, Default)]
-pub struct Merged {
+pub struct Applied {
     /// Paths of the layers that were changed.
     pub matched: Vec<String>,
     /// Paths of the layers for which the model has no place.
     pub unmatched: Vec<String>,
-    originals: BTreeMap<String, Tensor>,
+    originals: BTreeMap<String, (Tensor, Option<Tensor>)>,
 }
 
-impl Merged {
-    /// Puts the original weights back, bit for bit.
+impl Applied {
+    /// Puts the original weights back, bit for bit, and takes adapters off.
     pub fn undo(self, visit: impl FnOnce(&mut Visit)) {
-        visit(&mut |path, linear| {
-            if let Some(weight) = self.originals.get(path) {
-                linear.weight = weight.clone();
+        visit(&mut |path, mut layer| {
+            if let Some((weight, bias)) = self.originals.get(path) {
+                layer.set(weight.clone(), bias.clone());
             }
+            layer.set_adapter(None);
         });
     }
 }
 
-/// Adds all `loras`, each times its weight, to the model's weights.
+/// Adds all `loras`, each as strong as is said, to the model's weights.
 ///
 /// # Errors
 /// [`LoraError::NoPlace`] and [`LoraError::Size`]; the model is then unchanged.
 pub fn merge(
     mut visit: impl FnMut(&mut Visit),
-    loras: &[(&Lora, f64)],
+    loras: &[(&Changes, Strength)],
     unmatched: Unmatched,
-) -> Result<Merged, LoraError> {
-    let mut merged = Merged::default();
-    let mut changed = BTreeMap::new();
-    let unmatched_modules = each_layer(&mut visit, loras, unmatched, |path, linear, layers| {
-        let weight = &linear.weight;
-        let mut sum = weight.to_dtype(DType::F32)?;
-        for (layer, factor) in layers {
-            let delta = (layer.delta()?.to_device(weight.device())? * *factor)?;
-            sum = (sum + delta)?;
+    originals: Originals,
+) -> Result<Applied, LoraError> {
+    let mut applied = Applied { unmatched: check(&mut visit, loras, unmatched)?, ..Applied::default() };
+    each_layer(&mut visit, loras, |path, mut layer, changes| {
+        let before = add(&mut layer, changes)?;
+        if originals == Originals::Keep {
+            applied.originals.insert(path.to_string(), before);
         }
-        changed.insert(path.to_string(), sum.to_dtype(weight.dtype())?);
-        merged.originals.insert(path.to_string(), weight.clone());
-        merged.matched.push(path.to_string());
+        applied.matched.push(path.to_string());
         Ok(())
     })?;
-    visit(&mut |path, linear| {
-        if let Some(weight) = changed.remove(path) {
-            linear.weight = weight;
-        }
-    });
-    merged.unmatched = unmatched_modules;
-    Ok(merged)
+    Ok(applied)
 }
 
-/// What was attached.
-#[derive(Debug, Default)]
-pub struct Attached {
-    /// Paths of the layers that have an adapter now.
-    pub matched: Vec<String>,
-    /// Paths of the layers for which the model has no place.
-    pub unmatched: Vec<String>,
-}
-
-/// Attaches all `loras`, each times its weight, beside the model's weights, in the place of what was attached
-/// before. An empty list takes everything off.
+/// Attaches all `loras`, each as strong as is said, beside the model's weights, in the place of what was attached
+/// before. An empty list takes everything off. Kinds that cannot stand beside a weight are merged.
 ///
 /// # Errors
-/// [`LoraError::NoPlace`] and [`LoraError::Size`]; the model is then unchanged.
+/// [`LoraError::NoPlace`] and [`LoraError::Size`], and with [`Branch::Positive`] [`LoraError::Kind`] for a kind
+/// that cannot stand beside a weight; the model is then unchanged.
 pub fn attach(
     mut visit: impl FnMut(&mut Visit),
-    loras: &[(&Lora, f64)],
+    loras: &[(&Changes, Strength)],
     unmatched: Unmatched,
-) -> Result<Attached, LoraError> {
-    let mut adapters = BTreeMap::new();
-    let unmatched = each_layer(&mut visit, loras, unmatched, |path, linear, layers| {
-        adapters.insert(path.to_string(), adapter(linear, layers)?);
+    branch: Branch,
+) -> Result<Applied, LoraError> {
+    if branch == Branch::Positive {
+        let modules = loras.iter().flat_map(|(changes, _)| &changes.modules);
+        for (module, change) in modules {
+            if !stands_beside(change) {
+                return Err(LoraError::Kind { key: module.clone(), kind: change.kind() });
+            }
+        }
+    }
+    let mut applied = Applied::default();
+    if !loras.is_empty() {
+        applied.unmatched = check(&mut visit, loras, unmatched)?;
+    }
+    visit(&mut |_, mut layer| layer.set_adapter(None));
+    each_layer(&mut visit, loras, |path, mut layer, changes| {
+        let (beside, inside): (Vec<_>, Vec<_>) =
+            changes.iter().partition(|(change, _)| stands_beside(change));
+        if !inside.is_empty() {
+            applied.originals.insert(path.to_string(), add(&mut layer, &inside)?);
+        }
+        if !beside.is_empty() {
+            let adapter = adapter(layer.weight(), &beside, branch)?;
+            layer.set_adapter(Some(adapter));
+        }
+        applied.matched.push(path.to_string());
         Ok(())
     })?;
-    let matched = adapters.keys().cloned().collect();
-    visit(&mut |path, linear| linear.adapter = adapters.remove(path));
-    Ok(Attached { matched, unmatched })
+    Ok(applied)
 }
 
-/// One adapter for all layers: their downs above each other, their scaled ups beside each other.
-fn adapter(linear: &Linear, layers: &[(&LoraLayer, f64)]) -> Result<Adapter, LoraError> {
-    let place = |tensor: &Tensor| tensor.to_device(linear.weight.device())?.to_dtype(linear.weight.dtype());
-    if let [(layer, factor)] = layers {
-        return Ok(Adapter {
-            down: place(&layer.down)?,
-            up: place(&layer.up)?,
-            scale: layer.scale() * factor,
-        });
+/// Adds ΔW and the change of the bias; gives back what was there.
+fn add(layer: &mut Layer, changes: &[(&Change, f64)]) -> Result<(Tensor, Option<Tensor>), LoraError> {
+    let (weight, bias) = (layer.weight().clone(), layer.bias().cloned());
+    let original = weight.to_dtype(DType::F32)?;
+    let mut sum = original.clone();
+    let mut bias_sum = bias.clone();
+    for (change, times) in changes {
+        sum = (sum + change.delta(&original, *times)?)?;
+        if let Some(delta) = &change.bias {
+            let delta = (delta.to_device(weight.device())?.to_dtype(DType::F32)?.flatten_all()? * *times)?;
+            let before = match &bias_sum {
+                Some(bias) => bias.to_dtype(DType::F32)?,
+                None => delta.zeros_like()?,
+            };
+            bias_sum = Some((before + delta)?);
+        }
     }
+    let bias_sum = bias_sum.map(|bias| bias.to_dtype(weight.dtype())).transpose()?;
+    layer.set(sum.to_dtype(weight.dtype())?, bias_sum);
+    Ok((weight, bias))
+}
+
+/// Whether it is a product of two thin factors and nothing else.
+fn stands_beside(change: &Change) -> bool {
+    matches!(change.kind(), "LoRA" | "LoCon" | "LoCon (Tucker)") && change.bias.is_none()
+}
+
+/// One adapter for all changes: their downs above each other, their scaled ups beside each other.
+fn adapter(weight: &Tensor, changes: &[(&Change, f64)], branch: Branch) -> Result<Adapter, LoraError> {
+    let dtype = compute_dtype(weight.dtype(), weight.device());
+    let place = |tensor: &Tensor| tensor.to_device(weight.device())?.to_dtype(dtype);
     let mut downs = Vec::new();
     let mut ups = Vec::new();
-    for (layer, factor) in layers {
-        downs.push(place(&layer.down)?);
-        ups.push(place(&(layer.up.to_dtype(DType::F32)? * (layer.scale() * factor))?)?);
+    for (change, times) in changes {
+        let (Some(kernel), Some((_, up))) = (change.kernel()?, change.factors()?) else { continue };
+        let kernel = match *weight.dims() {
+            [_, input, k, _] => kernel.reshape((kernel.dim(0)?, input, k, k))?,
+            _ => kernel.reshape((kernel.dim(0)?, ()))?,
+        };
+        downs.push(place(&kernel)?);
+        ups.push(place(&(up * *times)?)?);
     }
-    Ok(Adapter { down: Tensor::cat(&downs, 0)?, up: Tensor::cat(&ups, 1)?, scale: 1.0 })
+    let (down, up) = (Tensor::cat(&downs, 0)?, Tensor::cat(&ups, 1)?);
+    let up = match branch {
+        Branch::Both => up,
+        // Two people in the batch, the first of whom has no LoRA.
+        Branch::Positive => Tensor::stack(&[&up.zeros_like()?, &up], 0)?,
+    };
+    Ok(Adapter { down, up, scale: 1.0 })
 }
 
-/// Calls `with` for every linear layer that a LoRA changes; returns the modules without a place.
-fn each_layer(
-    visit: &mut impl FnMut(&mut Visit),
-    loras: &[(&Lora, f64)],
+/// Makes sure that everything fits before anything is changed; returns the modules without a place.
+///
+/// # Errors
+/// [`LoraError::NoPlace`] and [`LoraError::Size`].
+pub fn check(
+    mut visit: impl FnMut(&mut Visit),
+    loras: &[(&Changes, Strength)],
     unmatched: Unmatched,
-    mut with: impl FnMut(&str, &Linear, &[(&LoraLayer, f64)]) -> Result<(), LoraError>,
 ) -> Result<Vec<String>, LoraError> {
-    let wanted: BTreeSet<&String> = loras.iter().flat_map(|(lora, _)| lora.layers.keys()).collect();
-    let mut found = BTreeSet::new();
-    visit(&mut |path, _| {
-        found.insert(path.to_string());
+    let wanted: BTreeSet<&String> = loras.iter().flat_map(|(changes, _)| changes.modules.keys()).collect();
+    let mut found: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    visit(&mut |path, layer| {
+        found.insert(path.to_string(), layer.weight().dims().to_vec());
     });
     let missing: Vec<String> =
-        wanted.iter().filter(|module| !found.contains(**module)).map(|m| m.to_string()).collect();
-    if !missing.is_empty() && unmatched == Unmatched::Refuse {
-        return Err(LoraError::NoPlace { count: wanted.len(), modules: missing });
+        wanted.iter().filter(|module| !found.contains_key(**module)).map(|m| m.to_string()).collect();
+    let guess = || loras.iter().find_map(|(changes, _)| made_for(changes, &found));
+    let refuse = match unmatched {
+        Unmatched::Refuse => !missing.is_empty(),
+        Unmatched::Allow => missing.len() == wanted.len(),
+        Unmatched::Ignore => false,
+    };
+    if refuse {
+        return Err(LoraError::NoPlace { count: wanted.len(), modules: missing, guess: guess() });
     }
-    let mut outcome = Ok(());
-    visit(&mut |path, linear| {
-        if outcome.is_err() {
-            return;
+    for (module, change) in loras.iter().flat_map(|(changes, _)| &changes.modules) {
+        if let Some(model) = found.get(module).filter(|shape| !change.fits(shape)) {
+            let (module, model, lora) = (module.clone(), model.clone(), change.target());
+            return Err(LoraError::Size { module, lora, model, guess: guess() });
         }
-        let layers: Vec<(&LoraLayer, f64)> =
-            loras.iter().filter_map(|(lora, factor)| Some((lora.layers.get(path)?, *factor))).collect();
-        if layers.is_empty() {
-            return;
-        }
-        outcome = layers.iter().try_for_each(|(layer, _)| fits(path, layer, linear));
-        if outcome.is_ok() {
-            outcome = with(path, linear, &layers);
-        }
-    });
-    outcome.map(|()| missing)
+    }
+    Ok(missing)
 }
 
-fn fits(path: &str, layer: &LoraLayer, linear: &Linear) -> Result<(), LoraError> {
-    let model = linear.weight.dims2()?;
-    if layer.shape() == model {
-        return Ok(());
-    }
-    Err(LoraError::Size { module: path.to_string(), lora: layer.shape(), model })
+/// A sentence about the model that a file seems to be made for, by the width of the text that it listens to.
+fn made_for(changes: &Changes, model: &BTreeMap<String, Vec<usize>>) -> Option<String> {
+    const LISTENS: &str = ".attn2.to_k";
+    let ours = model.iter().find(|(path, _)| path.ends_with(LISTENS))?.1[1];
+    let (_, change) = changes.modules.iter().find(|(path, _)| path.ends_with(LISTENS))?;
+    let theirs = *change.target().get(1)?;
+    let name = match theirs {
+        0 => return None,
+        768 => "SD 1.5",
+        1024 => "SD 2",
+        2048 => "SDXL",
+        1280 => "the SDXL refiner or Stable Cascade",
+        _ => "another base",
+    };
+    (theirs != ours).then(|| {
+        format!("; this is a LoRA for {name}: {theirs}-wide text context, this base's is {ours} wide")
+    })
+}
+
+/// Calls `with` for every layer that a LoRA changes.
+fn each_layer(
+    visit: &mut impl FnMut(&mut Visit),
+    loras: &[(&Changes, Strength)],
+    mut with: impl FnMut(&str, Layer, &[(&Change, f64)]) -> Result<(), LoraError>,
+) -> Result<(), LoraError> {
+    let mut outcome = Ok(());
+    visit(&mut |path, layer| {
+        let changes: Vec<(&Change, f64)> = loras
+            .iter()
+            .filter_map(|(changes, strength)| Some((changes.modules.get(path)?, strength.of(path))))
+            .collect();
+        if outcome.is_ok() && !changes.is_empty() {
+            outcome = with(path, layer, &changes);
+        }
+    });
+    outcome
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::diffusion::noise::normal;
+    use crate::layers::{Conv2d, Linear};
+    use crate::lora::change::{Form, Magnitude};
+    use crate::lora::{Lora, LoraLayer};
     use candle_core::{Device, Module};
 
     const PATHS: [&str; 2] = ["mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_out"];
@@ -189,10 +276,32 @@ mod tests {
     }
 
     fn walk(model: &mut [Linear]) -> impl FnMut(&mut Visit) {
-        |visit| PATHS.iter().zip(model.iter_mut()).for_each(|(path, linear)| visit(path, linear))
+        |visit| {
+            PATHS.iter().zip(model.iter_mut()).for_each(|(path, linear)| visit(path, Layer::Linear(linear)))
+        }
     }
 
-    fn lora(stream: u64, rank: usize, alpha: f32) -> Lora {
+    fn lora(stream: u64, rank: usize, alpha: f32) -> Changes {
+        Changes::from(&plain(stream, rank, alpha))
+    }
+
+    fn merge_all(
+        model: &mut [Linear],
+        loras: &[(&Changes, f64)],
+        unmatched: Unmatched,
+    ) -> Result<Applied, LoraError> {
+        let loras: Vec<_> =
+            loras.iter().map(|(changes, weight)| (*changes, Strength::all(*weight))).collect();
+        merge(walk(model), &loras, unmatched, Originals::Keep)
+    }
+
+    fn attach_all(model: &mut [Linear], loras: &[(&Changes, f64)]) -> Result<Applied, LoraError> {
+        let loras: Vec<_> =
+            loras.iter().map(|(changes, weight)| (*changes, Strength::all(*weight))).collect();
+        attach(walk(model), &loras, Unmatched::Refuse, Branch::Both)
+    }
+
+    fn plain(stream: u64, rank: usize, alpha: f32) -> Lora {
         let layer =
             |i| LoraLayer::new("", random(stream + i, (rank, 5)), random(stream + 9 + i, (6, rank)), alpha);
         let layers = PATHS.iter().zip(0..).map(|(path, i)| (path.to_string(), layer(i).unwrap()));
@@ -209,8 +318,8 @@ mod tests {
         let x = random(90, (7, 5));
         for loras in [vec![(&one, 1.0)], vec![(&one, 0.8), (&two, -0.5)]] {
             let (mut merged, mut attached) = (model(), model());
-            merge(walk(&mut merged), &loras, Unmatched::Refuse)?;
-            attach(walk(&mut attached), &loras, Unmatched::Refuse)?;
+            merge_all(&mut merged, &loras, Unmatched::Refuse)?;
+            attach_all(&mut attached, &loras)?;
             for (merged, attached) in merged.iter().zip(&attached) {
                 assert!(distance(&merged.forward(&x)?, &attached.forward(&x)?) < 1e-5);
             }
@@ -221,8 +330,8 @@ mod tests {
     #[test]
     fn merging_adds_weight_times_alpha_over_rank_times_up_down() -> anyhow::Result<()> {
         let mut changed = model();
-        merge(walk(&mut changed), &[(&lora(20, 4, 1.0), 0.5)], Unmatched::Refuse)?;
-        let layer = &lora(20, 4, 1.0).layers[PATHS[1]];
+        merge_all(&mut changed, &[(&lora(20, 4, 1.0), 0.5)], Unmatched::Refuse)?;
+        let layer = &plain(20, 4, 1.0).layers[PATHS[1]];
         let by_hand = (model()[1].weight.clone() + (layer.up.matmul(&layer.down)? * (0.5 / 4.0))?)?;
         assert!(distance(&changed[1].weight, &by_hand) < 1e-6);
         Ok(())
@@ -232,7 +341,7 @@ mod tests {
     fn merging_then_undoing_restores_the_weights() -> anyhow::Result<()> {
         let mut model_under_test = model();
         for _ in 0..2 {
-            let merged = merge(walk(&mut model_under_test), &[(&lora(20, 4, 1.0), 1.0)], Unmatched::Refuse)?;
+            let merged = merge_all(&mut model_under_test, &[(&lora(20, 4, 1.0), 1.0)], Unmatched::Refuse)?;
             assert_eq!(merged.matched, PATHS);
             assert!(distance(&model_under_test[0].weight, &model()[0].weight) > 0.1);
             merged.undo(walk(&mut model_under_test));
@@ -244,9 +353,9 @@ mod tests {
     #[test]
     fn attaching_nothing_takes_adapters_off() -> anyhow::Result<()> {
         let mut model = model();
-        attach(walk(&mut model), &[(&lora(20, 4, 1.0), 1.0)], Unmatched::Refuse)?;
+        attach_all(&mut model, &[(&lora(20, 4, 1.0), 1.0)])?;
         assert!(model[0].adapter.is_some());
-        attach(walk(&mut model), &[], Unmatched::Refuse)?;
+        attach_all(&mut model, &[])?;
         assert!(model[0].adapter.is_none());
         Ok(())
     }
@@ -256,9 +365,9 @@ mod tests {
         let mut half = model();
         half.iter_mut().for_each(|linear| linear.weight = linear.weight.to_dtype(DType::F16).unwrap());
         let original = half[0].weight.to_dtype(DType::F32)?;
-        merge(walk(&mut half), &[(&lora(20, 4, 1.0), 1.0)], Unmatched::Refuse)?;
+        merge_all(&mut half, &[(&lora(20, 4, 1.0), 1.0)], Unmatched::Refuse)?;
         assert_eq!(half[0].weight.dtype(), DType::F16);
-        let exact = (original + lora(20, 4, 1.0).layers[PATHS[0]].delta()?)?.to_dtype(DType::F16)?;
+        let exact = (original + plain(20, 4, 1.0).layers[PATHS[0]].delta()?)?.to_dtype(DType::F16)?;
         assert_eq!(distance(&half[0].weight.to_dtype(DType::F32)?, &exact.to_dtype(DType::F32)?), 0.0);
         Ok(())
     }
@@ -266,14 +375,14 @@ mod tests {
     #[test]
     fn layers_without_a_place_are_refused_or_reported() -> anyhow::Result<()> {
         let mut stray = lora(20, 4, 1.0);
-        let layer = stray.layers[PATHS[0]].clone();
-        stray.layers.insert("up_blocks.7.attentions.0.proj_in".to_string(), layer);
+        let layer = stray.modules[PATHS[0]].clone();
+        stray.modules.insert("up_blocks.7.attentions.0.proj_in".to_string(), layer);
         let mut model_under_test = model();
         let error =
-            merge(walk(&mut model_under_test), &[(&stray, 1.0)], Unmatched::Refuse).unwrap_err().to_string();
+            merge_all(&mut model_under_test, &[(&stray, 1.0)], Unmatched::Refuse).unwrap_err().to_string();
         assert!(error.contains("1 of 3 layers") && error.contains("up_blocks.7"), "{error}");
         assert_eq!(distance(&model_under_test[0].weight, &model()[0].weight), 0.0);
-        let merged = merge(walk(&mut model_under_test), &[(&stray, 1.0)], Unmatched::Allow)?;
+        let merged = merge_all(&mut model_under_test, &[(&stray, 1.0)], Unmatched::Allow)?;
         assert_eq!((merged.matched.len(), merged.unmatched.len()), (2, 1));
         Ok(())
     }
@@ -282,10 +391,89 @@ mod tests {
     fn a_lora_of_another_size_changes_nothing() {
         let mut wrong = lora(20, 4, 1.0);
         let layer = LoraLayer::new("", random(1, (4, 8)), random(2, (6, 4)), 4.0).unwrap();
-        wrong.layers.insert(PATHS[1].to_string(), layer);
+        wrong.modules.insert(PATHS[1].to_string(), (&layer).into());
         let mut model_under_test = model();
-        let error = merge(walk(&mut model_under_test), &[(&wrong, 1.0)], Unmatched::Refuse).unwrap_err();
-        assert!(matches!(error, LoraError::Size { lora: (6, 8), model: (6, 5), .. }), "{error}");
+        let error = merge_all(&mut model_under_test, &[(&wrong, 1.0)], Unmatched::Refuse).unwrap_err();
+        assert!(error.to_string().contains("made for a weight of [6, 8], the model has [6, 5]"), "{error}");
         assert_eq!(distance(&model_under_test[0].weight, &model()[0].weight), 0.0);
+    }
+
+    #[test]
+    fn a_dora_is_merged_in_both_modes_and_taken_out_again() -> anyhow::Result<()> {
+        let mut dora = lora(20, 4, 1.0);
+        for change in dora.modules.values_mut() {
+            change.magnitude = Some(Magnitude { values: random(77, (6, 1)).abs()?, on_input: false });
+            change.bias = Some(random(78, 6));
+        }
+        let (mut merged, mut attached) = (model(), model());
+        merge_all(&mut merged, &[(&dora, 0.7)], Unmatched::Refuse)?;
+        let applied = attach_all(&mut attached, &[(&dora, 0.7)])?;
+        assert!(attached[0].adapter.is_none());
+        let x = random(90, (7, 5));
+        assert_eq!(distance(&merged[0].forward(&x)?, &attached[0].forward(&x)?), 0.0);
+        assert!(distance(&merged[0].forward(&x)?, &model()[0].forward(&x)?) > 0.1);
+        applied.undo(walk(&mut attached));
+        assert_eq!(distance(&attached[0].forward(&x)?, &model()[0].forward(&x)?), 0.0);
+        let loras = [(&dora, Strength::all(1.0))];
+        let error = attach(walk(&mut attached), &loras, Unmatched::Refuse, Branch::Positive).unwrap_err();
+        assert!(matches!(error, LoraError::Kind { kind: "DoRA", .. }), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn on_the_positive_branch_only_the_second_half_of_the_batch_changes() -> anyhow::Result<()> {
+        let changes = lora(20, 4, 1.0);
+        let loras = [(&changes, Strength::all(1.0))];
+        let (mut half, mut whole) = (model(), model());
+        attach(walk(&mut half), &loras, Unmatched::Refuse, Branch::Positive)?;
+        attach(walk(&mut whole), &loras, Unmatched::Refuse, Branch::Both)?;
+        let x = random(90, (2, 3, 5));
+        let y = half[0].forward(&x)?;
+        assert_eq!(distance(&y.get(0)?, &model()[0].forward(&x)?.get(0)?), 0.0);
+        assert!(distance(&y.get(1)?, &whole[0].forward(&x)?.get(1)?) < 1e-6);
+        assert!(distance(&y.get(1)?, &model()[0].forward(&x)?.get(1)?) > 0.1);
+        Ok(())
+    }
+
+    #[test]
+    fn a_convolution_with_a_core_gives_the_same_merged_and_attached() -> anyhow::Result<()> {
+        let vars = crate::weights::Trainable::new(5);
+        let geometry = crate::layers::ConvGeometry { stride: 2, ..crate::layers::ConvGeometry::same(3) };
+        let conv = Conv2d::new(4, 6, geometry, vars.builder(&Device::Cpu))?;
+        let form = Form::LowRank {
+            down: random(1, (2, 4, 1, 1)),
+            up: random(2, (6, 2, 1, 1)),
+            mid: Some(random(3, (2, 2, 3, 3))),
+            alpha: 1.0,
+        };
+        let modules = [("conv_in".to_string(), Change { form, magnitude: None, bias: None })].into();
+        let changes = Changes { modules, ..Changes::default() };
+        let loras = [(&changes, Strength::all(0.5))];
+        let (mut merged, mut attached, mut half) = (conv.clone(), conv.clone(), conv.clone());
+        merge(|v| v("conv_in", Layer::Conv(&mut merged)), &loras, Unmatched::Refuse, Originals::Drop)?;
+        attach(|v| v("conv_in", Layer::Conv(&mut attached)), &loras, Unmatched::Refuse, Branch::Both)?;
+        attach(|v| v("conv_in", Layer::Conv(&mut half)), &loras, Unmatched::Refuse, Branch::Positive)?;
+        let x = random(9, (2, 4, 7, 7));
+        let y = attached.forward(&x)?;
+        assert!(distance(&merged.forward(&x)?, &y) < 1e-5);
+        assert!(distance(&conv.forward(&x)?, &y) > 0.1);
+        assert!(distance(&half.forward(&x)?.get(0)?, &conv.forward(&x)?.get(0)?) < 1e-6);
+        assert!(distance(&half.forward(&x)?.get(1)?, &y.get(1)?) < 1e-6);
+        Ok(())
+    }
+
+    #[test]
+    fn a_lora_for_another_base_is_named() {
+        const TO_K: &str = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k";
+        let mut linear = Linear { weight: random(1, (6, 12)), bias: None, adapter: None };
+        let layer = LoraLayer::new("", random(1, (4, 768)), random(2, (6, 4)), 4.0).unwrap();
+        for path in [TO_K, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"] {
+            let modules = [(path.to_string(), Change::from(&layer))].into();
+            let changes = Changes { modules, ..Changes::default() };
+            let walk = |visit: &mut Visit| visit(TO_K, Layer::Linear(&mut linear));
+            let loras = [(&changes, Strength::all(1.0))];
+            let error = merge(walk, &loras, Unmatched::Allow, Originals::Drop).unwrap_err().to_string();
+            assert!(error.contains("SD 1.5: 768-wide text context, this base's is 12 wide"), "{error}");
+        }
     }
 }

@@ -5,15 +5,18 @@
 //! ModelSpec 1.0.1 (`modelspec.…`), which user interfaces read to label a file.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Tensor};
-use safetensors::SafeTensors;
+use candle_core::{DType, Tensor};
 use sha2::{Digest, Sha256};
 
+use super::change::{Change, Changes, Form, Magnitude, Matrix};
+use super::header::{Entry, Header};
 use super::keys::{self, BlockLayout, Key, Part};
-use super::{Lora, LoraError, LoraLayer, listed};
+use super::{Lora, LoraError, listed};
 use crate::failure::Failure;
 use crate::progress;
 
@@ -30,16 +33,25 @@ pub enum Format {
     Peft,
 }
 
-/// Reads a LoRA of any known spelling. Keys that belong to no layer are named in a warning.
+/// Reads a LoRA of linear layers, of any known spelling. Keys that belong to no layer are named in a warning.
 ///
 /// `layout` is that of the model that the LoRA is for; LDM paths depend on it.
 ///
 /// # Errors
 /// [`Failure::Unusable`] with a [`LoraError`] that tells what is wrong with the file.
 pub fn read(path: &Path, layout: &BlockLayout) -> Result<Lora> {
-    let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
-    let (lora, unknown) =
-        from_bytes(&bytes, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
+    let changes = read_changes(path, layout)?;
+    changes.into_lora().map_err(|error| Failure::unusable(path, error))
+}
+
+/// Reads a file of any kind and spelling. Keys that belong to no layer are named in a warning.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_changes(path: &Path, layout: &BlockLayout) -> Result<Changes> {
+    let mut file = open(path)?;
+    let (changes, unknown) =
+        from_reader(&mut file, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
     if !unknown.is_empty() {
         progress::warn(format!(
             "{} tensors of `{}` belong to no known layer and are left out: {}",
@@ -48,83 +60,290 @@ pub fn read(path: &Path, layout: &BlockLayout) -> Result<Lora> {
             listed(&unknown)
         ));
     }
-    Ok(lora)
+    Ok(changes)
 }
 
-/// Reads a LoRA from memory; returns it with the keys that belong to no known layer.
-pub fn from_bytes(bytes: &[u8], layout: &BlockLayout) -> Result<(Lora, Vec<String>)> {
-    let (_, header) = SafeTensors::read_metadata(bytes).context("not a whole safetensors file")?;
-    let metadata: BTreeMap<String, String> =
-        header.metadata().clone().unwrap_or_default().into_iter().collect();
-    let tensors = crate::weights::read_bytes(bytes)?;
-    let count = tensors.len();
+/// Opens a file for reading.
+///
+/// # Errors
+/// [`Failure::Unusable`] when it is missing, a folder or not to be read.
+pub fn open(path: &Path) -> Result<File> {
+    if path.is_dir() {
+        return Err(Failure::unusable(path, "it is a folder, wanted a .safetensors file"));
+    }
+    File::open(path).map_err(|error| Failure::unusable(path, error))
+}
 
-    let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
+/// Reads a LoRA of linear layers from memory; returns it with the keys that belong to no known layer.
+pub fn from_bytes(bytes: &[u8], layout: &BlockLayout) -> Result<(Lora, Vec<String>)> {
+    let (changes, unknown) = changes_from_bytes(bytes, layout)?;
+    Ok((changes.into_lora()?, unknown))
+}
+
+/// Reads a file of any kind from memory; returns it with the keys that belong to no known layer.
+pub fn changes_from_bytes(bytes: &[u8], layout: &BlockLayout) -> Result<(Changes, Vec<String>)> {
+    from_reader(&mut std::io::Cursor::new(bytes), layout)
+}
+
+fn from_reader(file: &mut (impl Read + Seek), layout: &BlockLayout) -> Result<(Changes, Vec<String>)> {
+    let header = Header::read(file)?;
+    let (modules, unknown) = sorted(&header, layout)?;
+    let alphas = AdapterAlphas::of(&header.metadata);
+    let mut changes = BTreeMap::new();
+    for (module, entries) in modules {
+        let mut parts = BTreeMap::new();
+        for (part, entry) in entries {
+            if entry.shape.contains(&0) {
+                let (part, shape) = (part.suffix().to_string(), entry.shape.clone());
+                return Err(LoraError::Part { module: entry.key.clone(), part, shape }.into());
+            }
+            let tensor = header.load(file, entry)?;
+            if !is_finite(&tensor)? {
+                return Err(LoraError::NotFinite { module: entry.key.clone() }.into());
+            }
+            parts.insert(part, tensor);
+        }
+        let change = Parts { module: &module, parts }.into_change(&alphas)?;
+        changes.insert(module, change);
+    }
+    Ok((Changes { modules: changes, metadata: header.metadata }, unknown))
+}
+
+/// The entries of a file by module and part.
+pub type Modules<'a> = BTreeMap<String, BTreeMap<Part, &'a Entry>>;
+
+/// Sorts the keys of a file by the modules they belong to; returns them with the keys that belong to none.
+///
+/// # Errors
+/// [`LoraError::NoLayers`], [`LoraError::Kind`] and [`LoraError::Twice`].
+pub fn sorted<'a>(header: &'a Header, layout: &BlockLayout) -> Result<(Modules<'a>, Vec<String>), LoraError> {
+    let mut modules: Modules = BTreeMap::new();
     let mut unknown = Vec::new();
-    for (key, tensor) in tensors {
-        match keys::parse(&key, layout) {
+    for entry in &header.tensors {
+        match keys::parse(&entry.key, layout) {
             Key::Layer(module, part) => {
-                let parts = parts.entry(module).or_default();
-                match part {
-                    Part::Down => parts.down = Some(tensor),
-                    Part::Up => parts.up = Some(tensor),
-                    Part::Alpha => parts.alpha = Some(tensor),
+                if let Some(other) = modules.entry(module).or_default().insert(part, entry) {
+                    return Err(LoraError::Twice { first: other.key.clone(), second: entry.key.clone() });
                 }
             }
-            Key::Other(kind) => return Err(LoraError::Kind { key, kind }.into()),
-            Key::Unknown => unknown.push(key),
+            Key::Other(kind) => return Err(LoraError::Kind { key: entry.key.clone(), kind }),
+            Key::Unknown => unknown.push(entry.key.clone()),
         }
     }
     unknown.sort();
-    if parts.is_empty() {
-        return Err(LoraError::NoLayers { count, examples: unknown }.into());
+    // An alpha alone is no change.
+    if modules.values().all(|parts| parts.keys().all(|part| *part == Part::Alpha)) {
+        let guess = keys::guess(&unknown);
+        return Err(LoraError::NoLayers { count: header.tensors.len(), examples: unknown, guess });
     }
-    let alphas = AdapterAlphas::of(&metadata);
-    let mut layers = BTreeMap::new();
-    for (module, parts) in parts {
-        let layer = parts.into_layer(&module, &alphas)?;
-        layers.insert(module, layer);
-    }
-    Ok((Lora { layers, metadata }, unknown))
+    Ok((modules, unknown))
 }
 
 /// What a file holds of one layer.
-#[derive(Default)]
-struct Parts {
-    down: Option<Tensor>,
-    up: Option<Tensor>,
-    alpha: Option<Tensor>,
+struct Parts<'a> {
+    module: &'a str,
+    parts: BTreeMap<Part, Tensor>,
 }
 
-impl Parts {
-    fn into_layer(self, module: &str, alphas: &AdapterAlphas) -> Result<LoraLayer, LoraError> {
-        let half = |missing| LoraError::Half { module: module.to_string(), missing };
-        let down = matrix(self.down.ok_or_else(|| half("down"))?, module)?;
-        let up = matrix(self.up.ok_or_else(|| half("up"))?, module)?;
-        let not_finite = || LoraError::NotFinite { module: module.to_string() };
-        let stored = match self.alpha {
-            Some(alpha) => {
-                let values = alpha.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-                Some(*values.first().ok_or_else(not_finite)?)
-            }
-            None => alphas.get(module),
-        };
+impl Parts<'_> {
+    fn into_change(mut self, alphas: &AdapterAlphas) -> Result<Change, LoraError> {
+        let stored = self.alpha()?;
+        let bias = self.take(Part::DiffB).or_else(|| self.take(Part::BNorm));
+        let bias = bias.map(|bias| bias.flatten_all()).transpose()?;
+        let magnitude = self.magnitude()?;
         // sd-scripts: without alpha, or with alpha 0, ΔW is not scaled.
-        let alpha = stored.filter(|alpha| *alpha != 0.0).unwrap_or(down.dims()[0] as f32);
-        if !(alpha.is_finite() && is_finite(&down)? && is_finite(&up)?) {
-            return Err(not_finite());
+        let alpha = |rank: usize| stored.filter(|alpha| *alpha != 0.0).unwrap_or(rank as f32);
+        let form = if self.has(&[Part::Down, Part::Up, Part::Mid]) {
+            let (down, up) = (self.factor(Part::Down, "down")?, self.factor(Part::Up, "up")?);
+            let mid = self.take(Part::Mid);
+            let rank = down.dims()[0];
+            let alpha = stored.or_else(|| alphas.get(self.module, rank)).filter(|alpha| *alpha != 0.0);
+            self.check_low_rank(&down, &up, mid.as_ref())?;
+            Form::LowRank { alpha: alpha.unwrap_or(rank as f32), down, up, mid }
+        } else if self.has(&[Part::HadaW1A, Part::HadaW1B, Part::HadaW2A, Part::HadaW2B]) {
+            let first = [self.factor(Part::HadaW1A, "hada_w1_a")?, self.factor(Part::HadaW1B, "hada_w1_b")?];
+            let second = [self.factor(Part::HadaW2A, "hada_w2_a")?, self.factor(Part::HadaW2B, "hada_w2_b")?];
+            let cores = match (self.take(Part::HadaT1), self.take(Part::HadaT2)) {
+                (Some(t1), Some(t2)) => Some([t1, t2]),
+                (None, None) => None,
+                (None, _) => return Err(self.half("hada_t1")),
+                (_, None) => return Err(self.half("hada_t2")),
+            };
+            for (pair, core) in [(&first, 0), (&second, 1)] {
+                self.check_product(&pair[0], &pair[1], cores.as_ref().map(|cores| &cores[core]))?;
+            }
+            let alike = first.iter().zip(&second).all(|(a, b)| a.rank() == 2 && a.dims() == b.dims());
+            if !alike || cores.as_ref().is_some_and(|[a, b]| a.dims() != b.dims()) {
+                return Err(self.shape("hada_w2_a or hada_w2_b", &second[0]));
+            }
+            Form::Hadamard { alpha: alpha(first[1].dims()[0]), first, second, cores }
+        } else if self.has(&[Part::LokrW1, Part::LokrW1A, Part::LokrW2, Part::LokrW2A]) {
+            let first = self.matrix([Part::LokrW1, Part::LokrW1A, Part::LokrW1B], "lokr_w1", false)?;
+            let core = self.take(Part::LokrT2);
+            let second =
+                self.matrix([Part::LokrW2, Part::LokrW2A, Part::LokrW2B], "lokr_w2", core.is_some())?;
+            let core = if matches!(second, Matrix::Whole(_)) { None } else { core };
+            match &first {
+                Matrix::Product(a, b) if b.rank() == 2 => self.check_product(a, b, None)?,
+                Matrix::Whole(matrix) if matrix.rank() == 2 => {}
+                Matrix::Product(_, odd) | Matrix::Whole(odd) => return Err(self.shape("lokr_w1", odd)),
+            }
+            match &second {
+                Matrix::Product(a, b) if b.rank() != 3 => self.check_product(a, b, core.as_ref())?,
+                Matrix::Whole(matrix) if matrix.rank() != 3 => {}
+                Matrix::Product(_, odd) | Matrix::Whole(odd) => return Err(self.shape("lokr_w2", odd)),
+            }
+            let rank = [&second, &first].into_iter().find_map(|matrix| match matrix {
+                Matrix::Product(_, b) => Some(b.dims()[0]),
+                Matrix::Whole(_) => None,
+            });
+            // With both matrices whole, LyCORIS takes the scale 1 whatever alpha says.
+            let alpha = rank.map_or(stored.unwrap_or(1.0), alpha);
+            Form::Kronecker { first, second, core, alpha }
+        } else if let Some(norm) = self.take(Part::WNorm) {
+            if norm.rank() != 1 {
+                return Err(self.shape("w_norm", &norm));
+            }
+            Form::Full(norm)
+        } else if let Some(diff) = self.take(Part::Diff) {
+            if diff.rank() == 0 {
+                return Err(self.shape("diff", &diff));
+            }
+            Form::Full(diff)
+        } else if self.has(&[Part::Ia3, Part::OnInput]) {
+            let factor = self.factor(Part::Ia3, "weight")?;
+            let on_input = self.number(Part::OnInput)?.ok_or_else(|| self.half("on_input"))?;
+            Form::Scaled { factor, on_input: on_input != 0.0 }
+        } else if self.has(&[Part::OftBlocks]) {
+            let blocks = self.factor(Part::OftBlocks, "oft_blocks")?;
+            match *blocks.dims() {
+                [.., rows, columns] if matches!(blocks.rank(), 3 | 4) && rows == columns && rows > 0 => {}
+                _ => return Err(self.shape("oft_blocks", &blocks)),
+            }
+            let rescale = self.take(Part::Rescale);
+            Form::Orthogonal { blocks, rescale, constraint: stored.unwrap_or(0.0) }
+        } else if self.has(&[Part::A1, Part::A2, Part::B1, Part::B2]) {
+            let a = [self.factor(Part::A1, "a1")?, self.factor(Part::A2, "a2")?];
+            let b = [self.factor(Part::B1, "b1")?, self.factor(Part::B2, "b2")?];
+            for pair in [&a, &b] {
+                self.check_low_rank(&pair[1], &pair[0], None)?;
+            }
+            Form::Generalised { alpha: alpha(a[1].dims()[0]), a, b }
+        } else if bias.is_some() {
+            Form::BiasOnly
+        } else {
+            return Err(self.half(if magnitude.is_some() { "down" } else { "up" }));
+        };
+        if let Some((part, tensor)) = self.parts.first_key_value() {
+            return Err(self.shape(&format!("{} beside a layer of another kind", part.suffix()), tensor));
         }
-        LoraLayer::new(module, down, up, alpha)
+        Ok(Change { form, magnitude, bias })
     }
-}
 
-/// A factor as a matrix; the factors of 1×1 convolutions have two more axes of size 1.
-fn matrix(tensor: Tensor, module: &str) -> Result<Tensor, LoraError> {
-    match *tensor.dims() {
-        [_, _] => Ok(tensor),
-        [rows, columns, 1, 1] => Ok(tensor.reshape((rows, columns))?),
-        [_, _, _, _] => Err(LoraError::Kind { key: module.to_string(), kind: "LoRA of a convolution" }),
-        _ => Err(LoraError::Kind { key: module.to_string(), kind: "a factor that is no matrix" }),
+    fn has(&self, parts: &[Part]) -> bool {
+        parts.iter().any(|part| self.parts.contains_key(part))
+    }
+
+    fn take(&mut self, part: Part) -> Option<Tensor> {
+        self.parts.remove(&part)
+    }
+
+    fn half(&self, missing: &'static str) -> LoraError {
+        LoraError::Half { module: self.module.to_string(), missing }
+    }
+
+    fn shape(&self, part: &str, tensor: &Tensor) -> LoraError {
+        LoraError::Part {
+            module: self.module.to_string(),
+            part: part.to_string(),
+            shape: tensor.dims().to_vec(),
+        }
+    }
+
+    /// A part that must be there, with one axis or more and no axis of length 0.
+    fn factor(&mut self, part: Part, name: &'static str) -> Result<Tensor, LoraError> {
+        let tensor = self.take(part).ok_or_else(|| self.half(name))?;
+        let axes = if part == Part::Ia3 { 1 } else { 2 };
+        if tensor.rank() < axes || tensor.rank() > 4 || tensor.elem_count() == 0 {
+            return Err(self.shape(name, &tensor));
+        }
+        Ok(tensor)
+    }
+
+    fn number(&mut self, part: Part) -> Result<Option<f32>, LoraError> {
+        let Some(tensor) = self.take(part) else { return Ok(None) };
+        let values = tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        match values.as_slice() {
+            [value] => Ok(Some(*value)),
+            _ => Err(self.shape(part.suffix(), &tensor)),
+        }
+    }
+
+    fn alpha(&mut self) -> Result<Option<f32>, LoraError> {
+        self.number(Part::Alpha)
+    }
+
+    /// LyCORIS writes (out, 1, …) or (1, in, …), which tell the axis; PEFT writes (out), or (1, out, 1, 1).
+    fn magnitude(&mut self) -> Result<Option<Magnitude>, LoraError> {
+        if let Some(values) = self.take(Part::Magnitude) {
+            return Ok(Some(Magnitude { values: values.flatten_all()?, on_input: false }));
+        }
+        let Some(scale) = self.take(Part::DoraScale) else { return Ok(None) };
+        let long: Vec<usize> = (0..scale.rank()).filter(|axis| scale.dims()[*axis] != 1).collect();
+        match long.as_slice() {
+            [] | [0] | [1] => Ok(Some(Magnitude { values: scale, on_input: long == [1] })),
+            _ => Err(self.shape("dora_scale", &scale)),
+        }
+    }
+
+    fn matrix(
+        &mut self,
+        [whole, left, right]: [Part; 3],
+        name: &'static str,
+        tucker: bool,
+    ) -> Result<Matrix, LoraError> {
+        if !tucker && self.parts.contains_key(&whole) {
+            return Ok(Matrix::Whole(self.factor(whole, name)?));
+        }
+        match (self.take(left), self.take(right)) {
+            (Some(a), Some(b)) if a.rank() == 2 && b.rank() >= 2 => Ok(Matrix::Product(a, b)),
+            (Some(a), Some(_)) => Err(self.shape(left.suffix(), &a)),
+            (None, Some(_)) => Err(self.half(left.suffix())),
+            (Some(_), None) => Err(self.half(right.suffix())),
+            (None, None) => Err(self.half(name)),
+        }
+    }
+
+    /// `down` (R, …), `up` (out, R), `mid` (R, R, k, k).
+    fn check_low_rank(&self, down: &Tensor, up: &Tensor, mid: Option<&Tensor>) -> Result<(), LoraError> {
+        let rank = down.dims()[0];
+        let thin = |tensor: &Tensor| tensor.dims()[2..].iter().all(|side| *side == 1);
+        let core = mid.is_none_or(|mid| mid.rank() == 4 && mid.dims()[..2] == [rank, rank] && thin(down));
+        if up.dims()[1] == rank && thin(up) && core && down.rank() != 3 && up.rank() != 3 {
+            return Ok(());
+        }
+        let (down, up) = (down.dims().to_vec(), up.dims().to_vec());
+        Err(LoraError::Factors { module: self.module.to_string(), down, up })
+    }
+
+    /// `a` (out, R) and `b` (R, …); with a core (R, R, k, k) `a` (R, out).
+    fn check_product(&self, a: &Tensor, b: &Tensor, core: Option<&Tensor>) -> Result<(), LoraError> {
+        let rank = b.dims()[0];
+        let fits = match core {
+            None => a.rank() == 2 && a.dims()[1] == rank && rank > 0,
+            Some(core) => {
+                core.rank() == 4
+                    && core.dims()[..2] == [rank, rank]
+                    && a.dims()[0] == rank
+                    && a.rank() == 2
+                    && b.rank() == 2
+            }
+        };
+        if fits {
+            return Ok(());
+        }
+        let (down, up) = (b.dims().to_vec(), a.dims().to_vec());
+        Err(LoraError::Factors { module: self.module.to_string(), down, up })
     }
 }
 
@@ -135,16 +354,19 @@ fn is_finite(tensor: &Tensor) -> Result<bool, LoraError> {
 }
 
 /// Alphas that diffusers keeps in the metadata of PEFT files, as JSON under `lora_adapter_metadata`:
-/// `unet.lora_alpha` for all, `unet.alpha_pattern` for single modules.
-struct AdapterAlphas(serde_json::Map<String, serde_json::Value>);
+/// `unet.lora_alpha` for all, `unet.alpha_pattern` for single modules; with `unet.use_rslora` the scale is
+/// alpha / √R (peft `tuners/lora/layer.py`).
+pub struct AdapterAlphas(serde_json::Map<String, serde_json::Value>);
 
 impl AdapterAlphas {
-    fn of(metadata: &BTreeMap<String, String>) -> Self {
+    /// Those of a file.
+    pub fn of(metadata: &BTreeMap<String, String>) -> Self {
         let json = metadata.get("lora_adapter_metadata").and_then(|text| serde_json::from_str(text).ok());
         Self(json.unwrap_or_default())
     }
 
-    fn get(&self, module: &str) -> Option<f32> {
+    /// The alpha of `module`, which has this rank.
+    pub fn get(&self, module: &str, rank: usize) -> Option<f32> {
         let stem = keys::peft(module);
         let (model, path) = stem.split_once('.')?;
         let number = |value: &serde_json::Value| value.as_f64().map(|alpha| alpha as f32);
@@ -153,10 +375,12 @@ impl AdapterAlphas {
             path.strip_suffix(pattern.as_str())
                 .is_some_and(|before| before.is_empty() || before.ends_with('.'))
         });
-        match single {
+        let alpha = match single {
             Some((_, value)) => number(value),
             None => self.0.get(&format!("{model}.lora_alpha")).and_then(number),
-        }
+        }?;
+        let by_root = self.0.get(&format!("{model}.use_rslora")).and_then(serde_json::Value::as_bool);
+        Some(if by_root == Some(true) { alpha * (rank as f32).sqrt() } else { alpha })
     }
 }
 
@@ -164,31 +388,42 @@ impl AdapterAlphas {
 ///
 /// `layout` is that of the model that the LoRA is for; LDM paths depend on it.
 pub fn write(path: &Path, lora: &Lora, format: Format, layout: &BlockLayout) -> Result<()> {
-    let bytes =
-        to_bytes(lora, format, layout).with_context(|| format!("cannot write `{}`", path.display()))?;
+    write_changes(path, &lora.into(), format, layout)
+}
+
+/// Writes changes of any kind whole or not at all.
+pub fn write_changes(path: &Path, changes: &Changes, format: Format, layout: &BlockLayout) -> Result<()> {
+    let bytes = changes_to_bytes(changes, format, layout)
+        .with_context(|| format!("cannot write `{}`", path.display()))?;
     crate::files::write_whole(path, &bytes)
 }
 
 /// The bytes of a LoRA file. Factors keep their number type.
 pub fn to_bytes(lora: &Lora, format: Format, layout: &BlockLayout) -> Result<Vec<u8>> {
+    changes_to_bytes(&lora.into(), format, layout)
+}
+
+/// The bytes of a file of any kind. Tensors keep their number type.
+///
+/// # Errors
+/// [`LoraError::NoName`] for a module, [`LoraError::Kind`] for a kind, that the format has no name for.
+pub fn changes_to_bytes(changes: &Changes, format: Format, layout: &BlockLayout) -> Result<Vec<u8>> {
     let mut tensors = BTreeMap::new();
-    for (module, layer) in &lora.layers {
-        let (stem, down, up) = match format {
-            Format::Kohya => (keys::kohya(module, layout)?, "lora_down", "lora_up"),
-            Format::KohyaDiffusers => (keys::kohya_diffusers(module), "lora_down", "lora_up"),
-            Format::Peft => (keys::peft(module), "lora_A", "lora_B"),
-        };
-        tensors.insert(format!("{stem}.{down}.weight"), layer.down.clone());
+    for (module, change) in &changes.modules {
         if format == Format::Peft {
-            let scaled = if layer.scale() == 1.0 { layer.up.clone() } else { (&layer.up * layer.scale())? };
-            tensors.insert(format!("{stem}.{up}.weight"), scaled);
-        } else {
-            tensors.insert(format!("{stem}.{up}.weight"), layer.up.clone());
-            tensors.insert(format!("{stem}.alpha"), Tensor::new(layer.alpha, &Device::Cpu)?);
+            tensors.extend(peft_tensors(module, change)?);
+            continue;
+        }
+        let stem = match format {
+            Format::Kohya => keys::kohya(module, layout)?,
+            _ => keys::kohya_diffusers(module),
+        };
+        for (part, tensor) in change.parts()? {
+            tensors.insert(format!("{stem}.{}", part.suffix()), tensor);
         }
     }
     let (header, data) = lay_out(&tensors)?;
-    let mut metadata = described(lora, format);
+    let mut metadata = described(changes, format);
     metadata.insert("modelspec.hash_sha256".to_string(), format!("0x{:x}", Sha256::digest(&data)));
 
     let mut fields = BTreeMap::from([("__metadata__", serde_json::to_value(metadata)?)]);
@@ -199,6 +434,30 @@ pub fn to_bytes(lora: &Lora, format: Format, layout: &BlockLayout) -> Result<Vec
     bytes.extend(json);
     bytes.extend(data);
     Ok(bytes)
+}
+
+/// PEFT has names for LoRA of linear layers and convolutions and for DoRA's magnitudes.
+fn peft_tensors(module: &str, change: &Change) -> Result<Vec<(String, Tensor)>, LoraError> {
+    let stem = keys::peft(module);
+    let kind = || LoraError::Kind { key: module.to_string(), kind: change.kind() };
+    let Form::LowRank { down, up, mid: None, alpha } = &change.form else { return Err(kind()) };
+    let scale = f64::from(*alpha) / down.dims()[0] as f64;
+    let up = if scale == 1.0 { up.clone() } else { (up * scale)? };
+    let mut tensors =
+        vec![(format!("{stem}.lora_A.weight"), down.clone()), (format!("{stem}.lora_B.weight"), up)];
+    match &change.magnitude {
+        None => {}
+        Some(Magnitude { on_input: true, .. }) => return Err(kind()),
+        Some(Magnitude { values, .. }) => {
+            let values = values.flatten_all()?;
+            let values = if down.rank() == 4 { values.reshape((1, (), 1, 1))? } else { values };
+            tensors.push((format!("{stem}.lora_magnitude_vector"), values));
+        }
+    }
+    if change.bias.is_some() {
+        return Err(kind());
+    }
+    Ok(tensors)
 }
 
 /// Header entries and data of a safetensors file. The `safetensors` crate keeps metadata in a hash map, whose
@@ -222,17 +481,19 @@ fn lay_out(tensors: &BTreeMap<String, Tensor>) -> Result<(BTreeMap<String, serde
 }
 
 /// The LoRA's own metadata, over what every file says.
-fn described(lora: &Lora, format: Format) -> BTreeMap<String, String> {
+fn described(changes: &Changes, format: Format) -> BTreeMap<String, String> {
     let one = |values: Vec<String>| {
         let same = values.windows(2).all(|pair| pair[0] == pair[1]);
         if same { values.into_iter().next().unwrap_or_default() } else { "Dynamic".to_string() }
     };
-    let rank = one(lora.layers.values().map(|layer| layer.rank().to_string()).collect());
-    let alpha = one(lora.layers.values().map(|layer| layer.alpha.to_string()).collect());
+    let numbers: Vec<(usize, f32)> = changes.modules.values().filter_map(Change::rank_and_alpha).collect();
+    let rank = one(numbers.iter().map(|(rank, _)| rank.to_string()).collect());
+    let alpha = one(numbers.iter().map(|(_, alpha)| alpha.to_string()).collect());
     let alpha = if format == Format::Peft { rank.clone() } else { alpha };
+    let plain = changes.modules.values().all(|change| ["LoRA", "LoCon"].contains(&change.kind()));
     let standard = [
         ("format", "pt".to_string()),
-        ("ss_network_module", "networks.lora".to_string()),
+        ("ss_network_module", if plain { "networks.lora" } else { "lycoris.kohya" }.to_string()),
         ("ss_network_dim", rank),
         ("ss_network_alpha", alpha),
         ("ss_base_model_version", "sdxl_base_v1-0".to_string()),
@@ -245,9 +506,10 @@ fn described(lora: &Lora, format: Format) -> BTreeMap<String, String> {
     ];
     let mut metadata: BTreeMap<String, String> =
         standard.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
-    for (key, value) in &lora.metadata {
+    for (key, value) in &changes.metadata {
         // What follows from the tensors is said anew; diffusers' own note is about the file that was read.
-        if !["ss_network_dim", "ss_network_alpha", "lora_adapter_metadata"].contains(&key.as_str()) {
+        let told = ["ss_network_dim", "ss_network_alpha", "lora_adapter_metadata"];
+        if !told.contains(&key.as_str()) {
             metadata.insert(key.clone(), value.clone());
         }
     }
@@ -258,6 +520,7 @@ fn described(lora: &Lora, format: Format) -> BTreeMap<String, String> {
 mod tests {
     use super::*;
     use crate::lora::layout::tests::any_lora;
+    use candle_core::Device;
     use proptest::prelude::*;
 
     fn factor(rows: usize, columns: usize, value: f32) -> Tensor {
@@ -322,9 +585,14 @@ mod tests {
     fn alphas_in_diffusers_metadata_count() {
         let json = r#"{"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}}"#;
         let alphas = AdapterAlphas::of(&[("lora_adapter_metadata".to_string(), json.to_string())].into());
-        assert_eq!(alphas.get("mid_block.attn1.to_q"), Some(2.0));
-        assert_eq!(alphas.get("mid_block.attn1.to_k"), Some(8.0));
-        assert_eq!(alphas.get("text_encoder.text_model.x"), None);
+        assert_eq!(alphas.get("mid_block.attn1.to_q", 4), Some(2.0));
+        assert_eq!(alphas.get("mid_block.attn1.to_k", 4), Some(8.0));
+        assert_eq!(alphas.get("text_encoder.text_model.x", 4), None);
+        let json = json
+            .replace('{', "{\"unet.use_rslora\": true, ")
+            .replace("{\"unet.use_rslora\": true, \"attn1", "{\"attn1");
+        let alphas = AdapterAlphas::of(&[("lora_adapter_metadata".to_string(), json)].into());
+        assert_eq!(alphas.get("mid_block.attn1.to_k", 4), Some(16.0));
     }
 
     #[test]
@@ -351,12 +619,27 @@ mod tests {
         let (down, up) = (factor(2, 3, 1.0), factor(4, 2, 1.0));
         for (tensors, words) in [
             (vec![("model.weight", down.clone())], "none of its 1 tensors"),
+            (vec![(ALPHA, Tensor::new(1f32, &Device::Cpu).unwrap())], "none of its 1 tensors"),
+            (
+                vec![("lora_unet_mid_block_attentions_0_proj_in.dora_scale", down.clone())],
+                "dora_scale of shape [2, 3]",
+            ),
             (vec![(DOWN, down.clone())], "lacks its `up` factor"),
             (vec![(UP, up.clone())], "lacks its `down` factor"),
             (vec![(DOWN, down.clone()), (UP, nan)], "not finite"),
             (vec![(DOWN, down.clone()), (UP, factor(4, 3, 1.0))], "are not (R, in) and (out, R)"),
-            (vec![(DOWN, factor(2, 9, 1.0).reshape((2, 1, 3, 3)).unwrap()), (UP, up.clone())], "convolution"),
-            (vec![("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", up)], "LoHa is not supported"),
+            (
+                vec![(DOWN, factor(2, 9, 1.0).reshape((2, 1, 3, 3)).unwrap()), (UP, up.clone())],
+                "LoCon is not supported",
+            ),
+            (
+                vec![("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", up.clone())],
+                "lacks its `hada_w1_b`",
+            ),
+            (
+                vec![("lora_unet_mid_block_attentions_0_proj_in.bm.weight", up)],
+                "GLoRA with a Tucker factor is not",
+            ),
             (vec![], "none of its 0 tensors"),
         ] {
             let error = format!("{:#}", read_tensors(&tensors).unwrap_err());

@@ -1,18 +1,27 @@
 //! LoRA: a small change ΔW = (alpha / R) · up · down to the linear layers of a model (Hu et al. 2021).
 //!
-//! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`layout`]
-//! turns a LoRA into the flat vector that the hypernetwork learns and back, [`apply`] puts it into a model.
+//! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`change`]
+//! every kind of adapter that they hold, [`layout`] turns a LoRA into the flat vector that the hypernetwork learns
+//! and back, [`apply`] puts all of them into a model, [`edit`] adds, shortens and compares them.
 
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 
 pub mod file;
+pub mod header;
 pub mod keys;
+
+pub mod change;
 
 pub mod layout;
 
 pub mod apply;
+pub mod strength;
+
+pub mod edit;
+pub mod report;
+pub mod thin;
 
 /// A LoRA: changes to linear layers, and what is known about their origin.
 #[derive(Clone, Debug, Default)]
@@ -97,17 +106,28 @@ impl LoraLayer {
 pub enum LoraError {
     /// No key of a file belongs to a LoRA.
     #[error(
-        "none of its {count} tensors belongs to a LoRA that this program knows, for example {}",
-        listed(examples)
+        "none of its {count} tensors belongs to a LoRA that this program knows{}{}",
+        if examples.is_empty() { String::new() } else { format!(", for example {}", listed(examples)) },
+        guess.map(|guess| format!("; {guess}")).unwrap_or_default()
     )]
     NoLayers {
         /// Tensors in the file.
         count: usize,
-        /// Some of their keys.
+        /// Their keys.
         examples: Vec<String>,
+        /// What the file seems to be.
+        guess: Option<&'static str>,
     },
-    /// A kind of adapter that is not implemented.
-    #[error("`{key}`: {kind} is not supported, only plain LoRA of linear layers")]
+    /// Two keys that say the same.
+    #[error("`{first}` and `{second}` are the same part of the same layer in two spellings")]
+    Twice {
+        /// One.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A kind of adapter that is not implemented, or not here.
+    #[error("`{key}`: {kind} is not supported here")]
     Kind {
         /// A key that shows it.
         key: String,
@@ -119,7 +139,7 @@ pub enum LoraError {
     Half {
         /// Which layer.
         module: String,
-        /// `up` or `down`.
+        /// `up` or `down`, or another part's name.
         missing: &'static str,
     },
     /// The two factors do not fit each other.
@@ -132,35 +152,53 @@ pub enum LoraError {
         /// Shape of `up`.
         up: Vec<usize>,
     },
-    /// A factor or alpha that is NaN or infinite.
-    #[error("layer `{module}` holds numbers that are not finite")]
-    NotFinite {
+    /// A part of a shape that no such part has.
+    #[error("layer `{module}`: {part} of shape {shape:?} is no part of a LoRA")]
+    Part {
         /// Which layer.
+        module: String,
+        /// Which part.
+        part: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// A factor or alpha that is NaN or infinite.
+    #[error("`{module}` holds numbers that are not finite")]
+    NotFinite {
+        /// Which layer, or which key of a file.
         module: String,
     },
     /// A layer of another size than the model's.
     #[error(
-        "layer `{module}` is {lora:?} (out, in), the model has {model:?}; is the LoRA made for this base?"
+        "layer `{module}` is made for a weight of {lora:?}, the model has {model:?}{}",
+        guess.as_deref().unwrap_or("; is the LoRA made for this base?")
     )]
     Size {
         /// Which layer.
         module: String,
-        /// (out, in) of the LoRA.
-        lora: (usize, usize),
-        /// (out, in) of the model.
-        model: (usize, usize),
+        /// Shape of the weight that the LoRA wants, 0 for an axis that it does not tell.
+        lora: Vec<usize>,
+        /// Shape of the model's weight.
+        model: Vec<usize>,
+        /// What the LoRA seems to be made for.
+        guess: Option<String>,
     },
     /// Layers for which the model has no place.
     #[error(
-        "{} of {count} layers have no place in this model: {}; is the LoRA made for this base?",
-        modules.len(), listed(modules)
+        "{} of {count} layers have no place in this model: {}{}",
+        modules.len(), listed(modules), guess.as_deref().unwrap_or("; is the LoRA made for this base?")
     )]
     NoPlace {
         /// Layers in the LoRA.
         count: usize,
         /// Those without a place.
         modules: Vec<String>,
+        /// What the LoRA seems to be made for.
+        guess: Option<String>,
     },
+    /// A file that is damaged or no safetensors.
+    #[error(transparent)]
+    Header(#[from] header::HeaderError),
     /// A module that has no name in a file format.
     #[error("layer `{module}` has no name in {format} files")]
     NoName {

@@ -5,7 +5,7 @@ use candle_core::{Module, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::layers::{
-    Conv2d, ConvGeometry, GroupNorm, LayerNorm, Linear, attention, geglu, upsample_nearest2x,
+    Conv2d, ConvGeometry, GroupNorm, Layer, LayerNorm, Linear, Visit, attention, geglu, upsample_nearest2x,
 };
 
 /// Groups and ε of a level's GroupNorms.
@@ -62,8 +62,11 @@ impl DownBlock {
         Ok(x)
     }
 
-    pub(super) fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        self.layers.visit_linears(path, visit);
+    pub(super) fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        self.layers.visit_layers(path, visit);
+        if let Some(downsampler) = &mut self.downsampler {
+            visit(&format!("{path}.downsamplers.0.conv"), Layer::Conv(downsampler));
+        }
     }
 }
 
@@ -96,10 +99,10 @@ impl MidBlock {
         self.second.forward(&x, emb)
     }
 
-    pub(super) fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        self.first.visit_linears(&format!("{path}.resnets.0"), visit);
-        self.attention.visit_linears(&format!("{path}.attentions.0"), visit);
-        self.second.visit_linears(&format!("{path}.resnets.1"), visit);
+    pub(super) fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        self.first.visit_layers(&format!("{path}.resnets.0"), visit);
+        self.attention.visit_layers(&format!("{path}.attentions.0"), visit);
+        self.second.visit_layers(&format!("{path}.resnets.1"), visit);
     }
 }
 
@@ -150,8 +153,11 @@ impl UpBlock {
         Ok(upsampler.forward(&x)?)
     }
 
-    pub(super) fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        self.layers.visit_linears(path, visit);
+    pub(super) fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        self.layers.visit_layers(path, visit);
+        if let Some(upsampler) = &mut self.upsampler {
+            visit(&format!("{path}.upsamplers.0.conv"), Layer::Conv(upsampler));
+        }
     }
 }
 
@@ -189,12 +195,12 @@ impl Layers {
         }
     }
 
-    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
+    fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
         for (i, resnet) in self.resnets.iter_mut().enumerate() {
-            resnet.visit_linears(&format!("{path}.resnets.{i}"), visit);
+            resnet.visit_layers(&format!("{path}.resnets.{i}"), visit);
         }
         for (i, attention) in self.attentions.iter_mut().enumerate() {
-            attention.visit_linears(&format!("{path}.attentions.{i}"), visit);
+            attention.visit_layers(&format!("{path}.attentions.{i}"), visit);
         }
     }
 }
@@ -241,8 +247,15 @@ impl Resnet {
         }
     }
 
-    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        visit(&format!("{path}.time_emb_proj"), &mut self.time_emb_proj);
+    fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        visit(&format!("{path}.norm1"), self.norm1.layer());
+        visit(&format!("{path}.conv1"), Layer::Conv(&mut self.conv1));
+        visit(&format!("{path}.time_emb_proj"), Layer::Linear(&mut self.time_emb_proj));
+        visit(&format!("{path}.norm2"), self.norm2.layer());
+        visit(&format!("{path}.conv2"), Layer::Conv(&mut self.conv2));
+        if let Some(shortcut) = &mut self.conv_shortcut {
+            visit(&format!("{path}.conv_shortcut"), Layer::Conv(shortcut));
+        }
     }
 }
 
@@ -281,12 +294,13 @@ impl Transformer {
         Ok((x + out)?)
     }
 
-    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        visit(&format!("{path}.proj_in"), &mut self.proj_in);
+    fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        visit(&format!("{path}.norm"), self.norm.layer());
+        visit(&format!("{path}.proj_in"), Layer::Linear(&mut self.proj_in));
         for (i, block) in self.blocks.iter_mut().enumerate() {
-            block.visit_linears(&format!("{path}.transformer_blocks.{i}"), visit);
+            block.visit_layers(&format!("{path}.transformer_blocks.{i}"), visit);
         }
-        visit(&format!("{path}.proj_out"), &mut self.proj_out);
+        visit(&format!("{path}.proj_out"), Layer::Linear(&mut self.proj_out));
     }
 }
 
@@ -324,11 +338,14 @@ impl TransformerBlock {
         Ok((&x + self.ff_out.forward(&h)?)?)
     }
 
-    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        self.attn1.visit_linears(&format!("{path}.attn1"), visit);
-        self.attn2.visit_linears(&format!("{path}.attn2"), visit);
-        visit(&format!("{path}.ff.net.0.proj"), &mut self.ff_in);
-        visit(&format!("{path}.ff.net.2"), &mut self.ff_out);
+    fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        visit(&format!("{path}.norm1"), self.norm1.layer());
+        self.attn1.visit_layers(&format!("{path}.attn1"), visit);
+        visit(&format!("{path}.norm2"), self.norm2.layer());
+        self.attn2.visit_layers(&format!("{path}.attn2"), visit);
+        visit(&format!("{path}.norm3"), self.norm3.layer());
+        visit(&format!("{path}.ff.net.0.proj"), Layer::Linear(&mut self.ff_in));
+        visit(&format!("{path}.ff.net.2"), Layer::Linear(&mut self.ff_out));
     }
 }
 
@@ -359,10 +376,10 @@ impl Attention {
         Ok(self.to_out.forward(&attention(&q, &k, &v, self.heads, false)?)?)
     }
 
-    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        visit(&format!("{path}.to_q"), &mut self.to_q);
-        visit(&format!("{path}.to_k"), &mut self.to_k);
-        visit(&format!("{path}.to_v"), &mut self.to_v);
-        visit(&format!("{path}.to_out.0"), &mut self.to_out);
+    fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        visit(&format!("{path}.to_q"), Layer::Linear(&mut self.to_q));
+        visit(&format!("{path}.to_k"), Layer::Linear(&mut self.to_k));
+        visit(&format!("{path}.to_v"), Layer::Linear(&mut self.to_v));
+        visit(&format!("{path}.to_out.0"), Layer::Linear(&mut self.to_out));
     }
 }

@@ -10,7 +10,9 @@ use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::layers::{Activation, ClipTransformer, ClipTransformerSizes, LayerNorm, Linear, compute_dtype};
+use crate::layers::{
+    Activation, ClipTransformer, ClipTransformerSizes, Layer, LayerNorm, Linear, Visit, compute_dtype,
+};
 use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
 
 use super::tokenizer::ClipTokenizer;
@@ -50,6 +52,12 @@ impl TextEncoders {
             tokenizer_2: ClipTokenizer::new(files, "tokenizer_2")?,
             encoder_2: encoder("text_encoder_2")?,
         })
+    }
+
+    /// Calls `visit` with the name of each layer of both, under `text_encoder.` and `text_encoder_2.`.
+    pub fn visit_layers(&mut self, visit: &mut Visit) {
+        self.encoder.visit_layers(&mut |name, layer| visit(&format!("text_encoder.{name}"), layer));
+        self.encoder_2.visit_layers(&mut |name, layer| visit(&format!("text_encoder_2.{name}"), layer));
     }
 
     /// The conditioning of each prompt; a prompt that is too long is cut at the end, as in diffusers.
@@ -231,11 +239,15 @@ impl ClipTextModel {
         Ok(ClipTextOutput { penultimate, last, pooled })
     }
 
-    /// Calls `visit` with the name of each linear layer, for example
-    /// `text_model.encoder.layers.0.self_attn.q_proj`; those are the places for a LoRA.
-    pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear)) {
+    /// Calls `visit` with the name of each layer that a LoRA file may change, for example
+    /// `text_model.encoder.layers.0.self_attn.q_proj`.
+    pub fn visit_layers(&mut self, visit: &mut Visit) {
         self.encoder
-            .visit_linears(&mut |name, linear| visit(&format!("text_model.encoder.layers.{name}"), linear));
+            .visit_layers(&mut |name, layer| visit(&format!("text_model.encoder.layers.{name}"), layer));
+        visit("text_model.final_layer_norm", self.final_layer_norm.layer());
+        if let Some(projection) = &mut self.text_projection {
+            visit("text_projection", Layer::Linear(projection));
+        }
     }
 
     /// The row of each prompt's end-of-text token among all B · N, (B).

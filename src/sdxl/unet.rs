@@ -10,7 +10,7 @@ use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
 use super::blocks::{DownBlock, MidBlock, TransformerSize, UpBlock};
-use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear, compute_dtype};
+use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Layer, Linear, Visit, compute_dtype};
 
 /// `unet/config.json`. Keys that only repeat a default of SDXL may be absent; an option that is present with a
 /// value that is not implemented is refused by name.
@@ -316,17 +316,29 @@ impl UNet {
         compute_dtype(self.conv_in.weight.dtype(), self.conv_in.weight.device())
     }
 
-    /// Visits every linear layer that a LoRA may change, by its diffusers path without `.weight`.
+    /// Visits every linear layer, by its diffusers path without `.weight`.
     pub fn visit_linears(&mut self, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        self.time_embedding.visit_linears("time_embedding", visit);
-        self.add_embedding.visit_linears("add_embedding", visit);
+        self.visit_layers(&mut |path, layer| {
+            if let Layer::Linear(linear) = layer {
+                visit(path, linear);
+            }
+        });
+    }
+
+    /// Visits every layer that a LoRA file may change, by its diffusers path without `.weight`.
+    pub fn visit_layers(&mut self, visit: &mut Visit) {
+        visit("conv_in", Layer::Conv(&mut self.conv_in));
+        self.time_embedding.visit_layers("time_embedding", visit);
+        self.add_embedding.visit_layers("add_embedding", visit);
         for (i, block) in self.down_blocks.iter_mut().enumerate() {
-            block.visit_linears(&format!("down_blocks.{i}"), visit);
+            block.visit_layers(&format!("down_blocks.{i}"), visit);
         }
-        self.mid_block.visit_linears("mid_block", visit);
+        self.mid_block.visit_layers("mid_block", visit);
         for (i, block) in self.up_blocks.iter_mut().enumerate() {
-            block.visit_linears(&format!("up_blocks.{i}"), visit);
+            block.visit_layers(&format!("up_blocks.{i}"), visit);
         }
+        visit("conv_norm_out", self.conv_norm_out.layer());
+        visit("conv_out", Layer::Conv(&mut self.conv_out));
     }
 }
 
@@ -349,9 +361,9 @@ impl Embedding {
         Ok(self.linear_2.forward(&Activation::Silu.apply(&self.linear_1.forward(x)?)?)?)
     }
 
-    fn visit_linears(&mut self, path: &str, visit: &mut dyn FnMut(&str, &mut Linear)) {
-        visit(&format!("{path}.linear_1"), &mut self.linear_1);
-        visit(&format!("{path}.linear_2"), &mut self.linear_2);
+    fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        visit(&format!("{path}.linear_1"), Layer::Linear(&mut self.linear_1));
+        visit(&format!("{path}.linear_2"), Layer::Linear(&mut self.linear_2));
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod drawing;
 mod face;
+mod lora;
 mod models;
 
 /// What a run of the program left behind.

@@ -7,9 +7,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use difflora::lora::apply::{Unmatched, attach, merge};
+use difflora::lora::apply::{Branch, Originals, Unmatched, attach, merge};
+use difflora::lora::change::Changes;
 use difflora::lora::file::{self, Format};
 use difflora::lora::keys::BlockLayout;
+use difflora::lora::strength::Strength;
 use difflora::lora::{Lora, layout::LoraLayout};
 use difflora::sdxl::unet::{UNet, UNetConfig};
 use difflora::weights::{self, Trainable};
@@ -77,7 +79,12 @@ fn merging_changes_our_unet_as_diffusers_changes_its_own() -> Result<()> {
     unet.visit_linears(&mut |path, linear| {
         before.insert(path.to_string(), linear.weight.clone());
     });
-    let merged = merge(|visit| unet.visit_linears(visit), &[(&lora()?, 1.0)], Unmatched::Refuse)?;
+    let merged = merge(
+        |visit| unet.visit_layers(visit),
+        &[(&Changes::from(&lora()?), Strength::all(1.0))],
+        Unmatched::Refuse,
+        Originals::Drop,
+    )?;
     assert_eq!(merged.matched.len(), wanted.len());
     let mut far = Vec::new();
     unet.visit_linears(&mut |path, linear| {
@@ -107,8 +114,9 @@ fn a_merged_and_an_attached_lora_predict_the_same() -> Result<()> {
     };
     let (lora, plain) = (lora()?, unet()?);
     let (mut merged, mut attached) = (plain.clone(), plain.clone());
-    merge(|visit| merged.visit_linears(visit), &[(&lora, 0.7)], Unmatched::Refuse)?;
-    attach(|visit| attached.visit_linears(visit), &[(&lora, 0.7)], Unmatched::Refuse)?;
+    let loras = [(&Changes::from(&lora), Strength::all(0.7))];
+    merge(|visit| merged.visit_layers(visit), &loras, Unmatched::Refuse, Originals::Drop)?;
+    attach(|visit| attached.visit_layers(visit), &loras, Unmatched::Refuse, Branch::Both)?;
     let (merged, attached) = (predict(&merged)?, predict(&attached)?);
     let far = distance(&merged, &attached)?;
     assert!(far < 1e-5, "{far}");

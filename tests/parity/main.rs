@@ -4,6 +4,8 @@ mod face;
 mod golden;
 mod hypernet;
 mod lora;
+mod lora_damage;
+mod lora_kinds;
 mod pipeline;
 mod samplers;
 mod sdxl_parts;

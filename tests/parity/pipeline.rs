@@ -251,7 +251,10 @@ fn not_a_number_is_an_error_that_says_where() {
     });
     assert!(unet.contains("UNet") && unet.contains("step 1 of 2"), "{unet}");
     let text = say(&|model| {
-        model.text.encoder_2.visit_linears(&mut |_, linear| linear.weight = nan(&linear.weight))
+        model.text.encoder_2.visit_layers(&mut |_, mut layer| {
+            let (weight, bias) = (nan(layer.weight()), layer.bias().cloned());
+            layer.set(weight, bias);
+        })
     });
     assert!(text.contains("text encoder"), "{text}");
     let damaged = Tensor::full(f32::INFINITY, (1, 4, 8, 8), &Device::Cpu).unwrap();

@@ -128,15 +128,15 @@ fn both_kinds_of_text_encoder_agree_with_transformers() {
 }
 
 #[test]
-fn linear_layers_of_a_text_encoder_carry_the_names_of_their_weights() {
+fn layers_of_a_text_encoder_carry_the_names_of_their_weights() {
     let golden = Golden::open("clip_text_projected");
     let mut model = ClipTextModel::new(&golden.config(), golden.builder()).unwrap();
     let mut names = Vec::new();
-    model.visit_linears(&mut |name, linear| {
-        assert_eq!(linear.weight.dims(), golden.vars[&format!("{name}.weight")].dims());
+    model.visit_layers(&mut |name, layer| {
+        assert_eq!(layer.weight().dims(), golden.vars[&format!("{name}.weight")].dims());
         names.push(name.to_string());
     });
-    assert_eq!(names.len(), 3 * 6);
+    assert_eq!(names.len(), 3 * 8 + 2);
 }
 
 #[test]

@@ -1,0 +1,573 @@
+//! `difflora lora`: look into LoRA files, convert, add, shorten, extract, compare and disturb them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Tensor};
+use serde_json::{Value, json};
+
+use super::models;
+use crate::cli::Common;
+use crate::failure::Failure;
+use crate::files::{self, check_writable};
+use crate::lora::change::Changes;
+use crate::lora::edit::{self, Disturbance, Keep, Kept, Which};
+use crate::lora::file::{self, Format};
+use crate::lora::keys::BlockLayout;
+use crate::lora::report::Report;
+use crate::lora::strength::Strength;
+use crate::lora::{LoraError, listed};
+use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS, save_component};
+use crate::progress;
+
+/// Arguments of `difflora lora`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    action: Action,
+    /// The base that the files are for: LDM names of layers depend on its blocks. SDXL's where it is not given.
+    #[arg(long, value_name = "NAME|DIR", global = true, env = "DIFFLORA_BASE")]
+    base: Option<String>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// Tell what a file is: kinds, ranks, alphas, modules, metadata. Reads its header alone.
+    Inspect {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Write a file in another spelling; metadata are kept.
+    Convert {
+        /// The file.
+        input: PathBuf,
+        /// Where the result goes.
+        output: PathBuf,
+        /// The spelling.
+        #[arg(long, value_enum, default_value = "kohya")]
+        format: Format,
+    },
+    /// Add LoRAs to each other, exactly, or with --base into a model's weights.
+    Merge {
+        /// The files, each with an optional weight as in `gen`.
+        #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., required = true)]
+        lora: Vec<String>,
+        /// A LoRA file, or with --base a folder that does not exist yet.
+        #[arg(long, value_name = "FILE|DIR")]
+        out: PathBuf,
+        #[command(flatten)]
+        length: Length,
+        /// The spelling of a LoRA file.
+        #[arg(long, value_enum, default_value = "kohya")]
+        format: Format,
+    },
+    /// Shorten a file to a rank, or to the share of Σ σ² that is to be kept.
+    Resize {
+        /// The file.
+        input: PathBuf,
+        /// Where the result goes.
+        output: PathBuf,
+        #[command(flatten)]
+        length: Length,
+        /// The spelling.
+        #[arg(long, value_enum, default_value = "kohya")]
+        format: Format,
+    },
+    /// Make a LoRA of the difference between two models of the same shape.
+    Extract {
+        /// The model before.
+        before: String,
+        /// The model after.
+        after: String,
+        /// Where the LoRA goes.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Its rank.
+        #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
+        rank: u32,
+        /// The spelling.
+        #[arg(long, value_enum, default_value = "kohya")]
+        format: Format,
+    },
+    /// The weighted mean of several LoRAs; weights are divided by their sum.
+    Mix {
+        /// The files, each with an optional weight.
+        #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 2.., required = true)]
+        lora: Vec<String>,
+        /// Where the result goes.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        #[command(flatten)]
+        length: Length,
+        /// The spelling.
+        #[arg(long, value_enum, default_value = "kohya")]
+        format: Format,
+    },
+    /// Replace the largest or smallest weights of a LoRA, to see which ones matter.
+    Perturb {
+        /// The file.
+        input: PathBuf,
+        /// Where the result goes.
+        output: PathBuf,
+        /// Which weights.
+        #[arg(long, value_enum, default_value = "largest")]
+        which: Which,
+        /// What takes their place: zero, or normal noise with their own root mean square.
+        #[arg(long, value_enum, default_value = "zero")]
+        with: Disturbance,
+        /// How many of all weights.
+        #[arg(long, default_value_t = 0.25)]
+        share: f64,
+        /// Seed of the noise.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+    },
+    /// Compare what two files change, module by module.
+    Diff {
+        /// One.
+        one: PathBuf,
+        /// The other.
+        two: PathBuf,
+    },
+}
+
+/// How long a result is.
+#[derive(Debug, clap::Args)]
+#[group(multiple = false)]
+struct Length {
+    /// Rank of the result.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    rank: Option<u32>,
+    /// Share of Σ σ² that is kept, module by module.
+    #[arg(long, value_name = "SHARE")]
+    keep: Option<f64>,
+}
+
+impl Length {
+    fn keep(&self) -> Result<Keep> {
+        match (self.rank, self.keep) {
+            (Some(rank), _) => Ok(Keep::Rank(rank as usize)),
+            (None, Some(share)) => Ok(Keep::Share(a_share(share, "--keep")?)),
+            (None, None) => Ok(Keep::All),
+        }
+    }
+}
+
+fn a_share(share: f64, option: &str) -> Result<f64> {
+    if share > 0.0 && share <= 1.0 {
+        return Ok(share);
+    }
+    Err(Failure::Usage(format!("{option} {share}: give a share above 0 and at most 1")).into())
+}
+
+/// Runs what was asked for.
+pub fn run(args: Args, common: &Common) -> Result<()> {
+    let base = args.base.as_deref().map(|name| models::find(name, "base")).transpose()?;
+    let layout = base.as_ref().map(models::block_layout).transpose()?.unwrap_or_default();
+    match args.action {
+        Action::Inspect { file } => inspect(&file, &layout, common),
+        Action::Convert { input, output, format } => {
+            check_writable(&output)?;
+            write(&output, &file::read_changes(&input, &layout)?, format, &layout, common, json!({}))
+        }
+        Action::Merge { lora, out, length, format } => match base {
+            Some(base) => {
+                if length.keep()? != Keep::All {
+                    let why = "--rank and --keep are for LoRA files; with --base weights are added whole";
+                    return Err(Failure::Usage(why.into()).into());
+                }
+                merge_into_base(&base, &lora, &out, &layout, common)
+            }
+            None => {
+                check_writable(&out)?;
+                let loras = read_all(&lora, &layout)?;
+                write_sum(&loras, length.keep()?, &out, format, &layout, common)
+            }
+        },
+        Action::Resize { input, output, length, format } => {
+            check_writable(&output)?;
+            let keep = length.keep()?;
+            if keep == Keep::All {
+                return Err(Failure::Usage("how short? give --rank N or --keep SHARE".into()).into());
+            }
+            let loras = read_all(&[input.display().to_string()], &layout)?;
+            write_sum(&loras, keep, &output, format, &layout, common)
+        }
+        Action::Mix { lora, out, length, format } => {
+            check_writable(&out)?;
+            let loras = read_all(&lora, &layout)?;
+            let total: f64 = loras.iter().map(|(_, _, strength)| strength.everywhere()).sum();
+            if total == 0.0 {
+                return Err(Failure::Usage("the weights add up to zero, so there is no mean".into()).into());
+            }
+            let loras: Vec<_> = loras
+                .into_iter()
+                .map(|(path, changes, strength)| (path, changes, strength.times(1.0 / total)))
+                .collect();
+            write_sum(&loras, length.keep()?, &out, format, &layout, common)
+        }
+        Action::Extract { before, after, out, rank, format } => {
+            check_writable(&out)?;
+            extract(&before, &after, &out, rank as usize, format, common)
+        }
+        Action::Perturb { input, output, which, with, share, seed } => {
+            check_writable(&output)?;
+            let share = a_share(share, "--share")?;
+            let mut changes = file::read_changes(&input, &layout)?;
+            let count = edit::perturb(&mut changes, which, share, with, seed)
+                .map_err(|error| Failure::unusable(&input, error))?;
+            write(&output, &changes, Format::Kohya, &layout, common, json!({ "replaced": count }))
+        }
+        Action::Diff { one, two } => diff(&one, &two, &layout, common),
+    }
+}
+
+fn inspect(path: &Path, layout: &BlockLayout, common: &Common) -> Result<()> {
+    let mut file = file::open(path)?;
+    let report =
+        Report::read(&mut file, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
+    let bytes = file.metadata()?.len();
+    if common.json {
+        let mut value = serde_json::to_value(&report)?;
+        value["file"] = json!(path);
+        value["bytes"] = json!(bytes);
+        println!("{value:#}");
+        return Ok(());
+    }
+    let counts = |map: &BTreeMap<String, usize>| -> String {
+        map.iter().map(|(name, count)| format!("{name} ({count})")).collect::<Vec<_>>().join(", ")
+    };
+    let ranks = report.ranks.iter().map(|(rank, count)| (rank.to_string(), *count)).collect();
+    println!("file      {} ({:.1} MB)", path.display(), bytes as f64 / 1e6);
+    println!("kind      {}", counts(&report.kinds));
+    for (name, map) in [("rank", &ranks), ("alpha", &report.alphas), ("parts", &report.parts)] {
+        if !map.is_empty() {
+            println!("{name:<9} {}", counts(map));
+        }
+    }
+    if report.without_alpha > 0 {
+        println!("          {} modules tell no alpha: it is the rank", report.without_alpha);
+    }
+    if !report.blocks.is_empty() {
+        println!("blocks    {}", counts(&report.blocks));
+    }
+    println!("numbers   {}", counts(&report.storage));
+    if let Some(width) = report.text_width {
+        let base = match width {
+            2048 => ", as in SDXL",
+            768 => ", as in SD 1.5: not for SDXL",
+            1024 => ", as in SD 2: not for SDXL",
+            _ => "",
+        };
+        println!("text      {width} wide{base}");
+    }
+    if !report.unmatched.is_empty() {
+        println!("unknown   {} keys: {}", report.unmatched.len(), listed(&report.unmatched));
+    }
+    for (key, value) in &report.metadata {
+        let line: String = value.chars().take(100).map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let more =
+            if value.chars().count() > 100 { format!(" … ({} bytes)", value.len()) } else { String::new() };
+        println!("  {key} = {line}{more}");
+    }
+    Ok(())
+}
+
+/// Path, content and strength of a file.
+type Given = (PathBuf, Changes, Strength);
+
+fn read_all(arguments: &[String], layout: &BlockLayout) -> Result<Vec<Given>> {
+    let read = |argument: &String| {
+        let (path, strength) = Strength::split(argument)?;
+        let changes = file::read_changes(&path, layout)?;
+        Ok((path, changes, strength))
+    };
+    arguments.iter().map(read).collect()
+}
+
+fn write_sum(
+    loras: &[Given],
+    keep: Keep,
+    out: &Path,
+    format: Format,
+    layout: &BlockLayout,
+    common: &Common,
+) -> Result<()> {
+    let files: Vec<(&Changes, Strength)> =
+        loras.iter().map(|(_, changes, strength)| (changes, strength.clone())).collect();
+    let names: Vec<String> = loras.iter().map(|(path, ..)| path.display().to_string()).collect();
+    let (sum, kept) = edit::sum(&files, keep)
+        .map_err(|error| Failure::Unusable(format!("cannot use {}: {error}", listed(&names))))?;
+    write(out, &sum, format, layout, common, summary(&kept))
+}
+
+/// Ranks and shares over all modules.
+fn summary(kept: &BTreeMap<String, Kept>) -> Value {
+    let lowest = kept.values().map(|kept| kept.share).fold(1.0, f64::min);
+    let mean = kept.values().map(|kept| kept.share).sum::<f64>() / kept.len().max(1) as f64;
+    let mut ranks: BTreeMap<usize, usize> = BTreeMap::new();
+    kept.values().for_each(|kept| *ranks.entry(kept.after).or_default() += 1);
+    json!({ "ranks": ranks, "kept_mean": mean, "kept_least": lowest })
+}
+
+fn write(
+    path: &Path,
+    changes: &Changes,
+    format: Format,
+    layout: &BlockLayout,
+    common: &Common,
+    mut told: Value,
+) -> Result<()> {
+    let bytes = file::changes_to_bytes(changes, format, layout).map_err(|error| {
+        let known = error.downcast_ref::<LoraError>().is_some();
+        let why = format!("cannot write `{}`: {error:#}", path.display());
+        if known { Failure::Unusable(why).into() } else { error }
+    })?;
+    files::write_whole(path, &bytes)?;
+    told["file"] = json!(path);
+    told["modules"] = json!(changes.modules.len());
+    tell(&told, common);
+    Ok(())
+}
+
+fn tell(told: &Value, common: &Common) {
+    if common.json {
+        println!("{told:#}");
+        return;
+    }
+    for (name, value) in told.as_object().into_iter().flatten() {
+        println!("{name:<10} {}", value.as_str().map_or_else(|| value.to_string(), String::from));
+    }
+}
+
+fn diff(one: &Path, two: &Path, layout: &BlockLayout, common: &Common) -> Result<()> {
+    let (a, b) = (file::read_changes(one, layout)?, file::read_changes(two, layout)?);
+    let (modules, all) = edit::compare(&a, &b).map_err(|error| Failure::unusable(two, error))?;
+    let only = |a: &Changes, b: &Changes| -> Vec<String> {
+        a.modules.keys().filter(|module| !b.modules.contains_key(*module)).cloned().collect()
+    };
+    let (only_one, only_two) = (only(&a, &b), only(&b, &a));
+    if common.json {
+        let told = json!({
+            "modules": modules, "together": all, "only_in_first": only_one, "only_in_second": only_two,
+        });
+        println!("{told:#}");
+        return Ok(());
+    }
+    println!("{:>8} {:>8} {:>8}  module", "cosine", "norm", "distance");
+    let together = all.iter().map(|likeness| ("all of these together", likeness));
+    for (module, likeness) in modules.iter().map(|(module, l)| (module.as_str(), l)).chain(together) {
+        println!("{:8.4} {:8.4} {:8.4}  {module}", likeness.cosine, likeness.norm_ratio, likeness.distance);
+    }
+    for (path, only) in [(one, only_one), (two, only_two)] {
+        if !only.is_empty() {
+            println!("only in {}: {}", path.display(), listed(&only));
+        }
+    }
+    Ok(())
+}
+
+/// Components that LoRAs change: folder, weight file, and what module paths begin with.
+const COMPONENTS: [(&str, &str, &str); 3] = [
+    ("unet", DIFFUSERS_WEIGHTS, ""),
+    ("text_encoder", TRANSFORMERS_WEIGHTS, "text_encoder."),
+    ("text_encoder_2", TRANSFORMERS_WEIGHTS, "text_encoder_2."),
+];
+
+/// The module whose weight or bias a tensor is, and whether it is the weight.
+fn module_of(prefix: &str, name: &str) -> Option<(String, bool)> {
+    let (path, is_weight) = match (name.strip_suffix(".weight"), name.strip_suffix(".bias")) {
+        (Some(path), _) => (path, true),
+        (_, Some(path)) => (path, false),
+        _ => return None,
+    };
+    // transformers 5 leaves `text_model.` out.
+    let bare = !prefix.is_empty() && !path.starts_with("text_model.") && path != "text_projection";
+    Some((format!("{prefix}{}{path}", if bare { "text_model." } else { "" }), is_weight))
+}
+
+fn merge_into_base(
+    base: &ModelFiles,
+    loras: &[String],
+    out: &Path,
+    layout: &BlockLayout,
+    common: &Common,
+) -> Result<()> {
+    if out.exists() {
+        let why = format!("`{}` exists already; name a folder that does not, or remove it", out.display());
+        return Err(Failure::Usage(why).into());
+    }
+    let loras = read_all(loras, layout)?;
+    let mut weights = BTreeMap::new();
+    for (folder, stem, prefix) in COMPONENTS {
+        if base.exists(&format!("{folder}/config.json")) {
+            weights.insert(folder, (stem, prefix, base.tensors(folder, stem)?));
+        }
+    }
+    let mut matched = std::collections::BTreeSet::new();
+    for (_, prefix, tensors) in weights.values_mut() {
+        merge_component(prefix, tensors, &loras, &mut matched)?;
+    }
+    for (path, changes, _) in &loras {
+        let missing: Vec<String> =
+            changes.modules.keys().filter(|module| !matched.contains(*module)).cloned().collect();
+        if missing.len() == changes.modules.len() {
+            let error = LoraError::NoPlace { count: missing.len(), modules: missing, guess: None };
+            return Err(Failure::unusable(path, error));
+        }
+        if !missing.is_empty() {
+            progress::warn(format_args!(
+                "{} layers of `{}` have no place in this base and are left out: {}",
+                missing.len(),
+                path.display(),
+                listed(&missing)
+            ));
+        }
+    }
+    let replaced = |file: &str| {
+        weights.iter().any(|(folder, (stem, ..))| {
+            file.strip_prefix(folder).is_some_and(|rest| rest.starts_with(&format!("/{stem}.")))
+        })
+    };
+    copy_files(base, out, &replaced)?;
+    for (folder, (stem, _, tensors)) in &weights {
+        let config: Value = base.json(&format!("{folder}/config.json"))?;
+        let dtype =
+            tensors.values().map(Tensor::dtype).max_by_key(DType::size_in_bytes).unwrap_or(DType::F32);
+        let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+        save_component(out, folder, stem, &config, &tensors, dtype)?;
+    }
+    tell(&json!({ "folder": out, "modules": matched.len() }), common);
+    Ok(())
+}
+
+/// Adds all changes to the weights and biases of one component.
+fn merge_component(
+    prefix: &str,
+    tensors: &mut HashMap<String, Tensor>,
+    loras: &[Given],
+    matched: &mut std::collections::BTreeSet<String>,
+) -> Result<()> {
+    let names: Vec<String> = tensors.keys().cloned().collect();
+    for name in names {
+        let Some((module, true)) = module_of(prefix, &name) else { continue };
+        let original = tensors[&name].clone();
+        let weight = original.to_dtype(DType::F32)?;
+        let bias_name = format!("{}.bias", name.trim_end_matches(".weight"));
+        let mut sum = weight.clone();
+        let mut is_changed = false;
+        for (path, changes, strength) in loras {
+            let Some(change) = changes.modules.get(&module) else { continue };
+            if !change.fits(weight.dims()) {
+                let (lora, model) = (change.target(), weight.dims().to_vec());
+                let error = LoraError::Size { module: module.clone(), lora, model, guess: None };
+                return Err(Failure::unusable(path, error));
+            }
+            let times = strength.of(&module);
+            sum = (sum + change.delta(&weight, times)?)?;
+            if let (Some(delta), Some(bias)) = (&change.bias, tensors.get(&bias_name)) {
+                let delta = (delta.to_dtype(DType::F32)?.flatten_all()? * times)?;
+                let changed = (bias.to_dtype(DType::F32)? + delta)?.to_dtype(bias.dtype())?;
+                tensors.insert(bias_name.clone(), changed);
+            }
+            is_changed = true;
+        }
+        if is_changed {
+            tensors.insert(name, sum.to_dtype(original.dtype())?);
+            matched.insert(module);
+        }
+    }
+    Ok(())
+}
+
+/// Copies a model's files but those that are `replaced`.
+fn copy_files(base: &ModelFiles, out: &Path, replaced: &dyn Fn(&str) -> bool) -> Result<()> {
+    let save = |name: &str, bytes: &[u8]| -> Result<()> {
+        let target = out.join(name);
+        let folder = files::folder_of(&target);
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+        files::write_whole(&target, bytes)
+    };
+    let mut names = Vec::new();
+    match base {
+        ModelFiles::Folder(root) => list_folder(root, root, &mut names)?,
+        ModelFiles::BuiltIn { dir, .. } => {
+            let mut folders = vec![*dir];
+            while let Some(folder) = folders.pop() {
+                folders.extend(folder.dirs());
+                let paths = folder.files().filter_map(|file| file.path().strip_prefix(dir.path()).ok());
+                names.extend(paths.map(|path| path.to_string_lossy().into_owned()));
+            }
+        }
+    }
+    for name in names.iter().filter(|name| !replaced(name)) {
+        save(name, &base.read(name)?)?;
+    }
+    Ok(())
+}
+
+fn list_folder(root: &Path, folder: &Path, names: &mut Vec<String>) -> Result<()> {
+    let entries = std::fs::read_dir(folder).map_err(|error| Failure::unusable(folder, error))?;
+    for entry in entries {
+        let path = entry?.path();
+        if path.is_dir() {
+            list_folder(root, &path, names)?;
+        } else if let Ok(name) = path.strip_prefix(root) {
+            names.push(name.to_string_lossy().replace('\\', "/"));
+        }
+    }
+    Ok(())
+}
+
+fn extract(
+    before: &str,
+    after: &str,
+    out: &Path,
+    rank: usize,
+    format: Format,
+    common: &Common,
+) -> Result<()> {
+    let (before, after) = (models::find(before, "base")?, models::find(after, "base")?);
+    let layout = models::block_layout(&before)?;
+    let mut changes = Changes::default();
+    let mut kept = BTreeMap::new();
+    let mut left_out = Vec::new();
+    for (folder, stem, prefix) in COMPONENTS {
+        if !before.exists(&format!("{folder}/config.json")) || !after.exists(&format!("{folder}/config.json"))
+        {
+            continue;
+        }
+        let (one, two) = (before.tensors(folder, stem)?, after.tensors(folder, stem)?);
+        for (name, one) in &one {
+            progress::check()?;
+            let two = two.get(name).filter(|two| two.dims() == one.dims()).ok_or_else(|| {
+                after.unusable(folder, format!("it has no `{name}` of shape {:?}", one.dims()))
+            })?;
+            let difference = (two.to_dtype(DType::F32)? - one.to_dtype(DType::F32)?)?;
+            if difference.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
+                continue;
+            }
+            match module_of(prefix, name) {
+                Some((module, true)) if one.rank() >= 2 && !name.contains("embedding.weight") => {
+                    let (change, share) = edit::extract(one, two, rank, DType::F32)?;
+                    kept.insert(module.clone(), share);
+                    changes.modules.insert(module, change);
+                }
+                _ => left_out.push(name.clone()),
+            }
+        }
+    }
+    if changes.modules.is_empty() {
+        return Err(after.unusable("unet", "its weights are the same as before: there is nothing to extract"));
+    }
+    if !left_out.is_empty() {
+        left_out.sort();
+        progress::warn(format_args!(
+            "{} tensors that changed are no layers of a LoRA (biases, norms, embeddings) and are left out: {}",
+            left_out.len(),
+            listed(&left_out)
+        ));
+    }
+    write(out, &changes, format, &layout, common, summary(&kept))
+}

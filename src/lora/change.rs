@@ -1,0 +1,579 @@
+//! What a file changes of one layer, of every kind that exists for SDXL, and the ΔW it makes.
+//!
+//! LoRA (Hu et al. 2021) and LoCon, LoHa (Hyeon-Woo et al. 2022), LoKr, full differences, IA3 (Liu et al. 2022),
+//! OFT (Qiu et al. 2023), BOFT (Liu et al. 2024), GLoRA (Chavan et al. 2023), each of the first three with DoRA's
+//! magnitudes (Liu et al. 2024). Formulas as in LyCORIS 4.1.3, `lycoris/modules/*.py` and `lycoris/functional/*.py`,
+//! whose forward pass is meant where `get_diff_weight` differs from it (it applies alpha / R twice for LoHa and
+//! LoKr).
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::keys::Part;
+use super::{Lora, LoraError, LoraLayer};
+
+/// What a file changes, by module path as in [`Lora`].
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// By module path as diffusers spells it.
+    pub modules: BTreeMap<String, Change>,
+    /// The file's metadata.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// The change of one layer.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// What is added to the weight.
+    pub form: Form,
+    /// DoRA: the sizes that rows or columns of the changed weight are brought to.
+    pub magnitude: Option<Magnitude>,
+    /// What is added to the bias (out).
+    pub bias: Option<Tensor>,
+}
+
+/// Sizes of the rows, or of the columns, of a weight.
+#[derive(Clone, Debug)]
+pub struct Magnitude {
+    /// As many numbers as there are rows or columns, in the shape that they are stored in.
+    pub values: Tensor,
+    /// Columns (in) instead of rows (out).
+    pub on_input: bool,
+}
+
+/// How ΔW is made. R is the rank, `scale` = alpha / R.
+#[derive(Clone, Debug)]
+pub enum Form {
+    /// LoRA, LoCon: scale · up · down, or up · mid · down. Factors of convolutions keep their kernel's axes:
+    /// `down` (R, in, k, k), or (R, in, 1, 1) before a `mid` (R, R, k, k); `up` (out, R, 1, 1).
+    LowRank {
+        /// A, (R, in) or (R, in, k, k).
+        down: Tensor,
+        /// B, (out, R) or (out, R, 1, 1).
+        up: Tensor,
+        /// Tucker core.
+        mid: Option<Tensor>,
+        /// ΔW is scaled by alpha / R.
+        alpha: f32,
+    },
+    /// LoHa: scale · (a₁ b₁) ⊙ (a₂ b₂); a (out, R), b (R, in·k²). With cores t (R, R, k, k): a (R, out), b (R, in).
+    Hadamard {
+        /// a₁, b₁.
+        first: [Tensor; 2],
+        /// a₂, b₂.
+        second: [Tensor; 2],
+        /// t₁, t₂.
+        cores: Option<[Tensor; 2]>,
+        /// ΔW is scaled by alpha / R.
+        alpha: f32,
+    },
+    /// LoKr: scale · w₁ ⊗ w₂; the scale counts only where one of them is decomposed.
+    Kronecker {
+        /// (a, c)
+        first: Matrix,
+        /// (b, d), (b, d, k, k), or decomposed into (b, R) and (R, d·k²).
+        second: Matrix,
+        /// Core (R, R, k, k) of the second, whose factors are then (R, b) and (R, d).
+        core: Option<Tensor>,
+        /// ΔW is scaled by alpha / R.
+        alpha: f32,
+    },
+    /// The difference itself, as large as the weight; norms as well.
+    Full(Tensor),
+    /// Only the bias changes.
+    BiasOnly,
+    /// IA3: W ⊙ factor, along the outputs or the inputs.
+    Scaled {
+        /// As many numbers as the axis is long.
+        factor: Tensor,
+        /// Along the inputs.
+        on_input: bool,
+    },
+    /// OFT, BOFT: W turned by orthogonal blocks, the Cayley transforms of `blocks` − `blocks`ᵀ.
+    Orthogonal {
+        /// (n, s, s), or (m, n, s, s) for the m stages of BOFT's butterfly.
+        blocks: Tensor,
+        /// A factor of each output (out).
+        rescale: Option<Tensor>,
+        /// The norm of the blocks is kept below this · out; 0 for no bound.
+        constraint: f32,
+    },
+    /// GLoRA: scale · (W a₁ a₂ + b₁ b₂); a₁ (in, R), a₂ (R, in), b₁ (out, R), b₂ (R, in·k²).
+    Generalised {
+        /// a₁, a₂.
+        a: [Tensor; 2],
+        /// b₁, b₂.
+        b: [Tensor; 2],
+        /// ΔW is scaled by alpha / R.
+        alpha: f32,
+    },
+}
+
+/// A matrix, or two factors of it.
+#[derive(Clone, Debug)]
+pub enum Matrix {
+    /// Itself.
+    Whole(Tensor),
+    /// The product of two.
+    Product(Tensor, Tensor),
+}
+
+/// Added to DoRA's norms by LyCORIS: ε of f32.
+const NORM_EPS: f64 = f32::EPSILON as f64;
+
+impl Change {
+    /// What a user calls the kind.
+    pub fn kind(&self) -> &'static str {
+        let dora = self.magnitude.is_some();
+        match &self.form {
+            Form::LowRank { .. } if dora => "DoRA",
+            Form::LowRank { mid: Some(_), .. } => "LoCon (Tucker)",
+            Form::LowRank { down, .. } if down.rank() == 4 => "LoCon",
+            Form::LowRank { .. } => "LoRA",
+            Form::Hadamard { .. } if dora => "LoHa with DoRA",
+            Form::Hadamard { .. } => "LoHa",
+            Form::Kronecker { .. } if dora => "LoKr with DoRA",
+            Form::Kronecker { .. } => "LoKr",
+            Form::Full(diff) if diff.rank() == 1 => "norm",
+            Form::Full(_) => "full",
+            Form::BiasOnly => "bias",
+            Form::Scaled { .. } => "IA3",
+            Form::Orthogonal { blocks, .. } if blocks.rank() == 4 => "BOFT",
+            Form::Orthogonal { .. } => "OFT",
+            Form::Generalised { .. } => "GLoRA",
+        }
+    }
+
+    /// R and alpha, for kinds that have them.
+    pub fn rank_and_alpha(&self) -> Option<(usize, f32)> {
+        match &self.form {
+            Form::LowRank { down, alpha, .. } => Some((down.dims()[0], *alpha)),
+            Form::Hadamard { first, alpha, .. } => Some((first[1].dims()[0], *alpha)),
+            Form::Kronecker { first, second, alpha, .. } => {
+                [second, first].into_iter().find_map(|matrix| match matrix {
+                    Matrix::Product(_, b) => Some((b.dims()[0], *alpha)),
+                    Matrix::Whole(_) => None,
+                })
+            }
+            Form::Generalised { a, alpha, .. } => Some((a[1].dims()[0], *alpha)),
+            Form::Full(_) | Form::BiasOnly | Form::Scaled { .. } | Form::Orthogonal { .. } => None,
+        }
+    }
+
+    fn scale(&self) -> f64 {
+        self.rank_and_alpha().map_or(1.0, |(rank, alpha)| f64::from(alpha) / rank as f64)
+    }
+
+    /// ΔW as two thin factors, `down` (R, in·k²) and `up` (out, R) in f32 with the scale in `up`, where it is one.
+    pub fn factors(&self) -> Result<Option<(Tensor, Tensor)>> {
+        let Form::LowRank { up, .. } = &self.form else { return Ok(None) };
+        if self.magnitude.is_some() {
+            return Ok(None);
+        }
+        let down = self.kernel()?;
+        let up = (flat(&f32(up)?)? * self.scale())?;
+        Ok(down.map(|down| flat(&down)).transpose()?.map(|down| (down, up)))
+    }
+
+    /// `down` of a low rank with its core multiplied in, as the first of two layers: (R, in) or (R, in, k, k), f32.
+    pub fn kernel(&self) -> Result<Option<Tensor>> {
+        let Form::LowRank { down, mid, .. } = &self.form else { return Ok(None) };
+        let down = f32(down)?;
+        let Some(mid) = mid else { return Ok(Some(down)) };
+        let (rows, columns, kh, kw) = mid.dims4()?;
+        let mid = f32(mid)?.permute((0, 2, 3, 1))?.reshape((rows * kh * kw, columns))?;
+        let down = flat(&down)?;
+        let product = mid.matmul(&down)?.reshape((rows, kh, kw, down.dim(1)?))?;
+        Ok(Some(product.permute((0, 3, 1, 2))?.contiguous()?))
+    }
+
+    /// W' − W for the original `weight` (out, in, …), with the change `times` as strong; f32 on its device.
+    ///
+    /// Linear in `times` for all kinds but BOFT, where each stage is drawn towards the identity. A DoRA that is
+    /// not applied whole gives this share of its whole difference, as in ComfyUI (`comfy/weight_adapter/base.py`,
+    /// `weight_decompose`) and A1111.
+    pub fn delta(&self, weight: &Tensor, times: f64) -> Result<Tensor> {
+        let device = weight.device();
+        let on = |tensor: &Tensor| tensor.to_device(device)?.to_dtype(DType::F32);
+        let shape = weight.shape();
+        let delta = match &self.form {
+            Form::BiasOnly => Tensor::zeros(shape, DType::F32, device)?,
+            Form::Full(diff) => on(diff)?.reshape(shape)?,
+            Form::LowRank { .. } => {
+                let Some((down, up)) = self.plain().factors()? else { candle_core::bail!("no factors") };
+                on(&up)?.matmul(&on(&down)?)?.reshape(shape)?
+            }
+            Form::Hadamard { first, second, cores, .. } => {
+                let product = |[a, b]: &[Tensor; 2], core: Option<&Tensor>| match core {
+                    None => on(a)?.matmul(&on(b)?)?.reshape(shape),
+                    Some(core) => tucker(&on(a)?, &on(b)?, &on(core)?)?.reshape(shape),
+                };
+                let (t1, t2) = (cores.as_ref().map(|t| &t[0]), cores.as_ref().map(|t| &t[1]));
+                ((product(first, t1)? * product(second, t2)?)? * self.scale())?
+            }
+            Form::Kronecker { first, second, core, .. } => {
+                let whole = |matrix: &Matrix, core: Option<&Tensor>| match (matrix, core) {
+                    (Matrix::Whole(matrix), _) => flat(&on(matrix)?),
+                    (Matrix::Product(a, b), None) => on(a)?.matmul(&flat(&on(b)?)?),
+                    (Matrix::Product(a, b), Some(core)) => flat(&tucker(&on(a)?, &on(b)?, &on(core)?)?),
+                };
+                (kronecker(&whole(first, None)?, &whole(second, core.as_ref())?)?.reshape(shape)?
+                    * self.scale())?
+            }
+            Form::Scaled { factor, on_input } => {
+                on(weight)?.broadcast_mul(&along(&on(factor)?, *on_input, weight.rank())?)?
+            }
+            Form::Orthogonal { blocks, rescale, constraint } => {
+                let rescale = rescale.as_ref().map(|r| along(&on(r)?, false, weight.rank())).transpose()?;
+                return turned(&on(weight)?, blocks, rescale.as_ref(), *constraint, times);
+            }
+            Form::Generalised { a, b, .. } => {
+                let (w, [a1, a2]) = (on(weight)?, a);
+                let (out, input) = (w.dim(0)?, w.dim(1)?);
+                let inner = flat(&on(a1)?)?.matmul(&flat(&on(a2)?)?)?; // (in, in)
+                let wide = w.reshape((out, input, ()))?.transpose(1, 2)?.contiguous()?; // (out, k², in)
+                let taps = wide.dim(1)?;
+                let wa = wide.reshape((out * taps, input))?.matmul(&inner)?.reshape((out, taps, input))?;
+                let wa = wa.transpose(1, 2)?.reshape(shape)?;
+                let bb = flat(&on(&b[0])?)?.matmul(&flat(&on(&b[1])?)?)?.reshape(shape)?;
+                ((wa + bb)? * self.scale())?
+            }
+        };
+        match &self.magnitude {
+            None => delta * times,
+            Some(magnitude) => {
+                let original = on(weight)?;
+                let changed = (&original + delta)?;
+                let sizes = along(&on(&magnitude.values)?, magnitude.on_input, weight.rank())?;
+                let scaled =
+                    changed.broadcast_mul(&sizes.broadcast_div(&norms(&changed, magnitude.on_input)?)?)?;
+                (scaled - original)? * times
+            }
+        }
+    }
+
+    /// The same without magnitudes.
+    fn plain(&self) -> Self {
+        Self { magnitude: None, ..self.clone() }
+    }
+
+    /// Whether it is made for a weight of this shape.
+    pub fn fits(&self, weight: &[usize]) -> bool {
+        let (out, input) = (weight[0], weight.get(1).copied().unwrap_or(1));
+        let rest: usize = weight[1..].iter().product();
+        let axis = |on_input: bool| if on_input { input } else { out };
+        let form = match &self.form {
+            Form::BiasOnly => true,
+            Form::Scaled { on_input: true, .. } if weight.len() < 2 => false,
+            Form::Scaled { factor, on_input } => factor.elem_count() == axis(*on_input),
+            Form::Orthogonal { blocks, rescale, .. } => {
+                let [.., count, size, _] = *blocks.dims() else { return false };
+                // Each stage of BOFT lets outputs meet that lie twice as far apart.
+                let stages = if blocks.rank() == 4 { blocks.dims()[0] } else { 0 };
+                let meet =
+                    (0..stages).all(|stage| stage < 32 && size % 2 == 0 && out % ((1 << stage) * size) == 0);
+                meet && count * size == out && rescale.as_ref().is_none_or(|r| r.elem_count() == out)
+            }
+            Form::Generalised { a, .. } => {
+                a[0].dims()[0] == input
+                    && a[1].elem_count() == a[1].dims()[0] * input
+                    && self.same_size(weight)
+            }
+            _ => self.same_size(weight),
+        };
+        let magnitude = self.magnitude.as_ref().is_none_or(|m| m.values.elem_count() == axis(m.on_input));
+        let bias = self.bias.as_ref().is_none_or(|bias| bias.elem_count() == out);
+        let has_inputs = weight.len() > 1 || self.magnitude.is_none();
+        form && magnitude && bias && has_inputs && rest > 0
+    }
+
+    fn same_size(&self, weight: &[usize]) -> bool {
+        let target = self.target();
+        let trimmed = |shape: &[usize]| {
+            let kept = shape.iter().rposition(|axis| *axis != 1).map_or(0, |last| last + 1);
+            shape[..kept].to_vec()
+        };
+        // Some kinds flatten inputs and kernel into one axis.
+        let flattened = [weight[0], weight[1..].iter().product()];
+        trimmed(&target) == trimmed(weight) || (target.len() == 2 && target == flattened)
+    }
+
+    /// The shape of the weight that it is made for, as far as it tells; 0 for an axis that it does not tell.
+    pub fn target(&self) -> Vec<usize> {
+        let kernel = |core: &Tensor| core.dims()[2..].to_vec();
+        match &self.form {
+            Form::LowRank { down, up, mid: None, .. } => [&up.dims()[..1], &down.dims()[1..]].concat(),
+            Form::LowRank { down, up, mid: Some(mid), .. } => {
+                [vec![up.dims()[0], down.dims()[1]], kernel(mid)].concat()
+            }
+            Form::Hadamard { first: [a, b], cores: None, .. } => vec![a.dims()[0], b.dims()[1]],
+            Form::Hadamard { first: [a, b], cores: Some([core, _]), .. } => {
+                [vec![a.dims()[1], b.dims()[1]], kernel(core)].concat()
+            }
+            Form::Kronecker { first, second, core, .. } => {
+                let (a, c) = match first {
+                    Matrix::Whole(w) => (w.dims()[0], w.dims()[1]),
+                    Matrix::Product(a, b) => (a.dims()[0], b.dims()[1]),
+                };
+                let second = match (second, core) {
+                    (Matrix::Whole(w), _) => w.dims().to_vec(),
+                    (Matrix::Product(u, v), None) => [&u.dims()[..1], &v.dims()[1..]].concat(),
+                    (Matrix::Product(u, v), Some(core)) => {
+                        [vec![u.dims()[1], v.dims()[1]], kernel(core)].concat()
+                    }
+                };
+                [&[a * second[0], c * second[1]], &second[2..]].concat()
+            }
+            Form::Full(diff) => diff.dims().to_vec(),
+            Form::BiasOnly => self.bias.iter().map(Tensor::elem_count).collect(),
+            Form::Scaled { factor, on_input: true } => vec![0, factor.elem_count()],
+            Form::Scaled { factor, on_input: false } => vec![factor.elem_count()],
+            Form::Orthogonal { blocks, .. } => {
+                vec![blocks.dims().iter().rev().skip(1).take(2).product()]
+            }
+            Form::Generalised { b, .. } => [&b[0].dims()[..1], &b[1].dims()[1..]].concat(),
+        }
+    }
+
+    /// Its tensors as LyCORIS and sd-scripts store them.
+    pub fn parts(&self) -> Result<Vec<(Part, Tensor)>> {
+        let alpha = |alpha: &f32| Tensor::new(*alpha, &Device::Cpu).map(|alpha| (Part::Alpha, alpha));
+        let mut parts = Vec::new();
+        match &self.form {
+            Form::LowRank { down, up, mid, alpha: a } => {
+                parts.extend([(Part::Down, down.clone()), (Part::Up, up.clone()), alpha(a)?]);
+                parts.extend(mid.iter().map(|mid| (Part::Mid, mid.clone())));
+            }
+            Form::Hadamard { first: [a1, b1], second: [a2, b2], cores, alpha: a } => {
+                let factors =
+                    [(Part::HadaW1A, a1), (Part::HadaW1B, b1), (Part::HadaW2A, a2), (Part::HadaW2B, b2)];
+                parts.extend(factors.map(|(part, tensor)| (part, tensor.clone())));
+                if let Some([t1, t2]) = cores {
+                    parts.extend([(Part::HadaT1, t1.clone()), (Part::HadaT2, t2.clone())]);
+                }
+                parts.push(alpha(a)?);
+            }
+            Form::Kronecker { first, second, core, alpha: a } => {
+                let names = [
+                    (first, Part::LokrW1, Part::LokrW1A, Part::LokrW1B),
+                    (second, Part::LokrW2, Part::LokrW2A, Part::LokrW2B),
+                ];
+                for (matrix, whole, left, right) in names {
+                    match matrix {
+                        Matrix::Whole(matrix) => parts.push((whole, matrix.clone())),
+                        Matrix::Product(a, b) => parts.extend([(left, a.clone()), (right, b.clone())]),
+                    }
+                }
+                parts.extend(core.iter().map(|core| (Part::LokrT2, core.clone())));
+                parts.push(alpha(a)?);
+            }
+            Form::Full(diff) if diff.rank() == 1 => parts.push((Part::WNorm, diff.clone())),
+            Form::Full(diff) => parts.push((Part::Diff, diff.clone())),
+            Form::BiasOnly => {}
+            Form::Scaled { factor, on_input } => {
+                let on_input = Tensor::new(i64::from(*on_input), &Device::Cpu)?;
+                parts.extend([(Part::Ia3, factor.clone()), (Part::OnInput, on_input)]);
+            }
+            Form::Orthogonal { blocks, rescale, constraint } => {
+                parts.extend([(Part::OftBlocks, blocks.clone()), alpha(constraint)?]);
+                parts.extend(rescale.iter().map(|rescale| (Part::Rescale, rescale.clone())));
+            }
+            Form::Generalised { a: [a1, a2], b: [b1, b2], alpha: a } => {
+                let factors = [(Part::A1, a1), (Part::A2, a2), (Part::B1, b1), (Part::B2, b2)];
+                parts.extend(factors.map(|(part, tensor)| (part, tensor.clone())));
+                parts.push(alpha(a)?);
+            }
+        }
+        if let Some(magnitude) = &self.magnitude {
+            let values = &magnitude.values;
+            let axes = if values.rank() > 1 { values.rank() } else { self.target().len().max(2) };
+            parts.push((Part::DoraScale, along(values, magnitude.on_input, axes)?));
+        }
+        let bias = if matches!(&self.form, Form::Full(diff) if diff.rank() == 1) {
+            Part::BNorm
+        } else {
+            Part::DiffB
+        };
+        parts.extend(self.bias.iter().map(|tensor| (bias, tensor.clone())));
+        Ok(parts)
+    }
+}
+
+impl From<&LoraLayer> for Change {
+    fn from(layer: &LoraLayer) -> Self {
+        let (down, up) = (layer.down.clone(), layer.up.clone());
+        Self { form: Form::LowRank { down, up, mid: None, alpha: layer.alpha }, magnitude: None, bias: None }
+    }
+}
+
+impl From<&Lora> for Changes {
+    fn from(lora: &Lora) -> Self {
+        let modules = lora.layers.iter().map(|(module, layer)| (module.clone(), layer.into())).collect();
+        Self { modules, metadata: lora.metadata.clone() }
+    }
+}
+
+impl Changes {
+    /// The same as a LoRA of linear layers.
+    ///
+    /// # Errors
+    /// [`LoraError::Kind`] with the first module of another kind.
+    pub fn into_lora(self) -> std::result::Result<Lora, LoraError> {
+        let mut layers = BTreeMap::new();
+        for (module, change) in self.modules {
+            let layer = change.linear_layer()?;
+            let kind = change.kind();
+            let layer = layer.ok_or(LoraError::Kind { key: module.clone(), kind })?;
+            layers.insert(module, layer);
+        }
+        Ok(Lora { layers, metadata: self.metadata })
+    }
+}
+
+impl Change {
+    /// The same as a LoRA of a linear layer, where it is one; factors of 1×1 convolutions become matrices.
+    fn linear_layer(&self) -> Result<Option<LoraLayer>> {
+        let Form::LowRank { down, up, mid: None, alpha } = &self.form else { return Ok(None) };
+        if self.magnitude.is_some() || self.bias.is_some() || down.dims()[2..].iter().any(|side| *side != 1) {
+            return Ok(None);
+        }
+        Ok(Some(LoraLayer { down: flat(down)?, up: flat(up)?, alpha: *alpha }))
+    }
+}
+
+fn f32(tensor: &Tensor) -> Result<Tensor> {
+    tensor.to_dtype(DType::F32)
+}
+
+/// (n, …) → (n, rest).
+fn flat(tensor: &Tensor) -> Result<Tensor> {
+    if tensor.rank() == 2 { Ok(tensor.clone()) } else { tensor.reshape((tensor.dim(0)?, ())) }
+}
+
+/// `values` (n) shaped to be multiplied along the outputs or the inputs of a weight of `axes` axes.
+fn along(values: &Tensor, on_input: bool, axes: usize) -> Result<Tensor> {
+    let mut shape = vec![1; axes];
+    shape[usize::from(on_input)] = values.elem_count();
+    values.reshape(shape)
+}
+
+/// Norm of each output's weights (out, 1, …), or of each input's (1, in, …).
+fn norms(weight: &Tensor, on_input: bool) -> Result<Tensor> {
+    let lines = if on_input { weight.transpose(0, 1)?.contiguous()? } else { weight.clone() };
+    let norms = (flat(&lines)?.sqr()?.sum(1)?.sqrt()? + NORM_EPS)?;
+    along(&norms, on_input, weight.rank())
+}
+
+/// Σ over i, j of core[i, j, …] · a[i, p] · b[j, q] → (p, q, …). `a` (R, out), `b` (R, in), `core` (R, R, k, k).
+fn tucker(a: &Tensor, b: &Tensor, core: &Tensor) -> Result<Tensor> {
+    let (i, j, kh, kw) = core.dims4()?;
+    let (out, input) = (a.dim(1)?, b.dim(1)?);
+    let core = core.permute((0, 2, 3, 1))?.reshape((i * kh * kw, j))?;
+    let inner = core.matmul(b)?.reshape((i, kh * kw * input))?;
+    let outer = a.t()?.contiguous()?.matmul(&inner)?.reshape((out, kh, kw, input))?;
+    outer.permute((0, 3, 1, 2))?.contiguous()
+}
+
+/// (a, c) ⊗ (b, d) → (a·b, c·d).
+fn kronecker(first: &Tensor, second: &Tensor) -> Result<Tensor> {
+    let ((a, c), (b, d)) = (first.dims2()?, second.dims2()?);
+    let product = first.reshape((a, 1, c, 1))?.broadcast_mul(&second.reshape((1, b, 1, d))?)?;
+    product.reshape((a * b, c * d))
+}
+
+/// W' − W where each block of outputs is turned: OFT multiplies block n by Rᵀ, BOFT by R stage after stage, with
+/// outputs shuffled in between so that all meet (LyCORIS `functional/diag_oft.py`, `functional/boft.py`).
+fn turned(
+    weight: &Tensor,
+    blocks: &Tensor,
+    rescale: Option<&Tensor>,
+    constraint: f32,
+    times: f64,
+) -> Result<Tensor> {
+    let shape = weight.shape();
+    let (out, rest) = flat(weight)?.dims2()?;
+    let rotations = rotations(blocks, f64::from(constraint) * out as f64, times, weight.device())?;
+    if let Ok((count, size, _)) = rotations.dims3() {
+        let rows = weight.reshape((count, size, rest))?;
+        let turned = rotations.transpose(1, 2)?.contiguous()?.matmul(&rows)?.reshape(shape)?;
+        return match rescale {
+            None => turned - weight,
+            // The rescaling is not drawn towards 1 with `times`.
+            Some(rescale) => turned.broadcast_mul(rescale)? - weight,
+        };
+    }
+    let (stages, count, size, _) = rotations.dims4()?;
+    let mut rows = flat(weight)?;
+    for stage in 0..stages {
+        let step = (1 << stage) * (size / 2);
+        let shuffled = rows.reshape((out / (2 * step), 2, step, rest))?.transpose(1, 2)?.contiguous()?;
+        let turned = rotations.get(stage)?.matmul(&shuffled.reshape((count, size, rest))?)?;
+        rows = turned
+            .reshape((out / (2 * step), step, 2, rest))?
+            .transpose(1, 2)?
+            .contiguous()?
+            .reshape((out, rest))?;
+    }
+    let turned = rows.reshape(shape)?;
+    match rescale {
+        None => turned - weight,
+        Some(rescale) => turned.broadcast_mul(rescale)? - weight,
+    }
+}
+
+/// times · R + (1 − times) · I with R = (I + Q)(I − Q)⁻¹ for each Q = block − blockᵀ; same shape, f32.
+fn rotations(blocks: &Tensor, constraint: f64, times: f64, device: &Device) -> Result<Tensor> {
+    let size = blocks.dim(candle_core::D::Minus1)?;
+    let values = blocks.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let mut skew = vec![0.0; values.len()];
+    for (block, skew) in values.chunks_exact(size * size).zip(skew.chunks_exact_mut(size * size)) {
+        for i in 0..size {
+            for j in 0..size {
+                skew[i * size + j] = block[i * size + j] - block[j * size + i];
+            }
+        }
+    }
+    if constraint > 0.0 {
+        let norm = skew.iter().map(|x| x * x).sum::<f64>().sqrt() + 1e-8;
+        if norm > constraint {
+            skew.iter_mut().for_each(|x| *x *= constraint / norm);
+        }
+    }
+    let mut turned = Vec::with_capacity(skew.len());
+    for q in skew.chunks_exact(size * size) {
+        let rotation = cayley(q, size);
+        turned.extend(rotation.iter().enumerate().map(|(at, r)| {
+            let one = if at / size == at % size { 1.0 } else { 0.0 };
+            (times * r + (1.0 - times) * one) as f32
+        }));
+    }
+    Tensor::from_vec(turned, blocks.shape(), &Device::Cpu)?.to_device(device)
+}
+
+/// (I + Q)(I − Q)⁻¹ of a skew-symmetric `q`, by Gauss–Jordan with pivots. I − Q is never singular: its
+/// eigenvalues are 1 − iλ.
+fn cayley(q: &[f64], n: usize) -> Vec<f64> {
+    // Both factors commute, so this is the X of (I − Q) X = I + Q.
+    let one = |i: usize, j: usize| if i == j { 1.0 } else { 0.0 };
+    let mut rows: Vec<Vec<f64>> = (0..n)
+        .map(|i| {
+            let left = (0..n).map(|j| one(i, j) - q[i * n + j]);
+            left.chain((0..n).map(|j| one(i, j) + q[i * n + j])).collect()
+        })
+        .collect();
+    for column in 0..n {
+        let pivot = (column..n).max_by(|a, b| rows[*a][column].abs().total_cmp(&rows[*b][column].abs()));
+        rows.swap(column, pivot.unwrap_or(column));
+        let scale = 1.0 / rows[column][column];
+        rows[column].iter_mut().for_each(|x| *x *= scale);
+        let pivot_row = rows[column].clone();
+        for (i, row) in rows.iter_mut().enumerate() {
+            let factor = row[column];
+            if i != column && factor != 0.0 {
+                row.iter_mut().zip(&pivot_row).for_each(|(x, p)| *x -= factor * p);
+            }
+        }
+    }
+    rows.iter().flat_map(|row| row[n..].iter().copied()).collect()
+}
