@@ -500,6 +500,10 @@ fn copy_files(base: &ModelFiles, out: &Path, replaced: &dyn Fn(&str) -> bool) ->
                 names.extend(paths.map(|path| path.to_string_lossy().into_owned()));
             }
         }
+        ModelFiles::Assembled(_) => {
+            let why = "a LoRA is merged into a model in diffusers' folder layout; this is a single file";
+            return Err(base.unusable("", why));
+        }
     }
     for name in names.iter().filter(|name| !replaced(name)) {
         save(name, &base.read(name)?)?;
