@@ -9,9 +9,11 @@ pub mod align;
 pub mod catalog;
 pub mod clip;
 pub mod detect;
+pub mod one_person;
 pub mod onnx;
 pub mod onnx_header;
 pub mod portrait;
+pub mod quality;
 pub mod recognise;
 mod scrfd;
 
@@ -19,6 +21,7 @@ use anyhow::Result;
 
 pub use detect::{Face, Search};
 pub use portrait::portrait_crop;
+pub use quality::Quality;
 pub use recognise::cosine;
 
 use crate::picture::Picture;
