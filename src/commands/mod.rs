@@ -7,6 +7,7 @@ pub mod face;
 pub mod r#gen;
 mod lora_set;
 pub mod models;
+mod photos;
 pub mod portraits;
 pub mod train_base;
 pub mod train_dit;
