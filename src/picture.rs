@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use image::{AnimationDecoder, DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader};
+use image::{
+    AnimationDecoder, DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader,
+};
 
 use crate::failure::Failure;
 use crate::{files, progress};
@@ -454,9 +456,9 @@ fn is_animated(bytes: &[u8]) -> bool {
         Ok(ImageFormat::WebP) => {
             image::codecs::webp::WebPDecoder::new(file()).is_ok_and(|webp| webp.has_animation())
         }
-        Ok(ImageFormat::Png) => image::codecs::png::PngDecoder::new(file())
-            .and_then(|png| png.is_apng())
-            .unwrap_or(false),
+        Ok(ImageFormat::Png) => {
+            image::codecs::png::PngDecoder::new(file()).and_then(|png| png.is_apng()).unwrap_or(false)
+        }
         _ => false,
     }
 }

@@ -121,13 +121,17 @@ pub(super) fn open_encoder(name: &str) -> Result<FaceEncoder> {
 pub fn run(args: Args, common: &Common) -> Result<()> {
     let json = common.json;
     match args.action {
-        Action::Detect { pictures, encoder, draw } => detect(&pictures, &encoder.load()?, draw.as_deref(), json),
+        Action::Detect { pictures, encoder, draw } => {
+            detect(&pictures, &encoder.load()?, draw.as_deref(), json)
+        }
         Action::Embed { pictures, encoder, out } => embed(&pictures, &encoder, &out, json),
         Action::Compare { pictures, encoder } => compare(&pictures, &encoder.load()?, json),
         Action::Crop { pictures, encoder, out, size } => {
             crop(&pictures, &encoder.load()?, &out, size as usize, json)
         }
-        Action::Dedupe { pictures, encoder, threshold } => dedupe(&pictures, &encoder.load()?, threshold, json),
+        Action::Dedupe { pictures, encoder, threshold } => {
+            dedupe(&pictures, &encoder.load()?, threshold, json)
+        }
     }
 }
 
@@ -304,7 +308,11 @@ impl People {
 fn tell_several<T>(seen: &Seen<T>, faces: impl Fn(&T) -> usize) {
     for (file, story) in &seen.photos {
         if faces(story) > 1 {
-            progress::note(format_args!("{} faces in `{}`: the largest is taken", faces(story), file.display()));
+            progress::note(format_args!(
+                "{} faces in `{}`: the largest is taken",
+                faces(story),
+                file.display()
+            ));
         }
     }
 }

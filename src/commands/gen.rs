@@ -325,7 +325,7 @@ fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
     let faces = open_encoder(face_name)?;
     let [_, (name, sha256)] = faces.provenance();
     config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
-    let images = ImageEncoder::open(&image_files)?;
+    let images = ImageEncoder::open(&image_files)?.with_input(config.image_input);
     let references = look_at(args, &faces, &images)?;
     let hashes: Vec<&str> = references.used.iter().map(|(_, photo)| photo.sha256.as_str()).collect();
     let identity = Identity {

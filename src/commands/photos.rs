@@ -100,7 +100,10 @@ impl Photos {
     ///
     /// # Errors
     /// What is wrong with the first named file that will not do, or with all files when none will.
-    pub fn look<T: Send>(&self, look: impl Fn(usize, &Path, &Picture) -> Result<T> + Sync) -> Result<Seen<T>> {
+    pub fn look<T: Send>(
+        &self,
+        look: impl Fn(usize, &Path, &Picture) -> Result<T> + Sync,
+    ) -> Result<Seen<T>> {
         let bar = progress::bar(self.photos.len() as u64, "faces");
         let one = |(at, photo): (usize, &Photo)| -> Result<T> {
             progress::check()?;
@@ -120,7 +123,8 @@ impl Photos {
                 Err(error) if photo.named || error.downcast_ref::<Failure>().is_none() => return Err(error),
                 Err(error) => {
                     seen.left_out.push((photo.path.clone(), format!("{error:#}")));
-                    let no_face = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(Failure::NoFace(_)));
+                    let no_face =
+                        |error: &anyhow::Error| matches!(error.downcast_ref(), Some(Failure::NoFace(_)));
                     if telling.as_ref().is_none_or(|telling| !no_face(telling)) {
                         telling = Some(error);
                     }
@@ -136,8 +140,10 @@ impl Photos {
 
     fn tell_left_out(&self, left_out: &[(PathBuf, String)]) {
         if !self.passed_over.is_empty() {
-            let names: Vec<String> = self.passed_over.iter().map(|path| format!("`{}`", path.display())).collect();
-            let files = if names.len() == 1 { "file that is no picture" } else { "files that are no pictures" };
+            let names: Vec<String> =
+                self.passed_over.iter().map(|path| format!("`{}`", path.display())).collect();
+            let files =
+                if names.len() == 1 { "file that is no picture" } else { "files that are no pictures" };
             progress::note(format_args!("passed over {} {files}: {}", names.len(), names.join(", ")));
         }
         if !left_out.is_empty() {
@@ -180,7 +186,9 @@ mod tests {
         assert_eq!(folder.photos.len(), 5);
         assert_eq!(folder.passed_over, [at("notes.txt")]);
         assert!(folder.only().is_none() && Photos::find(&[at("b.png")]).unwrap().only().is_some());
-        for (argument, said) in [("*.gif", "no picture fits"), ("no[", "no pattern"), ("*.txt", "no picture fits")] {
+        for (argument, said) in
+            [("*.gif", "no picture fits"), ("no[", "no pattern"), ("*.txt", "no picture fits")]
+        {
             let error = Photos::find(&[at(argument)]).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
         }

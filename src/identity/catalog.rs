@@ -174,8 +174,7 @@ fn folder(folder: &Path) -> Result<(Detector, Recogniser)> {
     let (mut detectors, mut recognisers, mut others) = (Vec::new(), Vec::new(), Vec::new());
     for file in files {
         let bytes = std::fs::read(&file).map_err(|error| Failure::unusable(&file, error))?;
-        let header =
-            Header::parse(&bytes).map_err(|error| Failure::unusable(&file, format!("{error:#}")))?;
+        let header = Header::parse(&bytes).map_err(|error| Failure::unusable(&file, format!("{error:#}")))?;
         match Purpose::of(&header) {
             Purpose::Detects => detectors.push(file),
             Purpose::Recognises => recognisers.push(file),
@@ -242,10 +241,10 @@ struct Places {
 
 impl Places {
     fn of_this_machine() -> Self {
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let variable =
+            |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let home = std::env::home_dir();
-        let cache =
-            variable("HF_HOME").or_else(|| home.as_ref().map(|home| home.join(".cache/huggingface")));
+        let cache = variable("HF_HOME").or_else(|| home.as_ref().map(|home| home.join(".cache/huggingface")));
         Self {
             hub: variable("HF_HUB_CACHE").or_else(|| Some(cache?.join("hub"))),
             insightface: home.map(|home| home.join(".insightface/models")),
@@ -267,7 +266,8 @@ impl Places {
             // The revision that `main` stands for comes first.
             let main = std::fs::read_to_string(repo.join("refs/main")).unwrap_or_default();
             revisions.sort_by_key(|revision| (!revision.ends_with(main.trim()), revision.clone()));
-            if let Some(found) = revisions.iter().map(|revision| revision.join(file.path)).find(|path| path.is_file())
+            if let Some(found) =
+                revisions.iter().map(|revision| revision.join(file.path)).find(|path| path.is_file())
             {
                 return Ok(found);
             }
@@ -302,11 +302,16 @@ mod tests {
     #[test]
     fn files_are_found_in_the_hub_cache_and_where_insightface_keeps_them() {
         let root = tempfile::tempdir().unwrap();
-        let places = Places { hub: Some(root.path().join("hub")), insightface: Some(root.path().join("insight")) };
+        let places =
+            Places { hub: Some(root.path().join("hub")), insightface: Some(root.path().join("insight")) };
         let model = find("auraface").unwrap();
         let message = places.find(model, &model.recogniser).unwrap_err().to_string();
-        for said in ["models--fal--AuraFace-v1", "insight/auraface/glintr100.onnx", "models pull auraface", "Apache-2.0"]
-        {
+        for said in [
+            "models--fal--AuraFace-v1",
+            "insight/auraface/glintr100.onnx",
+            "models pull auraface",
+            "Apache-2.0",
+        ] {
             assert!(message.contains(said), "{message}");
         }
         let put = |path: &str| {

@@ -126,6 +126,6 @@ mod tests {
         let order = at(&[0.0, 80.0, 10.0, 85.0, -5.0, 180.0]);
         assert_eq!(groups(&order, 0.8), [vec![0, 2, 4], vec![1, 3], vec![5]]);
         // The two at the ends found groups of their own until those between join them.
-        assert_eq!(groups(&at(&[0.0, 40.0, 10.0, 30.0]), 0.9), [[0, 1, 2, 3]]);
+        assert_eq!(groups(&at(&[0.0, 40.0, 10.0, 30.0]), 0.86), [[0, 1, 2, 3]]);
     }
 }

@@ -62,8 +62,7 @@ impl Network {
             let names: Vec<&str> = header.inputs.iter().map(|input| input.name.as_str()).collect();
             bail!("it has {} inputs ({}), wanted one picture", names.len(), names.join(", "));
         };
-        let shape_fits =
-            input.shape.len() == 4 && input.shape[1].is_none_or(|channels| channels == 3);
+        let shape_fits = input.shape.len() == 4 && input.shape[1].is_none_or(|channels| channels == 3);
         ensure!(shape_fits, "its input is {input}, wanted a picture [B, 3, height, width]");
         let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         let model = Model::load(bytes).map_err(|error| anyhow!("it cannot be run: {error}"))?;
@@ -106,7 +105,9 @@ impl Network {
     /// SHA-256 of the ONNX file in lower-case hex digits.
     pub fn sha256(&self) -> String {
         match &self.weights {
-            Weights::Embedded(bytes) => Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect(),
+            Weights::Embedded(bytes) => {
+                Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+            }
             Weights::File { sha256 } => sha256.clone(),
         }
     }

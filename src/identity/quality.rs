@@ -56,7 +56,10 @@ impl Quality {
             yaw: pose.yaw,
             pitch: pose.pitch,
             roll: pose.roll,
-            other_faces: faces.iter().filter(|other| *other != face && 4.0 * area(other) >= area(face)).count(),
+            other_faces: faces
+                .iter()
+                .filter(|other| *other != face && 4.0 * area(other) >= area(face))
+                .count(),
             cut_off: 1.0 - inside / area(face).max(f32::MIN_POSITIVE),
         }
     }
@@ -142,9 +145,7 @@ fn sharpness(face: &Picture) -> f32 {
     let (left, right, top, bottom) = (30, 82, 40, 100);
     let values: Vec<f32> = (top..bottom)
         .flat_map(|y| (left..right).map(move |x| (x, y)))
-        .map(|(x, y)| {
-            grey(x - 1, y) + grey(x + 1, y) + grey(x, y - 1) + grey(x, y + 1) - 4.0 * grey(x, y)
-        })
+        .map(|(x, y)| grey(x - 1, y) + grey(x + 1, y) + grey(x, y - 1) + grey(x, y + 1) - 4.0 * grey(x, y))
         .collect();
     let mean = values.iter().sum::<f32>() / values.len() as f32;
     (values.iter().map(|value| (value - mean).powi(2)).sum::<f32>() / values.len() as f32).sqrt()
@@ -157,7 +158,8 @@ mod tests {
     /// A head that is turned by `yaw` and lifted by `pitch` degrees, seen from far, 10 pixels a unit of half an eye
     /// distance, then leaned by `roll`.
     fn head(yaw: f32, pitch: f32, roll: f32) -> [[f32; 2]; 5] {
-        let (front_eyes, unit) = ((TEMPLATE[0][1] + TEMPLATE[1][1]) / 2.0, (TEMPLATE[1][0] - TEMPLATE[0][0]) / 2.0);
+        let (front_eyes, unit) =
+            ((TEMPLATE[0][1] + TEMPLATE[1][1]) / 2.0, (TEMPLATE[1][0] - TEMPLATE[0][0]) / 2.0);
         let depths = [0.0, 0.0, 1.0, 0.0, 0.0];
         std::array::from_fn(|i| {
             let x = (TEMPLATE[i][0] - 55.9) / unit;
@@ -192,7 +194,9 @@ mod tests {
     fn points_in_one_place_give_finite_numbers() {
         let face = Face { bounds: [0.0; 4], points: [[3.0; 2]; 5], score: 1.0 };
         let quality = Quality::of(&Picture::filled(4, 4, [0; 3]), &face, &[]);
-        assert!([quality.yaw, quality.pitch, quality.roll, quality.cut_off].iter().all(|value| value.is_finite()));
+        assert!(
+            [quality.yaw, quality.pitch, quality.roll, quality.cut_off].iter().all(|value| value.is_finite())
+        );
     }
 
     #[test]

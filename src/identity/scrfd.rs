@@ -34,7 +34,9 @@ impl Layout {
             9 => Ok(Self { strides: &[8, 16, 32], anchors: 2 }),
             15 => Ok(Self { strides: &[8, 16, 32, 64, 128], anchors: 1 }),
             count @ (6 | 10) => {
-                bail!("its {count} outputs have no landmarks; take a file whose name ends in `bnkps` or `kps`")
+                bail!(
+                    "its {count} outputs have no landmarks; take a file whose name ends in `bnkps` or `kps`"
+                )
             }
             count => {
                 let names: Vec<String> = header.outputs.iter().map(ToString::to_string).collect();
@@ -48,7 +50,13 @@ impl Layout {
     ///
     /// # Errors
     /// Names the output whose length does not fit.
-    pub fn decode(&self, network: &Network, outputs: &[Vec<f32>], side: usize, least: f32) -> Result<Vec<Face>> {
+    pub fn decode(
+        &self,
+        network: &Network,
+        outputs: &[Vec<f32>],
+        side: usize,
+        least: f32,
+    ) -> Result<Vec<Face>> {
         let levels = self.strides.len();
         let mut faces = Vec::new();
         let mut best: Option<Face> = None;
@@ -127,7 +135,8 @@ fn bilinear(picture: &Picture, width: usize, height: usize) -> Picture {
     let mut rgb = Vec::with_capacity(width * height * 3);
     for &(top, bottom, fy) in &rows {
         for &(left, right, fx) in &columns {
-            let corners = [(left, top), (right, top), (left, bottom), (right, bottom)].map(|(x, y)| picture.pixel(x, y));
+            let corners = [(left, top), (right, top), (left, bottom), (right, bottom)]
+                .map(|(x, y)| picture.pixel(x, y));
             for c in 0..3 {
                 let [a, b, d, e] = corners.map(|pixel| f32::from(pixel[c]));
                 let (above, below) = (a + (b - a) * fx, d + (e - d) * fx);
@@ -170,7 +179,10 @@ mod tests {
     fn the_letterbox_keeps_proportions_and_lies_at_the_upper_left() {
         let (framed, scale) = letterbox(&Picture::filled(200, 100, [9; 3]), 64, 96);
         assert_eq!((framed.width, framed.height, scale), (96, 96, 0.32));
-        assert_eq!((framed.pixel(63, 31), framed.pixel(64, 31), framed.pixel(63, 32)), ([9; 3], [0; 3], [0; 3]));
+        assert_eq!(
+            (framed.pixel(63, 31), framed.pixel(64, 31), framed.pixel(63, 32)),
+            ([9; 3], [0; 3], [0; 3])
+        );
         assert_eq!(letterbox(&Picture::filled(1, 5000, [9; 3]), 64, 64).0.pixel(0, 63), [9; 3]);
     }
 

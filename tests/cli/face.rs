@@ -59,7 +59,9 @@ fn dedupe_groups_pictures_by_person() {
         .unwrap()
         .iter()
         .map(|person| {
-            let file = |picture: &Value| Path::new(picture["file"].as_str().unwrap()).file_name().unwrap().to_owned();
+            let file = |picture: &Value| {
+                Path::new(picture["file"].as_str().unwrap()).file_name().unwrap().to_owned()
+            };
             person["pictures"].as_array().unwrap().iter().map(|p| file(p).into_string().unwrap()).collect()
         })
         .collect();
@@ -112,7 +114,9 @@ fn animations_and_kinds_that_are_not_read_are_said() {
 #[test]
 fn no_face_tells_the_sizes_that_were_tried_and_the_best_score() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, width, height, grey) in [("black.png", 300, 300, 0), ("dot.png", 1, 1, 255), ("line.png", 1, 700, 9)] {
+    for (name, width, height, grey) in
+        [("black.png", 300, 300, 0), ("dot.png", 1, 1, 255), ("line.png", 1, 700, 9)]
+    {
         let file = folder.path().join(name);
         difflora::picture::Picture::filled(width, height, [grey; 3]).save(&file, None).unwrap();
         let run = difflora(&["face", "detect", path(&file)]);
