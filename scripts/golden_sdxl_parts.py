@@ -120,6 +120,16 @@ def vision(folder):
     save(folder / "clip_vision.safetensors", model.config.to_dict(), model, tensors)
 
 
+def vision_tokens(folder):
+    """Like ViT-H/14: GELU, patches of 14 pixels; `hidden_states[-2]` beside the projected embedding."""
+    config = CLIPVisionConfig(hidden_size=20, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=42, patch_size=14, projection_dim=12, hidden_act="gelu")
+    model = randomised(CLIPVisionModelWithProjection(config), 11)
+    x = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(12))
+    output = model(x, output_hidden_states=True)
+    tensors = {"x": x, "embedding": output.image_embeds, "penultimate": output.hidden_states[-2]}
+    save(folder / "clip_vision_tokens.safetensors", model.config.to_dict(), model, tensors)
+
+
 WORDS = "a an photo of person , smiling red background wearing glasses don't high-key 2 naïve café lower low xlow".split()
 PROMPTS = [
     "",
@@ -209,5 +219,5 @@ def tokenizer(folder):
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    for make in (vae, text, vision, tokenizer):
+    for make in (vae, text, vision, vision_tokens, tokenizer):
         make(target)

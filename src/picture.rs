@@ -7,12 +7,14 @@ use std::borrow::Cow;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
-use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageReader};
+use image::{
+    AnimationDecoder, DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader,
+};
 
 use crate::failure::Failure;
-use crate::files;
+use crate::{files, progress};
 
 /// Most pixels that are decoded; a file that claims more is refused before memory is taken for it.
 pub const MAX_PIXELS: u64 = 100_000_000;
@@ -65,12 +67,19 @@ impl Picture {
             ));
         }
         let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
-        Self::decode(&bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))
+        let picture = Self::decode(&bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
+        if is_animated(&bytes) {
+            progress::note(format_args!("`{}` is animated: its first frame is taken", path.display()));
+        }
+        Ok(picture)
     }
 
     /// [`Picture::open`] for a file that is in memory.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         ensure!(!bytes.is_empty(), "the file is empty");
+        if let Some(kind) = container_of_other_kind(bytes) {
+            bail!("it is {kind} picture, which is not read here; save it as JPEG, PNG or WebP");
+        }
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
         let format = reader.format().context("it is not a PNG, JPEG, WebP, BMP, TIFF or GIF picture")?;
         let mut limits = image::Limits::default();
@@ -315,6 +324,13 @@ fn user_comment(text: &str) -> Vec<u8> {
 /// The picture files in a folder and in the folders inside it, by their extension and sorted by path; what is hidden
 /// is left out.
 pub fn pictures_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = files_in(folder)?;
+    files.retain(|path| has_picture_name(path));
+    Ok(files)
+}
+
+/// All files in a folder and in the folders inside it, sorted by path; what is hidden is left out.
+pub fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let entries = std::fs::read_dir(folder).map_err(|error| Failure::unusable(folder, error))?;
     for entry in entries {
@@ -326,17 +342,19 @@ pub fn pictures_in(folder: &Path) -> Result<Vec<PathBuf>> {
         if path.is_dir() {
             // A link to a folder may lead in a circle.
             if !path.is_symlink() {
-                found.extend(pictures_in(&path)?);
+                found.extend(files_in(&path)?);
             }
-        } else if path
-            .extension()
-            .is_some_and(|e| EXTENSIONS.iter().any(|known| e.eq_ignore_ascii_case(known)))
-        {
+        } else {
             found.push(path);
         }
     }
     found.sort();
     Ok(found)
+}
+
+/// Whether a file is a picture by its extension.
+pub fn has_picture_name(path: &Path) -> bool {
+    path.extension().is_some_and(|e| EXTENSIONS.iter().any(|known| e.eq_ignore_ascii_case(known)))
 }
 
 /// Pictures in rows on a white ground, each brought to `cell` pixels in height and width (its longer side; centred
@@ -427,6 +445,40 @@ fn jpeg_is_whole(bytes: &[u8]) -> bool {
         };
     }
     false
+}
+
+/// Whether the file holds more than one frame. What cannot be read counts as one: decoding has told what is wrong.
+fn is_animated(bytes: &[u8]) -> bool {
+    let file = || Cursor::new(bytes);
+    match image::guess_format(bytes) {
+        Ok(ImageFormat::Gif) => image::codecs::gif::GifDecoder::new(file())
+            .is_ok_and(|gif| gif.into_frames().take(2).filter(Result::is_ok).count() == 2),
+        Ok(ImageFormat::WebP) => {
+            image::codecs::webp::WebPDecoder::new(file()).is_ok_and(|webp| webp.has_animation())
+        }
+        Ok(ImageFormat::Png) => {
+            image::codecs::png::PngDecoder::new(file()).and_then(|png| png.is_apng()).unwrap_or(false)
+        }
+        _ => false,
+    }
+}
+
+/// `an AVIF`, `a HEIC` or `a JPEG XL` for files that start as those do (ISO/IEC 14496-12, the brands of the `ftyp`
+/// box; ISO/IEC 18181-2).
+fn container_of_other_kind(bytes: &[u8]) -> Option<&'static str> {
+    let brands = match bytes.get(4..12) {
+        Some(start) if start.starts_with(b"ftyp") => bytes.get(8..bytes.len().min(40))?,
+        Some(start) if start.starts_with(b"JXL ") => return Some("a JPEG XL"),
+        _ => return bytes.starts_with(&[0xFF, 0x0A]).then_some("a JPEG XL"),
+    };
+    let has = |wanted: &[&[u8]]| brands.chunks_exact(4).any(|brand| wanted.contains(&brand));
+    if has(&[b"avif", b"avis"]) {
+        Some("an AVIF")
+    } else if has(&[b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"]) {
+        Some("a HEIC")
+    } else {
+        None
+    }
 }
 
 fn damaged(error: image::ImageError) -> anyhow::Error {

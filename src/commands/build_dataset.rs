@@ -11,13 +11,14 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::dreambooth::{self, Downs, Frozen, Lessons, Recipe};
+use super::face::open_encoder;
 use super::models;
 use crate::cli::Common;
 use crate::dataset::{self, CaptionOptions, Person, Scene};
 use crate::failure::Failure;
 use crate::hypernet::ModelId;
-use crate::identity::FaceEncoder;
 use crate::identity::clip::ImageEncoder;
+use crate::identity::{FaceEncoder, catalog};
 use crate::lora::Lora;
 use crate::lora::file::{self, Format};
 use crate::lora::keys::BlockLayout;
@@ -46,6 +47,9 @@ pub struct Args {
     /// The encoder of whole pictures.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
+    /// The encoder of faces, which becomes the condition of hypernetworks for this dataset.
+    #[arg(long, value_name = "NAME|DIR", default_value = catalog::BUILT_IN, env = "DIFFLORA_FACE_ENCODER")]
+    face_encoder: String,
     /// Train so many people twice, with other pictures and noise, and print how far their two LoRAs agree.
     #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_SIGNAL")]
     signal: u64,
@@ -164,7 +168,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let unet = &model.unet.config;
     let workshop = Workshop {
         layout: BlockLayout::uniform(unet.block_out_channels.len(), unet.layers_per_block),
-        faces: FaceEncoder::builtin()?,
+        faces: open_encoder(&args.face_encoder)?,
         images: ImageEncoder::open(&image_files)?,
         model,
         settings,
@@ -191,7 +195,17 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         image_encoder,
         layout: workshop.vector_layout(&downs)?,
     };
-    files::write_whole(&args.out.join("dataset.json"), serde_json::to_string_pretty(&header)?.as_bytes())?;
+    let path = args.out.join("dataset.json");
+    if let Ok(bytes) = std::fs::read(&path)
+        && let Ok(begun) = serde_json::from_slice::<Header>(&bytes)
+        && begun.face_encoder.sha256 != header.face_encoder.sha256
+    {
+        let (begun, asked) = (begun.face_encoder.name, header.face_encoder.name);
+        let why =
+            format!("it was begun with the face encoder `{begun}`, not with `{asked}`; take another --out");
+        return Err(Failure::unusable(&path, why));
+    }
+    files::write_whole(&path, serde_json::to_string_pretty(&header)?.as_bytes())?;
     files::write_whole(&args.out.join("settings.toml"), toml::to_string(&workshop.settings)?.as_bytes())?;
     let rows = workshop.train_all(&args.out, &downs, &stamp)?;
     if common.json {

@@ -144,10 +144,14 @@ struct Difference {
 }
 
 fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
-    let bench = Bench::open(args)?;
+    let mut bench = Bench::open(args)?;
     let header: Header = read_json(&dataset.join("dataset.json"))?;
     let hypernet = Hypernet::open(&models::find(&args.hypernet, "hypernet")?, &Device::Cpu)?;
     hypernet.codec.base.demand(&bench.base, "base model")?;
+    let face_encoder = &hypernet.denoiser.config.face_encoder.name;
+    if identity::catalog::is_known(face_encoder) {
+        bench.faces = FaceEncoder::open(face_encoder)?;
+    }
     if header.base.sha256 != bench.base.sha256 {
         let why = format!("its LoRAs are for the base `{}`, not for `{}`", header.base.name, bench.base.name);
         return Err(Failure::unusable(&dataset.join("dataset.json"), why));
@@ -163,7 +167,7 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let images = models::find(&args.image_encoder, "image_encoder")?;
     let image_id = models::identify(&images, &args.image_encoder, models::ENCODER_WEIGHTS)?;
     hypernet.denoiser.config.image_encoder.demand(&image_id, "image encoder")?;
-    let images = ImageEncoder::open(&images)?;
+    let images = ImageEncoder::open(&images)?.with_input(hypernet.denoiser.config.image_input);
     let [_, (name, sha256)] = bench.faces.provenance();
     let face_id = ModelId { name: name.into(), sha256 };
     hypernet.denoiser.config.face_encoder.demand(&face_id, "face encoder")?;

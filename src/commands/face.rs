@@ -1,6 +1,8 @@
-//! `difflora face`: detect, embed, compare and cut out faces.
+//! `difflora face`: detect, embed, compare, cut out and group faces.
 
-use std::collections::HashMap;
+mod draw;
+
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -8,14 +10,15 @@ use anyhow::{Context, Result};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
+use super::photos::{Photos, Seen};
 use crate::cli::Common;
 use crate::failure::Failure;
-use crate::files;
 use crate::identity::align::{SIDE, align};
-use crate::identity::detect::{Detector, Face};
-use crate::identity::recognise::{Recogniser, cosine};
-use crate::picture::{Picture, pictures_in};
-use crate::progress;
+use crate::identity::catalog;
+use crate::identity::detect::Face;
+use crate::identity::one_person::{groups, mean_direction};
+use crate::identity::{FaceEncoder, Quality, cosine};
+use crate::{files, progress};
 
 /// Arguments of `difflora face`.
 #[derive(Debug, clap::Args)]
@@ -26,10 +29,15 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Print box, five landmarks and score of each face, the largest first.
+    /// Print box, five landmarks and score of each face, the largest first, and how good a reference it is.
     Detect {
         #[command(flatten)]
         pictures: Pictures,
+        #[command(flatten)]
+        encoder: Encoder,
+        /// Write the picture with boxes, points and numbers: a PNG file for one picture, else a folder.
+        #[arg(long, value_name = "FILE.png|DIR", env = "DIFFLORA_DRAW")]
+        draw: Option<PathBuf>,
     },
     /// Write one unit vector a picture, under its file name.
     Embed {
@@ -52,71 +60,104 @@ enum Action {
     Crop {
         #[command(flatten)]
         pictures: Pictures,
+        #[command(flatten)]
+        encoder: Encoder,
         /// The folder to write into.
         #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
         out: PathBuf,
-        /// Height and width in pixels.
-        #[arg(long, default_value_t = SIDE as u32, value_parser = clap::value_parser!(u32).range(16..=4096))]
+        /// Height and width in pixels; 112 and 512 are usual.
+        #[arg(long, default_value_t = SIDE as u32, value_parser = clap::value_parser!(u32).range(16..=4096), env = "DIFFLORA_SIZE")]
         size: u32,
+    },
+    /// Group pictures by the person whose face is the largest in them.
+    Dedupe {
+        #[command(flatten)]
+        pictures: Pictures,
+        #[command(flatten)]
+        encoder: Encoder,
+        /// From which cosine on two faces are one person.
+        #[arg(long, value_name = "COSINE", default_value_t = 0.4, env = "DIFFLORA_THRESHOLD")]
+        threshold: f32,
     },
 }
 
 #[derive(Debug, clap::Args)]
 struct Pictures {
-    /// Pictures, or folders of them.
+    /// Pictures, patterns such as 'me/*.jpg', or folders.
     #[arg(required = true, value_name = "PICTURE|DIR")]
     pictures: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
 struct Encoder {
-    /// The recogniser: the condition of the hypernetwork, or the judge of `eval`.
-    #[arg(long, visible_alias = "encoder", env = "DIFFLORA_FACE_ENCODER", default_value = "mobilefacenet")]
-    face_encoder: EncoderName,
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum EncoderName {
-    /// 512 numbers, the condition of the hypernetwork.
-    Mobilefacenet,
-    /// 128 numbers, the judge of `eval`.
-    Sface,
+    /// mobilefacenet (512 numbers, the built-in condition), sface (128, the judge of `eval`), antelopev2, buffalo_l,
+    /// auraface, or a folder with ONNX files.
+    #[arg(
+        long,
+        visible_alias = "encoder",
+        value_name = "NAME|DIR",
+        env = "DIFFLORA_FACE_ENCODER",
+        default_value = "mobilefacenet"
+    )]
+    face_encoder: String,
 }
 
 impl Encoder {
-    fn load(&self) -> Result<Recogniser> {
-        match self.face_encoder {
-            EncoderName::Mobilefacenet => Recogniser::mobilefacenet(),
-            EncoderName::Sface => Recogniser::sface(),
-        }
+    fn load(&self) -> Result<FaceEncoder> {
+        open_encoder(&self.face_encoder)
     }
+}
+
+/// The face encoder of a name or a folder; says under which licence it comes when it is not built in.
+pub(super) fn open_encoder(name: &str) -> Result<FaceEncoder> {
+    let encoder = FaceEncoder::open(name)?;
+    if let Some(model) = catalog::find(name) {
+        progress::note(format_args!("face encoder `{name}`: {}; licence: {}", model.about, model.licence));
+    }
+    Ok(encoder)
 }
 
 /// Does what was asked for.
 pub fn run(args: Args, common: &Common) -> Result<()> {
+    let json = common.json;
     match args.action {
-        Action::Detect { pictures } => detect(&pictures, common.json),
-        Action::Embed { pictures, encoder, out } => embed(&pictures, &encoder.load()?, &out, common.json),
-        Action::Compare { pictures, encoder } => compare(&pictures, &encoder.load()?, common.json),
-        Action::Crop { pictures, out, size } => crop(&pictures, &out, size as usize, common.json),
+        Action::Detect { pictures, encoder, draw } => {
+            detect(&pictures, &encoder.load()?, draw.as_deref(), json)
+        }
+        Action::Embed { pictures, encoder, out } => embed(&pictures, &encoder, &out, json),
+        Action::Compare { pictures, encoder } => compare(&pictures, &encoder.load()?, json),
+        Action::Crop { pictures, encoder, out, size } => {
+            crop(&pictures, &encoder.load()?, &out, size as usize, json)
+        }
+        Action::Dedupe { pictures, encoder, threshold } => {
+            dedupe(&pictures, &encoder.load()?, threshold, json)
+        }
     }
 }
 
-fn detect(pictures: &Pictures, json: bool) -> Result<()> {
-    let detector = Detector::yunet()?;
-    let (mut list, mut found) = (Vec::new(), 0);
-    let mut nothing = None;
-    pictures.for_each(|file, picture| {
-        let search = detector.search(picture)?;
-        found += search.faces.len();
-        nothing = search.largest(&file.display().to_string()).err();
-        if json {
-            list.push(Found { file: file.to_path_buf(), faces: search.faces });
-        } else {
-            print(&describe(file, &search.faces))?;
+fn detect(pictures: &Pictures, encoder: &FaceEncoder, out: Option<&Path>, json: bool) -> Result<()> {
+    let photos = Photos::find(&pictures.pictures)?;
+    let drawings = out.map(|out| drawings(&photos, out)).transpose()?;
+    let seen = photos.look(|at, file, picture| {
+        let search = encoder.search(picture)?;
+        if let Some(drawings) = &drawings {
+            draw::draw(picture, &search.faces).save(&drawings[at], None)?;
         }
-        Ok(())
+        let quality = search.faces.first().map(|face| Quality::of(picture, face, &search.faces));
+        let nothing = search.largest(&file.display().to_string()).err();
+        Ok((search.faces, quality, nothing))
     })?;
+    let mut nothing = None;
+    let (mut list, mut found) = (Vec::new(), 0);
+    for (file, (faces, quality, error)) in seen.photos {
+        found += faces.len();
+        nothing = error.or(nothing);
+        if json {
+            list.push(Found { file, faces, quality });
+        } else {
+            print(&describe(&file, &faces, quality.as_ref()))?;
+        }
+    }
     if json {
         print_json(&list)?;
     }
@@ -126,36 +167,51 @@ fn detect(pictures: &Pictures, json: bool) -> Result<()> {
     }
 }
 
-fn embed(pictures: &Pictures, recogniser: &Recogniser, out: &Path, json: bool) -> Result<()> {
+/// Where the drawing of each picture goes.
+fn drawings(photos: &Photos, out: &Path) -> Result<Vec<PathBuf>> {
+    if photos.only().is_some() && !out.is_dir() {
+        let png = out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
+        if !png {
+            let why = format!("drawings are written as PNG: name `{}` with .png", out.display());
+            return Err(Failure::Usage(why).into());
+        }
+        files::check_writable(out)?;
+        return Ok(vec![out.to_path_buf()]);
+    }
+    pngs_in(out, photos)
+}
+
+fn embed(pictures: &Pictures, encoder: &Encoder, out: &Path, json: bool) -> Result<()> {
     files::check_writable(out)?;
-    let people = People::embed(pictures, recogniser)?;
+    let encoder = encoder.load()?;
+    let people = People::embed(pictures, &encoder)?;
     let bytes: Vec<Vec<u8>> = people
         .vectors
         .iter()
         .map(|vector| vector.iter().flat_map(|value| value.to_le_bytes()).collect())
         .collect();
-    let names = people.names();
+    let names = short_names(&people.files);
     let tensors = names.iter().zip(&bytes).zip(&people.vectors).map(|((name, bytes), vector)| {
         let view = TensorView::new(Dtype::F32, vec![vector.len()], bytes).expect("four bytes a number");
         (name.as_str(), view)
     });
-    let network = recogniser.network();
-    let about = [("face_encoder", network.name().to_string()), ("face_encoder_sha256", network.sha256())];
+    let [_, (name, sha256)] = encoder.provenance();
+    let about = [("face_encoder", name.to_string()), ("face_encoder_sha256", sha256)];
     let about: HashMap<String, String> = about.map(|(key, value)| (key.to_string(), value)).into();
     files::write_whole(out, &safetensors::serialize(tensors, Some(about))?)?;
     if json {
-        print_json(&json!({ "out": out, "names": names, "face_encoder": network.name() }))
+        print_json(&json!({ "out": out, "names": names, "face_encoder": name, "left_out": people.left_out }))
     } else {
         print(&format!("{} faces in `{}`", names.len(), out.display()))
     }
 }
 
-fn compare(pictures: &Pictures, recogniser: &Recogniser, json: bool) -> Result<()> {
-    let people = People::embed(pictures, recogniser)?;
+fn compare(pictures: &Pictures, encoder: &FaceEncoder, json: bool) -> Result<()> {
+    let people = People::embed(pictures, encoder)?;
     let cosines: Vec<Vec<f32>> =
         people.vectors.iter().map(|a| people.vectors.iter().map(|b| cosine(a, b)).collect()).collect();
     if json {
-        let name = recogniser.network().name();
+        let [_, (name, _)] = encoder.provenance();
         return print_json(&json!({ "files": people.files, "cosine": cosines, "face_encoder": name }));
     }
     let count = people.files.len();
@@ -168,106 +224,112 @@ fn compare(pictures: &Pictures, recogniser: &Recogniser, json: bool) -> Result<(
     Ok(())
 }
 
-fn crop(pictures: &Pictures, out: &Path, size: usize, json: bool) -> Result<()> {
-    std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder `{}`", out.display()))?;
-    let detector = Detector::yunet()?;
-    let (mut sources, mut faces) = (Vec::new(), Vec::new());
-    pictures.for_each(|file, picture| {
-        let face = largest(&detector, file, picture)?;
-        sources.push(file.to_path_buf());
-        faces.push(align(picture, &face.points, size));
-        Ok(())
+fn crop(pictures: &Pictures, encoder: &FaceEncoder, out: &Path, size: usize, json: bool) -> Result<()> {
+    let photos = Photos::find(&pictures.pictures)?;
+    let targets = pngs_in(out, &photos)?;
+    let seen = photos.look(|at, file, picture| {
+        let search = encoder.search(picture)?;
+        let face = search.largest(&file.display().to_string())?;
+        align(picture, &face.points, size).save(&targets[at], None)?;
+        Ok((search.faces.len(), targets[at].clone()))
     })?;
-    let mut written = Vec::new();
-    for ((name, face), source) in short_names(&sources).iter().zip(&faces).zip(&sources) {
-        let path = out.join(Path::new(&name.replace(['/', '\\'], "-")).with_extension("png"));
-        face.save(&path, None)?;
-        written.push(json!({ "file": source, "face": path }));
-    }
+    tell_several(&seen, |(faces, _)| *faces);
     if json {
+        let written: Vec<_> =
+            seen.photos.iter().map(|(file, (_, face))| json!({ "file": file, "face": face })).collect();
         print_json(&written)
     } else {
-        print(&format!("{} faces in `{}`", written.len(), out.display()))
+        print(&format!("{} faces in `{}`", seen.photos.len(), out.display()))
     }
 }
 
-/// A line of `detect --json`.
+fn dedupe(pictures: &Pictures, encoder: &FaceEncoder, threshold: f32, json: bool) -> Result<()> {
+    let people = People::embed(pictures, encoder)?;
+    let mut list = Vec::new();
+    for (number, members) in groups(&people.vectors, threshold).into_iter().enumerate() {
+        let vectors: Vec<&[f32]> = members.iter().map(|&face| &people.vectors[face][..]).collect();
+        let centre = mean_direction(&vectors);
+        let rows: Vec<(&Path, f32)> = members
+            .iter()
+            .map(|&face| (people.files[face].as_path(), cosine(&people.vectors[face], &centre)))
+            .collect();
+        if json {
+            let pictures: Vec<_> =
+                rows.iter().map(|(file, cosine)| json!({ "file": file, "cosine": cosine })).collect();
+            list.push(json!({ "person": number + 1, "pictures": pictures }));
+            continue;
+        }
+        let pictures = if rows.len() == 1 { "picture" } else { "pictures" };
+        print(&format!("person {}: {} {pictures}", number + 1, rows.len()))?;
+        for (file, cosine) in rows {
+            print(&format!("  {cosine:.3}  {}", file.display()))?;
+        }
+    }
+    if json {
+        let [_, (name, _)] = encoder.provenance();
+        print_json(
+            &json!({ "people": list, "threshold": threshold, "face_encoder": name, "left_out": people.left_out }),
+        )?;
+    }
+    Ok(())
+}
+
+/// A picture in `detect --json`.
 #[derive(serde::Serialize)]
 struct Found {
     file: PathBuf,
     faces: Vec<Face>,
+    /// Of the largest face.
+    quality: Option<Quality>,
 }
 
 /// The largest face of each picture as a unit vector.
 struct People {
     files: Vec<PathBuf>,
     vectors: Vec<Vec<f32>>,
+    left_out: serde_json::Value,
 }
 
 impl People {
-    fn embed(pictures: &Pictures, recogniser: &Recogniser) -> Result<Self> {
-        let detector = Detector::yunet()?;
-        let mut people = Self { files: Vec::new(), vectors: Vec::new() };
-        pictures.for_each(|file, picture| {
-            let face = largest(&detector, file, picture)?;
-            people.files.push(file.to_path_buf());
-            people.vectors.push(recogniser.embed(picture, &face)?);
-            Ok(())
+    fn embed(pictures: &Pictures, encoder: &FaceEncoder) -> Result<Self> {
+        let seen = Photos::find(&pictures.pictures)?.look(|_, file, picture| {
+            let search = encoder.search(picture)?;
+            let face = search.largest(&file.display().to_string())?;
+            Ok((search.faces.len(), encoder.embed(picture, face)?))
         })?;
-        Ok(people)
-    }
-
-    fn names(&self) -> Vec<String> {
-        short_names(&self.files)
+        tell_several(&seen, |(faces, _)| *faces);
+        let left_out = seen.left_out_json();
+        let (files, vectors) = seen.photos.into_iter().map(|(file, (_, vector))| (file, vector)).unzip();
+        Ok(Self { files, vectors, left_out })
     }
 }
 
-impl Pictures {
-    /// Runs `story` on each picture. One that was named must do; one that was found in a folder is left out with a
-    /// warning when it cannot be read or shows no face.
-    fn for_each(&self, mut story: impl FnMut(&Path, &Picture) -> Result<()>) -> Result<()> {
-        let mut files = Vec::new();
-        for path in &self.pictures {
-            if path.is_dir() {
-                let found = pictures_in(path)?;
-                if found.is_empty() {
-                    return Err(Failure::unusable(path, "there is no picture in this folder"));
-                }
-                files.extend(found.into_iter().map(|file| (file, false)));
-            } else {
-                files.push((path.clone(), true));
-            }
-        }
-        let bar = progress::bar(files.len() as u64, "faces");
-        let (mut done, mut left_out) = (0, None);
-        for (file, named) in &files {
-            progress::check()?;
-            match Picture::open(file).and_then(|picture| story(file, &picture)) {
-                Ok(()) => done += 1,
-                Err(error) if *named || error.downcast_ref::<Failure>().is_none() => return Err(error),
-                Err(error) => {
-                    bar.suspend(|| progress::warn(format!("left out: {error:#}")));
-                    left_out = Some(error);
-                }
-            }
-            bar.inc(1);
-        }
-        bar.finish_and_clear();
-        match left_out {
-            Some(error) if done == 0 => Err(error),
-            _ => Ok(()),
+/// Says which pictures have several faces.
+fn tell_several<T>(seen: &Seen<T>, faces: impl Fn(&T) -> usize) {
+    for (file, story) in &seen.photos {
+        if faces(story) > 1 {
+            progress::note(format_args!(
+                "{} faces in `{}`: the largest is taken",
+                faces(story),
+                file.display()
+            ));
         }
     }
 }
 
-/// The largest face of a picture; says so when there are several.
-fn largest(detector: &Detector, file: &Path, picture: &Picture) -> Result<Face> {
-    let search = detector.search(picture)?;
-    let face = search.largest(&file.display().to_string())?;
-    if search.faces.len() > 1 {
-        progress::note(format!("{} faces in `{}`; the largest is used", search.faces.len(), file.display()));
-    }
-    Ok(face.clone())
+/// A PNG in the folder `out`, which is made, for each photo, named after it.
+fn pngs_in(out: &Path, photos: &Photos) -> Result<Vec<PathBuf>> {
+    std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder `{}`", out.display()))?;
+    let sources: Vec<PathBuf> = photos.paths().map(Path::to_path_buf).collect();
+    let mut taken = HashSet::new();
+    let mut target = |name: String| {
+        let name = name.replace(['/', '\\'], "-");
+        let short = Path::new(&name).with_extension("png");
+        // `a.jpg` and `a.webp` do not fall on one file.
+        let file = if taken.insert(short.clone()) { short } else { PathBuf::from(format!("{name}.png")) };
+        out.join(file)
+    };
+    Ok(short_names(&sources).into_iter().map(&mut target).collect())
 }
 
 /// File names where they differ, else whole paths.
@@ -283,7 +345,7 @@ fn short_names(files: &[PathBuf]) -> Vec<String> {
         .collect()
 }
 
-fn describe(file: &Path, faces: &[Face]) -> String {
+fn describe(file: &Path, faces: &[Face], quality: Option<&Quality>) -> String {
     let mut text =
         format!("{}: {} {}", file.display(), faces.len(), if faces.len() == 1 { "face" } else { "faces" });
     for face in faces {
@@ -291,6 +353,13 @@ fn describe(file: &Path, faces: &[Face]) -> String {
         text +=
             &format!("\n  score {:.3}  box {left:.1} {top:.1} {right:.1} {bottom:.1}  points", face.score);
         text.extend(face.points.iter().map(|[x, y]| format!("  {x:.1} {y:.1}")));
+    }
+    if let Some(quality) = quality {
+        text += &format!(
+            "\n  the largest: {:.0} pixels wide, sharpness {:.1}, turned {:.0}, up {:.0}, leaning {:.0} degrees",
+            quality.width, quality.sharpness, quality.yaw, quality.pitch, quality.roll
+        );
+        text.extend(quality.hints().iter().map(|hint| format!("\n  {hint}")));
     }
     text
 }

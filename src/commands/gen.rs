@@ -9,20 +9,23 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::face::open_encoder;
 use super::models;
+use super::photos::Photos;
 use crate::cli::Common;
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::hypernet::{Hypernet, ModelId};
 use crate::identity::clip::ImageEncoder;
-use crate::identity::{FaceEncoder, Identity};
+use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
+use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
 use crate::layers::Visit;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
 use crate::lora::change::Changes;
 use crate::lora::file::{self, Format};
 use crate::lora::strength::Strength;
 use crate::lora::{Lora, LoraError, TRIGGER_PHRASE};
-use crate::picture::{Picture, PictureFormat};
+use crate::picture::PictureFormat;
 use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Sdxl, Sizes, Step, Tiling};
 use crate::sdxl::preview::LatentColours;
 use crate::{files, progress, weights};
@@ -33,9 +36,13 @@ use crate::{files, progress, weights};
 /// 64×64 pixels of painted people: it is there to try the program and to prove the method.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// One or more pictures of one person.
-    #[arg(long = "ref", value_name = "PHOTO", num_args = 1.., env = "DIFFLORA_REF")]
+    /// Pictures of one person: files, patterns such as 'me/*.jpg', or folders. Those that show somebody else are
+    /// left out.
+    #[arg(long = "ref", value_name = "PHOTO|DIR", num_args = 1.., env = "DIFFLORA_REF")]
     reference: Vec<PathBuf>,
+    /// Which face of the pictures, 1 for the largest.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_FACE")]
+    face: u32,
     /// What to draw; several prompts draw several pictures. Without it only the LoRA is made.
     #[arg(long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_PROMPT")]
     prompt: Vec<String>,
@@ -54,6 +61,9 @@ pub struct Args {
     /// The encoder of whole pictures that the hypernetwork was trained with.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
+    /// The encoder of faces that the hypernetwork was trained with; by itself the one that it names.
+    #[arg(long, value_name = "NAME|DIR", env = "DIFFLORA_FACE_ENCODER")]
+    face_encoder: Option<String>,
     /// Further LoRA files, each with an optional weight: 0.8, or by part, unet=0.8,te=0.4,down.1=0.5. Parts are
     /// unet, te, te1, te2, down, down.N, mid, up, up.N.
     #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
@@ -318,31 +328,24 @@ fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
     let image_files = models::find(&args.image_encoder, "image_encoder")?;
     let image_id = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
     config.image_encoder.demand(&image_id, "image encoder")?;
-    let faces = FaceEncoder::builtin()?;
+    let face_name = match &args.face_encoder {
+        Some(name) => name,
+        // A name that stands for a folder of another machine is asked for instead.
+        None if catalog::is_known(&config.face_encoder.name) => &config.face_encoder.name,
+        None => catalog::BUILT_IN,
+    };
+    let faces = open_encoder(face_name)?;
     let [_, (name, sha256)] = faces.provenance();
     config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
-    let images = ImageEncoder::open(&image_files)?;
-
-    let (mut face, mut image, mut hashes, mut found) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for path in &args.reference {
-        progress::check()?;
-        let picture = Picture::open(path)?;
-        let search = faces.search(&picture)?;
-        let largest = search.largest(&path.display().to_string())?;
-        if search.faces.len() > 1 {
-            progress::note(format_args!(
-                "{} faces in `{}`: the largest is taken, at {:.0?}",
-                search.faces.len(),
-                path.display(),
-                largest.bounds
-            ));
-        }
-        face.push(faces.embed(&picture, largest)?);
-        image.push(images.embed(&picture, largest)?);
-        hashes.push(sha256_of(&std::fs::read(path)?));
-        found.push(json!({ "file": path, "faces": search.faces.len(), "face": largest }));
-    }
-    let identity = Identity { face: mean_direction(&face), image: Some(mean_direction(&image)) };
+    let images = ImageEncoder::open(&image_files)?.with_input(config.image_input);
+    let references = look_at(args, &faces, &images)?;
+    let hashes: Vec<&str> = references.used.iter().map(|(_, photo)| photo.sha256.as_str()).collect();
+    let identity = Identity {
+        face: mean_direction(&references.used.iter().map(|(_, photo)| &photo.face[..]).collect::<Vec<_>>()),
+        image: Some(mean_direction(
+            &references.used.iter().map(|(_, photo)| &photo.image[..]).collect::<Vec<_>>(),
+        )),
+    };
     let mut options = hypernet.options();
     options.seed = args.identity_seed;
     options.steps = args.identity_steps.map_or(options.steps, |steps| steps as usize);
@@ -368,6 +371,7 @@ fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
         ("difflora.base", base.name.clone()),
         ("difflora.base_sha256", base.sha256.clone()),
         ("difflora.face_encoder", config.face_encoder.name.clone()),
+        ("difflora.face_encoder_sha256", config.face_encoder.sha256.clone()),
         ("difflora.reference_sha256", hashes.join(",")),
         ("difflora.identity_seed", options.seed.to_string()),
         ("difflora.identity_steps", options.steps.to_string()),
@@ -375,7 +379,8 @@ fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
         lora.metadata.insert(key.into(), value);
     }
     let told = json!({
-        "references": found,
+        "references": references.told(),
+        "left_out": references.left_out,
         "modules": lora.layers.len(),
         "rank": rank,
         "seconds": start.elapsed().as_secs_f64(),
@@ -383,12 +388,99 @@ fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
     Ok((lora, told))
 }
 
-/// The direction of the sum of unit vectors.
-fn mean_direction(rows: &[Vec<f32>]) -> Vec<f32> {
-    let width = rows.first().map_or(0, Vec::len);
-    let sum: Vec<f32> = (0..width).map(|i| rows.iter().map(|row| row[i]).sum()).collect();
-    let length = sum.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
-    sum.into_iter().map(|x| x / length).collect()
+/// What one photo tells.
+struct Reference {
+    face: Vec<f32>,
+    image: Vec<f32>,
+    sha256: String,
+    faces: usize,
+    chosen: Face,
+    quality: Quality,
+}
+
+/// The photos of the person.
+struct References {
+    used: Vec<(PathBuf, Reference)>,
+    /// Files that could not be used or that show somebody else, with the reason.
+    left_out: Value,
+}
+
+impl References {
+    fn told(&self) -> Value {
+        let told = |(file, photo): &(PathBuf, Reference)| {
+            json!({
+                "file": file,
+                "faces": photo.faces,
+                "face": photo.chosen,
+                "quality": photo.quality,
+                "hints": photo.quality.hints(),
+            })
+        };
+        self.used.iter().map(told).collect()
+    }
+}
+
+/// Encodes the photos and leaves out those that show somebody else; says what will make the likeness suffer.
+fn look_at(args: &Args, faces: &FaceEncoder, images: &ImageEncoder) -> Result<References> {
+    let seen = Photos::find(&args.reference)?.look(|_, path, picture| {
+        let search = faces.search(picture)?;
+        let chosen = search.face(args.face as usize, &path.display().to_string())?;
+        Ok(Reference {
+            face: faces.embed(picture, chosen)?,
+            image: images.embed(picture, chosen)?,
+            sha256: sha256_of(&std::fs::read(path)?),
+            faces: search.faces.len(),
+            chosen: chosen.clone(),
+            quality: Quality::of(picture, chosen, &search.faces),
+        })
+    })?;
+    let mut left_out = seen.left_out_json();
+    for (path, photo) in &seen.photos {
+        if photo.faces > 1 {
+            let which = if args.face == 1 { "the largest".into() } else { format!("number {}", args.face) };
+            progress::note(format_args!(
+                "{} faces in `{}`: {which} is taken, at {:.0?}; --face N takes another",
+                photo.faces,
+                path.display(),
+                photo.chosen.bounds
+            ));
+        }
+        for hint in photo.quality.hints() {
+            progress::note(format_args!("`{}`: {hint}", path.display()));
+        }
+    }
+    let vectors: Vec<Vec<f32>> = seen.photos.iter().map(|(_, photo)| photo.face.clone()).collect();
+    let outliers = outliers(&vectors);
+    for outlier in &outliers {
+        let path = &seen.photos[outlier.photo].0;
+        let why = format!(
+            "its face does not look like the others (cosine {:.2} to their mean, wanted {SAME_PERSON})",
+            outlier.cosine
+        );
+        progress::warn(format_args!("`{}` is left out: {why}", path.display()));
+        if let Value::Array(left_out) = &mut left_out {
+            left_out.push(json!({ "file": path, "why": why }));
+        }
+    }
+    let used: Vec<(PathBuf, Reference)> = seen
+        .photos
+        .into_iter()
+        .enumerate()
+        .filter(|(at, _)| outliers.iter().all(|outlier| outlier.photo != *at))
+        .map(|(_, photo)| photo)
+        .collect();
+    if let [(one, a), (two, b)] = &used[..]
+        && cosine(&a.face, &b.face) < SAME_PERSON
+    {
+        progress::warn(format_args!(
+            "`{}` and `{}` seem to show two people (cosine {:.2}); both are used. `difflora face dedupe` groups \
+             pictures by person",
+            one.display(),
+            two.display(),
+            cosine(&a.face, &b.face)
+        ));
+    }
+    Ok(References { used, left_out })
 }
 
 fn sha256_of(bytes: &[u8]) -> String {

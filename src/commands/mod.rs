@@ -8,6 +8,7 @@ pub mod r#gen;
 pub mod lora;
 mod lora_set;
 pub mod models;
+mod photos;
 pub mod portraits;
 pub mod train_base;
 pub mod train_dit;

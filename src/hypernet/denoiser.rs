@@ -21,6 +21,7 @@ use crate::diffusion::noise;
 use crate::diffusion::sampler::ddim;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule, Prediction, SchedulerConfig, Spacing};
 use crate::identity::Identity;
+use crate::identity::clip::ImageInput;
 use crate::weights::frozen;
 
 /// Sizes and settings of the networks between a person and a latent.
@@ -43,6 +44,9 @@ pub struct DenoiserConfig {
     pub face_encoder: ModelId,
     /// What made the image embeddings.
     pub image_encoder: ModelId,
+    /// What the image encoder is shown and which output is taken.
+    #[serde(default, skip_serializing_if = "ImageInput::is_default")]
+    pub image_input: ImageInput,
 }
 
 /// How LoRA latents are diffused: T = 1000, β linear from 1e-4 to 0.02 as in G.pt and HyperDiffusion, x_0 predicted.

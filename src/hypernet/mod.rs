@@ -251,6 +251,7 @@ mod tests {
             linear_guess: true,
             face_encoder: id("face"),
             image_encoder: id("clip"),
+            image_input: Default::default(),
         };
         let trainable = Trainable::new(5);
         let vb = trainable.builder(&Device::Cpu);

@@ -9,7 +9,8 @@ use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Face, portrait_crop};
+use super::Face;
+use super::portrait::{blank_background, portrait_crop};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear,
 };
@@ -21,28 +22,78 @@ use crate::picture::{Filter, Picture};
 pub struct ImageEncoder {
     network: ClipVision,
     preprocessor: ClipPreprocessor,
+    input: ImageInput,
 }
 
 impl ImageEncoder {
-    /// Reads a `CLIPVisionModelWithProjection` folder: `config.json`, `model.safetensors`,
-    /// `preprocessor_config.json`.
+    /// Reads a `CLIPVisionModelWithProjection` folder, as of IP-Adapter's ViT-H/14, or a whole `CLIPModel`, as of
+    /// openai/clip-vit-large-14: `config.json`, `model.safetensors`, `preprocessor_config.json`.
     pub fn open(files: &ModelFiles) -> Result<Self> {
-        let config: ClipVisionConfig = files.config("config.json")?;
         let preprocessor = files.json("preprocessor_config.json")?;
-        let network = files
-            .load("", TRANSFORMERS_WEIGHTS, DType::F32, &Device::Cpu, |vb| ClipVision::new(&config, vb))?;
-        Ok(Self { network, preprocessor })
+        let whole: Value = files.config("config.json")?;
+        let network = match whole.get("vision_config") {
+            Some(vision) => ClipVision::of_whole_clip(files, vision, &whole)?,
+            None => {
+                let config: ClipVisionConfig = files.config("config.json")?;
+                let build = |vb| ClipVision::new(&config, vb);
+                files.load("", TRANSFORMERS_WEIGHTS, DType::F32, &Device::Cpu, build)?
+            }
+        };
+        Ok(Self { network, preprocessor, input: ImageInput::default() })
     }
 
-    /// The unit vector of the [`portrait_crop`] around a face of `picture`; P numbers.
+    /// The same encoder, shown and asked for what a hypernetwork wants.
+    pub fn with_input(self, input: ImageInput) -> Self {
+        Self { input, ..self }
+    }
+
+    /// The unit vector of the [`portrait_crop`] around a face of `picture`; P numbers, or D with
+    /// another output.
     pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
-        let crop = portrait_crop(picture, face, self.preprocessor.shortest_edge);
+        let mut crop = portrait_crop(picture, face, self.preprocessor.shortest_edge);
+        if self.input.blank_background {
+            blank_background(&mut crop, face);
+        }
         let pixels = self.preprocessor.apply(&crop, &Device::Cpu)?.unsqueeze(0)?;
-        let embedding: Vec<f32> = self.network.forward(&pixels)?.squeeze(0)?.to_vec1()?;
+        let embedding = match self.input.output {
+            ImageOutput::Projected => self.network.forward(&pixels)?,
+            ImageOutput::Penultimate => self.network.penultimate(&pixels)?.mean(1)?,
+        };
+        let embedding: Vec<f32> = embedding.squeeze(0)?.to_vec1()?;
         let length = embedding.iter().map(|value| value * value).sum::<f32>().sqrt();
         ensure!(length.is_finite() && length > 0.0, "the image encoder gives no direction (length {length})");
         Ok(embedding.iter().map(|value| value / length).collect())
     }
+}
+
+/// What the image encoder is shown, and which of its outputs is the condition.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImageInput {
+    /// The output that is taken.
+    pub output: ImageOutput,
+    /// Whether all that lies outside an ellipse around the face's box is made grey, so that the place where the photo
+    /// was taken is not learnt as part of the person.
+    pub blank_background: bool,
+}
+
+impl ImageInput {
+    /// Whether it is the default, which configs leave out.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// An output of the image encoder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageOutput {
+    /// transformers' `image_embeds`, P numbers.
+    #[default]
+    Projected,
+    /// The mean over all tokens of transformers' `hidden_states[-2]`, D numbers. The mean is ours: HyperLoRA and
+    /// IP-Adapter give the tokens to a resampler one by one.
+    Penultimate,
 }
 
 /// `config.json` of an image encoder. What a file leaves out has transformers' default.
@@ -167,8 +218,36 @@ impl ClipVision {
         })
     }
 
+    /// The image encoder of a `CLIPModel`, whose weights lie beside those of its text encoder.
+    fn of_whole_clip(files: &ModelFiles, vision: &Value, whole: &Value) -> Result<Self> {
+        let mut vision = vision.clone();
+        // The width of the projection stands outside, where both encoders share it.
+        if let Some(width) = whole.get("projection_dim") {
+            vision["projection_dim"] = width.clone();
+        }
+        let config: ClipVisionConfig =
+            serde_json::from_value(vision).map_err(|error| files.unusable("config.json", error))?;
+        let mut weights = files.tensors("", TRANSFORMERS_WEIGHTS)?;
+        weights.retain(|name, _| name.starts_with("vision_model.") || name.starts_with("visual_projection."));
+        let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+        Self::new(&config, vb).map_err(|error| files.unusable("model.safetensors", format!("{error:#}")))
+    }
+
     /// Embeddings of pictures from [`ClipPreprocessor`]: `pixels` (B, 3, S, S) → (B, P), not normalised.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (_, x) = self.hidden(pixels)?;
+        let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.squeeze(1)?)?; // (B, D)
+        Ok(self.visual_projection.forward(&pooled)?)
+    }
+
+    /// What the last layer is given, transformers' `hidden_states[-2]`: `pixels` (B, 3, S, S) → (B, N, D), the class
+    /// token first.
+    pub fn penultimate(&self, pixels: &Tensor) -> Result<Tensor> {
+        Ok(self.hidden(pixels)?.0)
+    }
+
+    /// What the last layer is given and what it gives, two of (B, N, D).
+    fn hidden(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
         let (b, _, h, w) = pixels.dims4()?;
         let side = self.image_size;
         ensure!(h == side && w == side, "the image encoder wants {side}×{side} pixels, was given {w}×{h}");
@@ -176,9 +255,7 @@ impl ClipVision {
         let class = self.class_embedding.reshape((1, 1, ()))?;
         let class = class.broadcast_as((b, 1, class.elem_count()))?;
         let x = Tensor::cat(&[&class, &patches], 1)?.broadcast_add(&self.position_embedding)?; // (B, N, D)
-        let (_, x) = self.encoder.forward(&self.pre_layrnorm.forward(&x)?, false)?;
-        let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.squeeze(1)?)?; // (B, D)
-        Ok(self.visual_projection.forward(&pooled)?)
+        Ok(self.encoder.forward(&self.pre_layrnorm.forward(&x)?, false)?)
     }
 }
 
@@ -321,7 +398,7 @@ mod tests {
         };
         let trainable = Trainable::new(5);
         ClipVision::new(&config, trainable.builder(&Device::Cpu)).unwrap();
-        let weights =
+        let weights: std::collections::BTreeMap<String, Tensor> =
             trainable.vars().into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
         save_component(out.path(), "", TRANSFORMERS_WEIGHTS, &config.to_json(), &weights, DType::F16)
             .unwrap();
@@ -334,6 +411,32 @@ mod tests {
         let encoder = ImageEncoder::open(&ModelFiles::folder(out.path()).unwrap()).unwrap();
         let embedding = encoder.embed(&picture, &face).unwrap();
         assert_eq!(embedding.len(), 12);
+        let as_input = |text: &str| {
+            encoder.clone().with_input(serde_json::from_str(text).unwrap()).embed(&picture, &face).unwrap()
+        };
+        assert_eq!(as_input("{}"), embedding);
+        assert_eq!(as_input(r#"{"output": "penultimate"}"#).len(), 8);
+        assert_ne!(as_input(r#"{"blank_background": true}"#), embedding);
+        assert!(serde_json::from_str::<ImageInput>(r#"{"background": true}"#).is_err());
+
+        // The same weights beside a text encoder's, as a whole CLIP has them.
+        let whole = tempfile::tempdir().unwrap();
+        let mut beside = weights.clone();
+        beside.insert(
+            "text_model.final_layer_norm.bias".into(),
+            Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap(),
+        );
+        let mut vision = config.to_json();
+        vision["projection_dim"] = json!(512);
+        let of_whole = json!({ "vision_config": vision, "text_config": {}, "projection_dim": 12 });
+        save_component(whole.path(), "", TRANSFORMERS_WEIGHTS, &of_whole, &beside, DType::F16).unwrap();
+        save_json(&whole.path().join("preprocessor_config.json"), &preprocessor).unwrap();
+        let files = ModelFiles::folder(whole.path()).unwrap();
+        assert_eq!(ImageEncoder::open(&files).unwrap().embed(&picture, &face).unwrap(), embedding);
+        beside.remove("visual_projection.weight");
+        save_component(whole.path(), "", TRANSFORMERS_WEIGHTS, &of_whole, &beside, DType::F16).unwrap();
+        let message = format!("{:#}", ImageEncoder::open(&files).unwrap_err());
+        assert!(message.contains("visual_projection"), "{message}");
         assert!((embedding.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5);
     }
 }

@@ -1,16 +1,20 @@
-//! Faces with YuNet (Wu et al. 2023, OpenCV Zoo `face_detection_yunet_2023mar`): boxes, scores, five landmarks.
+//! Faces with YuNet, or with [SCRFD](super::scrfd): boxes, scores, five landmarks.
 //!
-//! For a cell in column c and row r of the grid with stride s, the network gives a class and an object
-//! probability, four box numbers and five points (OpenCV, `modules/objdetect/src/face_detect.cpp`):
+//! YuNet (Wu et al. 2023, OpenCV Zoo `face_detection_yunet_2023mar`): for a cell in column c and row r of the grid
+//! with stride s, the network gives a class and an object probability, four box numbers and five points (OpenCV,
+//! `modules/objdetect/src/face_detect.cpp`):
 //! score = √(cls·obj), centre = ((c + b₀)·s, (r + b₁)·s), size = (e^b₂·s, e^b₃·s), point = ((c + k₀)·s, (r + k₁)·s).
 //!
 //! YuNet was trained on faces of 10 to 300 pixels. A face that fills the frame is missed when it is larger, and a
 //! small picture has to be enlarged, so that each picture is searched at several sizes.
 
+use std::path::Path;
+
 use anyhow::Result;
 use serde::Serialize;
 
 use super::onnx::Network;
+use super::scrfd;
 use crate::failure::Failure;
 use crate::picture::{Filter, Picture};
 
@@ -26,6 +30,17 @@ pub struct Face {
     pub score: f32,
 }
 
+impl Face {
+    /// The face with its corners and landmarks brought elsewhere.
+    fn moved(mut self, to: impl Fn([f32; 2]) -> [f32; 2]) -> Self {
+        let [x1, y1, x2, y2] = self.bounds;
+        let ([x1, y1], [x2, y2]) = (to([x1, y1]), to([x2, y2]));
+        self.bounds = [x1, y1, x2, y2];
+        self.points = self.points.map(to);
+        self
+    }
+}
+
 /// What was found in a picture, and how it was looked for.
 #[derive(Clone, Debug)]
 pub struct Search {
@@ -35,6 +50,8 @@ pub struct Search {
     pub tried: Vec<usize>,
     /// The best score at any size, also below the threshold.
     pub best_score: f32,
+    /// The score from which on a candidate counts as a face.
+    pub least_score: f32,
 }
 
 impl Search {
@@ -46,11 +63,28 @@ impl Search {
         self.faces.first().ok_or_else(|| {
             let sizes = self.tried.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
             let text = format!(
-                "no face found in `{name}` (longer side brought to {sizes} pixels, best score {:.2}, wanted {MIN_SCORE}); \
+                "no face found in `{name}` (longer side brought to {sizes} pixels, best score {:.2}, wanted {}); \
                  take a picture with one upright, well lit face from the front, at least 40 pixels wide and not cut off",
-                self.best_score
+                self.best_score, self.least_score
             );
             Failure::NoFace(text).into()
+        })
+    }
+
+    /// The face with this number, 1 for the largest.
+    ///
+    /// # Errors
+    /// [`Failure::NoFace`] as [`Search::largest`], [`Failure::Usage`] where there are fewer faces.
+    pub fn face(&self, number: usize, name: &str) -> Result<&Face> {
+        self.largest(name)?;
+        number.checked_sub(1).and_then(|at| self.faces.get(at)).ok_or_else(|| {
+            let count = self.faces.len();
+            let faces = if count == 1 { "face" } else { "faces" };
+            let text = format!(
+                "there is no face {number} in `{name}`: it has {count} {faces}, numbered from the largest; \
+                 `difflora face detect --draw` shows them"
+            );
+            Failure::Usage(text).into()
         })
     }
 }
@@ -64,27 +98,49 @@ const SURE_SCORE: f32 = 0.8;
 /// Faces that overlap more than this (intersection over union) are one; OpenCV's default.
 const SAME_FACE: f32 = 0.3;
 
-/// Sizes at which a picture is searched, one after the other until a face is sure: the longer side of the picture
-/// and the side of the grey square around it, in pixels. The frame gives a face that fills the picture the
-/// surroundings that the detector knows from its training.
-const LADDER: [(usize, usize); 3] = [(640, 640), (320, 448), (160, 256)];
+/// A size at which a picture is searched: the longer side of the picture and the side of the square around it, in
+/// pixels. The frame gives a face that fills the picture the surroundings that the detector knows from its training.
+type Rung = (usize, usize);
+
+/// Sizes at which a picture is searched, one after the other until a face is sure.
+const LADDER: [Rung; 3] = [(640, 640), (320, 448), (160, 256)];
 
 /// The same for pictures with a longer side of at most [`SMALL`] pixels. On 64×64 portraits of the small world the
 /// first size finds all, blurred ones (σ = 1.2 pixels) 97 %, in a quarter of the time that 640 takes for 81 %.
-const SMALL_LADDER: [(usize, usize); 3] = [(256, 320), (160, 160), (320, 448)];
+const SMALL_LADDER: [Rung; 3] = [(256, 320), (160, 160), (320, 448)];
+
+/// Where the first sizes show no face at all: those between them, with more of a frame.
+const FURTHER: [Rung; 5] = [(512, 640), (384, 512), (256, 384), (128, 256), (96, 192)];
+
+/// The same for small pictures.
+const SMALL_FURTHER: [Rung; 4] = [(640, 640), (128, 256), (96, 192), (64, 128)];
+
+/// SCRFD's sizes: 640 as insightface has it; where that shows no face, those to which PhotoMaker and HyperLoRA fall
+/// back, then a frame.
+const SCRFD_LADDER: [Rung; 1] = [(640, 640)];
+const SCRFD_FURTHER: [Rung; 5] = [(512, 512), (384, 384), (256, 256), (128, 128), (320, 640)];
+
+/// At last, for tiny faces in a picture with a longer side of more than so many pixels, these sizes.
+const LARGE: [(usize, Rung); 2] = [(640, (1280, 1280)), (1280, (1920, 1920))];
 
 /// Longer side of a small picture in pixels.
 const SMALL: usize = 256;
 
-/// The colour of the frame.
+/// The colour of YuNet's frame.
 const FRAME: [u8; 3] = [127; 3];
 
 /// Cells of YuNet's three grids are this many pixels wide.
 const STRIDES: [usize; 3] = [8, 16, 32];
 
-/// YuNet.
+/// YuNet or SCRFD.
 pub struct Detector {
     network: Network,
+    kind: Kind,
+}
+
+enum Kind {
+    Yunet,
+    Scrfd(scrfd::Layout),
 }
 
 impl Detector {
@@ -95,7 +151,23 @@ impl Detector {
             "kps_8", "kps_16", "kps_32",
         ];
         let bytes = include_bytes!("../assets/face/yunet.onnx");
-        Ok(Self { network: Network::embedded("yunet-2023mar", bytes, &outputs)? })
+        Ok(Self { network: Network::embedded("yunet-2023mar", bytes, &outputs)?, kind: Kind::Yunet })
+    }
+
+    /// SCRFD with landmarks from an ONNX file of InsightFace, for example `scrfd_10g_bnkps.onnx` or `det_10g.onnx`.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] for a file that is damaged or has other inputs or outputs, which it names.
+    pub fn scrfd(name: &str, path: &Path) -> Result<Self> {
+        let (network, header) = Network::file(name, path)?;
+        let layout =
+            scrfd::Layout::of(&header).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
+        let detector = Self { network, kind: Kind::Scrfd(layout) };
+        // One small run, so that outputs of the wrong length are told before the work.
+        detector
+            .at_size(&Picture::filled(64, 64, [0; 3]), (64, 64))
+            .map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
+        Ok(detector)
     }
 
     /// The network, for its name and checksum.
@@ -103,21 +175,32 @@ impl Detector {
         &self.network
     }
 
-    /// All faces of a picture, at the first size of the ladder where one is sure, else at the size with the best
-    /// score.
+    /// All faces of a picture, at the first size where one is sure, else at the size with the best score. Sizes
+    /// between, beyond and with more of a frame are tried where the usual ones show no face.
     pub fn search(&self, picture: &Picture) -> Result<Search> {
         let longer = picture.width.max(picture.height);
-        let ladder = if longer <= SMALL { SMALL_LADDER } else { LADDER };
-        let mut search = Search { faces: Vec::new(), tried: Vec::new(), best_score: 0.0 };
-        for (size, frame) in ladder {
-            let candidates = self.at_size(picture, size, frame)?;
+        let (usual, further, least_score, sure): (&[Rung], &[Rung], f32, f32) = match self.kind {
+            Kind::Yunet if longer <= SMALL => (&SMALL_LADDER, &SMALL_FURTHER, MIN_SCORE, SURE_SCORE),
+            Kind::Yunet => (&LADDER, &FURTHER, MIN_SCORE, SURE_SCORE),
+            Kind::Scrfd(_) => (&SCRFD_LADDER, &SCRFD_FURTHER, scrfd::MIN_SCORE, scrfd::MIN_SCORE),
+        };
+        let large = LARGE.iter().filter(|(above, _)| longer > *above).map(|(_, rung)| rung);
+        let mut search = Search { faces: Vec::new(), tried: Vec::new(), best_score: 0.0, least_score };
+        for (number, &rung) in usual.iter().chain(further).chain(large).enumerate() {
+            if number >= usual.len() && !search.faces.is_empty() {
+                break;
+            }
+            let candidates = self.at_size(picture, rung)?;
             let best = candidates.first().map_or(0.0, |face| face.score);
-            search.tried.push(size);
+            search.tried.push(rung.0);
             if best > search.best_score {
                 search.best_score = best;
-                search.faces = suppress(candidates);
+                search.faces = match self.kind {
+                    Kind::Yunet => suppress(candidates),
+                    Kind::Scrfd(_) => scrfd::suppress(candidates),
+                };
             }
-            if best >= SURE_SCORE {
+            if best >= sure {
                 break;
             }
         }
@@ -125,9 +208,16 @@ impl Detector {
         Ok(search)
     }
 
-    /// Candidates with the best score first, when the longer side is brought to `size` in the middle of a grey
-    /// square of `frame` pixels; the first is given however low its score.
-    fn at_size(&self, picture: &Picture, size: usize, frame: usize) -> Result<Vec<Face>> {
+    /// Candidates in pixels of the picture, the best score first; the first is given however low its score.
+    fn at_size(&self, picture: &Picture, rung: Rung) -> Result<Vec<Face>> {
+        match &self.kind {
+            Kind::Yunet => self.yunet_at(picture, rung),
+            Kind::Scrfd(layout) => self.scrfd_at(layout, picture, rung),
+        }
+    }
+
+    /// The longer side is brought to `size` in the middle of a grey square of `frame` pixels.
+    fn yunet_at(&self, picture: &Picture, (size, frame): Rung) -> Result<Vec<Face>> {
         let longer = picture.width.max(picture.height);
         let side = |length: usize| ((length * size + longer / 2) / longer).max(1);
         let (width, height) = (side(picture.width), side(picture.height));
@@ -141,17 +231,22 @@ impl Detector {
         let outputs = self.network.run([1, 3, frame, frame], &input)?;
 
         let (sx, sy) = (picture.width as f32 / width as f32, picture.height as f32 / height as f32);
-        let back = |[x, y]: [f32; 2]| [(x - left as f32) * sx, (y - top as f32) * sy];
         let mut faces = decode(&outputs, frame);
         let sure = faces.iter().take_while(|face| face.score >= MIN_SCORE).count();
         faces.truncate(sure.max(1));
-        for face in &mut faces {
-            let [x1, y1, x2, y2] = face.bounds;
-            let ([x1, y1], [x2, y2]) = (back([x1, y1]), back([x2, y2]));
-            face.bounds = [x1, y1, x2, y2];
-            face.points = face.points.map(back);
-        }
-        Ok(faces)
+        let back = |[x, y]: [f32; 2]| [(x - left as f32) * sx, (y - top as f32) * sy];
+        Ok(faces.into_iter().map(|face| face.moved(back)).collect())
+    }
+
+    /// The longer side is brought to `size` at the upper left of a black square of `frame` pixels.
+    fn scrfd_at(&self, layout: &scrfd::Layout, picture: &Picture, (size, frame): Rung) -> Result<Vec<Face>> {
+        let (framed, scale) = scrfd::letterbox(picture, size, frame);
+        let plane =
+            |c: usize| framed.rgb.iter().skip(c).step_by(3).map(|&value| (f32::from(value) - 127.5) / 128.0);
+        let input: Vec<f32> = plane(0).chain(plane(1)).chain(plane(2)).collect();
+        let outputs = self.network.run([1, 3, frame, frame], &input)?;
+        let faces = layout.decode(&self.network, &outputs, frame, scrfd::MIN_SCORE)?;
+        Ok(faces.into_iter().map(|face| face.moved(|[x, y]| [x / scale, y / scale])).collect())
     }
 }
 
@@ -191,7 +286,8 @@ fn suppress(candidates: Vec<Face>) -> Vec<Face> {
     kept
 }
 
-fn area(face: &Face) -> f32 {
+/// Pixels inside a face's box.
+pub(super) fn area(face: &Face) -> f32 {
     let [x1, y1, x2, y2] = face.bounds;
     (x2 - x1).max(0.0) * (y2 - y1).max(0.0)
 }
@@ -226,12 +322,32 @@ mod tests {
 
     #[test]
     fn a_picture_without_a_face_gives_advice_and_what_was_tried() {
-        let search = Detector::yunet().unwrap().search(&Picture::filled(300, 200, [90, 120, 60])).unwrap();
-        assert_eq!(search.tried, [640, 320, 160]);
+        let detector = Detector::yunet().unwrap();
+        let search = detector.search(&Picture::filled(300, 200, [90, 120, 60])).unwrap();
+        assert_eq!(search.tried, [640, 320, 160, 512, 384, 256, 128, 96]);
         let error = search.largest("meadow.png").unwrap_err();
         assert!(
             matches!(error.downcast_ref(), Some(Failure::NoFace(text)) if text.contains("`meadow.png`")),
             "{error}"
         );
+        let sizes = error.to_string();
+        assert!(sizes.contains("640, 320, 160, 512") && sizes.contains("best score 0."), "{sizes}");
+        let large = detector.search(&Picture::filled(1400, 20, [0; 3])).unwrap();
+        assert_eq!(large.tried[8..], [1280, 1920]);
+        assert!(detector.search(&Picture::filled(1, 1, [0; 3])).unwrap().faces.is_empty());
+    }
+
+    #[test]
+    fn faces_are_chosen_by_number_from_the_largest_on() {
+        let faces = vec![face([0.0, 0.0, 20.0, 20.0], 0.7), face([30.0, 0.0, 40.0, 10.0], 0.9)];
+        let search = Search { faces, tried: vec![640], best_score: 0.9, least_score: MIN_SCORE };
+        assert_eq!(search.face(2, "two.png").unwrap().score, 0.9);
+        for number in [0, 3] {
+            let error = search.face(number, "two.png").unwrap_err();
+            assert!(
+                matches!(error.downcast_ref(), Some(Failure::Usage(text)) if text.contains("2 faces")),
+                "{error}"
+            );
+        }
     }
 }

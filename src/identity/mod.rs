@@ -6,16 +6,22 @@
 //! ```
 
 pub mod align;
+pub mod catalog;
 pub mod clip;
 pub mod detect;
+pub mod one_person;
 pub mod onnx;
+pub mod onnx_header;
 pub mod portrait;
+pub mod quality;
 pub mod recognise;
+mod scrfd;
 
 use anyhow::Result;
 
 pub use detect::{Face, Search};
 pub use portrait::portrait_crop;
+pub use quality::Quality;
 pub use recognise::cosine;
 
 use crate::picture::Picture;
@@ -31,7 +37,8 @@ pub struct Identity {
     pub image: Option<Vec<f32>>,
 }
 
-/// Finds faces and embeds them: YuNet and MobileFaceNet. Can be shared between threads.
+/// Finds faces and embeds them: YuNet and MobileFaceNet, or what [`FaceEncoder::open`] is asked for. Can be shared
+/// between threads.
 pub struct FaceEncoder {
     detector: Detector,
     recogniser: Recogniser,
@@ -41,6 +48,16 @@ impl FaceEncoder {
     /// The networks that are built in.
     pub fn builtin() -> Result<Self> {
         Ok(Self { detector: Detector::yunet()?, recogniser: Recogniser::mobilefacenet()? })
+    }
+
+    /// The encoder that a name or a folder stands for, see [`catalog`].
+    ///
+    /// # Errors
+    /// [`Failure::Usage`](crate::failure::Failure) for a name that nothing is known by, or a known one whose files are
+    /// not on this machine; [`Failure::Unusable`](crate::failure::Failure) for files that are not what they should be.
+    pub fn open(name: &str) -> Result<Self> {
+        let (detector, recogniser) = catalog::open(name)?;
+        Ok(Self { detector, recogniser })
     }
 
     /// The faces of a picture, the largest first; none is no error.
@@ -53,13 +70,13 @@ impl FaceEncoder {
         self.detector.search(picture)
     }
 
-    /// The unit vector of a face, 512 numbers.
+    /// The unit vector of a face; 512 numbers with the built-in recogniser.
     pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
         self.recogniser.embed(picture, face)
     }
 
     /// Name and SHA-256 of the detector and of the recogniser, for the record.
-    pub fn provenance(&self) -> [(&'static str, String); 2] {
+    pub fn provenance(&self) -> [(&str, String); 2] {
         [self.detector.network(), self.recogniser.network()].map(|network| (network.name(), network.sha256()))
     }
 }
@@ -80,7 +97,7 @@ impl Judge {
     }
 
     /// Name and SHA-256 of the network, for the record.
-    pub fn provenance(&self) -> (&'static str, String) {
+    pub fn provenance(&self) -> (&str, String) {
         (self.0.network().name(), self.0.network().sha256())
     }
 }

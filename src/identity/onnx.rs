@@ -5,17 +5,29 @@
 //! onnxruntime 41), YuNet at 640² in 30 (35, 5). candle-onnx needs protoc and lacks operators. rten is pure Rust,
 //! takes `.onnx` as it is and inputs of any size, which SCRFD and ArcFace files need as well.
 
-use anyhow::{Context, Result, anyhow};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rten::{Model, NodeId, ValueView};
 use sha2::{Digest, Sha256};
 
+use super::onnx_header::Header;
+use crate::failure::Failure;
+
 /// A network from an ONNX file with one picture-like input.
 pub struct Network {
-    name: &'static str,
-    bytes: &'static [u8],
+    name: String,
+    weights: Weights,
     model: Model,
     input: NodeId,
     outputs: Vec<NodeId>,
+    output_names: Vec<String>,
+}
+
+/// Where the weights came from, for their checksum.
+enum Weights {
+    Embedded(&'static [u8]),
+    File { sha256: String },
 }
 
 impl Network {
@@ -24,11 +36,42 @@ impl Network {
         let load = || -> Result<Self> {
             let model = Model::load_static_slice(bytes)?;
             let &input = model.input_ids().first().context("it has no input")?;
+            let output_names: Vec<String> = outputs.iter().map(|output| (*output).to_string()).collect();
             let outputs =
                 outputs.iter().map(|output| model.node_id(output)).collect::<Result<Vec<_>, _>>()?;
-            Ok(Self { name, bytes, model, input, outputs })
+            let weights = Weights::Embedded(bytes);
+            Ok(Self { name: name.into(), weights, model, input, outputs, output_names })
         };
         load().with_context(|| format!("cannot load the network `{name}`"))
+    }
+
+    /// Loads a network from a file, with what its header says; [`Network::run`] gives back all outputs in the file's
+    /// order.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] for a file that is missing, damaged or no ONNX, or that has operators which are not
+    /// known here.
+    pub fn file(name: &str, path: &Path) -> Result<(Self, Header)> {
+        let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
+        Self::from_bytes(name, bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))
+    }
+
+    fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<(Self, Header)> {
+        let header = Header::parse(&bytes)?;
+        let [input] = &header.inputs[..] else {
+            let names: Vec<&str> = header.inputs.iter().map(|input| input.name.as_str()).collect();
+            bail!("it has {} inputs ({}), wanted one picture", names.len(), names.join(", "));
+        };
+        let shape_fits = input.shape.len() == 4 && input.shape[1].is_none_or(|channels| channels == 3);
+        ensure!(shape_fits, "its input is {input}, wanted a picture [B, 3, height, width]");
+        let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let model = Model::load(bytes).map_err(|error| anyhow!("it cannot be run: {error}"))?;
+        let input = model.node_id(&input.name)?;
+        let output_names: Vec<String> = header.outputs.iter().map(|output| output.name.clone()).collect();
+        let outputs =
+            output_names.iter().map(|output| model.node_id(output)).collect::<Result<Vec<_>, _>>()?;
+        let weights = Weights::File { sha256 };
+        Ok((Self { name: name.into(), weights, model, input, outputs, output_names }, header))
     }
 
     /// The outputs, flattened, for an input of shape (B, C, height, width).
@@ -50,12 +93,22 @@ impl Network {
     }
 
     /// The name under which the network is recorded.
-    pub fn name(&self) -> &'static str {
-        self.name
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The names of the outputs that [`Network::run`] gives back, in its order.
+    pub fn output_names(&self) -> &[String] {
+        &self.output_names
     }
 
     /// SHA-256 of the ONNX file in lower-case hex digits.
     pub fn sha256(&self) -> String {
-        Sha256::digest(self.bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+        match &self.weights {
+            Weights::Embedded(bytes) => {
+                Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+            }
+            Weights::File { sha256 } => sha256.clone(),
+        }
     }
 }

@@ -12,6 +12,25 @@ pub fn portrait_crop(picture: &Picture, face: &Face, size: usize) -> Picture {
     square_around(picture, [(x1 + x2) / 2.0, (y1 + y2) / 2.0], MARGIN * (x2 - x1).max(y2 - y1), size)
 }
 
+/// Makes all grey that lies outside the ellipse around the face's box in a [`portrait_crop`]. The ellipse is
+/// [`MARGIN`] times as wide and as high as the box, so that it touches the crop's edges on the longer axis.
+pub fn blank_background(crop: &mut Picture, face: &Face) {
+    const GREY: [u8; 3] = [127; 3];
+    let [x1, y1, x2, y2] = face.bounds;
+    let (width, height) = (x2 - x1, y2 - y1);
+    let longer = width.max(height).max(f32::MIN_POSITIVE);
+    let half = crop.width as f32 / 2.0;
+    let (across, down) = (half * width / longer, half * height / longer);
+    for y in 0..crop.height {
+        for x in 0..crop.width {
+            let (dx, dy) = ((x as f32 + 0.5 - half) / across, (y as f32 + 0.5 - half) / down);
+            if dx * dx + dy * dy > 1.0 {
+                crop.rgb[(y * crop.width + x) * 3..][..3].copy_from_slice(&GREY);
+            }
+        }
+    }
+}
+
 /// The square of `side` pixels around `centre` (x, y), brought to `size`×`size`; beyond the picture its edge is
 /// continued.
 pub fn square_around(picture: &Picture, centre: [f32; 2], side: f32, size: usize) -> Picture {
@@ -46,6 +65,16 @@ mod tests {
         let crop = portrait_crop(&gradient(), &face, 6);
         assert_eq!((crop.width, crop.height), (6, 6));
         assert_eq!((crop.pixel(0, 0), crop.pixel(5, 5)), ([1, 1, 0], [6, 6, 0]));
+    }
+
+    #[test]
+    fn the_ellipse_keeps_the_face_and_blanks_the_corners() {
+        let face = Face { bounds: [10.0, 10.0, 30.0, 50.0], points: [[0.0; 2]; 5], score: 1.0 };
+        let mut crop = portrait_crop(&Picture::filled(60, 60, [9; 3]), &face, 40);
+        blank_background(&mut crop, &face);
+        for (x, y, grey) in [(20, 20, 9), (20, 0, 9), (0, 20, 127), (11, 20, 9), (8, 20, 127), (1, 1, 127)] {
+            assert_eq!(crop.pixel(x, y)[0], grey, "{x} {y}");
+        }
     }
 
     #[test]

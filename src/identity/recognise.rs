@@ -2,13 +2,18 @@
 //!
 //! Two networks that were trained apart: MobileFaceNet (Chen et al. 2018, 512 numbers) is the condition of the
 //! hypernetwork; SFace (Zhong et al. 2021, OpenCV Zoo `face_recognition_sface_2021dec`, 128 numbers) only judges,
-//! so that what is drawn is never judged by what drew it.
+//! so that what is drawn is never judged by what drew it. ArcFace (Deng et al. 2019, arXiv 1801.07698) in its many
+//! trainings is read from files.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Result, bail, ensure};
 
 use super::align::{SIDE, align};
 use super::detect::Face;
 use super::onnx::Network;
+use super::onnx_header::Header;
+use crate::failure::Failure;
 use crate::picture::Picture;
 
 /// A face recogniser.
@@ -34,6 +39,27 @@ impl Recogniser {
         Ok(Self { network, shift_and_scale: (0.0, 1.0) })
     }
 
+    /// ArcFace from an ONNX file as InsightFace's packs carry it, for example `glintr100.onnx` or `w600k_r50.onnx`.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] for a file that is damaged or has other inputs or outputs, which it names.
+    pub fn arcface(name: &str, path: &Path) -> Result<Self> {
+        let (network, header) = Network::file(name, path)?;
+        let check = || -> Result<Self> {
+            check_ports(&header)?;
+            let recogniser = Self { network, shift_and_scale: shift_and_scale(&header) };
+            // One run, so that an output of another shape is told before the work.
+            let width = recogniser.embed_aligned(&Picture::filled(SIDE, SIDE, [127; 3]))?.len();
+            ensure!(
+                (64..=4096).contains(&width),
+                "its output {} has {width} numbers a face, wanted an embedding of 64 or more",
+                header.outputs[0]
+            );
+            Ok(recogniser)
+        };
+        check().map_err(|error| Failure::unusable(path, format!("{error:#}")))
+    }
+
     /// The network, for its name and checksum.
     pub fn network(&self) -> &Network {
         &self.network
@@ -55,6 +81,27 @@ impl Recogniser {
         embedding.iter_mut().for_each(|value| *value /= length.max(f32::MIN_POSITIVE));
         Ok(embedding)
     }
+}
+
+/// Refuses what is no recogniser of aligned faces.
+fn check_ports(header: &Header) -> Result<()> {
+    let input = &header.inputs[0];
+    let side = |at: usize| input.shape[at].is_none_or(|side| side == SIDE);
+    ensure!(side(2) && side(3), "its input is {input}, a face recogniser's is [B, 3, {SIDE}, {SIDE}]");
+    if let [_] = header.outputs[..] {
+        return Ok(());
+    }
+    let names: Vec<String> = header.outputs.iter().map(ToString::to_string).collect();
+    bail!("it has {} outputs ({}), a face recogniser has one", names.len(), names.join(", "))
+}
+
+/// Files that begin with a subtraction and a multiplication normalise pixels themselves (insightface,
+/// `model_zoo/arcface_onnx.py`, which looks at the names of the first eight nodes).
+fn shift_and_scale(header: &Header) -> (f32, f32) {
+    let has = |starts: [&str; 2]| {
+        header.first_nodes.iter().any(|name| starts.iter().any(|start| name.starts_with(start)))
+    };
+    if has(["Sub", "_minus"]) && has(["Mul", "_mul"]) { (0.0, 1.0) } else { (127.5, 127.5) }
 }
 
 /// The cosine of two vectors, −1 to 1.

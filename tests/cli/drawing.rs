@@ -95,12 +95,15 @@ fn what_cannot_be_is_refused_before_the_work_with_its_exit_code() {
     let small = latents("small.safetensors", Tensor::zeros((1, 8, 8, 16), DType::F32, cpu).unwrap());
     let whole = latents("whole.safetensors", Tensor::zeros((1, 8, 16, 16), DType::I64, cpu).unwrap());
     let nan = latents("nan.safetensors", Tensor::full(f32::NAN, (1, 8, 16, 16), cpu).unwrap());
-    let cases: [(&[&str], i32, &str); 18] = [
+    let cases: [(&[&str], i32, &str); 21] = [
         (&[], 2, "nothing to do"),
         (&["--ref", &at("grey.png"), "--lora-out", &lora], 3, "no face found"),
         (&["--ref", &at("cut.png"), "--lora-out", &lora], 4, "cut.png"),
         (&["--ref", &at("missing.png"), "--lora-out", &lora], 4, "missing.png"),
-        (&["--ref", folder.path().to_str().unwrap(), "--lora-out", &lora], 4, "folder"),
+        (&["--ref", folder.path().to_str().unwrap(), "--lora-out", &lora], 3, "2 pictures were left out"),
+        (&["--ref", PHOTO, "--face", "2", "--lora-out", &lora], 2, "there is no face 2"),
+        (&["--ref", PHOTO, "--face-encoder", "sface", "--lora-out", &lora], 2, "`mobilefacenet512`"),
+        (&["--ref", PHOTO, "--face-encoder", "sface", "--lora-out", &lora], 2, "`sface-2021dec`"),
         (&["--prompt", "x", "--out", &at("no/such/x.png")], 2, "there is no folder"),
         (&["--prompt", "x", "--out", &at("x.gif")], 2, "PNG, JPEG or WebP"),
         (&["--prompt", "x", "--out", &out, "--init-latents", &small], 4, "shape [1, 8, 8, 16]"),
@@ -227,4 +230,61 @@ fn a_long_prompt_is_drawn_with_a_warning_that_says_what_was_cut() {
     assert_eq!(run.code, 0, "{}", run.stderr);
     let warned = run.stderr.lines().find(|line| line.starts_with("warning:")).unwrap();
     assert!(warned.contains("tokens") && warned.ends_with("Red Background"), "{warned}");
+}
+
+#[test]
+fn a_photo_of_somebody_else_is_named_and_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let astronaut = difflora::picture::Picture::open(Path::new(PHOTO)).unwrap();
+    astronaut.save(&at("a.png"), None).unwrap();
+    astronaut.mirrored().save(&at("b.png"), None).unwrap();
+    fs::copy("tests/data/obama_senate_public_domain.jpg", at("other.jpg")).unwrap();
+    fs::write(at("notes.txt"), "no picture").unwrap();
+    let made = |name: &str, reference: &[&str]| {
+        let lora = at(name);
+        let run = difflora(&[&["gen", "--json", "--lora-out", text(&lora), "--ref"], reference].concat());
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        (difflora::weights::read_file(&lora).unwrap(), report["person"].clone(), run.stderr)
+    };
+    let (a, b, other) = (at("a.png"), at("b.png"), at("other.jpg"));
+    let (all, told, said) = made("all.safetensors", &[text(folder.path())]);
+    assert!(said.contains("other.jpg` is left out: its face does not look like the others"), "{said}");
+    assert!(said.contains("notes.txt"), "{said}");
+    assert_eq!(told["references"].as_array().unwrap().len(), 2);
+    assert!(told["left_out"][0]["file"].as_str().unwrap().ends_with("other.jpg"), "{told}");
+    // The same as if it had never been named.
+    let pattern = at("?.png");
+    let (two, _, _) = made("two.safetensors", &[text(&pattern)]);
+    assert_eq!(all.len(), two.len());
+    for (name, tensor) in &all {
+        let values = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(values(tensor), values(&two[name]), "{name}");
+    }
+    let (_, _, said) = made("pair.safetensors", &[text(&a), text(&other)]);
+    assert!(said.contains("seem to show two people"), "{said}");
+    let (_, told, said) = made("alike.safetensors", &[text(&a), text(&b)]);
+    assert!(!said.contains("two people") && told["references"][0]["hints"].is_array(), "{said}");
+}
+
+#[test]
+fn the_face_that_was_asked_for_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let group = folder.path().join("group.png");
+    let head = difflora::picture::Picture::open(Path::new(PHOTO)).unwrap().crop(130, 10, 184, 184);
+    let mut picture = difflora::picture::Picture::filled(900, 500, [120, 140, 160]);
+    picture.paste(&head.resize(160, 160, difflora::picture::Filter::Bicubic), 40, 100);
+    picture.paste(&head.resize(320, 320, difflora::picture::Filter::Bicubic), 500, 100);
+    picture.save(&group, None).unwrap();
+    let lora = folder.path().join("x.safetensors");
+    for (number, left, right) in [("1", 500.0, 900.0), ("2", 0.0, 250.0)] {
+        let run =
+            difflora(&["gen", "--ref", text(&group), "--face", number, "--lora-out", text(&lora), "--json"]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert!(run.stderr.contains("2 faces in") && run.stderr.contains("--face N"), "{}", run.stderr);
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        let at = report["person"]["references"][0]["face"]["box"][0].as_f64().unwrap();
+        assert!(left <= at && at < right, "{report}");
+    }
 }

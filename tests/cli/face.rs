@@ -18,6 +18,138 @@ fn detect_prints_box_points_and_score() {
     assert!(near(&face["box"][0], 178.6) && near(&face["box"][3], 173.8), "{face}");
     assert!(near(&face["points"][2][0], 221.1) && face["points"].as_array().unwrap().len() == 5, "{face}");
     assert!(face["score"].as_f64().unwrap() > 0.9);
+    let quality = &list[0]["quality"];
+    assert!(quality["sharpness"].as_f64().unwrap() > 6.0, "{quality}");
+}
+
+#[test]
+fn detect_draws_what_it_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("drawn.png");
+    let run = difflora(&["face", "detect", "tests/data/astronaut.png", "--draw", path(&out)]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let open = |path: &Path| difflora::picture::Picture::open(path).unwrap();
+    let (drawn, plain) = (open(&out), open(Path::new("tests/data/astronaut.png")));
+    assert_eq!((drawn.width, drawn.height), (plain.width, plain.height));
+    // The tip of the nose, and a place without a face.
+    assert!(drawn.pixel(221, 127) != plain.pixel(221, 127) && drawn.pixel(10, 10) == plain.pixel(10, 10));
+    let into = folder.path().join("drawings");
+    let run = difflora(&["face", "detect", "tests/data", "--draw", path(&into)]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(into.join("astronaut.png").is_file() && into.join("obama_senate_public_domain.png").is_file());
+    let run = difflora(&["face", "detect", "tests/data/astronaut.png", "--draw", "drawn.jpg"]);
+    assert!(run.code == 2 && run.stderr.contains("drawn.jpg"), "{}", run.stderr);
+}
+
+#[test]
+fn dedupe_groups_pictures_by_person() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let astronaut = difflora::picture::Picture::open(Path::new("tests/data/astronaut.png")).unwrap();
+    astronaut.save(&at("1.png"), None).unwrap();
+    astronaut.mirrored().save(&at("3.png"), None).unwrap();
+    fs::copy("tests/data/obama_senate_public_domain.jpg", at("2.jpg")).unwrap();
+    fs::write(at("junk.png"), "junk").unwrap();
+    fs::write(at("list.csv"), "a,b").unwrap();
+    let run = difflora(&["face", "dedupe", path(folder.path()), "--json"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let answer: Value = serde_json::from_str(&run.stdout).unwrap();
+    let names: Vec<Vec<String>> = answer["people"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|person| {
+            let file = |picture: &Value| {
+                Path::new(picture["file"].as_str().unwrap()).file_name().unwrap().to_owned()
+            };
+            person["pictures"].as_array().unwrap().iter().map(|p| file(p).into_string().unwrap()).collect()
+        })
+        .collect();
+    assert_eq!(names, [vec!["1.png", "3.png"], vec!["2.jpg"]]);
+    assert_eq!(answer["left_out"].as_array().unwrap().len(), 1);
+    assert!(run.stderr.contains("junk.png") && run.stderr.contains("list.csv"), "{}", run.stderr);
+}
+
+#[test]
+fn pictures_of_every_kind_are_read() {
+    for entry in fs::read_dir("tests/data/odd").unwrap() {
+        let file = entry.unwrap().path();
+        if file.extension().is_some_and(|extension| extension == "avif") {
+            continue;
+        }
+        let picture = difflora::picture::Picture::open(&file).unwrap();
+        let near = |x, wanted: [u8; 3]| {
+            let seen: [u8; 3] = picture.pixel(x, 4);
+            seen.iter().zip(wanted).all(|(a, b)| a.abs_diff(b) < 32)
+        };
+        assert_eq!((picture.width, picture.height), (16, 8), "{file:?}");
+        assert!(near(2, [255, 0, 0]) && near(13, [0, 0, 255]), "{file:?}: {:?}", picture.rgb);
+    }
+}
+
+#[test]
+fn animations_and_kinds_that_are_not_read_are_said() {
+    for (file, code, said) in [
+        ("animated.gif", 3, "`tests/data/odd/animated.gif` is animated: its first frame is taken"),
+        ("animated.webp", 3, "is animated"),
+        ("animated.png", 3, "is animated"),
+        ("plain.gif", 3, "no face found"),
+        ("picture.avif", 4, "it is an AVIF picture, which is not read here; save it as JPEG"),
+    ] {
+        let run = difflora(&["face", "detect", &format!("tests/data/odd/{file}")]);
+        assert_eq!(run.code, code, "{file}: {}", run.stderr);
+        assert!(run.stderr.contains(said), "{file}: {}", run.stderr);
+        assert_eq!(run.stderr.contains("animated:"), file.starts_with("animated"), "{file}: {}", run.stderr);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let phone = folder.path().join("IMG_0001.HEIC");
+    fs::write(&phone, b"\0\0\0\x24ftypheic\0\0\0\0mif1heic").unwrap();
+    for argument in [path(&phone), path(folder.path())] {
+        let run = difflora(&["face", "detect", argument]);
+        assert_eq!(run.code, 4, "{}", run.stderr);
+        assert!(run.stderr.contains("it is a HEIC picture"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn no_face_tells_the_sizes_that_were_tried_and_the_best_score() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, width, height, grey) in
+        [("black.png", 300, 300, 0), ("dot.png", 1, 1, 255), ("line.png", 1, 700, 9)]
+    {
+        let file = folder.path().join(name);
+        difflora::picture::Picture::filled(width, height, [grey; 3]).save(&file, None).unwrap();
+        let run = difflora(&["face", "detect", path(&file)]);
+        assert_eq!(run.code, 3, "{name}: {}", run.stderr);
+        assert!(
+            run.stderr.contains("best score 0.") && run.stderr.contains(", 128, 96"),
+            "{name}: {}",
+            run.stderr
+        );
+    }
+}
+
+#[test]
+fn an_encoder_that_cannot_be_had_is_said_with_a_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let home = path(folder.path());
+    let run = |name: &str| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_difflora"))
+            .args(["face", "compare", "tests/data/astronaut.png", "--face-encoder", name])
+            .env("HF_HOME", home)
+            .env("HOME", home)
+            .env_remove("HF_HUB_CACHE")
+            .output()
+            .unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = run("antelopev2");
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("models--DIAMONIK7777--antelopev2") && said.contains("non-commercial"), "{said}");
+    let (code, said) = run("nosuch");
+    assert!(code == 2 && said.contains("buffalo_l"), "{said}");
+    let (code, said) = run("tests/data");
+    assert!(code == 4 && said.contains("no ONNX file in it"), "{said}");
 }
 
 #[test]
@@ -51,7 +183,9 @@ fn embed_writes_unit_vectors_and_leaves_out_what_it_cannot_use() {
     let run = difflora(&["face", "embed", path(folder.path()), "--out", path(&out)]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(
-        run.stderr.contains("left out: cannot use") && run.stderr.contains("broken.png"),
+        run.stderr.contains("1 picture was left out:\n  cannot use")
+            && run.stderr.contains("broken.png")
+            && run.stderr.contains("notes.txt"),
         "{}",
         run.stderr
     );

@@ -3,6 +3,7 @@
 mod face;
 mod golden;
 mod hypernet;
+mod insightface;
 mod lora;
 mod lora_damage;
 mod lora_kinds;

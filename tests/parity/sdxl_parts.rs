@@ -157,6 +157,20 @@ fn the_image_encoder_and_its_preprocessing_agree_with_transformers() {
     golden.check(&[("embedding", &model.forward(&x).unwrap())], Some(&x));
 }
 
+#[test]
+fn the_image_encoder_gives_transformers_penultimate_tokens() {
+    let golden = Golden::open("clip_vision_tokens");
+    let model = ClipVision::new(&golden.config::<ClipVisionConfig>(), golden.builder()).unwrap();
+    let x = &golden.tensors["x"];
+    for (name, ours) in
+        [("embedding", model.forward(x).unwrap()), ("penultimate", model.penultimate(x).unwrap())]
+    {
+        let error = apart(&ours, &golden.tensors[name], 0.0);
+        println!("{name}: {error:.1e}");
+        assert!(error < 1e-5, "{name}: {error:e}");
+    }
+}
+
 #[derive(serde::Deserialize)]
 struct TokenizerGolden {
     words: Vec<String>,

@@ -1,0 +1,195 @@
+//! SCRFD (Guo et al. 2021, arXiv 2105.04714) as InsightFace's packs carry it: its letterbox, its nine outputs and its
+//! suppression, after `python-package/insightface/model_zoo/scrfd.py`.
+//!
+//! Outputs are scores, boxes and points, each for every stride. Cell (c, r) of stride s has its anchors at
+//! (c·s, r·s), without half a cell; box = [x − l·s, y − t·s, x + r·s, y + b·s], point = (x + dx·s, y + dy·s).
+
+use anyhow::{Result, bail, ensure};
+
+use super::detect::{Face, area};
+use super::onnx::Network;
+use super::onnx_header::Header;
+use crate::picture::Picture;
+
+/// Least score of a face.
+pub(super) const MIN_SCORE: f32 = 0.5;
+
+/// Faces that overlap more than this are one.
+pub(super) const SAME_FACE: f32 = 0.4;
+
+/// Strides and anchors of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    strides: &'static [usize],
+    anchors: usize,
+}
+
+impl Layout {
+    /// What the number of outputs tells, as in insightface.
+    ///
+    /// # Errors
+    /// Other numbers of outputs, and files without landmarks.
+    pub fn of(header: &Header) -> Result<Self> {
+        match header.outputs.len() {
+            9 => Ok(Self { strides: &[8, 16, 32], anchors: 2 }),
+            15 => Ok(Self { strides: &[8, 16, 32, 64, 128], anchors: 1 }),
+            count @ (6 | 10) => {
+                bail!(
+                    "its {count} outputs have no landmarks; take a file whose name ends in `bnkps` or `kps`"
+                )
+            }
+            count => {
+                let names: Vec<String> = header.outputs.iter().map(ToString::to_string).collect();
+                bail!("it has {count} outputs ({}), SCRFD with landmarks has 9 or 15", names.join(", "))
+            }
+        }
+    }
+
+    /// All anchors as candidates in pixels of the square input with `side` pixels, those of `least` or more, best
+    /// first; the very best however low its score.
+    ///
+    /// # Errors
+    /// Names the output whose length does not fit.
+    pub fn decode(
+        &self,
+        network: &Network,
+        outputs: &[Vec<f32>],
+        side: usize,
+        least: f32,
+    ) -> Result<Vec<Face>> {
+        let levels = self.strides.len();
+        let mut faces = Vec::new();
+        let mut best: Option<Face> = None;
+        for (level, &stride) in self.strides.iter().enumerate() {
+            let columns = side / stride;
+            let cells = columns * columns * self.anchors;
+            for (kind, numbers) in [(0, 1), (1, 4), (2, 10)] {
+                let at = kind * levels + level;
+                ensure!(
+                    outputs[at].len() == cells * numbers,
+                    "its output `{}` has {} numbers for {side}×{side} pixels, wanted {cells}·{numbers} (stride {stride})",
+                    network.output_names()[at],
+                    outputs[at].len()
+                );
+            }
+            let [scores, bounds, points] = [0, 1, 2].map(|kind| &outputs[kind * levels + level]);
+            let s = stride as f32;
+            for (anchor, &score) in scores.iter().enumerate() {
+                if score < least && best.as_ref().is_some_and(|best| score <= best.score) {
+                    continue;
+                }
+                let cell = anchor / self.anchors;
+                let (x, y) = ((cell % columns) as f32 * s, (cell / columns) as f32 * s);
+                let b = &bounds[anchor * 4..][..4];
+                let k = &points[anchor * 10..][..10];
+                let face = Face {
+                    bounds: [x - b[0] * s, y - b[1] * s, x + b[2] * s, y + b[3] * s],
+                    points: std::array::from_fn(|i| [x + k[2 * i] * s, y + k[2 * i + 1] * s]),
+                    score,
+                };
+                if best.as_ref().is_none_or(|best| score > best.score) {
+                    best = Some(face.clone());
+                }
+                if score >= least {
+                    faces.push(face);
+                }
+            }
+        }
+        if faces.is_empty() {
+            faces.extend(best);
+        }
+        faces.sort_by(|a, b| b.score.total_cmp(&a.score));
+        Ok(faces)
+    }
+}
+
+/// The picture at the upper left of a black square of `frame` pixels, its longer side `size` pixels long, and how many
+/// pixels of the square one of its own became.
+pub(super) fn letterbox(picture: &Picture, size: usize, frame: usize) -> (Picture, f32) {
+    let (w, h) = (picture.width as f64, picture.height as f64);
+    let ratio = h / w;
+    let (width, height) = if ratio > 1.0 {
+        (((size as f64 / ratio) as usize).max(1), size)
+    } else {
+        (size, ((size as f64 * ratio) as usize).max(1))
+    };
+    let mut framed = Picture::filled(frame, frame, [0; 3]);
+    framed.paste(&bilinear(picture, width, height), 0, 0);
+    (framed, (height as f64 / h) as f32)
+}
+
+/// Bilinear without antialiasing, pixel centres at halves, as OpenCV's `resize` does by default: the detector has seen
+/// pictures that were made small in this way.
+fn bilinear(picture: &Picture, width: usize, height: usize) -> Picture {
+    let taps = |from: usize, to: usize| -> Vec<(usize, usize, f32)> {
+        let scale = from as f64 / to as f64;
+        (0..to)
+            .map(|at| {
+                let x = ((at as f64 + 0.5) * scale - 0.5).clamp(0.0, (from - 1) as f64);
+                let first = x as usize;
+                (first, (first + 1).min(from - 1), (x - first as f64) as f32)
+            })
+            .collect()
+    };
+    let (columns, rows) = (taps(picture.width, width), taps(picture.height, height));
+    let mut rgb = Vec::with_capacity(width * height * 3);
+    for &(top, bottom, fy) in &rows {
+        for &(left, right, fx) in &columns {
+            let corners = [(left, top), (right, top), (left, bottom), (right, bottom)]
+                .map(|(x, y)| picture.pixel(x, y));
+            for c in 0..3 {
+                let [a, b, d, e] = corners.map(|pixel| f32::from(pixel[c]));
+                let (above, below) = (a + (b - a) * fx, d + (e - d) * fx);
+                rgb.push((above + (below - above) * fy).round() as u8);
+            }
+        }
+    }
+    Picture { width, height, rgb }
+}
+
+/// Drops faces that lie on a better one, with areas that count whole pixels (+1). Wants the best first, in pixels of
+/// the picture.
+pub(super) fn suppress(candidates: Vec<Face>) -> Vec<Face> {
+    let mut kept: Vec<Face> = Vec::new();
+    for face in candidates.into_iter().filter(|face| face.score >= MIN_SCORE) {
+        if kept.iter().all(|better| overlap(better, &face) <= SAME_FACE) {
+            kept.push(face);
+        }
+    }
+    kept
+}
+
+fn overlap(a: &Face, b: &Face) -> f32 {
+    let grown = |face: &Face| {
+        let [x1, y1, x2, y2] = face.bounds;
+        Face { bounds: [x1, y1, x2 + 1.0, y2 + 1.0], ..face.clone() }
+    };
+    let (a, b) = (grown(a), grown(b));
+    let width = (a.bounds[2].min(b.bounds[2]) - a.bounds[0].max(b.bounds[0])).max(0.0);
+    let height = (a.bounds[3].min(b.bounds[3]) - a.bounds[1].max(b.bounds[1])).max(0.0);
+    let both = width * height;
+    both / (area(&a) + area(&b) - both).max(f32::MIN_POSITIVE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_letterbox_keeps_proportions_and_lies_at_the_upper_left() {
+        let (framed, scale) = letterbox(&Picture::filled(200, 100, [9; 3]), 64, 96);
+        assert_eq!((framed.width, framed.height, scale), (96, 96, 0.32));
+        assert_eq!(
+            (framed.pixel(63, 31), framed.pixel(64, 31), framed.pixel(63, 32)),
+            ([9; 3], [0; 3], [0; 3])
+        );
+        assert_eq!(letterbox(&Picture::filled(1, 5000, [9; 3]), 64, 64).0.pixel(0, 63), [9; 3]);
+    }
+
+    #[test]
+    fn halving_takes_the_mean_of_two_and_no_more() {
+        let rgb = [0u8, 100, 200, 40].iter().flat_map(|&value| [value; 3]).collect();
+        let picture = Picture { width: 4, height: 1, rgb };
+        assert_eq!(bilinear(&picture, 2, 1).rgb, [50, 50, 50, 120, 120, 120]);
+    }
+}

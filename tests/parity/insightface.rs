@@ -1,0 +1,120 @@
+//! SCRFD and ArcFace against onnxruntime and an independent decoding, on graphs like InsightFace's with random weights
+//! (`scripts/golden_insightface.py`).
+
+use std::fs;
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use difflora::failure::Failure;
+use difflora::identity::detect::Detector;
+use difflora::identity::recognise::Recogniser;
+use difflora::identity::{Face, FaceEncoder, cosine};
+use difflora::picture::Picture;
+
+use crate::golden::Golden;
+
+const SCRFD: &str = "tests/data/golden/scrfd.onnx";
+const IRESNET: &str = "tests/data/golden/iresnet50.onnx";
+
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn astronaut() -> Picture {
+    Picture::open(Path::new("tests/data/astronaut.png")).unwrap()
+}
+
+/// The astronaut's face where the golden file of YuNet has it.
+fn face() -> Face {
+    let points = numbers(&Golden::open("face").get("astronaut.points"));
+    let points = std::array::from_fn(|i| [points[2 * i], points[2 * i + 1]]);
+    Face { bounds: [178.6, 63.6, 269.1, 173.8], points, score: 0.9 }
+}
+
+#[test]
+fn scrfd_finds_what_the_independent_decoding_finds() {
+    let golden = Golden::open("insightface");
+    let detector = Detector::scrfd("scrfd", Path::new(SCRFD)).unwrap();
+    for (name, picture) in
+        [("tall", astronaut().crop(130, 10, 220, 490)), ("wide", astronaut().crop(0, 0, 512, 301))]
+    {
+        let [scores, boxes, points] =
+            ["scores", "boxes", "points"].map(|kind| numbers(&golden.get(&format!("{name}.{kind}"))));
+        let search = detector.search(&picture).unwrap();
+        assert_eq!((search.faces.len(), &search.tried[..]), (scores.len(), &[640][..]), "{name}");
+        let areas: Vec<f32> = search
+            .faces
+            .iter()
+            .map(|face| (face.bounds[2] - face.bounds[0]) * (face.bounds[3] - face.bounds[1]))
+            .collect();
+        assert!(areas.is_sorted_by(|a, b| a >= b), "{name}: the largest comes first");
+        let mut faces = search.faces;
+        faces.sort_by(|a, b| b.score.total_cmp(&a.score));
+        let mut worst: f32 = 0.0;
+        for (i, face) in faces.iter().enumerate() {
+            assert!((face.score - scores[i]).abs() < 1e-4, "{name} {i}: {} {}", face.score, scores[i]);
+            let ours = face.bounds.iter().chain(face.points.as_flattened());
+            let theirs = boxes[4 * i..][..4].iter().chain(&points[10 * i..][..10]);
+            worst = ours.zip(theirs).map(|(a, b)| (a - b).abs()).fold(worst, f32::max);
+        }
+        println!("{name}: {} faces, {worst} px apart at most", faces.len());
+        assert!(worst <= 0.05, "{name}: {worst} px");
+    }
+}
+
+#[test]
+fn arcface_embeds_as_onnxruntime_does() {
+    let (golden, picture, face) = (Golden::open("insightface"), astronaut(), face());
+    let embed = |path: &str| {
+        let recogniser = Recogniser::arcface("arcface", Path::new(path)).unwrap();
+        recogniser.embed(&picture, &face).unwrap()
+    };
+    let alike = |ours: &[f32], name: &str| cosine(ours, &numbers(&golden.get(name)));
+    let iresnet = embed(IRESNET);
+    println!("iresnet50: {}", alike(&iresnet, "iresnet50"));
+    assert!(alike(&iresnet, "iresnet50") >= 0.99999);
+    // The golden file tells the order of colours and the scale of pixels apart.
+    assert!(alike(&iresnet, "iresnet50.bgr") < 0.95 && alike(&iresnet, "iresnet50.raw") < 0.95);
+    // A file that begins with a subtraction and a multiplication takes bytes as they are.
+    let mxnet = embed("tests/data/golden/mxnet.onnx");
+    println!("mxnet: {}", alike(&mxnet, "mxnet"));
+    assert!(mxnet.len() == 64 && alike(&mxnet, "mxnet") >= 0.99999);
+}
+
+#[test]
+fn a_folder_like_insightfaces_is_an_encoder() {
+    let folder = tempfile::tempdir().unwrap();
+    for (from, to) in [(SCRFD, "det_10g.onnx"), (IRESNET, "w600k_r50.onnx")] {
+        fs::copy(from, folder.path().join(to)).unwrap();
+    }
+    let encoder = FaceEncoder::open(folder.path().to_str().unwrap()).unwrap();
+    let [(detector, _), (recogniser, sha256)] = encoder.provenance();
+    let name = folder.path().file_name().unwrap().to_str().unwrap();
+    assert_eq!((detector, recogniser, sha256.len()), ("det_10g", name, 64));
+    let vector = encoder.embed(&astronaut(), &face()).unwrap();
+    assert!((vector.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4);
+}
+
+#[test]
+fn files_that_are_something_else_say_which_input_or_output_differs() {
+    let folder = tempfile::tempdir().unwrap();
+    let cut = folder.path().join("cut.onnx");
+    fs::write(&cut, &fs::read(SCRFD).unwrap()[..40_000]).unwrap();
+    let yunet = Path::new("src/assets/face/yunet.onnx");
+    let detector = |path: &Path| Detector::scrfd("x", path).err().unwrap();
+    let recogniser = |path: &Path| Recogniser::arcface("x", path).err().unwrap();
+    for (error, said) in [
+        (detector(yunet), "it has 12 outputs (`cls_8`"),
+        (detector(Path::new(IRESNET)), "1 outputs (`683` [1, 512])"),
+        (detector(&cut), "truncated"),
+        (detector(&folder.path().join("missing.onnx")), "missing.onnx"),
+        (recogniser(Path::new(SCRFD)), "9 outputs (`448`"),
+        (recogniser(&cut), "truncated"),
+    ] {
+        assert!(
+            error.downcast_ref::<Failure>().is_some_and(|f| matches!(f, Failure::Unusable(_))),
+            "{error}"
+        );
+        assert!(error.to_string().contains(said), "{error}");
+    }
+}
