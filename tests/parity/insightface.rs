@@ -45,7 +45,9 @@ fn scrfd_finds_what_the_independent_decoding_finds() {
         let areas: Vec<f32> = search
             .faces
             .iter()
-            .map(|face| (face.bounds[2] - face.bounds[0]) * (face.bounds[3] - face.bounds[1]))
+            .map(|face| {
+                (face.bounds[2] - face.bounds[0]).max(0.0) * (face.bounds[3] - face.bounds[1]).max(0.0)
+            })
             .collect();
         assert!(areas.is_sorted_by(|a, b| a >= b), "{name}: the largest comes first");
         let mut faces = search.faces;
