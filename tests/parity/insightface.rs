@@ -50,7 +50,7 @@ fn scrfd_finds_what_the_independent_decoding_finds() {
             })
             .collect();
         assert!(areas.is_sorted_by(|a, b| a >= b), "{name}: the largest comes first");
-        // Halves are rounded the other way in the letterbox, which moves bytes by one and scores by up to 0.0012.
+        // Faces are matched by place: scores that lie close together may change places.
         let mut worst: f32 = 0.0;
         for (i, score) in scores.iter().enumerate() {
             let theirs: Vec<f32> = [&boxes[4 * i..][..4], &points[10 * i..][..10]].concat();
@@ -59,7 +59,7 @@ fn scrfd_finds_what_the_independent_decoding_finds() {
                 ours.zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
             };
             let face = search.faces.iter().min_by(|a, b| apart(a).total_cmp(&apart(b))).unwrap();
-            assert!((face.score - score).abs() < 3e-3, "{name} {i}: {} {score}", face.score);
+            assert!((face.score - score).abs() < 1e-3, "{name} {i}: {} {score}", face.score);
             worst = worst.max(apart(&face));
         }
         println!("{name}: {} faces, {worst} px apart at most", search.faces.len());
