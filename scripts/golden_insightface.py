@@ -143,7 +143,7 @@ def letterbox(picture):
     rows = picture[top] * (1 - fy)[:, None, None] + picture[bottom] * fy[:, None, None]
     small = rows[:, left] * (1 - fx)[:, None] + rows[:, right] * fx[:, None]
     framed = np.zeros((SIDE, SIDE, 3))
-    framed[:h, :w] = np.rint(small)
+    framed[:h, :w] = np.floor(small + 0.5)  # halves go up, as in OpenCV
     return framed, h / height
 
 

@@ -49,7 +49,9 @@ impl Photos {
                     return Err(Failure::unusable(path, "there is no picture in this folder"));
                 }
             } else if !path.exists() && text.contains(['*', '?', '[']) {
-                let matches = glob::glob(&text)
+                // What is hidden is left out, as in folders.
+                let options = glob::MatchOptions { require_literal_leading_dot: true, ..Default::default() };
+                let matches = glob::glob_with(&text, options)
                     .map_err(|error| Failure::Usage(format!("`{text}` is no pattern: {error}")))?;
                 let mut files: Vec<PathBuf> = matches.filter_map(std::result::Result::ok).collect();
                 files.retain(|file| file.is_file());
