@@ -81,11 +81,27 @@ impl Repository {
         }
     }
 
-    /// Fetches what is missing of the newest commit of the revision.
+    /// Fetches what drawing needs and the cache lacks of the newest commit of the revision; gives its folder.
     ///
     /// # Errors
     /// [`Failure::Unusable`] that says what the hub answered and what to do, or that there is no network.
     pub fn fetch(&self, weights: Weights) -> Result<PathBuf> {
+        self.fetch_those(|listed| {
+            needed(listed, weights)
+                .map_err(|why| Failure::Unusable(format!("cannot use `{}`: {why}", self.name())).into())
+        })
+    }
+
+    /// Fetches these files of the newest commit of the revision; gives its folder.
+    ///
+    /// # Errors
+    /// As [`Repository::fetch`].
+    pub fn fetch_files<'a>(&self, files: impl Iterator<Item = &'a str>) -> Result<PathBuf> {
+        self.fetch_those(|_| Ok(files.map(String::from).collect()))
+    }
+
+    /// Fetches what `choose` takes of the files that the repository lists.
+    fn fetch_those(&self, choose: impl FnOnce(&[String]) -> Result<BTreeSet<String>>) -> Result<PathBuf> {
         let builder = ApiBuilder::from_cache(cache())
             .with_user_agent("difflora", env!("CARGO_PKG_VERSION"))
             .with_retries(3)
@@ -101,8 +117,7 @@ impl Repository {
         let api = builder.build().map_err(|error| self.explain(error))?.repo(self.repo());
         let info = api.info().map_err(|error| self.explain(error))?;
         let listed: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
-        let wanted = needed(&listed, weights)
-            .map_err(|why| Failure::Unusable(format!("cannot use `{}`: {why}", self.name())))?;
+        let wanted = choose(&listed)?;
         let snapshots = cache().path().join(self.repo().folder_name()).join("snapshots");
         for file in &wanted {
             progress::check()?;
@@ -204,10 +219,7 @@ pub fn verify_checksums(folder: &Path) -> Result<usize> {
         if name.len() != 64 || !name.chars().all(|c| c.is_ascii_hexdigit()) {
             continue; // a small file, named by its Git hash
         }
-        let mut hash = Sha256::new();
-        let copied = std::fs::File::open(&blob).and_then(|mut file| std::io::copy(&mut file, &mut hash));
-        copied.map_err(|error| Failure::unusable(&path, error))?;
-        let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let found = sha256(&path)?;
         if found != name {
             let why = format!("its SHA-256 is {found}, the hub's {name}; delete it and pull the model again");
             return Err(Failure::unusable(&blob, why));
@@ -215,6 +227,14 @@ pub fn verify_checksums(folder: &Path) -> Result<usize> {
         checked += 1;
     }
     Ok(checked)
+}
+
+/// SHA-256 of a file, in lower-case hexadecimal.
+pub fn sha256(path: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    let copied = std::fs::File::open(path).and_then(|mut file| std::io::copy(&mut file, &mut hash));
+    copied.map_err(|error| Failure::unusable(path, error))?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Which weights to fetch where a repository has several.

@@ -466,7 +466,14 @@ fn merge_component(
             }
             let times = strength.of(&module);
             sum = (sum + change.delta(&weight, times)?)?;
-            if let (Some(delta), Some(bias)) = (&change.bias, tensors.get(&bias_name)) {
+            if let Some(delta) = &change.bias {
+                let bias = tensors.get(&bias_name).ok_or_else(|| {
+                    let why = format!(
+                        "it changes the bias of `{module}`, and the base has none to add it to; draw with it by \
+                         `difflora gen --lora` instead"
+                    );
+                    Failure::unusable(path, why)
+                })?;
                 let delta = (delta.to_dtype(DType::F32)?.flatten_all()? * times)?;
                 let changed = (bias.to_dtype(DType::F32)? + delta)?.to_dtype(bias.dtype())?;
                 tensors.insert(bias_name.clone(), changed);

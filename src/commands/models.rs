@@ -12,8 +12,10 @@ use crate::cli::Common;
 use crate::failure::Failure;
 use crate::hub::{self, Repository, Weights};
 use crate::hypernet::ModelId;
+use crate::identity::catalog::{self, FaceModel};
 use crate::lora::keys::BlockLayout;
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::progress;
 use crate::sdxl::architecture;
 use crate::sdxl::single_file;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
@@ -59,9 +61,10 @@ enum Command {
         /// sdxl, or owner/name[@revision].
         name: String,
     },
-    /// Fetch the newest version of a model of the hub: only the files that drawing needs.
+    /// Fetch the newest version of a model of the hub: only the files that drawing needs. Also the face encoders
+    /// antelopev2, buffalo_l and auraface, after their licence.
     Pull {
-        /// sdxl, or owner/name[@revision].
+        /// sdxl, owner/name[@revision], or a face encoder.
         name: String,
         /// Fetch half-precision weights where there are any: half the download.
         #[arg(long)]
@@ -87,19 +90,40 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
             Ok(())
         }
         Command::Pull { name, fp16 } => {
-            let repository = on_the_hub(&name)?;
             if hub::offline() {
                 return Err(
                     Failure::Usage("HF_HUB_OFFLINE forbids the network; unset it to fetch".into()).into()
                 );
             }
-            let folder = repository.fetch(if fp16 { Weights::Half } else { Weights::Any })?;
+            let folder = match catalog::find(&name) {
+                Some(model) => pull_faces(model)?,
+                None => on_the_hub(&name)?.fetch(if fp16 { Weights::Half } else { Weights::Any })?,
+            };
             println!("{}", folder.display());
             Ok(())
         }
         Command::Verify { name, options } => verify(&name, &options, common),
         Command::Show(args) => show::run(&args, common),
     }
+}
+
+/// Fetches a face encoder and holds its files against their checksums.
+fn pull_faces(model: &FaceModel) -> Result<PathBuf> {
+    progress::note(format_args!("{}: {}; licence: {}", model.name, model.about, model.licence));
+    let repository = Repository { id: model.repo.into(), revision: "main".into() };
+    let folder = repository.fetch_files(model.files().map(|file| file.path))?;
+    for file in model.files() {
+        let path = folder.join(file.path);
+        let found = hub::sha256(&path)?;
+        if found != file.sha256 {
+            let why = format!(
+                "its SHA-256 is {found}, that of {} is {}; delete it and pull again",
+                model.name, file.sha256
+            );
+            return Err(Failure::unusable(&path, why));
+        }
+    }
+    Ok(folder)
 }
 
 fn on_the_hub(name: &str) -> Result<Repository> {

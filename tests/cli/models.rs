@@ -319,7 +319,7 @@ fn hub(files: PathBuf, status: Option<u16>) -> (String, Arc<Mutex<Vec<String>>>)
             log.lock().unwrap().push(format!("{path} {range} {token}"));
             let (status, headers, body) = if let Some(status) = status {
                 (status, String::new(), Vec::new())
-            } else if let Some(file) = path.strip_prefix("/owner/name/resolve/main/") {
+            } else if let Some(file) = path.split_once("/resolve/main/").map(|(_, file)| file) {
                 let whole = fs::read(files.join(file)).unwrap();
                 let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
                 let from: usize = from.parse().unwrap();
@@ -343,7 +343,7 @@ fn hub(files: PathBuf, status: Option<u16>) -> (String, Arc<Mutex<Vec<String>>>)
                     "tokenizer_2",
                     "scheduler",
                 ] {
-                    for entry in fs::read_dir(files.join(folder)).unwrap().map(Result::unwrap) {
+                    for entry in fs::read_dir(files.join(folder)).into_iter().flatten().map(Result::unwrap) {
                         let name = entry.path().strip_prefix(&files).unwrap().to_str().unwrap().to_string();
                         names.push(json!({ "rfilename": name }));
                     }
@@ -408,4 +408,21 @@ fn what_the_hub_refuses_is_explained() {
         assert_eq!(run.code, 4, "{}", run.stderr);
         assert!(run.stderr.contains(said), "{}", run.stderr);
     }
+}
+
+#[test]
+fn a_face_encoder_is_fetched_after_its_licence_and_held_against_its_checksum() {
+    let (home, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::write(files.path().join("glintr100.onnx"), "not the real one").unwrap();
+    let (address, asked) = hub(files.path().to_path_buf(), None);
+    let env = [("HF_HOME", text(home.path())), ("HF_ENDPOINT", address.as_str()), ("HF_HUB_CACHE", "")];
+    let run = difflora_with(&env, &["models", "pull", "auraface"]);
+    assert_eq!(run.code, 4, "{}", run.stderr);
+    assert!(run.stderr.contains("Apache-2.0"), "{}", run.stderr);
+    assert!(run.stderr.contains("glintr100.onnx") && run.stderr.contains("SHA-256"), "{}", run.stderr);
+    let asked = asked.lock().unwrap();
+    assert!(
+        asked.iter().any(|line| line.contains("/fal/AuraFace-v1/resolve/main/glintr100.onnx")),
+        "{asked:?}"
+    );
 }
