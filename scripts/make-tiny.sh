@@ -66,7 +66,7 @@ if [ -n "$install" ]; then
     cp -r "$out/$part" "$bundle/$part"
     rm -rf "$bundle/$part/training"
   done
-  # Inside the program these models have a name, no path.
-  sed -i -E 's#"name": "[^"]*/(base|image_encoder)"#"name": "tiny"#' "$bundle/hypernet/config.json"
+  # Inside the program these models have the name of the bundle.
+  sed -i -E 's#"name": "(base|image_encoder)"#"name": "tiny"#' "$bundle/hypernet/config.json"
   du -sh "$bundle"
 fi
