@@ -1,0 +1,145 @@
+"""Draws one picture at SDXL's true size with random weights, in diffusers and in difflora in turn, and compares
+time and memory of the whole processes.
+
+    python scripts/bench_diffusers.py make FOLDER                    # random weights, 7 GB in 16 bits
+    python scripts/bench_diffusers.py run FOLDER [--size 512] [--steps 2] [--runs 1]
+
+`run` calls each program once with one step and once with `--steps` steps: the difference is the time of the further
+steps, which leaves out start and loading. Both compute in f32 with guidance 5 (two samples a step). It prints medians
+and ratios. Needs Python with the packages of scripts/requirements.txt, 24 GB of memory, and a release build of difflora
+(`cargo build --release --locked`).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROMPT = "a photo of a person, smiling"
+
+
+def vocabulary(merges):
+    """CLIP's token table, which its merges determine (openai/CLIP, simple_tokenizer.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    words = letters + [letter + "</w>" for letter in letters] + ["".join(merge.split()) for merge in merges]
+    return {word: i for i, word in enumerate(words + ["<|startoftext|>", "<|endoftext|>"])}
+
+
+def make(folder):
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    def random(build):
+        with torch.device("meta"):
+            model = build()
+        model = model.to(torch.float16).to_empty(device="cpu")
+        noise = torch.randn(1 << 22) * 0.02
+        with torch.no_grad():
+            for name, value in [*model.named_parameters(), *model.named_buffers()]:
+                if name.endswith("position_ids"):
+                    value.copy_(torch.arange(value.numel()).view(value.shape))
+                elif value.dim() < 2:
+                    value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                else:
+                    repeats = -(-value.numel() // noise.numel())
+                    value.copy_(noise.repeat(repeats)[: value.numel()].view(value.shape))
+        return model
+
+    unet = random(lambda: UNet2DConditionModel(
+        sample_size=128, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816, use_linear_projection=True))
+    levels = 4
+    vae = random(lambda: AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, scaling_factor=0.13025))
+    text = random(lambda: CLIPTextModel(CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        projection_dim=768, hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407)))
+    text_2 = random(lambda: CLIPTextModelWithProjection(CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+        projection_dim=1280, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407)))
+    folder.mkdir(parents=True, exist_ok=True)
+    merges = (ROOT / "src/assets/clip/merges.txt").read_text().splitlines()
+    merges = [line for line in merges if line and not line.startswith("#version")]
+    (folder / "words").mkdir(exist_ok=True)
+    (folder / "words/vocab.json").write_text(json.dumps(vocabulary(merges)))
+    (folder / "words/merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    files = [str(folder / "words/vocab.json"), str(folder / "words/merges.txt")]
+    tokenizers = [CLIPTokenizer(*files, model_max_length=77, pad_token=pad) for pad in ("<|endoftext|>", "!")]
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+    StableDiffusionXLPipeline(vae, text, text_2, *tokenizers, unet, scheduler).save_pretrained(folder)
+
+
+def draw(folder, size, steps):
+    """One picture in diffusers; its own process, so that time and memory are its own."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=5.0).images[0]
+    picture.save(folder / "diffusers.png")
+
+
+def measure(command):
+    """Seconds and peak memory in GiB of a process."""
+    begin = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command[0]} failed:\n{said}")
+    return time.monotonic() - begin, usage.ru_maxrss / 1024**2
+
+
+def run(folder, size, steps, runs):
+    ours = [str(ROOT / "target/release/difflora"), "gen", "--quiet", "--base", str(folder), "--prompt", PROMPT,
+            "--sampler", "euler", "--guidance", "5", "--width", str(size), "--height", str(size),
+            "--out", str(folder / "difflora.png"), "--steps"]
+    theirs = [sys.executable, __file__, "draw", str(folder), "--size", str(size), "--steps"]
+    results = {"diffusers": [], "difflora": []}
+    for _ in range(runs):
+        for name, command in (("diffusers", theirs), ("difflora", ours)):
+            one, _ = measure([*command, "1"])
+            many, memory = measure([*command, str(steps)])
+            results[name].append((many, (many - one) / (steps - 1), memory))
+            print(name, *(f"{value:.2f}" for value in results[name][-1]), file=sys.stderr)
+    figures = ["whole process, s", "a step, s", "peak memory, GiB"]
+    print(f"| {size}×{size}, {steps} steps, f32, medians of {runs} | diffusers | difflora | ratio |\n|---|--:|--:|--:|")
+    for i, figure in enumerate(figures):
+        a, b = (statistics.median(row[i] for row in results[name]) for name in ("diffusers", "difflora"))
+        print(f"| {figure} | {a:.2f} | {b:.2f} | {b / a:.2f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "run", "draw"])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=1)
+    args = parser.parse_args()
+    if args.what == "make":
+        make(args.folder)
+    elif args.what == "draw":
+        draw(args.folder, args.size, args.steps)
+    elif args.steps < 2:
+        parser.error("--steps must be at least 2")
+    else:
+        run(args.folder, args.size, args.steps, args.runs)
+
+
+if __name__ == "__main__":
+    main()
