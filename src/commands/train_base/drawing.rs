@@ -299,3 +299,28 @@ const PROMPTS: [&str; 6] = [
     "a sketch of a person, wearing cap, white background",
     "a painting of a person, full beard, facing left, yellow background",
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_further_round_starts_from_the_weights_of_another_model() {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/pipeline/two");
+        let wanted =
+            ModelFiles::folder(&from).unwrap().tensors("unet", DIFFUSERS_WEIGHTS).unwrap()["conv_in.weight"]
+                .to_dtype(DType::F32)
+                .unwrap();
+        let var = Var::zeros(wanted.shape(), DType::F32, &Device::Cpu).unwrap();
+        start_from(&from, &BTreeMap::from([("unet.conv_in.weight".to_string(), var.clone())])).unwrap();
+        let apart = (var.as_tensor() - &wanted).unwrap().abs().unwrap().max_all().unwrap();
+        assert_eq!(apart.to_scalar::<f32>().unwrap(), 0.0);
+
+        let other = Var::zeros((1, 2), DType::F32, &Device::Cpu).unwrap();
+        for name in ["unet.conv_in.weight", "text_encoder.nothing"] {
+            let vars = BTreeMap::from([(name.to_string(), other.clone())]);
+            let error = start_from(&from, &vars).unwrap_err();
+            assert!(error.chain().any(|cause| cause.is::<crate::failure::Failure>()), "{name}: {error:#}");
+        }
+    }
+}
