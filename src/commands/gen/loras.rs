@@ -1,0 +1,122 @@
+//! The LoRAs of a picture: which, how strong, and into the model.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use super::super::models;
+use super::{Args, LoraMode, sha256_of};
+use crate::failure::Failure;
+use crate::layers::Visit;
+use crate::lora::apply::{self, Branch, Originals, Unmatched};
+use crate::lora::change::Changes;
+use crate::lora::file;
+use crate::lora::strength::Strength;
+use crate::lora::{Lora, LoraError};
+use crate::model_files::ModelFiles;
+use crate::progress;
+use crate::sdxl::pipeline::Sdxl;
+
+/// A LoRA with its name, strength and short hash, for the picture's text.
+pub(super) struct Chosen {
+    pub(super) name: String,
+    pub(super) strength: Strength,
+    pub(super) hash: String,
+    pub(super) changes: Changes,
+}
+
+/// The person's LoRA and those of `--lora`.
+pub(super) fn chosen_loras(args: &Args, person: Option<&Lora>, base: &ModelFiles) -> Result<Vec<Chosen>> {
+    let layout = models::block_layout(base)?;
+    let mut chosen = Vec::new();
+    if let Some(lora) = person {
+        let name = args
+            .lora_out
+            .as_deref()
+            .and_then(Path::file_stem)
+            .map_or("person".into(), |stem| stem.to_string_lossy());
+        let hash = lora_hash(&file::to_bytes(lora, args.lora_format, &layout)?);
+        let strength = Strength::all(args.lora_scale);
+        chosen.push(Chosen { name: name.into(), strength, hash, changes: lora.into() });
+    }
+    for text in &args.lora {
+        let (path, strength) = Strength::split(text)?;
+        let changes = file::read_changes(&path, &layout)?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        chosen.push(Chosen { name, strength, hash: lora_hash(&std::fs::read(&path)?), changes });
+    }
+    Ok(chosen)
+}
+
+/// Puts the LoRAs into UNet and text encoders.
+///
+/// # Errors
+/// [`Failure::Unusable`] for a LoRA that is not made for this base.
+pub(super) fn apply_loras(model: &mut Sdxl, chosen: &[Chosen], args: &Args) -> Result<()> {
+    let mut order: Vec<&Chosen> = chosen.iter().collect();
+    // f32 sums depend on their order; the order on the command line must not count.
+    let weight = |chosen: &Chosen| chosen.strength.everywhere();
+    order.sort_by(|a, b| a.hash.cmp(&b.hash).then(weight(a).total_cmp(&weight(b))));
+    let loras: Vec<(&Changes, Strength)> =
+        order.iter().map(|chosen| (&chosen.changes, chosen.strength.clone())).collect();
+    if loras.is_empty() {
+        return Ok(());
+    }
+    for chosen in chosen {
+        let alone = [(&chosen.changes, chosen.strength.clone())];
+        let missing = apply::check(|visit| layers(model, visit), &alone, Unmatched::Allow)
+            .map_err(|error| Failure::Unusable(format!("cannot use the LoRA `{}`: {error}", chosen.name)))?;
+        if !missing.is_empty() {
+            progress::warn(format_args!(
+                "{} of {} layers of the LoRA `{}` have no place in this base and are left out: {}",
+                missing.len(),
+                chosen.changes.modules.len(),
+                chosen.name,
+                crate::lora::listed(&missing)
+            ));
+        }
+    }
+    match args.lora_mode {
+        LoraMode::Merge => {
+            apply::merge(|visit| layers(model, visit), &loras, Unmatched::Allow, Originals::Drop)?;
+        }
+        LoraMode::Runtime => {
+            let guided = args.lora_positive_only && args.guidance > 1.0;
+            let branch = if guided { Branch::Positive } else { Branch::Both };
+            // A prompt's batch is one, so text encoders have no halves.
+            apply::attach(|visit| model.text.visit_layers(visit), &loras, Unmatched::Ignore, Branch::Both)?;
+            apply::attach(|visit| model.unet.visit_layers(visit), &loras, Unmatched::Ignore, branch)
+                .map_err(|error| match error {
+                    LoraError::Kind { .. } => Failure::Usage(format!("--lora-positive-only: {error}")).into(),
+                    other => anyhow::Error::from(other),
+                })?;
+        }
+    }
+    Ok(())
+}
+
+/// All layers of a model that a LoRA may change.
+fn layers(model: &mut Sdxl, visit: &mut Visit) {
+    model.unet.visit_layers(visit);
+    model.text.visit_layers(visit);
+}
+
+/// What A1111 calls a LoRA's hash: SHA-256 of a `.safetensors` behind its header, so that other metadata does not
+/// change it (`modules/hashes.py`, `addnet_hash_safetensors`).
+fn lora_hash(bytes: &[u8]) -> String {
+    let header = bytes.first_chunk::<8>().map_or(0, |length| u64::from_le_bytes(*length) as usize);
+    sha256_of(bytes.get(header.saturating_add(8)..).unwrap_or(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lora_s_hash_leaves_out_its_header() {
+        let file =
+            |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"data"].concat();
+        assert_eq!(lora_hash(&file("{}")), lora_hash(&file("{\"__metadata__\": {}}")));
+        assert_eq!(lora_hash(&file("{}")), sha256_of(b"data"));
+    }
+}

@@ -1,0 +1,60 @@
+//! Where results go.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use super::{Args, LoraMode};
+use crate::failure::Failure;
+use crate::files;
+use crate::picture::PictureFormat;
+
+/// Where results go; checked before the work begins.
+pub(super) struct Outputs {
+    pub(super) lora: Option<PathBuf>,
+    pub(super) pictures: Vec<PathBuf>,
+}
+
+impl Outputs {
+    pub(super) fn plan(args: &Args) -> Result<Self> {
+        if args.reference.is_empty() && args.prompt.is_empty() {
+            return Err(Failure::Usage(
+                "nothing to do: give --ref PHOTO for a LoRA, --prompt TEXT for a picture, or both".into(),
+            )
+            .into());
+        }
+        if args.reference.is_empty() && args.lora_out.is_some() {
+            return Err(Failure::Usage("--lora-out needs --ref: the LoRA is made from a photo".into()).into());
+        }
+        if args.lora_positive_only && args.lora_mode == LoraMode::Merge {
+            let why =
+                "--lora-positive-only needs --lora-mode runtime: what is merged changes both predictions";
+            return Err(Failure::Usage(why.into()).into());
+        }
+        if args.prompt.is_empty() && args.out.is_some() {
+            return Err(Failure::Usage("--out needs --prompt, which says what to draw".into()).into());
+        }
+        let lora = match &args.lora_out {
+            Some(path) => Some(path.clone()),
+            None => args.prompt.is_empty().then(|| PathBuf::from("difflora.safetensors")),
+        };
+        let count = args.prompt.len() * args.num_images as usize;
+        let out = args.out.clone().unwrap_or_else(|| PathBuf::from("difflora.png"));
+        let pictures: Vec<PathBuf> = if out.is_dir() {
+            (1..=count).map(|i| out.join(format!("{i:04}.png"))).collect()
+        } else if count == 1 {
+            vec![out]
+        } else {
+            let (stem, extension) = (out.with_extension(""), out.extension().unwrap_or_default());
+            let (stem, extension) = (stem.display(), extension.to_string_lossy());
+            (1..=count).map(|i| PathBuf::from(format!("{stem}-{i:04}.{extension}"))).collect()
+        };
+        for path in pictures.iter().chain(&lora) {
+            files::check_writable(path)?;
+        }
+        for path in &pictures {
+            PictureFormat::of(path)?;
+        }
+        Ok(Self { lora, pictures })
+    }
+}

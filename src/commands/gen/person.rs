@@ -1,0 +1,182 @@
+//! Photos of a person → a LoRA.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use candle_core::Device;
+use serde_json::{Value, json};
+
+use super::super::face::open_encoder;
+use super::super::models;
+use super::super::photos::Photos;
+use super::{Args, sha256_of};
+use crate::hypernet::{Hypernet, ModelId};
+use crate::identity::clip::ImageEncoder;
+use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
+use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
+use crate::lora::{Lora, TRIGGER_PHRASE};
+use crate::progress;
+
+/// Photos → identity → LoRA, with what is worth telling about it.
+pub(super) fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
+    let hypernet = Hypernet::open(&models::find(&args.hypernet, "hypernet")?, &Device::Cpu)?;
+    let config = &hypernet.denoiser.config;
+    hypernet.codec.base.demand(base, "base model")?;
+    let image_files = models::find(&args.image_encoder, "image_encoder")?;
+    let image_id = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    config.image_encoder.demand(&image_id, "image encoder")?;
+    let face_name = match &args.face_encoder {
+        Some(name) => name,
+        // A name that stands for a folder of another machine is asked for instead.
+        None if catalog::is_known(&config.face_encoder.name) => &config.face_encoder.name,
+        None => catalog::BUILT_IN,
+    };
+    let faces = open_encoder(face_name)?;
+    let [_, (name, sha256)] = faces.provenance();
+    config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
+    let images = ImageEncoder::open(&image_files)?.with_input(config.image_input);
+    let references = look_at(args, &faces, &images)?;
+    let hashes: Vec<&str> = references.used.iter().map(|(_, photo)| photo.sha256.as_str()).collect();
+    let identity = Identity {
+        face: mean_direction(&references.used.iter().map(|(_, photo)| &photo.face[..]).collect::<Vec<_>>()),
+        image: Some(mean_direction(
+            &references.used.iter().map(|(_, photo)| &photo.image[..]).collect::<Vec<_>>(),
+        )),
+    };
+    let mut options = hypernet.options();
+    options.seed = args.identity_seed;
+    options.steps = args.identity_steps.map_or(options.steps, |steps| steps as usize);
+    options.guidance = args.identity_guidance.unwrap_or(options.guidance);
+    let start = Instant::now();
+    let mut lora = hypernet.generate(&identity, &options)?;
+    for (module, layer) in &lora.layers {
+        let sum = layer.up.abs()?.sum_all()?.to_scalar::<f32>()?;
+        ensure!(sum.is_finite(), "the hypernetwork made NaN or infinity for `{module}`; nothing is written");
+    }
+    let rank = lora.layers.values().next().map_or(0, crate::lora::LoraLayer::rank);
+    let alpha = lora.layers.values().next().map_or(0.0, |layer| layer.alpha);
+    let base_version = if args.base == models::BUILT_IN { "difflora_tiny" } else { "sdxl_base_v1-0" };
+    for (key, value) in [
+        ("ss_network_module", "networks.lora".to_string()),
+        ("ss_network_dim", rank.to_string()),
+        ("ss_network_alpha", alpha.to_string()),
+        ("ss_base_model_version", base_version.to_string()),
+        (TRIGGER_PHRASE, "person".to_string()),
+        ("modelspec.title", "a person, by difflora".to_string()),
+        ("difflora.version", env!("CARGO_PKG_VERSION").to_string()),
+        ("difflora.hypernet", args.hypernet.clone()),
+        ("difflora.base", base.name.clone()),
+        ("difflora.base_sha256", base.sha256.clone()),
+        ("difflora.face_encoder", config.face_encoder.name.clone()),
+        ("difflora.face_encoder_sha256", config.face_encoder.sha256.clone()),
+        ("difflora.reference_sha256", hashes.join(",")),
+        ("difflora.identity_seed", options.seed.to_string()),
+        ("difflora.identity_steps", options.steps.to_string()),
+    ] {
+        lora.metadata.insert(key.into(), value);
+    }
+    let told = json!({
+        "references": references.told(),
+        "left_out": references.left_out,
+        "modules": lora.layers.len(),
+        "rank": rank,
+        "seconds": start.elapsed().as_secs_f64(),
+    });
+    Ok((lora, told))
+}
+
+/// What one photo tells.
+struct Reference {
+    face: Vec<f32>,
+    image: Vec<f32>,
+    sha256: String,
+    faces: usize,
+    chosen: Face,
+    quality: Quality,
+}
+
+/// The photos of the person.
+struct References {
+    used: Vec<(PathBuf, Reference)>,
+    /// Files that could not be used or that show somebody else, with the reason.
+    left_out: Value,
+}
+
+impl References {
+    fn told(&self) -> Value {
+        let told = |(file, photo): &(PathBuf, Reference)| {
+            json!({
+                "file": file,
+                "faces": photo.faces,
+                "face": photo.chosen,
+                "quality": photo.quality,
+                "hints": photo.quality.hints(),
+            })
+        };
+        self.used.iter().map(told).collect()
+    }
+}
+
+/// Encodes the photos and leaves out those that show somebody else; says what will make the likeness suffer.
+fn look_at(args: &Args, faces: &FaceEncoder, images: &ImageEncoder) -> Result<References> {
+    let seen = Photos::find(&args.reference)?.look(|_, path, picture| {
+        let search = faces.search(picture)?;
+        let chosen = search.face(args.face as usize, &path.display().to_string())?;
+        Ok(Reference {
+            face: faces.embed(picture, chosen)?,
+            image: images.embed(picture, chosen)?,
+            sha256: sha256_of(&std::fs::read(path)?),
+            faces: search.faces.len(),
+            chosen: chosen.clone(),
+            quality: Quality::of(picture, chosen, &search.faces),
+        })
+    })?;
+    let mut left_out = seen.left_out_json();
+    for (path, photo) in &seen.photos {
+        if photo.faces > 1 {
+            let which = if args.face == 1 { "the largest".into() } else { format!("number {}", args.face) };
+            progress::note(format_args!(
+                "{} faces in `{}`: {which} is taken, at {:.0?}; --face N takes another",
+                photo.faces,
+                path.display(),
+                photo.chosen.bounds
+            ));
+        }
+        for hint in photo.quality.hints() {
+            progress::note(format_args!("`{}`: {hint}", path.display()));
+        }
+    }
+    let vectors: Vec<Vec<f32>> = seen.photos.iter().map(|(_, photo)| photo.face.clone()).collect();
+    let outliers = outliers(&vectors);
+    for outlier in &outliers {
+        let path = &seen.photos[outlier.photo].0;
+        let why = format!(
+            "its face does not look like the others (cosine {:.2} to their mean, wanted {SAME_PERSON})",
+            outlier.cosine
+        );
+        progress::warn(format_args!("`{}` is left out: {why}", path.display()));
+        if let Value::Array(left_out) = &mut left_out {
+            left_out.push(json!({ "file": path, "why": why }));
+        }
+    }
+    let used: Vec<(PathBuf, Reference)> = seen
+        .photos
+        .into_iter()
+        .enumerate()
+        .filter(|(at, _)| outliers.iter().all(|outlier| outlier.photo != *at))
+        .map(|(_, photo)| photo)
+        .collect();
+    if let [(one, a), (two, b)] = &used[..]
+        && cosine(&a.face, &b.face) < SAME_PERSON
+    {
+        progress::warn(format_args!(
+            "`{}` and `{}` seem to show two people (cosine {:.2}); both are used. `difflora face dedupe` groups \
+             pictures by person",
+            one.display(),
+            two.display(),
+            cosine(&a.face, &b.face)
+        ));
+    }
+    Ok(References { used, left_out })
+}
