@@ -32,6 +32,9 @@ pub struct Common {
     /// No progress bars and no notes on stderr.
     #[arg(long, short, global = true, env = "DIFFLORA_QUIET")]
     pub quiet: bool,
+    /// Say on stderr how long each stage of the work takes.
+    #[arg(long, short, global = true, env = "DIFFLORA_VERBOSE")]
+    pub verbose: bool,
 }
 
 /// One subcommand, one story in `commands/`.
@@ -82,6 +85,7 @@ impl Command {
 /// Runs the command that was asked for.
 pub fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.common.quiet);
+    progress::set_verbose(cli.common.verbose);
     progress::catch_interrupts()?;
     match cli.command {
         Command::TrainLora(args) => commands::train_lora::run(args, &cli.common),

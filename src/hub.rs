@@ -11,11 +11,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
-use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 use crate::model_files::{DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS};
-use crate::progress;
+use crate::{hashes, progress};
 
 /// A repository at a revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -219,7 +218,7 @@ pub fn verify_checksums(folder: &Path) -> Result<usize> {
         if name.len() != 64 || !name.chars().all(|c| c.is_ascii_hexdigit()) {
             continue; // a small file, named by its Git hash
         }
-        let found = sha256(&path)?;
+        let found = hashes::of_file(&path)?;
         if found != name {
             let why = format!("its SHA-256 is {found}, the hub's {name}; delete it and pull the model again");
             return Err(Failure::unusable(&blob, why));
@@ -227,14 +226,6 @@ pub fn verify_checksums(folder: &Path) -> Result<usize> {
         checked += 1;
     }
     Ok(checked)
-}
-
-/// SHA-256 of a file, in lower-case hexadecimal.
-pub fn sha256(path: &Path) -> Result<String> {
-    let mut hash = Sha256::new();
-    let copied = std::fs::File::open(path).and_then(|mut file| std::io::copy(&mut file, &mut hash));
-    copied.map_err(|error| Failure::unusable(path, error))?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Which weights to fetch where a repository has several.

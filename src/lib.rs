@@ -31,6 +31,7 @@ pub mod train;
 
 pub mod failure;
 pub mod files;
+pub mod hashes;
 pub mod hub;
 pub mod metrics;
 pub mod model_files;

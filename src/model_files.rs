@@ -4,7 +4,9 @@
 //! and a `.safetensors`. [`ModelFiles::load`] builds a network from such weights and says which tensors were
 //! missing and which were never asked for: a config that does not fit its weights must not draw noise in silence.
 //! A model that lies otherwise, in one file under other names, is an [`Assembled`] folder: names and forms are
-//! translated as tensors are asked for, over the mapped file.
+//! translated as tensors are asked for.
+
+mod stored;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -12,18 +14,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
-use candle_core::safetensors::{Load, MmapedSafetensors, SliceSafetensors};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use include_dir::Dir;
-use rayon::prelude::*;
-use safetensors::{Dtype, tensor::TensorView};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use self::stored::Stored;
 use crate::failure::Failure;
 use crate::files::write_whole;
+use crate::hashes;
 
 /// Where a diffusers component keeps its weights: `diffusion_pytorch_model.safetensors`.
 pub const DIFFUSERS_WEIGHTS: &str = "diffusion_pytorch_model";
@@ -240,28 +241,29 @@ impl ModelFiles {
         weights
             .names()
             .into_iter()
-            .map(|name| Ok((name.clone(), weights.load(&name)?)))
+            .map(|name| Ok((name.clone(), weights.load(&name, None)?)))
             .collect::<candle_core::Result<_>>()
             .map_err(|error| self.unusable(&file, error))
     }
 
-    /// SHA-256 of a component's weights, in hexadecimal; of the whole file where the model is one file.
+    /// SHA-256 of a component's weights, in hexadecimal; of the whole file where the model is one file. That of a large
+    /// file on disk is remembered, see [`hashes`].
     pub fn sha256(&self, folder: &str, stem: &str) -> Result<String> {
-        let mut hash = Sha256::new();
         match self {
-            Self::Assembled(model) => hash_file(&model.file, &mut hash)?,
+            Self::Assembled(model) => hashes::remembered(std::slice::from_ref(&model.file)),
             Self::Folder(path) => {
-                for part in self.weight_files(folder, stem)?.1 {
-                    hash_file(&path.join(part), &mut hash)?;
-                }
+                let parts: Vec<PathBuf> =
+                    self.weight_files(folder, stem)?.1.iter().map(|part| path.join(part)).collect();
+                hashes::remembered(&parts)
             }
             Self::BuiltIn { dir, .. } => {
+                let mut hash = Sha256::new();
                 for part in self.weight_files(folder, stem)?.1 {
                     hash.update(self.embedded(dir, &part)?);
                 }
+                Ok(hashes::in_hex(hash))
             }
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The file that stands for a component's weights in messages, and the files that they lie in.
@@ -292,10 +294,8 @@ impl ModelFiles {
     }
 
     fn weights(&self, folder: &str, stem: &str) -> Result<(String, Weights)> {
-        // SAFETY: files are mapped for reading; difflora replaces files by renaming and never changes one in place.
-        let map = |path: &Path| unsafe { MmapedSafetensors::new(path) }.map(Part::Mapped);
         if let Self::Assembled(model) = self {
-            let part = map(&model.file).map_err(|error| self.unusable(folder, error))?;
+            let part = Stored::open(&model.file).map_err(|error| self.unusable(folder, error))?;
             let places = model.tensors.get(folder).cloned().unwrap_or_default();
             return Ok((folder.to_string(), Weights { parts: vec![part], places: Some(places) }));
         }
@@ -303,11 +303,9 @@ impl ModelFiles {
         let mut parts = Vec::new();
         for name in &names {
             let opened = match self {
-                Self::BuiltIn { dir, .. } => {
-                    SliceSafetensors::new(self.embedded(dir, name)?).map(Part::Slice)
-                }
-                Self::Folder(path) => map(&path.join(name)),
-                Self::Assembled(model) => map(&model.file),
+                Self::BuiltIn { dir, .. } => Stored::in_program(self.embedded(dir, name)?),
+                Self::Folder(path) => Stored::open(&path.join(name)),
+                Self::Assembled(model) => Stored::open(&model.file),
             };
             parts.push(opened.map_err(|error| self.unusable(name, error))?);
         }
@@ -366,90 +364,43 @@ pub fn save_json(path: &Path, value: &Value) -> Result<()> {
     write_whole(path, text.as_bytes())
 }
 
-enum Part {
-    Mapped(MmapedSafetensors),
-    Slice(SliceSafetensors<'static>),
-}
-
 /// The tensors of all parts of a component.
 #[derive(Default)]
 struct Weights {
-    parts: Vec<Part>,
+    parts: Vec<Stored>,
     /// Where they lie, when not under their own names.
     places: Option<BTreeMap<String, Place>>,
 }
 
 impl Weights {
     fn names(&self) -> BTreeSet<String> {
-        if let Some(places) = &self.places {
-            return places.keys().cloned().collect();
+        match &self.places {
+            Some(places) => places.keys().cloned().collect(),
+            None => self.parts.iter().flat_map(Stored::names).map(String::from).collect(),
         }
-        let names = |part: &Part| match part {
-            Part::Mapped(part) => part.tensors().into_iter().map(|(name, _)| name).collect::<Vec<_>>(),
-            Part::Slice(part) => part.tensors().into_iter().map(|(name, _)| name).collect(),
-        };
-        self.parts.iter().flat_map(names).collect()
     }
 
     fn contains(&self, name: &str) -> bool {
         match &self.places {
             Some(places) => places.contains_key(name),
-            None => self.parts.iter().any(|part| part.view(name).is_ok()),
+            None => self.parts.iter().any(|part| part.contains(name)),
         }
     }
 
-    /// The tensor `name`, on the CPU.
-    fn load(&self, name: &str) -> candle_core::Result<Tensor> {
+    /// The tensor `name` on the CPU, as `dtype` or as stored.
+    fn load(&self, name: &str, dtype: Option<DType>) -> candle_core::Result<Tensor> {
         let whole = Place { stored: name.to_string(), form: Form::Whole };
         let place = match &self.places {
             Some(places) => places.get(name),
             None => Some(&whole),
         };
         let found = place.and_then(|place| {
-            let view = self.parts.iter().find_map(|part| part.view(&place.stored).ok())?;
-            Some((place, view))
+            let part = self.parts.iter().find(|part| part.contains(&place.stored))?;
+            Some((place, part))
         });
-        let Some((place, view)) = found else { candle_core::bail!("there is no tensor `{name}`") };
-        if !is_finite(&view) {
-            candle_core::bail!("tensor `{}` holds NaN or infinity; the file is damaged", place.stored);
-        }
-        place.form.take(view.load(&Device::Cpu)?)
+        let Some((place, part)) = found else { candle_core::bail!("there is no tensor `{name}`") };
+        place.form.take(part.load(&place.stored, dtype)?)
     }
-}
-
-impl Part {
-    fn view(&self, name: &str) -> candle_core::Result<TensorView<'_>> {
-        match self {
-            Self::Mapped(part) => part.get(name),
-            Self::Slice(part) => part.get(name),
-        }
-    }
-}
-
-/// Whether no float among the stored bytes has all exponent bits set, which is what NaN and infinity are.
-fn is_finite(view: &TensorView) -> bool {
-    let all = |width: usize, exponent: u32| {
-        view.data().par_chunks(width << 20).all(|bytes| match width {
-            2 => bytes
-                .chunks_exact(2)
-                .all(|x| u32::from(u16::from_le_bytes([x[0], x[1]])) & exponent != exponent),
-            _ => bytes
-                .chunks_exact(4)
-                .all(|x| u32::from_le_bytes([x[0], x[1], x[2], x[3]]) & exponent != exponent),
-        })
-    };
-    match view.dtype() {
-        Dtype::F32 => all(4, 0x7f80_0000),
-        Dtype::F16 => all(2, 0x7c00),
-        Dtype::BF16 => all(2, 0x7f80),
-        _ => true,
-    }
-}
-
-/// Adds a file's bytes to a hash, a piece at a time.
-fn hash_file(path: &Path, hash: &mut Sha256) -> Result<()> {
-    let copied = std::fs::File::open(path).and_then(|mut file| std::io::copy(&mut file, hash));
-    copied.map(|_| ()).map_err(|error| Failure::unusable(path, error))
 }
 
 /// `stem.safetensors.index.json`: which part each tensor lies in.
@@ -483,14 +434,14 @@ impl SimpleBackend for Entries {
             // All missing tensors are told together once the network is built.
             return Tensor::zeros(shape, dtype, device);
         }
-        let tensor = self.0.weights.load(name)?;
+        let tensor = self.0.weights.load(name, Some(dtype))?;
         if tensor.shape() != &shape {
             candle_core::bail!("tensor `{name}` has shape {:?}, wanted {shape:?}", tensor.shape());
         }
         if self.0.only_check {
             return Tensor::zeros((), dtype, device)?.broadcast_as(shape);
         }
-        tensor.to_dtype(dtype)?.to_device(device)
+        tensor.to_device(device)
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
@@ -571,18 +522,6 @@ mod tests {
         assert!(message(&files).contains("outside the folder"), "{}", message(&files));
         index(serde_json::json!({ "a": "a.safetensors", "b": "c.safetensors" }), "");
         assert!(message(&files).contains("c.safetensors"), "{}", message(&files));
-    }
-
-    #[test]
-    fn nan_and_infinity_are_found_in_every_float_type_and_large_numbers_are_not() {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for (value, fine) in [(6e4, true), (-0.0, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
-                let tensor = Tensor::new(&[1f32, value, 2.0], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
-                let bytes = safetensors::serialize([("a", &tensor)], None).unwrap();
-                let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-                assert_eq!(is_finite(&file.tensor("a").unwrap()), fine, "{value} as {dtype:?}");
-            }
-        }
     }
 
     #[test]

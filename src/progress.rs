@@ -1,6 +1,7 @@
 //! Progress on stderr and interruption by Ctrl-C.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -8,6 +9,7 @@ use crate::failure::Failure;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 static QUIET: AtomicBool = AtomicBool::new(false);
+static VERBOSE: AtomicBool = AtomicBool::new(false);
 
 /// Makes Ctrl-C set a flag that [`check`] looks at; a second Ctrl-C ends the process at once with 130.
 pub fn catch_interrupts() -> anyhow::Result<()> {
@@ -37,6 +39,28 @@ pub fn set_quiet(quiet: bool) {
 /// Whether the user asked for no progress and no notes.
 pub fn is_quiet() -> bool {
     QUIET.load(Ordering::SeqCst)
+}
+
+/// `--verbose`: each [`Stage`] is told.
+pub fn set_verbose(verbose: bool) {
+    VERBOSE.store(verbose, Ordering::SeqCst);
+}
+
+/// A part of the work whose duration is told on stderr with `--verbose`.
+pub struct Stage(&'static str, Instant);
+
+impl Stage {
+    /// Begins now.
+    pub fn begin(what: &'static str) -> Self {
+        Self(what, Instant::now())
+    }
+
+    /// Ends now: `time: 1.23 s loading the UNet`.
+    pub fn end(self) {
+        if VERBOSE.load(Ordering::SeqCst) {
+            eprintln!("time: {:6.2} s {}", self.1.elapsed().as_secs_f64(), self.0);
+        }
+    }
 }
 
 /// A bar over `length` steps on stderr, with rate and time left; nothing is drawn when stderr is

@@ -12,18 +12,17 @@ use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
 use self::device::{Precision, device};
-use self::draw::draw;
-use self::loras::{apply_loras, chosen_loras};
+use self::draw::{Plan, draw};
+use self::loras::chosen_loras;
 use self::outputs::Outputs;
 use self::person::make_lora;
 use super::models;
 use crate::cli::Common;
 use crate::lora::file::{self, Format};
-use crate::progress;
-use crate::sdxl::pipeline::{Sampler, Sdxl, Tiling};
+use crate::progress::{self, Stage};
+use crate::sdxl::pipeline::{Sampler, Tiling, Unloaded};
 
 /// Arguments of `difflora gen`.
 ///
@@ -182,7 +181,16 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let outputs = Outputs::plan(&args)?;
     let device = device(&args.device)?;
     let base_files = models::find_base(&args.base, &args.base_options)?;
+    let drawing = match args.prompt.is_empty() {
+        true => None,
+        false => {
+            let model = Unloaded::open(&base_files, args.dtype.into(), &device)?;
+            Some((Plan::new(&args, &model)?, model))
+        }
+    };
+    let clock = Stage::begin("identifying the base model");
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
+    clock.end();
 
     let person = if args.reference.is_empty() { None } else { Some(make_lora(&args, &base)?) };
     let mut report = json!({});
@@ -195,7 +203,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
             say(common, format_args!("LoRA    {}", path.display()));
         }
     }
-    if !args.prompt.is_empty() {
+    if let Some((plan, model)) = drawing {
         if args.base == models::BUILT_IN {
             progress::note(
                 "the built-in model `tiny` draws painted portraits of 64×64 pixels, to try the program and to \
@@ -203,9 +211,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
             );
         }
         let loras = chosen_loras(&args, person.as_ref().map(|(lora, _)| lora), &base_files)?;
-        let mut model = Sdxl::open(&base_files, args.dtype.into(), &device)?;
-        apply_loras(&mut model, &loras, &args)?;
-        report["pictures"] = draw(&args, model, &base, &loras, &outputs.pictures, common)?;
+        report["pictures"] = draw(&args, &plan, &model, &base, &loras, &outputs.pictures, common)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
     if common.json {
@@ -218,10 +224,6 @@ fn say(common: &Common, line: std::fmt::Arguments) {
     if !common.json {
         println!("{line}");
     }
-}
-
-fn sha256_of(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

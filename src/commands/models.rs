@@ -15,13 +15,13 @@ use crate::hypernet::ModelId;
 use crate::identity::catalog::{self, FaceModel};
 use crate::lora::keys::BlockLayout;
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
-use crate::progress;
 use crate::sdxl::architecture;
 use crate::sdxl::single_file;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
 use crate::sdxl::unet::UNet;
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::{Vae, VaeConfig};
+use crate::{hashes, progress};
 
 /// The bundle that this program carries: a small SDXL and a hypernetwork for it, made by `scripts/make-tiny.sh`.
 static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");
@@ -114,7 +114,7 @@ fn pull_faces(model: &FaceModel) -> Result<PathBuf> {
     let folder = repository.fetch_files(model.files().map(|file| file.path))?;
     for file in model.files() {
         let path = folder.join(file.path);
-        let found = hub::sha256(&path)?;
+        let found = hashes::of_file(&path)?;
         if found != file.sha256 {
             let why = format!(
                 "its SHA-256 is {found}, that of {} is {}; delete it and pull again",

@@ -295,7 +295,7 @@ pub(super) mod tests {
     }
 
     pub(in crate::commands) fn quiet() -> Common {
-        Common { json: true, quiet: true }
+        Common { json: true, quiet: true, verbose: false }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
@@ -54,6 +55,7 @@ pub enum Storage {
     F8E5M2,
     I64,
     I32,
+    U32,
     U8,
     Bool,
 }
@@ -157,7 +159,12 @@ impl Header {
         if next == has { Ok(()) } else { Err(HeaderError::Data { wanted: next, has }) }
     }
 
-    /// One tensor, on the CPU. 8-bit floats come as f16, which holds all their values; integers as f32.
+    /// Where a tensor's bytes lie in the file.
+    pub fn place(&self, entry: &Entry) -> Range<u64> {
+        self.data + entry.begin..self.data + entry.end
+    }
+
+    /// One tensor, on the CPU; see [`Entry::decode`].
     ///
     /// # Errors
     /// [`HeaderError::Io`].
@@ -166,28 +173,38 @@ impl Header {
         // `check` held the length against that of the file, so a lying header cannot ask for all memory.
         let mut bytes = vec![0; (entry.end - entry.begin) as usize];
         file.read_exact(&mut bytes)?;
-        let shape = entry.shape.as_slice();
-        let tensor = match entry.storage {
-            Storage::F64 => Tensor::from_vec(numbers(&bytes, f64::from_le_bytes), shape, &Device::Cpu),
-            Storage::F32 => Tensor::from_vec(numbers(&bytes, f32::from_le_bytes), shape, &Device::Cpu),
-            Storage::F16 => Tensor::from_vec(numbers(&bytes, f16::from_le_bytes), shape, &Device::Cpu),
-            Storage::BF16 => Tensor::from_vec(numbers(&bytes, bf16::from_le_bytes), shape, &Device::Cpu),
-            Storage::F8E4M3 => Tensor::from_vec(numbers(&bytes, |[b]| from_e4m3(b)), shape, &Device::Cpu),
+        entry.decode(&bytes)
+    }
+}
+
+impl Entry {
+    /// The tensor of these bytes, on the CPU. 8-bit floats come as f16, which holds all their values; integers as f32.
+    pub fn decode(&self, bytes: &[u8]) -> Result<Tensor, HeaderError> {
+        let shape = self.shape.as_slice();
+        let tensor = match self.storage {
+            Storage::F64 => Tensor::from_vec(numbers(bytes, f64::from_le_bytes), shape, &Device::Cpu),
+            Storage::F32 => Tensor::from_vec(numbers(bytes, f32::from_le_bytes), shape, &Device::Cpu),
+            Storage::F16 => Tensor::from_vec(numbers(bytes, f16::from_le_bytes), shape, &Device::Cpu),
+            Storage::BF16 => Tensor::from_vec(numbers(bytes, bf16::from_le_bytes), shape, &Device::Cpu),
+            Storage::F8E4M3 => Tensor::from_vec(numbers(bytes, |[b]| from_e4m3(b)), shape, &Device::Cpu),
             // The upper half of an f16.
             Storage::F8E5M2 => {
-                Tensor::from_vec(numbers(&bytes, |[b]| f16::from_le_bytes([0, b])), shape, &Device::Cpu)
+                Tensor::from_vec(numbers(bytes, |[b]| f16::from_le_bytes([0, b])), shape, &Device::Cpu)
             }
             Storage::I64 => {
-                Tensor::from_vec(numbers(&bytes, |b| i64::from_le_bytes(b) as f32), shape, &Device::Cpu)
+                Tensor::from_vec(numbers(bytes, |b| i64::from_le_bytes(b) as f32), shape, &Device::Cpu)
             }
             Storage::I32 => {
-                Tensor::from_vec(numbers(&bytes, |b| i32::from_le_bytes(b) as f32), shape, &Device::Cpu)
+                Tensor::from_vec(numbers(bytes, |b| i32::from_le_bytes(b) as f32), shape, &Device::Cpu)
+            }
+            Storage::U32 => {
+                Tensor::from_vec(numbers(bytes, |b| u32::from_le_bytes(b) as f32), shape, &Device::Cpu)
             }
             Storage::U8 | Storage::Bool => {
-                Tensor::from_vec(numbers(&bytes, |[b]| f32::from(b)), shape, &Device::Cpu)
+                Tensor::from_vec(numbers(bytes, |[b]| f32::from(b)), shape, &Device::Cpu)
             }
         };
-        tensor.map_err(|error| HeaderError::Entry { key: entry.key.clone(), why: error.to_string() })
+        tensor.map_err(|error| HeaderError::Entry { key: self.key.clone(), why: error.to_string() })
     }
 }
 
@@ -230,6 +247,7 @@ impl Storage {
             "F8_E5M2" => Self::F8E5M2,
             "I64" => Self::I64,
             "I32" => Self::I32,
+            "U32" => Self::U32,
             "U8" => Self::U8,
             "BOOL" => Self::Bool,
             _ => return None,
@@ -239,7 +257,7 @@ impl Storage {
     fn bytes(self) -> u64 {
         match self {
             Self::F64 | Self::I64 => 8,
-            Self::F32 | Self::I32 => 4,
+            Self::F32 | Self::I32 | Self::U32 => 4,
             Self::F16 | Self::BF16 => 2,
             Self::F8E4M3 | Self::F8E5M2 | Self::U8 | Self::Bool => 1,
         }

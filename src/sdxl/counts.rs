@@ -38,7 +38,7 @@ impl Cost {
 
 /// The cost of one text encoder for a prompt of `tokens`.
 pub fn text_encoder(config: &ClipTextConfig, tokens: u64) -> Result<Cost> {
-    let weights = recorded(|vb| ClipTextModel::new(config, vb))?;
+    let (_, weights) = recorded(|vb| ClipTextModel::new(config, vb))?;
     Ok(sum(&weights, |name| match name {
         _ if name.contains("embedding") => (0, 0),
         _ if name.starts_with("text_projection") => (1, 0), // of the one pooled token
@@ -49,7 +49,7 @@ pub fn text_encoder(config: &ClipTextConfig, tokens: u64) -> Result<Cost> {
 
 /// The cost of one step for latents of `height` × `width` and a text of `tokens`; guidance takes two of them.
 pub fn unet(config: &UNetConfig, [height, width]: [u64; 2], tokens: u64) -> Result<Cost> {
-    let weights = recorded(|vb| UNet::new(config, vb))?;
+    let (_, weights) = recorded(|vb| UNet::new(config, vb))?;
     Ok(unet_sum(&weights, config.block_out_channels.len(), [height, width], tokens))
 }
 
@@ -69,7 +69,7 @@ fn unet_sum(weights: &[(String, Vec<u64>)], levels: usize, size: [u64; 2], token
 
 /// The costs of encoding and of decoding a picture of `height` × `width` pixels.
 pub fn vae(config: &VaeConfig, [height, width]: [u64; 2]) -> Result<[Cost; 2]> {
-    let weights = recorded(|vb| Vae::new(config, vb))?;
+    let (_, weights) = recorded(|vb| Vae::new(config, vb))?;
     let levels = config.block_out_channels.len();
     let half = |names: [&str; 2]| {
         let half: Vec<_> =
@@ -114,16 +114,18 @@ fn sum(weights: &[(String, Vec<u64>)], applied: impl Fn(&str) -> (u64, u64)) -> 
     cost
 }
 
-/// Names and shapes of the weights that `build` asks for.
-fn recorded<T>(build: impl FnOnce(VarBuilder) -> Result<T>) -> Result<Vec<(String, Vec<u64>)>> {
+/// A network without weights, and names and shapes of the weights that it asked for.
+pub(super) fn recorded<T>(build: impl FnOnce(VarBuilder) -> Result<T>) -> Result<(T, NamesAndShapes)> {
     let record = Arc::new(Record::default());
-    build(VarBuilder::from_backend(Box::new(Recorder(record.clone())), DType::F32, Device::Cpu))?;
+    let built = build(VarBuilder::from_backend(Box::new(Recorder(record.clone())), DType::F32, Device::Cpu))?;
     let weights = record.0.lock().expect("no thread panics while it holds the record").clone();
-    Ok(weights)
+    Ok((built, weights))
 }
 
+type NamesAndShapes = Vec<(String, Vec<u64>)>;
+
 #[derive(Default)]
-struct Record(Mutex<Vec<(String, Vec<u64>)>>);
+struct Record(Mutex<NamesAndShapes>);
 
 struct Recorder(Arc<Record>);
 
@@ -177,7 +179,7 @@ mod tests {
 
     /// The paper's networks are given the text as context only.
     fn without_added_conditioning(config: &UNetConfig, side: u64) -> Cost {
-        let mut weights = recorded(|vb| UNet::new(config, vb)).unwrap();
+        let (_, mut weights) = recorded(|vb| UNet::new(config, vb)).unwrap();
         weights.retain(|(name, _)| !name.starts_with("add_embedding"));
         unet_sum(&weights, config.block_out_channels.len(), [side, side], 77)
     }

@@ -3,13 +3,13 @@
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
-use super::architecture;
-use super::text::{TextConditioning, TextEncoders};
+use super::text::{ClipTextConfig, ClipTextModel, TextConditioning, TextEncoders};
 use super::unet::{UNet, UNetConfig};
 use super::vae::{Vae, VaeConfig};
+use super::{architecture, counts};
 pub use crate::diffusion::sampler::Sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
-use crate::layers::compute_dtype;
+use crate::layers::{Visit, compute_dtype};
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles};
 use crate::picture::Picture;
 
@@ -106,31 +106,148 @@ impl Step<'_> {
     }
 }
 
-impl Sdxl {
-    /// Opens a model in diffusers' folder layout.
+/// A model whose configs have been read and whose weights have not: each part is loaded when it is needed, so that
+/// memory never holds all of them.
+#[derive(Clone, Debug)]
+pub struct Unloaded {
+    files: ModelFiles,
+    /// `unet/config.json`
+    pub unet: UNetConfig,
+    /// `vae/config.json`
+    pub vae: VaeConfig,
+    /// Noise levels and what the UNet predicts.
+    pub schedule: NoiseSchedule,
+    /// The sampler that its scheduler config names, if it is one of ours.
+    pub sampler: Option<Sampler>,
+    force_zeros_for_empty_prompt: bool,
+    dtype: DType,
+    /// Where the weights will lie.
+    pub device: Device,
+}
+
+impl Unloaded {
+    /// Reads the configs of a model in diffusers' folder layout.
     ///
     /// # Errors
     /// [`crate::failure::Failure::Unusable`] when a part is missing, damaged or of another architecture.
     pub fn open(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
         architecture::require_sdxl(files)?;
         let index: serde_json::Value = files.json("model_index.json")?;
-        let unet: UNetConfig = files.config("unet/config.json")?;
-        let vae: VaeConfig = files.config("vae/config.json")?;
         let scheduler_file = "scheduler/scheduler_config.json";
         let scheduler = SchedulerConfig::from_json(&files.text(scheduler_file)?)
             .map_err(|error| files.unusable(scheduler_file, format!("{error:#}")))?;
         let sampler = index["scheduler"][1]
             .as_str()
             .and_then(|class| Sampler::of_class(class, scheduler.use_karras_sigmas));
-        let vae_dtype = if vae.force_upcast { DType::F32 } else { dtype };
         Ok(Self {
-            text: TextEncoders::open(files, dtype, device)?,
-            unet: files.load("unet", DIFFUSERS_WEIGHTS, dtype, device, |vb| UNet::new(&unet, vb))?,
-            vae: files.load("vae", DIFFUSERS_WEIGHTS, vae_dtype, device, |vb| Vae::new(&vae, vb))?,
+            files: files.clone(),
+            unet: files.config("unet/config.json")?,
+            vae: files.config("vae/config.json")?,
             schedule: NoiseSchedule::new(&scheduler)?,
             sampler,
             force_zeros_for_empty_prompt: index["force_zeros_for_empty_prompt"].as_bool().unwrap_or(true),
+            dtype,
             device: device.clone(),
+        })
+    }
+
+    /// Loads both text encoders: 817 million parameters in SDXL.
+    pub fn load_text(&self) -> Result<TextEncoders> {
+        TextEncoders::open(&self.files, self.dtype, &self.device)
+    }
+
+    /// Loads the denoiser: 2,567 million parameters in SDXL.
+    pub fn load_unet(&self) -> Result<UNet> {
+        self.files.load("unet", DIFFUSERS_WEIGHTS, self.dtype, &self.device, |vb| UNet::new(&self.unet, vb))
+    }
+
+    /// Loads the codec: 84 million parameters in SDXL.
+    pub fn load_vae(&self) -> Result<Vae> {
+        let dtype = if self.vae.force_upcast { DType::F32 } else { self.dtype };
+        self.files.load("vae", DIFFUSERS_WEIGHTS, dtype, &self.device, |vb| Vae::new(&self.vae, vb))
+    }
+
+    /// The denoiser and the text encoders with names and shapes, and without weights.
+    pub fn outline(&self) -> Result<Outline> {
+        let text = |folder: &str| -> Result<ClipTextModel> {
+            let config: ClipTextConfig = self.files.config(&format!("{folder}/config.json"))?;
+            Ok(counts::recorded(|vb| ClipTextModel::new(&config, vb))?.0)
+        };
+        let unet = counts::recorded(|vb| UNet::new(&self.unet, vb))?.0;
+        Ok(Outline { unet, text: [text("text_encoder")?, text("text_encoder_2")?] })
+    }
+
+    /// (C, H/f, W/f) of the latents of a picture.
+    ///
+    /// # Errors
+    /// A size that the model cannot draw.
+    pub fn latent_shape(&self, width: usize, height: usize) -> Result<[usize; 3]> {
+        latent_shape(&self.unet, &self.vae, width, height)
+    }
+
+    /// The side of the pictures that the model was trained for.
+    pub fn native_size(&self) -> usize {
+        self.unet.sample_size * self.vae.factor()
+    }
+
+    /// What stands for "not this": the negative prompt, the empty prompt, or zeros, as the model wants.
+    pub fn negative(&self, text: &TextEncoders, prompt: Option<&str>) -> Result<TextConditioning> {
+        negative(text, prompt, self.force_zeros_for_empty_prompt)
+    }
+}
+
+/// The networks that LoRAs change, without weights; see [`Unloaded::outline`].
+pub struct Outline {
+    /// The denoiser.
+    pub unet: UNet,
+    text: [ClipTextModel; 2],
+}
+
+impl Outline {
+    /// Visits all layers that a LoRA may change.
+    pub fn visit_layers(&mut self, visit: &mut Visit) {
+        self.unet.visit_layers(visit);
+        for (folder, encoder) in ["text_encoder", "text_encoder_2"].into_iter().zip(&mut self.text) {
+            encoder.visit_layers(&mut |path, layer| visit(&format!("{folder}.{path}"), layer));
+        }
+    }
+}
+
+fn latent_shape(unet: &UNetConfig, vae: &VaeConfig, width: usize, height: usize) -> Result<[usize; 3]> {
+    let factor = vae.factor();
+    ensure!(
+        width > 0 && height > 0 && width.is_multiple_of(factor) && height.is_multiple_of(factor),
+        "a picture of {width}×{height} cannot be drawn: this model needs multiples of {factor}"
+    );
+    Ok([unet.in_channels, height / factor, width / factor])
+}
+
+fn negative(text: &TextEncoders, prompt: Option<&str>, zeros_for_none: bool) -> Result<TextConditioning> {
+    let encoded = text.encode_prompts(&[prompt.unwrap_or("")])?;
+    if prompt.is_none() && zeros_for_none {
+        return Ok(TextConditioning {
+            context: encoded.context.zeros_like()?,
+            pooled: encoded.pooled.zeros_like()?,
+        });
+    }
+    Ok(encoded)
+}
+
+impl Sdxl {
+    /// Opens a model in diffusers' folder layout and loads all of it.
+    ///
+    /// # Errors
+    /// [`crate::failure::Failure::Unusable`] when a part is missing, damaged or of another architecture.
+    pub fn open(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
+        let model = Unloaded::open(files, dtype, device)?;
+        Ok(Self {
+            text: model.load_text()?,
+            unet: model.load_unet()?,
+            vae: model.load_vae()?,
+            schedule: model.schedule,
+            sampler: model.sampler,
+            force_zeros_for_empty_prompt: model.force_zeros_for_empty_prompt,
+            device: model.device,
         })
     }
 
@@ -139,34 +256,19 @@ impl Sdxl {
         &self.device
     }
 
-    /// (C, H/f, W/f) of the latents of a picture.
-    ///
-    /// # Errors
-    /// A size that the model cannot draw.
+    /// As [`Unloaded::latent_shape`].
     pub fn latent_shape(&self, width: usize, height: usize) -> Result<[usize; 3]> {
-        let factor = self.vae.config().factor();
-        ensure!(
-            width > 0 && height > 0 && width.is_multiple_of(factor) && height.is_multiple_of(factor),
-            "a picture of {width}×{height} cannot be drawn: this model needs multiples of {factor}"
-        );
-        Ok([self.unet.config.in_channels, height / factor, width / factor])
+        latent_shape(&self.unet.config, self.vae.config(), width, height)
     }
 
-    /// The side of the pictures that the model was trained for.
+    /// As [`Unloaded::native_size`].
     pub fn native_size(&self) -> usize {
         self.unet.config.sample_size * self.vae.config().factor()
     }
 
-    /// What stands for "not this": the negative prompt, the empty prompt, or zeros, as the model wants.
+    /// As [`Unloaded::negative`].
     pub fn negative(&self, prompt: Option<&str>) -> Result<TextConditioning> {
-        let encoded = self.text.encode_prompts(&[prompt.unwrap_or("")])?;
-        if prompt.is_none() && self.force_zeros_for_empty_prompt {
-            return Ok(TextConditioning {
-                context: encoded.context.zeros_like()?,
-                pooled: encoded.pooled.zeros_like()?,
-            });
-        }
-        Ok(encoded)
+        negative(&self.text, prompt, self.force_zeros_for_empty_prompt)
     }
 
     /// What draws, without the text encoders.
@@ -203,6 +305,39 @@ impl Painter<'_> {
         (0..b).map(|i| Picture::from_tensor(&decoded.get(i)?).context("decoded picture")).collect()
     }
 
+    /// See [`Denoiser::denoise`].
+    pub fn denoise(
+        &self,
+        latents: &Tensor,
+        prompts: &TextConditioning,
+        negative: &TextConditioning,
+        drawing: Drawing,
+        noise: impl FnMut(usize) -> Result<Tensor>,
+        step: impl FnMut(&Step) -> Result<()>,
+    ) -> Result<Tensor> {
+        let factor = self.vae.config().factor();
+        let denoiser = Denoiser { unet: self.unet, schedule: self.schedule, factor };
+        denoiser.denoise(latents, prompts, negative, drawing, noise, step)
+    }
+
+    /// See [`decode`].
+    pub fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
+        decode(self.vae, latents, tiling)
+    }
+}
+
+/// The part of a model that finds latents; the VAE need not be there yet.
+#[derive(Clone, Copy)]
+pub struct Denoiser<'a> {
+    /// The denoiser.
+    pub unet: &'a UNet,
+    /// Noise levels and what the UNet predicts.
+    pub schedule: &'a NoiseSchedule,
+    /// Pixels to a side of a latent.
+    pub factor: usize,
+}
+
+impl Denoiser<'_> {
     /// From unit normal `latents` (B, C, h, w) to clean ones, f32.
     ///
     /// `prompts` holds B conditionings, `negative` one for all. `noise(i)` gives the unit normal noise (B, C, h, w) that
@@ -238,8 +373,8 @@ impl Painter<'_> {
         let context = both(&prompts.context, &negative.context)?;
         let pooled = both(&prompts.pooled, &negative.pooled)?;
         let (rows, device) = (context.dim(0)?, context.device());
-        let factor = self.vae.config().factor();
-        let time_ids = drawing.sizes.unwrap_or(Sizes::of(factor * w, factor * h)).time_ids(rows, device)?;
+        let sizes = drawing.sizes.unwrap_or(Sizes::of(self.factor * w, self.factor * h));
+        let time_ids = sizes.time_ids(rows, device)?;
 
         let mut number = 0;
         let predict = |x_t: &Tensor, t: f64| -> Result<Tensor> {
@@ -270,29 +405,28 @@ impl Painter<'_> {
         ensure!(is_finite(&latents)?, "the latents are NaN or infinite after the last step");
         Ok(latents)
     }
+}
 
-    /// Pictures (B, 3, h·f, w·f) in about [−1, 1], f32, of the diffusion model's latents (B, C, h, w).
-    ///
-    /// # Errors
-    /// NaN or infinity in what the VAE decodes.
-    pub fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
-        let (_, _, h, w) = latents.dims4()?;
-        let dtype = compute_dtype(self.vae.dtype(), latents.device());
-        let z = self.vae.from_latents(latents)?.to_dtype(dtype)?;
-        let strips = match tiling {
-            Tiling::Auto => h * w * self.vae.config().factor().pow(2) > WHOLE_PIXELS,
-            Tiling::On => true,
-            Tiling::Off => false,
-        };
-        let decoded =
-            if strips { self.vae.decode_in_strips(&z, STRIP_PIXELS)? } else { self.vae.decode(&z)? };
-        let decoded = decoded.to_dtype(DType::F32)?;
-        ensure!(
-            is_finite(&decoded)?,
-            "the VAE decoded NaN or infinity; its weights are damaged, or too large for this number type (--dtype f32)"
-        );
-        Ok(decoded)
-    }
+/// Pictures (B, 3, h·f, w·f) in about [−1, 1], f32, of the diffusion model's latents (B, C, h, w).
+///
+/// # Errors
+/// NaN or infinity in what the VAE decodes.
+pub fn decode(vae: &Vae, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
+    let (_, _, h, w) = latents.dims4()?;
+    let dtype = compute_dtype(vae.dtype(), latents.device());
+    let z = vae.from_latents(latents)?.to_dtype(dtype)?;
+    let strips = match tiling {
+        Tiling::Auto => h * w * vae.config().factor().pow(2) > WHOLE_PIXELS,
+        Tiling::On => true,
+        Tiling::Off => false,
+    };
+    let decoded = if strips { vae.decode_in_strips(&z, STRIP_PIXELS)? } else { vae.decode(&z)? };
+    let decoded = decoded.to_dtype(DType::F32)?;
+    ensure!(
+        is_finite(&decoded)?,
+        "the VAE decoded NaN or infinity; its weights are damaged, or too large for this number type (--dtype f32)"
+    );
+    Ok(decoded)
 }
 
 /// SDXL's size conditioning: original size, no crop, target size; (B, 6).

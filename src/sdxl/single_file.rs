@@ -10,7 +10,7 @@
 //!
 //! Sizes are read off the tensors' shapes. What they do not tell (heads, groups of norms, scheduler, scaling of
 //! latents) is SDXL's unless `--base-config` says otherwise. Nothing is copied here: the result says where each tensor
-//! of the usual folder lies in the mapped file. The names were checked against diffusers 0.42.1,
+//! of the usual folder lies in the file. The names were checked against diffusers 0.42.1,
 //! `loaders/single_file_utils.py` (`scripts/golden_single_file.py`).
 
 use std::borrow::Cow;
@@ -20,12 +20,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use candle_core::safetensors::MmapedSafetensors;
 use serde_json::{Map, Value, json};
 
 use super::architecture;
 use super::tokenizer::clip_vocabulary;
 use crate::failure::Failure;
+use crate::lora::header::Header;
 use crate::lora::keys::{self, BlockLayout};
 use crate::model_files::{Assembled, Form, ModelFiles, Place};
 use crate::progress;
@@ -76,9 +76,8 @@ pub fn open(path: &Path, base_config: Option<&Path>) -> Result<ModelFiles> {
 pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
 
 fn shapes(path: &Path) -> Result<Shapes> {
-    // SAFETY: the file is mapped for reading; difflora replaces files by renaming and never changes one in place.
-    let file = unsafe { MmapedSafetensors::new(path) }?;
-    Ok(file.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect())
+    let header = Header::read(&mut std::fs::File::open(path)?)?;
+    Ok(header.tensors.into_iter().map(|entry| (entry.key, entry.shape)).collect())
 }
 
 /// Pickles can run programs; torch writes them bare or inside a zip.

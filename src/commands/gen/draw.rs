@@ -2,66 +2,87 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use super::Args;
-use super::loras::Chosen;
+use super::loras::{Chosen, apply_to_text, apply_to_unet, check_loras};
 use super::settings::Settings;
 use crate::cli::Common;
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::hypernet::ModelId;
-use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Sdxl, Sizes, Step};
+use crate::picture::Picture;
+use crate::progress::Stage;
+use crate::sdxl::pipeline::{Denoiser, Drawing, Sampler, Sizes, Step, Unloaded, decode};
 use crate::sdxl::preview::LatentColours;
+use crate::sdxl::text::TextConditioning;
+use crate::sdxl::unet::UNet;
+use crate::sdxl::vae::Vae;
 use crate::{files, progress, weights};
 
+/// What is to be drawn, checked before anything is loaded.
+pub(super) struct Plan {
+    drawing: Drawing,
+    /// Width and height.
+    size: [usize; 2],
+    /// (C, h, w)
+    shape: [usize; 3],
+    /// Of `--init-latents`.
+    start: Option<Tensor>,
+}
+
+impl Plan {
+    /// # Errors
+    /// [`Failure::Usage`] for what this model cannot draw, [`Failure::Unusable`] for latents that do not fit.
+    pub(super) fn new(args: &Args, model: &Unloaded) -> Result<Self> {
+        let usage = |error: anyhow::Error| Failure::Usage(format!("{error:#}"));
+        let native = model.native_size();
+        let (width, height) = (args.width.unwrap_or(native), args.height.unwrap_or(native));
+        let shape = model.latent_shape(width, height).map_err(usage)?;
+        let start = args.init_latents.as_deref().map(|path| init_latents(path, shape)).transpose()?;
+        let sampler = args.sampler.or(model.sampler).unwrap_or_else(|| {
+            progress::note("the base model names no sampler that difflora has; it draws with euler");
+            Sampler::Euler
+        });
+        sampler.check(&model.schedule, args.steps as usize).map_err(usage)?;
+        let drawing = Drawing {
+            steps: args.steps as usize,
+            guidance_scale: args.guidance,
+            sampler,
+            sizes: Some(Sizes {
+                original: args.original_size.unwrap_or([width, height]),
+                crop: args.crop,
+                target: args.target_size.unwrap_or([width, height]),
+            }),
+            vae_tiling: args.vae_tiling,
+        };
+        Ok(Self { drawing, size: [width, height], shape, start })
+    }
+}
+
 /// Draws every picture that was asked for and writes it; gives what was written.
+///
+/// Memory holds one part of the model at a time where it can: the text encoders go before the UNet comes, and the UNet
+/// goes before the last picture is decoded.
 pub(super) fn draw(
     args: &Args,
-    model: Sdxl,
+    plan: &Plan,
+    model: &Unloaded,
     base: &ModelId,
     loras: &[Chosen],
     paths: &[PathBuf],
     common: &Common,
 ) -> Result<Value> {
-    let usage = |error: anyhow::Error| Failure::Usage(format!("{error:#}"));
-    let size = model.native_size();
-    let (width, height) = (args.width.unwrap_or(size), args.height.unwrap_or(size));
-    let shape = model.latent_shape(width, height).map_err(usage)?;
-    let given = args.init_latents.as_deref().map(|path| init_latents(path, shape)).transpose()?;
-    let sampler = args.sampler.or(model.sampler).unwrap_or_else(|| {
-        progress::note("the base model names no sampler that difflora has; it draws with euler");
-        Sampler::Euler
-    });
-    sampler.check(&model.schedule, args.steps as usize).map_err(usage)?;
-    let drawing = Drawing {
-        steps: args.steps as usize,
-        guidance_scale: args.guidance,
-        sampler,
-        sizes: Some(Sizes {
-            original: args.original_size.unwrap_or([width, height]),
-            crop: args.crop,
-            target: args.target_size.unwrap_or([width, height]),
-        }),
-        vae_tiling: args.vae_tiling,
+    check_loras(model, loras, args)?;
+    let (prompts, negative) = encode(args, model, loras)?;
+    let mut vae = None;
+    let preview = match args.preview {
+        Some(every) => Some((every, LatentColours::fit(vae.insert(load_vae(model)?), &model.device)?)),
+        None => None,
     };
-    for prompt in args.prompt.iter().chain(&args.negative_prompt) {
-        if let Some(end) = model.text.cut(prompt)? {
-            let most = model.text.tokenizer.max_length();
-            progress::warn(format_args!("a prompt has more than {most} tokens; this end is left out: {end}"));
-        }
-    }
-    let negative = model.negative(args.negative_prompt.as_deref())?;
-    let prompts = args.prompt.iter().map(|prompt| model.text.encode_prompts(&[prompt]));
-    let prompts = prompts.collect::<Result<Vec<_>>>()?;
-    let device = model.device().clone();
-    let Sdxl { text, unet, vae, schedule, .. } = model;
-    drop(text); // 3 GB in SDXL, and not needed from here on
-    let painter = Painter { unet: &unet, vae: &vae, schedule: &schedule };
-    let colours = args.preview.map(|_| LatentColours::fit(&vae, &device)).transpose()?;
-    let preview = args.preview.zip(colours);
+    let mut unet = Some(load_unet(args, model, loras)?);
 
     let bar = progress::bar(paths.len() as u64 * u64::from(args.steps), "drawing");
     let mut written = Vec::new();
@@ -70,17 +91,17 @@ pub(super) fn draw(
         let settings = Settings {
             prompt: &args.prompt[which],
             negative_prompt: args.negative_prompt.as_deref(),
-            sampler,
+            sampler: plan.drawing.sampler,
             steps: args.steps,
             guidance: args.guidance,
             seed: args.seed.wrapping_add(k as u64),
-            size: [width, height],
+            size: plan.size,
             base,
             loras,
         };
         let seed = settings.seed;
-        let shape = (1, shape[0], shape[1], shape[2]);
-        let latents = match &given {
+        let shape = (1, plan.shape[0], plan.shape[1], plan.shape[2]);
+        let latents = match &plan.start {
             Some(latents) => latents.clone(),
             None => noise::normal(seed, 0, shape, &Device::Cpu)?,
         };
@@ -96,8 +117,21 @@ pub(super) fn draw(
             }
             progress::check()
         };
-        let pictures = painter.draw(&latents, &prompts[which], &negative, drawing, fresh, step)?;
-        let Some(picture) = pictures.first() else { bail!("no picture was drawn") };
+        let clock = Stage::begin("denoising");
+        let network = unet.as_ref().context("the UNet stays until the last picture")?;
+        let denoiser = Denoiser { unet: network, schedule: &model.schedule, factor: model.vae.factor() };
+        let latents = denoiser.denoise(&latents, &prompts[which], &negative, plan.drawing, fresh, step)?;
+        clock.end();
+        if k + 1 == paths.len() {
+            unet = None; // 10 GB in SDXL
+        }
+        let codec = match &mut vae {
+            Some(codec) => codec,
+            none => none.insert(load_vae(model)?),
+        };
+        let clock = Stage::begin("decoding");
+        let picture = Picture::from_tensor(&decode(codec, &latents, args.vae_tiling)?.squeeze(0)?)?;
+        clock.end();
         let text = settings.parameters();
         picture.save(path, (!args.no_metadata).then_some(&text))?;
         let mut told = settings.to_json();
@@ -111,6 +145,45 @@ pub(super) fn draw(
     }
     bar.finish_and_clear();
     Ok(written.into())
+}
+
+/// Each prompt's conditioning, and that of the negative prompt. The text encoders are gone afterwards.
+fn encode(
+    args: &Args,
+    model: &Unloaded,
+    loras: &[Chosen],
+) -> Result<(Vec<TextConditioning>, TextConditioning)> {
+    let clock = Stage::begin("loading the text encoders");
+    let mut text = model.load_text()?;
+    apply_to_text(&mut text, loras, args)?;
+    clock.end();
+    for prompt in args.prompt.iter().chain(&args.negative_prompt) {
+        if let Some(end) = text.cut(prompt)? {
+            let most = text.tokenizer.max_length();
+            progress::warn(format_args!("a prompt has more than {most} tokens; this end is left out: {end}"));
+        }
+    }
+    let clock = Stage::begin("encoding the prompts");
+    let negative = model.negative(&text, args.negative_prompt.as_deref())?;
+    let prompts = args.prompt.iter().map(|prompt| text.encode_prompts(&[prompt]));
+    let prompts = prompts.collect::<Result<_>>()?;
+    clock.end();
+    Ok((prompts, negative))
+}
+
+fn load_unet(args: &Args, model: &Unloaded, loras: &[Chosen]) -> Result<UNet> {
+    let clock = Stage::begin("loading the UNet");
+    let mut unet = model.load_unet()?;
+    apply_to_unet(&mut unet, loras, args)?;
+    clock.end();
+    Ok(unet)
+}
+
+fn load_vae(model: &Unloaded) -> Result<Vae> {
+    let clock = Stage::begin("loading the VAE");
+    let vae = model.load_vae()?;
+    clock.end();
+    Ok(vae)
 }
 
 /// The tensor `latents` of a file, (1, C, h, w).

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::super::models;
-use super::{Args, LoraMode, sha256_of};
+use super::{Args, LoraMode};
 use crate::failure::Failure;
 use crate::layers::Visit;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
@@ -14,8 +14,10 @@ use crate::lora::file;
 use crate::lora::strength::Strength;
 use crate::lora::{Lora, LoraError};
 use crate::model_files::ModelFiles;
-use crate::progress;
-use crate::sdxl::pipeline::Sdxl;
+use crate::sdxl::pipeline::Unloaded;
+use crate::sdxl::text::TextEncoders;
+use crate::sdxl::unet::UNet;
+use crate::{hashes, progress};
 
 /// A LoRA with its name, strength and short hash, for the picture's text.
 pub(super) struct Chosen {
@@ -48,23 +50,18 @@ pub(super) fn chosen_loras(args: &Args, person: Option<&Lora>, base: &ModelFiles
     Ok(chosen)
 }
 
-/// Puts the LoRAs into UNet and text encoders.
+/// Makes sure that each LoRA is made for this base, before any weight is loaded.
 ///
 /// # Errors
-/// [`Failure::Unusable`] for a LoRA that is not made for this base.
-pub(super) fn apply_loras(model: &mut Sdxl, chosen: &[Chosen], args: &Args) -> Result<()> {
-    let mut order: Vec<&Chosen> = chosen.iter().collect();
-    // f32 sums depend on their order; the order on the command line must not count.
-    let weight = |chosen: &Chosen| chosen.strength.everywhere();
-    order.sort_by(|a, b| a.hash.cmp(&b.hash).then(weight(a).total_cmp(&weight(b))));
-    let loras: Vec<(&Changes, Strength)> =
-        order.iter().map(|chosen| (&chosen.changes, chosen.strength.clone())).collect();
-    if loras.is_empty() {
+/// [`Failure::Unusable`] for a LoRA that is not; [`Failure::Usage`] for one that cannot change the prompt alone.
+pub(super) fn check_loras(model: &Unloaded, chosen: &[Chosen], args: &Args) -> Result<()> {
+    if chosen.is_empty() {
         return Ok(());
     }
+    let mut outline = model.outline()?;
     for chosen in chosen {
         let alone = [(&chosen.changes, chosen.strength.clone())];
-        let missing = apply::check(|visit| layers(model, visit), &alone, Unmatched::Allow)
+        let missing = apply::check(|visit| outline.visit_layers(visit), &alone, Unmatched::Allow)
             .map_err(|error| Failure::Unusable(format!("cannot use the LoRA `{}`: {error}", chosen.name)))?;
         if !missing.is_empty() {
             progress::warn(format_args!(
@@ -76,16 +73,22 @@ pub(super) fn apply_loras(model: &mut Sdxl, chosen: &[Chosen], args: &Args) -> R
             ));
         }
     }
+    if branch(args) == Branch::Positive {
+        apply_to_unet(&mut outline.unet, chosen, args)?;
+    }
+    Ok(())
+}
+
+/// Puts the LoRAs into the UNet.
+pub(super) fn apply_to_unet(unet: &mut UNet, chosen: &[Chosen], args: &Args) -> Result<()> {
+    let loras = in_order(chosen);
     match args.lora_mode {
         LoraMode::Merge => {
-            apply::merge(|visit| layers(model, visit), &loras, Unmatched::Allow, Originals::Drop)?;
+            let visit = |visit: &mut Visit| unet.visit_layers(visit);
+            apply::merge(visit, &loras, Unmatched::Ignore, Originals::Drop)?;
         }
         LoraMode::Runtime => {
-            let guided = args.lora_positive_only && args.guidance > 1.0;
-            let branch = if guided { Branch::Positive } else { Branch::Both };
-            // A prompt's batch is one, so text encoders have no halves.
-            apply::attach(|visit| model.text.visit_layers(visit), &loras, Unmatched::Ignore, Branch::Both)?;
-            apply::attach(|visit| model.unet.visit_layers(visit), &loras, Unmatched::Ignore, branch)
+            apply::attach(|visit| unet.visit_layers(visit), &loras, Unmatched::Ignore, branch(args))
                 .map_err(|error| match error {
                     LoraError::Kind { .. } => Failure::Usage(format!("--lora-positive-only: {error}")).into(),
                     other => anyhow::Error::from(other),
@@ -95,17 +98,34 @@ pub(super) fn apply_loras(model: &mut Sdxl, chosen: &[Chosen], args: &Args) -> R
     Ok(())
 }
 
-/// All layers of a model that a LoRA may change.
-fn layers(model: &mut Sdxl, visit: &mut Visit) {
-    model.unet.visit_layers(visit);
-    model.text.visit_layers(visit);
+/// Puts the LoRAs into the text encoders. A prompt's batch is one, so these have no halves.
+pub(super) fn apply_to_text(text: &mut TextEncoders, chosen: &[Chosen], args: &Args) -> Result<()> {
+    let loras = in_order(chosen);
+    let visit = |visit: &mut Visit| text.visit_layers(visit);
+    match args.lora_mode {
+        LoraMode::Merge => apply::merge(visit, &loras, Unmatched::Ignore, Originals::Drop)?,
+        LoraMode::Runtime => apply::attach(visit, &loras, Unmatched::Ignore, Branch::Both)?,
+    };
+    Ok(())
+}
+
+fn branch(args: &Args) -> Branch {
+    if args.lora_positive_only && args.guidance > 1.0 { Branch::Positive } else { Branch::Both }
+}
+
+/// f32 sums depend on their order; the order on the command line must not count.
+fn in_order(chosen: &[Chosen]) -> Vec<(&Changes, Strength)> {
+    let mut order: Vec<&Chosen> = chosen.iter().collect();
+    let weight = |chosen: &Chosen| chosen.strength.everywhere();
+    order.sort_by(|a, b| a.hash.cmp(&b.hash).then(weight(a).total_cmp(&weight(b))));
+    order.iter().map(|chosen| (&chosen.changes, chosen.strength.clone())).collect()
 }
 
 /// What A1111 calls a LoRA's hash: SHA-256 of a `.safetensors` behind its header, so that other metadata does not
 /// change it (`modules/hashes.py`, `addnet_hash_safetensors`).
 fn lora_hash(bytes: &[u8]) -> String {
     let header = bytes.first_chunk::<8>().map_or(0, |length| u64::from_le_bytes(*length) as usize);
-    sha256_of(bytes.get(header.saturating_add(8)..).unwrap_or(bytes))
+    hashes::of_bytes(bytes.get(header.saturating_add(8)..).unwrap_or(bytes))
 }
 
 #[cfg(test)]
@@ -117,6 +137,6 @@ mod tests {
         let file =
             |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"data"].concat();
         assert_eq!(lora_hash(&file("{}")), lora_hash(&file("{\"__metadata__\": {}}")));
-        assert_eq!(lora_hash(&file("{}")), sha256_of(b"data"));
+        assert_eq!(lora_hash(&file("{}")), hashes::of_bytes(b"data"));
     }
 }

@@ -10,13 +10,13 @@ use serde_json::{Value, json};
 use super::super::face::open_encoder;
 use super::super::models;
 use super::super::photos::Photos;
-use super::{Args, sha256_of};
+use super::Args;
 use crate::hypernet::{Hypernet, ModelId};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
 use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
 use crate::lora::{Lora, TRIGGER_PHRASE};
-use crate::progress;
+use crate::{hashes, progress};
 
 /// Photos → identity → LoRA, with what is worth telling about it.
 pub(super) fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
@@ -126,7 +126,7 @@ fn look_at(args: &Args, faces: &FaceEncoder, images: &ImageEncoder) -> Result<Re
         Ok(Reference {
             face: faces.embed(picture, chosen)?,
             image: images.embed(picture, chosen)?,
-            sha256: sha256_of(&std::fs::read(path)?),
+            sha256: hashes::of_file(path)?,
             faces: search.faces.len(),
             chosen: chosen.clone(),
             quality: Quality::of(picture, chosen, &search.faces),
