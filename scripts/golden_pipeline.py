@@ -1,15 +1,17 @@
 """Golden values for tests/parity/pipeline.rs: pictures of diffusers' StableDiffusionXLPipeline, and what leads to them.
 
-    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python scripts/golden_pipeline.py
+    HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python scripts/golden_pipeline.py [pipeline] [distilled]
 
-Writes two tiny random models of different structure into tests/data/golden/pipeline/, weights as f16, and
-tests/data/golden/pipeline.safetensors: final latents and pixels of every case, f32 arithmetic, and for one case of each
-model the text encoders' outputs, the UNet's blocks and the VAE's output. The cases are in the metadata.
+Writes tiny random models of different structure into tests/data/golden/pipeline/ and distilled/, weights as f16, and
+tests/data/golden/pipeline.safetensors and distilled.safetensors: final latents and pixels of every case, f32 arithmetic,
+and for one case of each model the text encoders' outputs, the UNet's blocks and the VAE's output. The cases are in the
+metadata.
 """
 
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -66,6 +69,37 @@ MODELS = {
         ),
         zeros=False,
         sizes=[(32, 32), (24, 32)],
+    ),
+}
+# Distilled from SDXL: what SSD-1B, Segmind Vega, KOALA and LCM leave out, each in miniature.
+DISTILLED = {
+    # Single layers of other depth, another way up, a middle block of one ResNet block.
+    "layers": dict(
+        unet=dict(
+            sample_size=8, layers_per_block=2, block_out_channels=(8, 8, 12), norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, [2, 1], [1, 3]],
+            reverse_transformer_layers_per_block=[[1, 2, 3], [2, 1, 1], 1],
+            mid_block_type="UNetMidBlock2D", attention_head_dim=(1, 2, 3),
+        ),
+        vae=dict(block_out_channels=(4, 8), norm_num_groups=2, force_upcast=True, scaling_factor=0.13025 * 4),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading"),
+        zeros=True,
+        sizes=[(16, 16), (24, 16)],
+    ),
+    # No middle block, and the guidance scale as an input.
+    "guided": dict(
+        unet=dict(
+            sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), mid_block_type=None, time_cond_proj_dim=9,
+        ),
+        vae=dict(block_out_channels=(4, 8), norm_num_groups=2, force_upcast=True, scaling_factor=0.13025 * 4),
+        scheduler=LCMScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading"),
+        zeros=True,
+        sizes=[(16, 16), (24, 16)],
     ),
 }
 DETERMINISTIC = ["ddim", "euler", "dpmpp-2m", "dpmpp-2m-karras", "unipc"]
@@ -120,10 +154,18 @@ def build(name, model, folder, seed):
 
 
 def main():
-    root = GOLDEN / "pipeline"
+    names = sys.argv[1:] or ["pipeline", "distilled"]
+    if "pipeline" in names:
+        write("pipeline", MODELS, DETERMINISTIC, [1, 4, 20], [1.0, 5.0, 9.0])
+    if "distilled" in names:
+        write("distilled", DISTILLED, ["euler"], [4], [1.0, 5.0])
+
+
+def write(file, models, samplers, step_counts, guidances):
+    root = GOLDEN / file
     shutil.rmtree(root, ignore_errors=True)
     tensors, cases = {}, []
-    for seed, (name, model) in enumerate(MODELS.items()):
+    for seed, (name, model) in enumerate(models.items()):
         folder = root / name
         folder.mkdir(parents=True)
         pipe = build(name, model, folder, 10 * seed)
@@ -161,7 +203,7 @@ def main():
             tensors[f"{number}.pixels"] = torch.from_numpy((picture * 255).round().astype("uint8"))
             cases.append(dict(model=name, sampler=kind, steps=steps, guidance=guidance, width=size[0], height=size[1], prompt=prompt, negative=negative) | {k: list(v) for k, v in more.items()})
 
-        for kind, steps, guidance, size in itertools.product(DETERMINISTIC, [1, 4, 20], [1.0, 5.0, 9.0], model["sizes"]):
+        for kind, steps, guidance, size in itertools.product(samplers, step_counts, guidances, model["sizes"]):
             draw(kind, steps, guidance, size)
         for kind, steps in itertools.product(["euler-a", "lcm"], [1, 4]):
             draw(kind, steps, 5.0, model["sizes"][1])
@@ -169,8 +211,8 @@ def main():
         pipe.scheduler = model["scheduler"]
         parts(name, pipe, starts[model["sizes"][1]], tensors)
     tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
-    save_file(tensors, GOLDEN / "pipeline.safetensors", metadata={"cases": json.dumps(cases)})
-    size = sum(file.stat().st_size for file in [*root.rglob("*.*"), GOLDEN / "pipeline.safetensors"] if file.is_file())
+    save_file(tensors, GOLDEN / f"{file}.safetensors", metadata={"cases": json.dumps(cases)})
+    size = sum(path.stat().st_size for path in [*root.rglob("*.*"), GOLDEN / f"{file}.safetensors"] if path.is_file())
     print(len(cases), "cases,", size, "bytes with the models")
 
 
@@ -186,7 +228,8 @@ def parts(name, pipe, latents, tensors):
 
     unet = pipe.unet
     watch(unet.conv_in, "conv_in")
-    watch(unet.mid_block, "mid_block")
+    if unet.mid_block is not None:
+        watch(unet.mid_block, "mid_block")
     for kind in ("down_blocks", "up_blocks"):
         for i, block in enumerate(getattr(unet, kind)):
             watch(block, f"{kind}.{i}")
@@ -203,7 +246,11 @@ def parts(name, pipe, latents, tensors):
         height, width = [side * pipe.vae_scale_factor for side in latents.shape[2:]]
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
         added = dict(text_embeds=pooled, time_ids=sizes)
-        tensors[f"{name}.unet.out"] = unet(latents, torch.tensor(601.0), context, added_cond_kwargs=added).sample
+        width = unet.config.time_cond_proj_dim
+        told = pipe.get_guidance_scale_embedding(torch.tensor([5.0 - 1]), width) if width else None
+        tensors[f"{name}.unet.out"] = unet(
+            latents, torch.tensor(601.0), context, timestep_cond=told, added_cond_kwargs=added
+        ).sample
         tensors[f"{name}.vae"] = pipe.vae.decode(latents).sample
     for handle in handles:
         handle.remove()

@@ -435,7 +435,8 @@ const RESNET: [(&str, &str); 6] = [
 /// The three parts of the middle block, in LDM order.
 const MIDDLE: [(&str, usize); 3] = [("resnets", 0), ("attentions", 0), ("resnets", 1)];
 
-fn to_ldm(path: &str, layout: &BlockLayout) -> Option<String> {
+/// The LDM path of a UNet layer, the way back from [`from_ldm`].
+pub(crate) fn to_ldm(path: &str, layout: &BlockLayout) -> Option<String> {
     if let Some((_, ldm)) = OUTSIDE.iter().find(|(ours, _)| *ours == path) {
         return Some((*ldm).to_string());
     }

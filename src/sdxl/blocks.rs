@@ -32,7 +32,7 @@ impl DownBlock {
         width: usize,
         embedding: usize,
         norm: Norm,
-        attention: Option<TransformerSize>,
+        attention: &[TransformerSize],
         downsample: bool,
         vb: VarBuilder,
     ) -> Result<Self> {
@@ -70,12 +70,11 @@ impl DownBlock {
     }
 }
 
-/// The lowest level: ResNet, attention, ResNet.
+/// The lowest level: ResNet, attention, ResNet; in distilled models the first alone.
 #[derive(Clone, Debug)]
 pub(super) struct MidBlock {
     first: Resnet,
-    attention: Transformer,
-    second: Resnet,
+    rest: Option<(Transformer, Resnet)>,
 }
 
 impl MidBlock {
@@ -83,26 +82,29 @@ impl MidBlock {
         width: usize,
         embedding: usize,
         norm: Norm,
-        size: TransformerSize,
+        attention: Option<TransformerSize>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        Ok(Self {
-            first: Resnet::new(width, width, embedding, norm, vb.pp("resnets.0"))?,
-            attention: Transformer::new(width, norm.0, size, vb.pp("attentions.0"))?,
-            second: Resnet::new(width, width, embedding, norm, vb.pp("resnets.1"))?,
-        })
+        let first = Resnet::new(width, width, embedding, norm, vb.pp("resnets.0"))?;
+        let rest = |size| -> Result<_> {
+            let attention = Transformer::new(width, norm.0, size, vb.pp("attentions.0"))?;
+            Ok((attention, Resnet::new(width, width, embedding, norm, vb.pp("resnets.1"))?))
+        };
+        Ok(Self { first, rest: attention.map(rest).transpose()? })
     }
 
     pub(super) fn forward(&self, x: &Tensor, emb: &Tensor, context: &Tensor) -> Result<Tensor> {
         let x = self.first.forward(x, emb)?;
-        let x = self.attention.forward(&x, context)?;
-        self.second.forward(&x, emb)
+        let Some((attention, second)) = &self.rest else { return Ok(x) };
+        second.forward(&attention.forward(&x, context)?, emb)
     }
 
     pub(super) fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
         self.first.visit_layers(&format!("{path}.resnets.0"), visit);
-        self.attention.visit_layers(&format!("{path}.attentions.0"), visit);
-        self.second.visit_layers(&format!("{path}.resnets.1"), visit);
+        if let Some((attention, second)) = &mut self.rest {
+            attention.visit_layers(&format!("{path}.attentions.0"), visit);
+            second.visit_layers(&format!("{path}.resnets.1"), visit);
+        }
     }
 }
 
@@ -119,7 +121,7 @@ impl UpBlock {
         width: usize,
         embedding: usize,
         norm: Norm,
-        attention: Option<TransformerSize>,
+        attention: &[TransformerSize],
         upsample: bool,
         vb: VarBuilder,
     ) -> Result<Self> {
@@ -174,14 +176,14 @@ impl Layers {
         width: usize,
         embedding: usize,
         norm: Norm,
-        attention: Option<TransformerSize>,
+        attention: &[TransformerSize],
         vb: VarBuilder,
     ) -> Result<Self> {
         let mut layers = Self { resnets: Vec::new(), attentions: Vec::new() };
         for (i, &input) in inputs.iter().enumerate() {
             layers.resnets.push(Resnet::new(input, width, embedding, norm, vb.pp("resnets").pp(i))?);
-            if let Some(size) = attention {
-                layers.attentions.push(Transformer::new(width, norm.0, size, vb.pp("attentions").pp(i))?);
+            if let Some(size) = attention.get(i) {
+                layers.attentions.push(Transformer::new(width, norm.0, *size, vb.pp("attentions").pp(i))?);
             }
         }
         Ok(layers)

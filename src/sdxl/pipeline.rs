@@ -36,7 +36,8 @@ pub struct Sdxl {
 pub struct Drawing {
     /// Sampling steps.
     pub steps: usize,
-    /// Weight of the prompt against the negative prompt; at 1 or less the second pass is left out.
+    /// Weight of the prompt against the negative prompt; at 1 or less the second pass is left out, and so it is in
+    /// models that were distilled with guidance.
     pub guidance_scale: f64,
     /// Sampling method.
     pub sampler: Sampler,
@@ -223,14 +224,10 @@ fn latent_shape(unet: &UNetConfig, vae: &VaeConfig, width: usize, height: usize)
 }
 
 fn negative(text: &TextEncoders, prompt: Option<&str>, zeros_for_none: bool) -> Result<TextConditioning> {
-    let encoded = text.encode_prompts(&[prompt.unwrap_or("")])?;
-    if prompt.is_none() && zeros_for_none {
-        return Ok(TextConditioning {
-            context: encoded.context.zeros_like()?,
-            pooled: encoded.pooled.zeros_like()?,
-        });
+    match prompt {
+        None if zeros_for_none => text.zeros(),
+        _ => text.encode_prompts(&[prompt.unwrap_or("")]),
     }
-    Ok(encoded)
 }
 
 impl Sdxl {
@@ -357,7 +354,7 @@ impl Denoiser<'_> {
         let (b, _, h, w) = latents.dims4()?;
         ensure!(prompts.context.dim(0)? == b, "{b} latents for {} prompts", prompts.context.dim(0)?);
         let dtype = self.unet.compute_dtype();
-        let guided = drawing.guidance_scale > 1.0;
+        let guided = self.unet.config.takes_two_passes(drawing.guidance_scale);
         let both = |cond: &Tensor, uncond: &Tensor| -> Result<Tensor> {
             ensure!(
                 is_finite(cond)? && (!guided || is_finite(uncond)?),
@@ -381,7 +378,8 @@ impl Denoiser<'_> {
             number += 1;
             let twice = if guided { Tensor::cat(&[x_t, x_t], 0)? } else { x_t.clone() };
             let timesteps = Tensor::full(t as f32, rows, device)?;
-            let out = self.unet.forward(&twice.to_dtype(dtype)?, &timesteps, &context, &pooled, &time_ids)?;
+            let (twice, scale) = (twice.to_dtype(dtype)?, drawing.guidance_scale);
+            let out = self.unet.forward_guided(&twice, &timesteps, &context, &pooled, &time_ids, scale)?;
             let out = out.to_dtype(DType::F32)?;
             let out = if guided {
                 let (uncond, cond) = (out.narrow(0, 0, b)?, out.narrow(0, b, b)?);

@@ -101,18 +101,39 @@ fn refuse_pickle(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One level of the UNet on its way down.
+/// One level of the UNet.
 #[derive(Debug, PartialEq)]
 struct Level {
     channels: usize,
+    /// Transformer blocks in the attention of each layer on the way down; empty where the level has no attention.
+    down: Vec<usize>,
+    /// The same on the way up, of one layer more.
+    up: Vec<usize>,
+}
+
+/// The UNet's levels from the highest resolution, and what lies below them.
+#[derive(Debug, PartialEq)]
+struct Levels {
+    all: Vec<Level>,
     resnets: usize,
-    /// Transformer blocks in each attention; none where the level has no attention.
-    depth: Option<usize>,
+    middle: Middle,
+}
+
+/// The lowest block.
+#[derive(Debug, PartialEq)]
+enum Middle {
+    /// ResNet, attention of this depth, ResNet.
+    Attention(usize),
+    /// One ResNet, as in SSD-1B and Segmind Vega.
+    Resnet,
+    /// None, as in KOALA-700M.
+    None,
 }
 
 /// Reads the levels off the blocks' names and shapes.
-fn levels(shapes: &Shapes) -> Result<Vec<Level>> {
-    let mut levels: Vec<Level> = Vec::new();
+fn levels(shapes: &Shapes) -> Result<Levels> {
+    let mut widths: Vec<usize> = Vec::new();
+    let mut down: Vec<Vec<Option<usize>>> = Vec::new();
     let mut open = false;
     for block in 1.. {
         let place = format!("{UNET}input_blocks.{block}");
@@ -122,44 +143,48 @@ fn levels(shapes: &Shapes) -> Result<Vec<Level>> {
         }
         let Some(shape) = shapes.get(&format!("{place}.0.in_layers.2.weight")) else { break };
         let channels = *shape.first().context("a convolution without channels")?;
-        let depth = depth(shapes, &format!("{place}.1"));
-        match levels.last_mut().filter(|_| open) {
-            Some(level) => {
-                ensure!(
-                    (level.channels, level.depth) == (channels, depth),
-                    "`{place}` differs from the block before it, which is of the same level"
-                );
-                level.resnets += 1;
-            }
-            None => levels.push(Level { channels, resnets: 1, depth }),
+        if !open {
+            widths.push(channels);
+            down.push(Vec::new());
+        }
+        ensure!(
+            widths.last() == Some(&channels),
+            "`{place}` has {channels} channels, the block before it, of the same level, has others"
+        );
+        if let Some(layers) = down.last_mut() {
+            layers.push(depth(shapes, &format!("{place}.1")));
         }
         open = true;
     }
-    let last = levels.last().context("it holds no UNet blocks (`model.diffusion_model.input_blocks.…`)")?;
-    let middle = depth(shapes, &format!("{UNET}middle_block.1"));
+    let resnets =
+        down.last().context("it holds no UNet blocks (`model.diffusion_model.input_blocks.…`)")?.len();
     ensure!(
-        middle.is_some() && (last.depth.is_none() || middle == last.depth),
-        "the UNet's middle block is {middle:?} transformer blocks deep, its lowest level {:?}; distilled variants \
-         (SSD-1B, Vega, KOALA) are not supported",
-        last.depth
-    );
-    let resnets = last.resnets;
-    ensure!(
-        levels.iter().all(|level| level.resnets == resnets),
+        down.iter().all(|layers| layers.len() == resnets),
         "the UNet's levels differ in their number of layers"
     );
-    for (i, level) in levels.iter().rev().enumerate() {
-        for layer in 0..=resnets {
-            let block = i * (resnets + 1) + layer;
-            let place = format!("{UNET}output_blocks.{block}");
+    let mut all = Vec::new();
+    for (level, (channels, down)) in widths.iter().zip(down).enumerate() {
+        let first = (widths.len() - 1 - level) * (resnets + 1);
+        let place = |layer: usize| format!("{UNET}output_blocks.{}.1", first + layer);
+        let up: Vec<_> = (0..=resnets).map(|layer| depth(shapes, &place(layer))).collect();
+        let part = |layers: &[Option<usize>]| -> Result<Vec<usize>> {
+            let depths: Vec<usize> = layers.iter().copied().flatten().collect();
             ensure!(
-                depth(shapes, &format!("{place}.1")) == level.depth,
-                "`{place}` is not as deep as its level on the way down; distilled variants (SSD-1B, Vega, KOALA) are \
-                 not supported"
+                depths.is_empty() || depths.len() == layers.len(),
+                "on level {level} of the UNet some layers have attention and some do not"
             );
-        }
+            Ok(depths)
+        };
+        all.push(Level { channels: *channels, down: part(&down)?, up: part(&up)? });
     }
-    Ok(levels)
+    let has = |layer: usize| shapes.contains_key(&format!("{UNET}middle_block.{layer}.in_layers.2.weight"));
+    let middle = match (has(0), depth(shapes, &format!("{UNET}middle_block.1")), has(2)) {
+        (true, Some(depth), true) => Middle::Attention(depth),
+        (true, None, false) => Middle::Resnet,
+        (false, None, false) => Middle::None,
+        _ => bail!("the UNet's middle block (`{UNET}middle_block.…`) lacks a part"),
+    };
+    Ok(Levels { all, resnets, middle })
 }
 
 /// How many transformer blocks lie under `place`.
@@ -169,7 +194,7 @@ fn depth(shapes: &Shapes, place: &str) -> Option<usize> {
 }
 
 /// Every JSON of the folder, with sizes from the tensors and all else as in SDXL.
-fn configs(shapes: &Shapes, levels: &[Level]) -> Result<BTreeMap<String, String>> {
+fn configs(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, String>> {
     let unet = unet_config(shapes, levels)?;
     let tokenizer = |pad: &str| {
         json!({
@@ -214,13 +239,12 @@ fn size(shapes: &Shapes, name: &str, axis: usize) -> Result<usize> {
     shape.get(axis).copied().with_context(|| format!("tensor `{name}` has shape {shape:?}"))
 }
 
-fn unet_config(shapes: &Shapes, levels: &[Level]) -> Result<Value> {
+fn unet_config(shapes: &Shapes, levels: &Levels) -> Result<Value> {
     let of = |name: &str, axis: usize| size(shapes, &format!("{UNET}{name}"), axis);
-    let kinds = |with: &'static str, without: &'static str| {
-        move |level: &Level| if level.depth.is_some() { with } else { without }
+    let kind = |depths: &[usize], way: &str| {
+        format!("{}{way}Block2D", if depths.is_empty() { "" } else { "CrossAttn" })
     };
-    let middle = depth(shapes, &format!("{UNET}middle_block.1"));
-    let widths: Vec<usize> = levels.iter().map(|level| level.channels).collect();
+    let widths: Vec<usize> = levels.all.iter().map(|level| level.channels).collect();
     let pooled = size(shapes, &format!("{TEXT_2}text_projection"), 1)?;
     let added = of("label_emb.0.0.weight", 1)?;
     ensure!(
@@ -233,22 +257,66 @@ fn unet_config(shapes: &Shapes, levels: &[Level]) -> Result<Value> {
         "in_channels": of("input_blocks.0.0.weight", 1)?,
         "out_channels": of("out.2.weight", 0)?,
         "block_out_channels": widths,
-        "layers_per_block": levels[0].resnets,
-        "down_block_types": levels.iter().map(kinds("CrossAttnDownBlock2D", "DownBlock2D")).collect::<Vec<_>>(),
-        "up_block_types": levels.iter().rev().map(kinds("CrossAttnUpBlock2D", "UpBlock2D")).collect::<Vec<_>>(),
-        "transformer_layers_per_block":
-            levels.iter().map(|level| level.depth.or(middle).unwrap_or(1)).collect::<Vec<_>>(),
-        "cross_attention_dim": of("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1)?,
+        "layers_per_block": levels.resnets,
+        "down_block_types": levels.all.iter().map(|level| kind(&level.down, "Down")).collect::<Vec<_>>(),
+        "up_block_types": levels.all.iter().rev().map(|level| kind(&level.up, "Up")).collect::<Vec<_>>(),
+        "cross_attention_dim": text_width(shapes)?,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": (added - pooled) / 6,
         "projection_class_embeddings_input_dim": added,
         "use_linear_projection": true,
     });
+    let (down, up) = depths(levels)?;
+    config["transformer_layers_per_block"] = down;
+    if let Some(up) = up {
+        config["reverse_transformer_layers_per_block"] = up;
+    }
+    match levels.middle {
+        Middle::Attention(_) => {}
+        Middle::Resnet => config["mid_block_type"] = json!("UNetMidBlock2D"),
+        Middle::None => config["mid_block_type"] = Value::Null,
+    }
     if widths.iter().all(|width| width.is_multiple_of(HEAD_WIDTH)) {
         config["attention_head_dim"] =
             json!(widths.iter().map(|width| width / HEAD_WIDTH).collect::<Vec<_>>());
     }
     Ok(config)
+}
+
+/// `transformer_layers_per_block`, and `reverse_transformer_layers_per_block` where the way up is not the way down turned
+/// round.
+fn depths(levels: &Levels) -> Result<(Value, Option<Value>)> {
+    let same = |layers: &[usize]| layers.iter().all(|depth| *depth == layers[0]);
+    let one = |layers: &[usize]| match layers {
+        [] => json!(1),
+        _ if same(layers) => json!(layers[0]),
+        _ => json!(layers),
+    };
+    let mut down: Vec<Value> = levels.all.iter().map(|level| one(&level.down)).collect();
+    if let (Middle::Attention(middle), Some(lowest)) = (&levels.middle, levels.all.last()) {
+        ensure!(
+            lowest.down.first().is_none_or(|depth| depth == middle),
+            "the UNet's middle block is {middle} transformer blocks deep, its lowest level {:?}; no config of \
+             diffusers says that",
+            lowest.down
+        );
+        if lowest.down.is_empty() {
+            down[levels.all.len() - 1] = json!(middle);
+        }
+    }
+    let symmetric = levels
+        .all
+        .iter()
+        .all(|level| same(&level.down) && same(&level.up) && level.down.first() == level.up.first());
+    let up = levels.all.iter().rev().map(|level| one(&level.up)).collect();
+    Ok((Value::Array(down), (!symmetric).then_some(up)))
+}
+
+/// Width of the text that the UNet's attention listens to.
+fn text_width(shapes: &Shapes) -> Result<usize> {
+    let listens = |name: &&String| name.starts_with(UNET) && name.ends_with(".attn2.to_k.weight");
+    let name = shapes.keys().find(listens).context("the UNet has no attention to the text")?;
+    size(shapes, name, 1)
 }
 
 fn vae_config(shapes: &Shapes) -> Result<Value> {
@@ -394,8 +462,8 @@ fn vocabularies(texts: &mut BTreeMap<String, String>, own: Vec<&str>) -> Result<
 }
 
 /// Where each tensor of each component lies.
-fn places(shapes: &Shapes, levels: &[Level]) -> Result<BTreeMap<String, BTreeMap<String, Place>>> {
-    let layout = BlockLayout::uniform(levels.len(), levels[0].resnets);
+fn places(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, BTreeMap<String, Place>>> {
+    let layout = BlockLayout::uniform(levels.all.len(), levels.resnets);
     let vae_levels =
         (0..).take_while(|i| shapes.contains_key(&format!("{VAE}encoder.down.{i}.block.0.conv1.weight")));
     let vae_levels = vae_levels.count();
@@ -542,4 +610,86 @@ fn open_clip_name(name: &str) -> Names {
     let (inner, kind) = layer_and_kind(rest)?;
     let (_, ours) = OPEN_CLIP.iter().find(|(theirs, _)| *theirs == inner)?;
     whole(format!("{place}.{ours}.{kind}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::counts;
+    use super::super::unet::{UNet, UNetConfig};
+    use super::*;
+
+    /// Names and shapes of a UNet's weights in LDM layout, and what else its config is read from.
+    fn ldm(config: &UNetConfig) -> Shapes {
+        let layout = BlockLayout::uniform(config.block_out_channels.len(), config.layers_per_block);
+        let (_, weights) = counts::recorded(|vb| UNet::new(config, vb)).unwrap();
+        let stored = |(name, shape): (String, Vec<u64>)| {
+            let (layer, kind) = layer_and_kind(&name).unwrap();
+            let layer = keys::to_ldm(layer, &layout).unwrap_or_else(|| panic!("`{name}` has no LDM name"));
+            (format!("{UNET}{layer}.{kind}"), shape.into_iter().map(|size| size as usize).collect())
+        };
+        let mut shapes: Shapes = weights.into_iter().map(stored).collect();
+        shapes.insert(format!("{TEXT_2}text_projection"), vec![1280, 1280]);
+        shapes
+    }
+
+    #[test]
+    fn distilled_unets_are_told_from_their_tensors() {
+        // Layers, depths and middle blocks as in ComfyUI's `comfy/model_detection.py`; parameters counted with diffusers
+        // 0.42.1 on meta tensors, and to their printed digits those that the models' cards give.
+        let both = "UNetMidBlock2DCrossAttn";
+        let one = "UNetMidBlock2D";
+        type Row = (&'static str, usize, Value, Option<Value>, Option<&'static str>, u64);
+        let table: [Row; 6] = [
+            ("SDXL", 2, json!([1, 2, 10]), None, Some(both), 2_567_463_684),
+            (
+                "SSD-1B",
+                2,
+                json!([1, 2, 4]),
+                Some(json!([[4, 4, 10], [2, 1, 1], 1])),
+                Some(one),
+                1_331_334_404,
+            ),
+            ("Segmind Vega", 2, json!([1, 1, 2]), None, Some(one), 745_225_604),
+            ("KOALA-700M", 1, json!([1, 2, 5]), None, None, 782_822_724),
+            ("KOALA-1B", 1, json!([1, 2, 6]), None, Some(both), 1_161_184_324),
+            ("single layers", 2, json!([1, [2, 1], [4, 3]]), Some(json!([[4, 3, 2], 1, 1])), Some(one), 0),
+        ];
+        for (name, layers, depths, reverse, middle, parameters) in table {
+            let config: UNetConfig = serde_json::from_value(json!({
+                "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": layers,
+                "block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20],
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                "transformer_layers_per_block": depths, "reverse_transformer_layers_per_block": reverse,
+                "mid_block_type": middle, "cross_attention_dim": 2048, "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+                "use_linear_projection": true,
+            }))
+            .unwrap();
+            let shapes = ldm(&config);
+            let levels = levels(&shapes).unwrap();
+            let read: UNetConfig = serde_json::from_value(unet_config(&shapes, &levels).unwrap()).unwrap();
+            let weights = |config: &UNetConfig| -> BTreeSet<(String, Vec<u64>)> {
+                counts::recorded(|vb| UNet::new(config, vb)).unwrap().1.into_iter().collect()
+            };
+            assert_eq!(weights(&read), weights(&config), "{name}");
+            assert_eq!(read.attention_head_dim, config.attention_head_dim, "{name}");
+            let placed: BTreeSet<String> =
+                places(&shapes, &levels).unwrap()["unet"].keys().cloned().collect();
+            assert_eq!(placed, weights(&config).into_iter().map(|(name, _)| name).collect(), "{name}");
+            let counted = counts::unet(&read, [128, 128], 77).unwrap().parameters;
+            assert!(parameters == 0 || counted == parameters, "{name}: {counted}");
+        }
+    }
+
+    #[test]
+    fn a_unet_with_half_a_middle_block_is_refused() {
+        let mut shapes = Shapes::new();
+        shapes.insert(format!("{UNET}input_blocks.1.0.in_layers.2.weight"), vec![320, 320, 3, 3]);
+        shapes.insert(format!("{UNET}middle_block.2.in_layers.2.weight"), vec![320, 320, 3, 3]);
+        let message = levels(&shapes).unwrap_err().to_string();
+        assert!(message.contains("middle block"), "{message}");
+    }
 }

@@ -5,7 +5,7 @@
 //! own conditioning: the pooled text and the six size numbers enter through `add_embedding`.
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Module, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
@@ -32,8 +32,19 @@ pub struct UNetConfig {
     pub layers_per_block: usize,
     /// Width of the text context.
     pub cross_attention_dim: usize,
-    /// Transformer blocks in each attention of a level.
-    pub transformer_layers_per_block: PerLevel,
+    /// Transformer blocks in each attention of a level; the last is the middle block's too.
+    pub transformer_layers_per_block: Depths,
+    /// The same on the way up, from the lowest level; that of the way down turned round where it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reverse_transformer_layers_per_block: Option<Depths>,
+    /// `UNetMidBlock2DCrossAttn`, also where it is absent; `UNetMidBlock2D`, one ResNet block, in SSD-1B; null, none at
+    /// all, in KOALA.
+    #[serde(default = "default_mid_block")]
+    pub mid_block_type: Option<String>,
+    /// Width of the embedding of the guidance scale in models that were distilled with it (LCM); these need no second
+    /// pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_cond_proj_dim: Option<usize>,
     /// Heads a level: diffusers keeps the misnomer `attention_head_dim` for their number.
     pub attention_head_dim: PerLevel,
     /// Width of the sinusoid for each of the six size numbers.
@@ -64,6 +75,11 @@ fn default_eps() -> f64 {
     1e-5
 }
 
+#[allow(clippy::unnecessary_wraps)]
+fn default_mid_block() -> Option<String> {
+    Some("UNetMidBlock2DCrossAttn".into())
+}
+
 /// Which value of an option is implemented; `null` always is, and is what an absent option means.
 enum Allowed {
     Null,
@@ -74,7 +90,7 @@ enum Allowed {
 }
 
 /// The options of diffusers 0.42's `UNet2DConditionModel` that [`UNetConfig`] has no field for. Any other is unknown.
-const SUPPORTED: [(&str, Allowed); 35] = [
+const SUPPORTED: [(&str, Allowed); 32] = [
     ("act_fn", Allowed::Word("silu")),
     ("addition_embed_type_num_heads", Allowed::Any), // of another kind of embedding
     ("attention_type", Allowed::Word("default")),
@@ -93,15 +109,12 @@ const SUPPORTED: [(&str, Allowed); 35] = [
     ("freq_shift", Allowed::Number(0.0)),
     ("mid_block_only_cross_attention", Allowed::Flag(false)),
     ("mid_block_scale_factor", Allowed::Number(1.0)),
-    ("mid_block_type", Allowed::Word("UNetMidBlock2DCrossAttn")),
     ("num_attention_heads", Allowed::Null),
     ("num_class_embeds", Allowed::Null),
     ("only_cross_attention", Allowed::Flag(false)),
     ("resnet_out_scale_factor", Allowed::Number(1.0)),
     ("resnet_skip_time_act", Allowed::Flag(false)),
     ("resnet_time_scale_shift", Allowed::Word("default")),
-    ("reverse_transformer_layers_per_block", Allowed::Null),
-    ("time_cond_proj_dim", Allowed::Null),
     ("time_embedding_act_fn", Allowed::Null),
     ("time_embedding_dim", Allowed::Null),
     ("time_embedding_type", Allowed::Word("positional")),
@@ -135,7 +148,57 @@ impl PerLevel {
     }
 }
 
+/// Transformer blocks in each attention: one number for all, one for each level, or one for each layer of a level, as in
+/// the distilled SSD-1B.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Depths {
+    /// The same everywhere below.
+    All(usize),
+    /// One each.
+    Each(Vec<Depths>),
+}
+
+impl Depths {
+    /// Of a layer of a level.
+    fn at(&self, level: usize, layer: usize) -> usize {
+        match self {
+            Self::All(depth) => *depth,
+            Self::Each(levels) => match levels.get(level) {
+                Some(Self::All(depth)) => *depth,
+                Some(Self::Each(layers)) => layers.get(layer).map_or(1, |depth| depth.at(0, 0)),
+                None => 1,
+            },
+        }
+    }
+
+    /// Whether each of `levels` levels has one number, or one for each of `layers` layers.
+    fn fits(&self, levels: usize, layers: usize) -> bool {
+        let one = |level: &Self| match level {
+            Self::All(_) => true,
+            Self::Each(each) => {
+                each.len() == layers && each.iter().all(|depth| matches!(depth, Self::All(_)))
+            }
+        };
+        match self {
+            Self::All(_) => true,
+            Self::Each(each) => each.len() == levels && each.iter().all(one),
+        }
+    }
+
+    /// Whether the layers of a level have numbers of their own.
+    fn is_nested(&self) -> bool {
+        matches!(self, Self::Each(levels) if levels.iter().any(|level| matches!(level, Self::Each(_))))
+    }
+}
+
 impl UNetConfig {
+    /// Whether guidance takes a second pass without the prompt. A model that was distilled with guidance is told the
+    /// scale instead.
+    pub fn takes_two_passes(&self, guidance_scale: f64) -> bool {
+        guidance_scale > 1.0 && self.time_cond_proj_dim.is_none()
+    }
+
     /// Refuses layouts and options that are not implemented, by name.
     pub fn refuse_unsupported(&self) -> Result<()> {
         let levels = self.block_out_channels.len();
@@ -152,9 +215,32 @@ impl UNetConfig {
             );
         }
         ensure!(
-            self.transformer_layers_per_block.fits(levels) && self.attention_head_dim.fits(levels),
+            self.attention_head_dim.fits(levels)
+                && self.transformer_layers_per_block.fits(levels, self.layers_per_block),
             "`transformer_layers_per_block` and `attention_head_dim` need one number a level"
         );
+        if let Some(reverse) = &self.reverse_transformer_layers_per_block {
+            ensure!(
+                reverse.fits(levels, self.layers_per_block + 1),
+                "`reverse_transformer_layers_per_block` needs one number a level, or one for each of its {} layers",
+                self.layers_per_block + 1
+            );
+        }
+        ensure!(
+            self.reverse_transformer_layers_per_block.is_some()
+                || !self.transformer_layers_per_block.is_nested(),
+            "`transformer_layers_per_block` has numbers for single layers; then `reverse_transformer_layers_per_block` \
+             must say those of the way up"
+        );
+        if let Some(kind) = &self.mid_block_type {
+            ensure!(
+                ["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"].contains(&kind.as_str()),
+                "`mid_block_type` = `{kind}` is not supported"
+            );
+        }
+        if let Some(width) = self.time_cond_proj_dim {
+            ensure!(width >= 4, "`time_cond_proj_dim` = {width} is too small for an embedding");
+        }
         ensure!(
             self.addition_embed_type == "text_time",
             "`addition_embed_type` is `{}`, SDXL's is `text_time`",
@@ -185,7 +271,7 @@ pub struct UNet {
     time_embedding: Embedding,
     add_embedding: Embedding,
     down_blocks: Vec<DownBlock>,
-    mid_block: MidBlock,
+    mid_block: Option<MidBlock>,
     up_blocks: Vec<UpBlock>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -202,14 +288,18 @@ impl UNet {
         let levels = channels.len();
         let embedding = 4 * channels[0];
         let norm = (config.norm_num_groups, config.norm_eps);
-        let transformer = |level: usize| TransformerSize {
-            depth: config.transformer_layers_per_block.at(level),
+        let transformer = |level: usize, depth: usize| TransformerSize {
+            depth,
             heads: config.attention_head_dim.at(level),
             context: config.cross_attention_dim,
         };
 
         let conv_in = Conv2d::new(config.in_channels, channels[0], ConvGeometry::same(3), vb.pp("conv_in"))?;
-        let time_embedding = Embedding::new(channels[0], embedding, vb.pp("time_embedding"))?;
+        let mut time_embedding = Embedding::new(channels[0], embedding, vb.pp("time_embedding"))?;
+        if let Some(width) = config.time_cond_proj_dim {
+            let cond_proj = Linear::without_bias(width, channels[0], vb.pp("time_embedding.cond_proj"))?;
+            time_embedding.cond_proj = Some(cond_proj);
+        }
         let add_embedding =
             Embedding::new(config.projection_class_embeddings_input_dim, embedding, vb.pp("add_embedding"))?;
 
@@ -217,8 +307,13 @@ impl UNet {
         let mut width = channels[0];
         let mut down_blocks = Vec::new();
         for (level, &channel) in channels.iter().enumerate() {
-            let attention =
-                (config.down_block_types[level] == "CrossAttnDownBlock2D").then(|| transformer(level));
+            let layers = match config.down_block_types[level].as_str() {
+                "CrossAttnDownBlock2D" => 0..config.layers_per_block,
+                _ => 0..0,
+            };
+            let attention: Vec<_> = layers
+                .map(|layer| transformer(level, config.transformer_layers_per_block.at(level, layer)))
+                .collect();
             let inputs: Vec<usize> =
                 (0..config.layers_per_block).map(|i| if i == 0 { width } else { channel }).collect();
             width = channel;
@@ -228,13 +323,26 @@ impl UNet {
                 skips.push(width);
             }
             let vb = vb.pp("down_blocks").pp(level);
-            down_blocks.push(DownBlock::new(&inputs, width, embedding, norm, attention, !last, vb)?);
+            down_blocks.push(DownBlock::new(&inputs, width, embedding, norm, &attention, !last, vb)?);
         }
-        let mid_block = MidBlock::new(width, embedding, norm, transformer(levels - 1), vb.pp("mid_block"))?;
+        let lowest = levels - 1;
+        let mid_block = match config.mid_block_type.as_deref() {
+            None => None,
+            Some("UNetMidBlock2D") => Some(MidBlock::new(width, embedding, norm, None, vb.pp("mid_block"))?),
+            Some(_) => {
+                let size = transformer(lowest, config.transformer_layers_per_block.at(lowest, 0));
+                Some(MidBlock::new(width, embedding, norm, Some(size), vb.pp("mid_block"))?)
+            }
+        };
         let mut up_blocks = Vec::new();
         for (i, kind) in config.up_block_types.iter().enumerate() {
             let level = levels - 1 - i;
-            let attention = (kind == "CrossAttnUpBlock2D").then(|| transformer(level));
+            let depth = |layer: usize| match &config.reverse_transformer_layers_per_block {
+                Some(reverse) => reverse.at(i, layer),
+                None => config.transformer_layers_per_block.at(level, layer),
+            };
+            let layers = if kind == "CrossAttnUpBlock2D" { 0..config.layers_per_block + 1 } else { 0..0 };
+            let attention: Vec<_> = layers.map(|layer| transformer(level, depth(layer))).collect();
             let mut inputs = Vec::new();
             for _ in 0..=config.layers_per_block {
                 let skip = skips.pop().context("more layers on the way up than on the way down")?;
@@ -242,7 +350,7 @@ impl UNet {
                 width = channels[level];
             }
             let vb = vb.pp("up_blocks").pp(i);
-            up_blocks.push(UpBlock::new(&inputs, width, embedding, norm, attention, level > 0, vb)?);
+            up_blocks.push(UpBlock::new(&inputs, width, embedding, norm, &attention, level > 0, vb)?);
         }
         let conv_norm_out = GroupNorm::new(norm.0, width, norm.1, vb.pp("conv_norm_out"))?;
         let conv_out = Conv2d::new(width, config.out_channels, ConvGeometry::same(3), vb.pp("conv_out"))?;
@@ -272,11 +380,27 @@ impl UNet {
         pooled: &Tensor,
         time_ids: &Tensor,
     ) -> Result<Tensor> {
-        self.forward_watched(latents, timesteps, context, pooled, time_ids, &mut |_, _| {})
+        self.forward_watched(latents, timesteps, context, pooled, time_ids, None, &mut |_, _| {})
     }
 
-    /// [`UNet::forward`], with `watch` told what each part gives: `conv_in`, `down_blocks.0`, …, `mid_block`,
+    /// [`UNet::forward`] for models that were distilled with guidance: `guidance_scale` is what they are told, and has
+    /// no part in others.
+    pub fn forward_guided(
+        &self,
+        latents: &Tensor,
+        timesteps: &Tensor,
+        context: &Tensor,
+        pooled: &Tensor,
+        time_ids: &Tensor,
+        guidance_scale: f64,
+    ) -> Result<Tensor> {
+        let scale = Some(guidance_scale);
+        self.forward_watched(latents, timesteps, context, pooled, time_ids, scale, &mut |_, _| {})
+    }
+
+    /// [`UNet::forward_guided`], with `watch` told what each part gives: `conv_in`, `down_blocks.0`, …, `mid_block`,
     /// `up_blocks.0`, ….
+    #[allow(clippy::too_many_arguments)]
     pub fn forward_watched(
         &self,
         latents: &Tensor,
@@ -284,6 +408,7 @@ impl UNet {
         context: &Tensor,
         pooled: &Tensor,
         time_ids: &Tensor,
+        guidance_scale: Option<f64>,
         watch: &mut dyn FnMut(&str, &Tensor),
     ) -> Result<Tensor> {
         let (b, _, _, _) = latents.dims4()?;
@@ -292,6 +417,14 @@ impl UNet {
         let sizes = sinusoid(&time_ids.flatten_all()?, self.config.addition_time_embed_dim)?;
         let sizes = sizes.reshape((b, ()))?.to_dtype(dtype)?; // (B, 6 · addition_time_embed_dim)
         let added = Tensor::cat(&[pooled, &sizes], 1)?;
+        let time = match (&self.time_embedding.cond_proj, guidance_scale) {
+            (Some(cond_proj), Some(scale)) => {
+                let (_, width) = cond_proj.weight.dims2()?;
+                let scale = guidance_embedding(scale, width, latents.device())?.to_dtype(dtype)?;
+                time.broadcast_add(&cond_proj.forward(&scale)?)?
+            }
+            _ => time,
+        };
         let emb = (self.time_embedding.forward(&time)? + self.add_embedding.forward(&added)?)?;
         let emb = Activation::Silu.apply(&emb)?; // every ResNet block begins with SiLU(emb)
 
@@ -302,8 +435,10 @@ impl UNet {
             x = block.forward(&x, &emb, context, &mut skips)?;
             watch(&format!("down_blocks.{i}"), &x);
         }
-        x = self.mid_block.forward(&x, &emb, context)?;
-        watch("mid_block", &x);
+        if let Some(mid_block) = &self.mid_block {
+            x = mid_block.forward(&x, &emb, context)?;
+            watch("mid_block", &x);
+        }
         for (i, block) in self.up_blocks.iter().enumerate() {
             x = block.forward(&x, &emb, context, &mut skips)?;
             watch(&format!("up_blocks.{i}"), &x);
@@ -333,7 +468,9 @@ impl UNet {
         for (i, block) in self.down_blocks.iter_mut().enumerate() {
             block.visit_layers(&format!("down_blocks.{i}"), visit);
         }
-        self.mid_block.visit_layers("mid_block", visit);
+        if let Some(mid_block) = &mut self.mid_block {
+            mid_block.visit_layers("mid_block", visit);
+        }
         for (i, block) in self.up_blocks.iter_mut().enumerate() {
             block.visit_layers(&format!("up_blocks.{i}"), visit);
         }
@@ -345,6 +482,8 @@ impl UNet {
 /// Two linear layers with SiLU between.
 #[derive(Clone, Debug)]
 struct Embedding {
+    /// What the guidance scale adds to the input.
+    cond_proj: Option<Linear>,
     linear_1: Linear,
     linear_2: Linear,
 }
@@ -352,6 +491,7 @@ struct Embedding {
 impl Embedding {
     fn new(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
+            cond_proj: None,
             linear_1: Linear::new(input, output, vb.pp("linear_1"))?,
             linear_2: Linear::new(output, output, vb.pp("linear_2"))?,
         })
@@ -362,6 +502,9 @@ impl Embedding {
     }
 
     fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
+        if let Some(cond_proj) = &mut self.cond_proj {
+            visit(&format!("{path}.cond_proj"), Layer::Linear(cond_proj));
+        }
         visit(&format!("{path}.linear_1"), Layer::Linear(&mut self.linear_1));
         visit(&format!("{path}.linear_2"), Layer::Linear(&mut self.linear_2));
     }
@@ -375,6 +518,18 @@ pub fn sinusoid(values: &Tensor, width: usize) -> Result<Tensor> {
     let frequencies = Tensor::from_vec(frequencies, (1, half), values.device())?;
     let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
     Ok(Tensor::cat(&[angles.cos()?, angles.sin()?], 1)?)
+}
+
+/// The guidance scale as distilled models are told it, (1, width): sin and cos of 1000·(scale − 1) at `width`/2
+/// frequencies. diffusers' `get_guidance_scale_embedding`; in f32 as there, since the angles are large.
+fn guidance_embedding(scale: f64, width: usize, device: &Device) -> Result<Tensor> {
+    let half = width / 2;
+    let step = 10_000f32.ln() / (half - 1) as f32;
+    let w = (scale - 1.0) as f32 * 1000.0;
+    let angles: Vec<f32> = (0..half).map(|i| w * (i as f32 * -step).exp()).collect();
+    let mut values: Vec<f32> = angles.iter().map(|x| x.sin()).chain(angles.iter().map(|x| x.cos())).collect();
+    values.resize(width, 0.0); // an odd width ends with a zero
+    Ok(Tensor::from_vec(values, (1, width), device)?)
 }
 
 #[cfg(test)]
@@ -420,10 +575,13 @@ mod tests {
             ("class_embed_type", json!("timestep")),
             ("time_embedding_dim", json!(64)),
             ("resnet_time_scale_shift", json!("scale_shift")),
-            ("mid_block_type", json!("UNetMidBlock2D")),
+            ("mid_block_type", json!("UNetMidBlock2DSimpleCrossAttn")),
             ("mid_block_scale_factor", json!(0.5)),
             ("flip_sin_to_cos", json!(false)),
-            ("reverse_transformer_layers_per_block", json!([1, 2, 3])),
+            ("reverse_transformer_layers_per_block", json!([[4, 4], 2, 1])),
+            ("transformer_layers_per_block", json!([1, [2, 2], [4, 4]])),
+            ("transformer_layers_per_block", json!([1, 2])),
+            ("time_cond_proj_dim", json!(1)),
             ("encoder_hid_dim", json!(768)),
             ("addition_embed_type", json!("image")),
             ("use_linear_projection", json!(false)),

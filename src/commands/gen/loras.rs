@@ -73,7 +73,7 @@ pub(super) fn check_loras(model: &Unloaded, chosen: &[Chosen], args: &Args) -> R
             ));
         }
     }
-    if branch(args) == Branch::Positive {
+    if branch(args, &outline.unet) == Branch::Positive {
         apply_to_unet(&mut outline.unet, chosen, args)?;
     }
     Ok(())
@@ -88,11 +88,13 @@ pub(super) fn apply_to_unet(unet: &mut UNet, chosen: &[Chosen], args: &Args) -> 
             apply::merge(visit, &loras, Unmatched::Ignore, Originals::Drop)?;
         }
         LoraMode::Runtime => {
-            apply::attach(|visit| unet.visit_layers(visit), &loras, Unmatched::Ignore, branch(args))
-                .map_err(|error| match error {
+            let branch = branch(args, unet);
+            apply::attach(|visit| unet.visit_layers(visit), &loras, Unmatched::Ignore, branch).map_err(
+                |error| match error {
                     LoraError::Kind { .. } => Failure::Usage(format!("--lora-positive-only: {error}")).into(),
                     other => anyhow::Error::from(other),
-                })?;
+                },
+            )?;
         }
     }
     Ok(())
@@ -109,8 +111,12 @@ pub(super) fn apply_to_text(text: &mut TextEncoders, chosen: &[Chosen], args: &A
     Ok(())
 }
 
-fn branch(args: &Args) -> Branch {
-    if args.lora_positive_only && args.guidance > 1.0 { Branch::Positive } else { Branch::Both }
+fn branch(args: &Args, unet: &UNet) -> Branch {
+    if args.lora_positive_only && unet.config.takes_two_passes(args.guidance) {
+        Branch::Positive
+    } else {
+        Branch::Both
+    }
 }
 
 /// f32 sums depend on their order; the order on the command line must not count.
