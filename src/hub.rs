@@ -23,11 +23,24 @@ pub struct Repository {
     pub id: String,
     /// A branch, a tag or a commit.
     pub revision: String,
+    /// A whole model in one file, where that is meant and not the diffusers folder.
+    pub file: Option<String>,
 }
 
 impl Repository {
-    /// Reads `owner/name` or `owner/name@revision`; nothing when it is neither.
+    /// Reads `owner/name[@revision][:file.safetensors]`; nothing when it is not of that form.
     pub fn parse(text: &str) -> Option<Self> {
+        let (text, file) = match text.split_once(':') {
+            Some((text, file)) => (text, Some(file)),
+            None => (text, None),
+        };
+        let named = |file: &str| {
+            file.ends_with(".safetensors")
+                && file.split('/').all(|part| !part.is_empty() && !part.starts_with('.'))
+        };
+        if !file.is_none_or(named) {
+            return None;
+        }
         let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
         let (owner, name) = id.split_once('/')?;
         let word = |word: &str| {
@@ -35,12 +48,19 @@ impl Repository {
                 && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         };
         let fits = word(owner) && word(name) && !revision.is_empty() && !name.ends_with(".safetensors");
-        fits.then(|| Self { id: id.into(), revision: revision.into() })
+        fits.then(|| Self { id: id.into(), revision: revision.into(), file: file.map(String::from) })
     }
 
     /// As [`Repository::parse`] reads it.
     pub fn name(&self) -> String {
-        if self.revision == "main" { self.id.clone() } else { format!("{}@{}", self.id, self.revision) }
+        let mut name = self.id.clone();
+        if self.revision != "main" {
+            name = format!("{name}@{}", self.revision);
+        }
+        match &self.file {
+            Some(file) => format!("{name}:{file}"),
+            None => name,
+        }
     }
 
     /// The folder in the cache, whole or not; nothing when the revision was never fetched.
@@ -51,15 +71,15 @@ impl Repository {
         Some(repository.join("snapshots").join(commit)).filter(|folder| folder.is_dir())
     }
 
-    /// The folder in the cache.
+    /// The folder in the cache, or the file where the model lies in one.
     ///
     /// # Errors
     /// [`Failure::Unusable`] when it is not there or not whole, with the command that fetches it.
     pub fn cached(&self) -> Result<PathBuf> {
         let lacking = match self.folder() {
             None => "it is not in the cache".to_string(),
-            Some(folder) => match needed(&files_of(&folder), Weights::Any) {
-                Ok(_) => return Ok(folder),
+            Some(folder) => match self.wanted(&files_of(&folder), Weights::Any) {
+                Ok(wanted) => return Ok(place(folder, &wanted)),
                 Err(lacking) => lacking,
             },
         };
@@ -72,7 +92,34 @@ impl Repository {
         .into())
     }
 
-    /// The folder in the cache; what is missing is fetched unless `offline`.
+    /// Which of the repository's files drawing needs: a diffusers folder's, or a whole model in one file.
+    ///
+    /// # Errors
+    /// What is missing, or which files could be meant.
+    fn wanted(&self, files: &[String], weights: Weights) -> std::result::Result<BTreeSet<String>, String> {
+        if let Some(file) = &self.file {
+            return match files.contains(file) {
+                true => Ok(BTreeSet::from([file.clone()])),
+                false => Err(format!("it has no `{file}`")),
+            };
+        }
+        let whole: Vec<&String> =
+            files.iter().filter(|file| file.ends_with(".safetensors") && !file.contains('/')).collect();
+        match &whole[..] {
+            _ if files.iter().any(|file| file == "model_index.json") => needed(files, weights),
+            [] => needed(files, weights),
+            [one] => Ok(BTreeSet::from([(*one).clone()])),
+            several => {
+                let names = several.iter().map(|file| format!("\n  {}:{file}", self.name()));
+                Err(format!(
+                    "it holds several files that may be models; say which:{}",
+                    names.collect::<String>()
+                ))
+            }
+        }
+    }
+
+    /// The folder in the cache, or the file where the model lies in one; what is missing is fetched unless `offline`.
     pub fn open(&self, offline: bool) -> Result<PathBuf> {
         match self.cached() {
             Err(_) if !(offline || self::offline()) => self.fetch(Weights::Any),
@@ -80,15 +127,44 @@ impl Repository {
         }
     }
 
-    /// Fetches what drawing needs and the cache lacks of the newest commit of the revision; gives its folder.
+    /// Fetches what drawing needs and the cache lacks of the newest commit of the revision; gives its folder, or the
+    /// file where the model lies in one.
     ///
     /// # Errors
     /// [`Failure::Unusable`] that says what the hub answered and what to do, or that there is no network.
     pub fn fetch(&self, weights: Weights) -> Result<PathBuf> {
-        self.fetch_those(|listed| {
-            needed(listed, weights)
-                .map_err(|why| Failure::Unusable(format!("cannot use `{}`: {why}", self.name())).into())
+        let mut fetched = BTreeSet::new();
+        let folder = self.fetch_those(|listed| {
+            fetched = self.wanted(listed, weights).map_err(|why| self.unusable(&why))?;
+            Ok(fetched.clone())
+        })?;
+        Ok(place(folder, &fetched))
+    }
+
+    /// The folder in the cache with these files; they are fetched unless they are there or `offline`.
+    ///
+    /// # Errors
+    /// As [`Repository::fetch`].
+    pub fn open_files(&self, files: &[&str], offline: bool) -> Result<PathBuf> {
+        let lacks = |listed: &[String]| files.iter().find(|file| !listed.iter().any(|other| other == *file));
+        let lacking = match self.folder() {
+            None => "it is not in the cache".to_string(),
+            Some(folder) => match lacks(&files_of(&folder)) {
+                None => return Ok(folder),
+                Some(file) => format!("`{file}` is not in the cache"),
+            },
+        };
+        if offline || self::offline() {
+            return Err(self.unusable(&format!("{lacking}, and the network may not be used")));
+        }
+        self.fetch_those(|listed| match lacks(listed) {
+            None => Ok(files.iter().map(|file| (*file).to_string()).collect()),
+            Some(file) => Err(self.unusable(&format!("it has no `{file}`"))),
         })
+    }
+
+    fn unusable(&self, why: &str) -> anyhow::Error {
+        Failure::Unusable(format!("cannot use `{}`: {why}", self.name())).into()
     }
 
     /// Fetches these files of the newest commit of the revision; gives its folder.
@@ -135,11 +211,11 @@ impl Repository {
     /// What an error of a download means to a user.
     fn explain(&self, error: ApiError) -> anyhow::Error {
         let (id, place) = (&self.id, cache().path().display().to_string());
-        let why = match &error {
-            ApiError::TooManyRetries(inner) => match &**inner {
-                ApiError::RequestError(inner) => refusal(id, inner),
-                _ => None,
-            },
+        let mut cause = &error;
+        while let ApiError::TooManyRetries(inner) = cause {
+            cause = inner;
+        }
+        let why = match cause {
             ApiError::RequestError(inner) => refusal(id, inner),
             ApiError::IoError(inner) if inner.kind() == ErrorKind::StorageFull => Some(format!(
                 "the disk is full; make room in `{place}`, or name another folder in HF_HOME, and call again: what has \
@@ -226,6 +302,14 @@ pub fn verify_checksums(folder: &Path) -> Result<usize> {
         checked += 1;
     }
     Ok(checked)
+}
+
+/// Where a model lies: in its folder, or in the one file that was wanted.
+fn place(folder: PathBuf, wanted: &BTreeSet<String>) -> PathBuf {
+    match wanted.first() {
+        Some(file) if wanted.len() == 1 => folder.join(file),
+        _ => folder,
+    }
 }
 
 /// Which weights to fetch where a repository has several.
@@ -396,6 +480,34 @@ mod tests {
         files.push(format!("{stem}-00002-of-00002.safetensors"));
         let wanted = needed(&files, Weights::Any).unwrap();
         assert_eq!(wanted.iter().filter(|file| file.starts_with(stem)).count(), 3);
+    }
+
+    #[test]
+    fn a_model_in_one_file_is_picked_or_asked_for() {
+        let files = |names: &[&str]| names.iter().map(|name| (*name).to_string()).collect::<Vec<_>>();
+        let wanted = |text: &str, names: &[&str]| {
+            let wanted = Repository::parse(text).unwrap().wanted(&files(names), Weights::Any);
+            wanted.map(|wanted| wanted.into_iter().collect::<Vec<_>>())
+        };
+        let (one, two) = ("model.safetensors", "model-fp16.safetensors");
+        assert_eq!(wanted("a/b", &["README.md", one, "vae/x.safetensors"]).unwrap(), [one]);
+        let message = wanted("a/b@v1", &[one, two]).unwrap_err();
+        assert!(
+            message.contains("a/b@v1:model.safetensors") && message.contains("a/b@v1:model-fp16"),
+            "{message}"
+        );
+        assert_eq!(wanted("a/b@v1:model-fp16.safetensors", &[one, two]).unwrap(), [two]);
+        assert!(wanted("a/b:x.safetensors", &[one, two]).unwrap_err().contains("x.safetensors"));
+        assert!(wanted("a/b", &["README.md"]).unwrap_err().contains("model_index.json"));
+        // A folder in diffusers' layout goes before the files beside it.
+        let listed = listed();
+        let names: Vec<&str> = listed.iter().map(String::as_str).collect();
+        assert!(wanted("a/b", &names).unwrap().len() > 1);
+        assert_eq!(wanted("a/b:sd_xl_base_1.0.safetensors", &names).unwrap(), ["sd_xl_base_1.0.safetensors"]);
+        assert_eq!(Repository::parse("a/b@v1:c/d.safetensors").unwrap().name(), "a/b@v1:c/d.safetensors");
+        for text in ["a/b:", "a/b:c.bin", "a/b:../c.safetensors", "C:/b.safetensors"] {
+            assert_eq!(Repository::parse(text), None, "{text}");
+        }
     }
 
     #[test]

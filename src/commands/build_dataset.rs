@@ -44,6 +44,8 @@ pub struct Args {
     /// The model that the LoRAs are for.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
+    #[command(flatten)]
+    base_options: models::BaseOptions,
     /// The encoder of whole pictures.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
@@ -160,7 +162,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         std::fs::create_dir_all(args.out.join(folder))
             .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;
     }
-    let base_files = models::find_base(&args.base, &models::BaseOptions::default())?;
+    let base_files = models::find_base(&args.base, &args.base_options)?;
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
     let image_files = models::find(&args.image_encoder, "image_encoder")?;
     let image_encoder = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;

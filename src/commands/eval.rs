@@ -49,11 +49,13 @@ pub struct Args {
     #[arg(long, value_name = "DIR", required_unless_present = "base_only", env = "DIFFLORA_DATASET")]
     dataset: Option<PathBuf>,
     /// The hypernetwork.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
+    #[arg(long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     hypernet: String,
     /// The model that the LoRAs are for.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
+    #[command(flatten)]
+    base_options: models::BaseOptions,
     /// The encoder of whole pictures.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
@@ -146,7 +148,8 @@ struct Difference {
 fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let mut bench = Bench::open(args)?;
     let header: Header = read_json(&dataset.join("dataset.json"))?;
-    let hypernet = Hypernet::open(&models::find(&args.hypernet, "hypernet")?, &Device::Cpu)?;
+    let hypernet =
+        Hypernet::open(&models::find_hypernet(&args.hypernet, args.base_options.offline)?, &Device::Cpu)?;
     hypernet.codec.base.demand(&bench.base, "base model")?;
     let face_encoder = &hypernet.denoiser.config.face_encoder.name;
     if identity::catalog::is_known(face_encoder) {
@@ -400,7 +403,7 @@ struct Portrayed {
 
 impl Bench {
     fn open(args: &Args) -> Result<Self> {
-        let files = models::find_base(&args.base, &models::BaseOptions::default())?;
+        let files = models::find_base(&args.base, &args.base_options)?;
         let model = Sdxl::open(&files, DType::F32, &Device::Cpu)?;
         let attributes = match &args.judge {
             Some(name) => Some(AttributeJudge::open(&models::find(name, "judge")?)?),

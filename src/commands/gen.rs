@@ -43,11 +43,11 @@ pub struct Args {
     /// What not to draw.
     #[arg(long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
     negative_prompt: Option<String>,
-    /// The hypernetwork: a folder, or the built-in one.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
+    /// The hypernetwork: a folder, a hub repository owner/name[@revision], or the built-in one.
+    #[arg(long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     hypernet: String,
     /// The base model: a folder in diffusers' layout, one `.safetensors` in LDM layout, a hub repository
-    /// owner/name[@revision], or a name: tiny (built in), sdxl.
+    /// owner/name[@revision][:file.safetensors], or a name: tiny (built in), sdxl.
     #[arg(long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
     #[command(flatten)]

@@ -21,7 +21,7 @@ use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
 use crate::sdxl::unet::UNet;
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::{Vae, VaeConfig};
-use crate::{hashes, progress};
+use crate::{files as disk, hashes, progress};
 
 /// The bundle that this program carries: a small SDXL and a hypernetwork for it, made by `scripts/make-tiny.sh`.
 static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");
@@ -31,6 +31,9 @@ pub const BUILT_IN: &str = "tiny";
 
 /// Short names of hub repositories.
 const NAMES: [(&str, &str); 1] = [("sdxl", "stabilityai/stable-diffusion-xl-base-1.0")];
+
+/// What a hypernetwork's folder holds.
+const HYPERNET_FILES: [&str; 4] = ["config.json", "dit.safetensors", "lae.safetensors", "stats.safetensors"];
 
 /// The file whose hash stands for a base model.
 pub const BASE_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
@@ -64,7 +67,7 @@ enum Command {
     /// Fetch the newest version of a model of the hub: only the files that drawing needs. Also the face encoders
     /// antelopev2, buffalo_l and auraface, after their licence.
     Pull {
-        /// sdxl, owner/name[@revision], or a face encoder.
+        /// sdxl, owner/name[@revision][:file.safetensors], or a face encoder.
         name: String,
         /// Fetch half-precision weights where there are any: half the download.
         #[arg(long)]
@@ -110,7 +113,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
 /// Fetches a face encoder and holds its files against their checksums.
 fn pull_faces(model: &FaceModel) -> Result<PathBuf> {
     progress::note(format_args!("{}: {}; licence: {}", model.name, model.about, model.licence));
-    let repository = Repository { id: model.repo.into(), revision: "main".into() };
+    let repository = Repository { id: model.repo.into(), revision: "main".into(), file: None };
     let folder = repository.fetch_files(model.files().map(|file| file.path))?;
     for file in model.files() {
         let path = folder.join(file.path);
@@ -182,8 +185,12 @@ fn verify(name: &str, options: &BaseOptions, common: &Common) -> Result<()> {
         files.check(folder, TRANSFORMERS_WEIGHTS, |vb| ClipTextModel::new(&config, vb))?;
     }
     let mut checksums = 0;
-    if let (ModelFiles::Folder(folder), false) = (&files, Path::new(name).exists()) {
-        checksums = hub::verify_checksums(folder)?;
+    if !Path::new(name).exists() {
+        checksums = match &files {
+            ModelFiles::Folder(folder) => hub::verify_checksums(folder)?,
+            ModelFiles::Assembled(model) => hub::verify_checksums(disk::folder_of(&model.file))?,
+            ModelFiles::BuiltIn { .. } => 0,
+        };
     }
     if common.json {
         println!("{:#}", json!({ "base": name, "whole": true, "checksums": checksums }));
@@ -215,22 +222,34 @@ pub struct BaseOptions {
 /// [`Failure::Usage`] for a name that is none of them, [`Failure::Unusable`] for one that cannot be had.
 pub fn find_base(name: &str, options: &BaseOptions) -> Result<ModelFiles> {
     let path = Path::new(name);
-    if path.is_file() {
-        return single_file::open(path, options.base_config.as_deref());
+    let found = if name == BUILT_IN || path.exists() {
+        path.to_path_buf()
+    } else if let Some(repository) = repository(name, options.revision.as_deref()) {
+        repository.open(options.offline)?
+    } else {
+        return Err(Failure::Usage(format!(
+            "there is no base `{name}`: give a folder in diffusers' layout, a `.safetensors` with a whole model, a \
+             repository `owner/name` of the Hugging Face hub, or a name: {BUILT_IN}, sdxl"
+        ))
+        .into());
+    };
+    if found.is_file() {
+        return single_file::open(&found, options.base_config.as_deref());
     }
     if options.base_config.is_some() {
         return Err(Failure::Usage("--base-config is for a --base that is one file".into()).into());
     }
-    if name == BUILT_IN || path.is_dir() {
-        return find(name, "base");
-    }
-    match repository(name, options.revision.as_deref()) {
-        Some(repository) => ModelFiles::folder(repository.open(options.offline)?),
-        None => Err(Failure::Usage(format!(
-            "there is no base `{name}`: give a folder in diffusers' layout, a `.safetensors` with a whole model, a \
-             repository `owner/name` of the Hugging Face hub, or a name: {BUILT_IN}, sdxl"
-        ))
-        .into()),
+    if name == BUILT_IN { built_in("base") } else { ModelFiles::folder(found) }
+}
+
+/// The hypernetwork that `name` stands for: the built-in one, a folder, or a repository on the hub.
+///
+/// # Errors
+/// [`Failure::Usage`] for a name that is none of them, [`Failure::Unusable`] for one that cannot be had.
+pub fn find_hypernet(name: &str, offline: bool) -> Result<ModelFiles> {
+    match Repository::parse(name).filter(|_| name != BUILT_IN && !Path::new(name).exists()) {
+        Some(repository) => ModelFiles::folder(repository.open_files(&HYPERNET_FILES, offline)?),
+        None => find(name, "hypernet"),
     }
 }
 

@@ -66,6 +66,21 @@ impl TextEncoders {
         self.encode_ids(&ids(&self.tokenizer)?, &ids(&self.tokenizer_2)?)
     }
 
+    /// What stands for no text at all where a model wants zeros: as [`TextEncoders::encode_prompts`] of one prompt.
+    pub fn zeros(&self) -> Result<TextConditioning> {
+        let device = self.encoder.device();
+        let dtype = compute_dtype(self.encoder.token_embedding.dtype(), device);
+        let width = self.encoder.width() + self.encoder_2.width();
+        let pooled = match &self.encoder_2.text_projection {
+            Some(projection) => projection.weight.dim(0)?,
+            None => self.encoder_2.width(),
+        };
+        Ok(TextConditioning {
+            context: Tensor::zeros((1, self.tokenizer.max_length(), width), dtype, device)?,
+            pooled: Tensor::zeros((1, pooled), dtype, device)?,
+        })
+    }
+
     /// The end of `prompt` that does not fit, as the user wrote it.
     pub fn cut<'a>(&self, prompt: &'a str) -> Result<Option<&'a str>> {
         Ok(match self.tokenizer.cut(prompt)? {
@@ -208,6 +223,11 @@ impl ClipTextModel {
             text_projection,
             eos_token_id: config.eos_token_id,
         })
+    }
+
+    /// Width of a token, D.
+    fn width(&self) -> usize {
+        self.position_embedding.dims()[1]
     }
 
     /// Where its weights lie.

@@ -397,6 +397,99 @@ fn a_repository_is_fetched_once_with_the_token_and_goes_on_where_it_was_cut_off(
 }
 
 #[test]
+fn a_repository_that_holds_one_file_is_read_from_it_and_of_several_one_is_named() {
+    let (home, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::copy(golden("one.safetensors"), files.path().join("one.safetensors")).unwrap();
+    let (address, asked) = hub(files.path().to_path_buf(), None);
+    let env = [("HF_HOME", text(home.path())), ("HF_ENDPOINT", address.as_str()), ("HF_HUB_CACHE", "")];
+    let config = golden("folder");
+    let more = ["--base-config", text(&config)];
+    let (_, expected) = draw(&[], text(&golden("folder")), &[]);
+    let (run, pixels) = draw(&env, "owner/name", &more);
+    assert!(run.code == 0 && pixels == expected, "{}", run.stderr);
+    let before = asked.lock().unwrap().len();
+    let (run, pixels) = draw(&env, "owner/name", &more);
+    assert!(run.code == 0 && pixels == expected, "{}", run.stderr);
+    assert_eq!(asked.lock().unwrap().len(), before, "a whole model was asked for again");
+    let run = difflora_with(&env, &["models", "path", "owner/name"]);
+    assert!(run.stdout.trim().ends_with("one.safetensors"), "{}", run.stdout);
+
+    let home = tempfile::tempdir().unwrap();
+    fs::copy(golden("one.safetensors"), files.path().join("other.safetensors")).unwrap();
+    let env = [("HF_HOME", text(home.path())), ("HF_ENDPOINT", address.as_str()), ("HF_HUB_CACHE", "")];
+    let (run, _) = draw(&env, "owner/name", &more);
+    assert_eq!(run.code, 4, "{}", run.stderr);
+    for said in ["owner/name:one.safetensors", "owner/name:other.safetensors"] {
+        assert!(run.stderr.contains(said), "{}", run.stderr);
+    }
+    let (run, pixels) = draw(&env, "owner/name:other.safetensors", &more);
+    assert!(run.code == 0 && pixels == expected, "{}", run.stderr);
+}
+
+#[test]
+fn a_hypernetwork_is_fetched_from_a_repository_by_its_name() {
+    let (home, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (address, asked) = hub(PathBuf::from("src/assets/tiny/hypernet"), None);
+    let env = [("HF_HOME", text(home.path())), ("HF_ENDPOINT", address.as_str()), ("HF_HUB_CACHE", "")];
+    let make = |name: &str, hypernet: &str, more: &[&str]| {
+        let lora = out.path().join(name);
+        let arguments =
+            ["gen", "--ref", "tests/data/astronaut.png", "--lora-out", text(&lora), "--hypernet", hypernet];
+        let run = difflora_with(&env, &[&arguments, more].concat());
+        (run, candle_core::safetensors::load(&lora, &Device::Cpu).ok())
+    };
+    let (run, none) = make("a.safetensors", "owner/hyper", &["--offline"]);
+    assert!(run.code == 4 && none.is_none() && run.stderr.contains("owner/hyper"), "{}", run.stderr);
+    let (run, fetched) = make("b.safetensors", "owner/hyper", &[]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let (_, own) = make("c.safetensors", "tiny", &[]);
+    let numbers = |lora: Option<HashMap<String, Tensor>>| -> Vec<(String, Vec<f32>)> {
+        let number = |x: Tensor| x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let mut all: Vec<_> = lora.unwrap().into_iter().map(|(name, x)| (name, number(x))).collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    };
+    assert!(numbers(fetched) == numbers(own));
+    let before = asked.lock().unwrap().len();
+    let (run, _) = make("d.safetensors", "owner/hyper", &["--offline"]);
+    assert!(run.code == 0 && asked.lock().unwrap().len() == before, "{}", run.stderr);
+
+    let (address, _) = hub(golden("folder"), None);
+    let home = tempfile::tempdir().unwrap();
+    let env = [("HF_HOME", text(home.path())), ("HF_ENDPOINT", address.as_str()), ("HF_HUB_CACHE", "")];
+    let lora = out.path().join("e.safetensors");
+    let arguments =
+        ["gen", "--ref", "tests/data/astronaut.png", "--lora-out", text(&lora), "--hypernet", "owner/base"];
+    let run = difflora_with(&env, &arguments);
+    assert!(run.code == 4 && run.stderr.contains("it has no `config.json`"), "{}", run.stderr);
+}
+
+/// What is written to `/dev/full` finds no room.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_while_fetching_is_explained_and_leaves_no_half_model() {
+    let home = tempfile::tempdir().unwrap();
+    let (address, _) = hub(golden("folder"), None);
+    let env = [("HF_HOME", text(home.path())), ("HF_ENDPOINT", address.as_str()), ("HF_HUB_CACHE", "")];
+    let repository = home.path().join("hub/models--owner--name");
+    fs::create_dir_all(repository.join("blobs")).unwrap();
+    let part = repository.join("blobs").join(UNET.replace('/', "-")).with_extension("part");
+    std::os::unix::fs::symlink("/dev/full", &part).unwrap();
+    let run = difflora_with(&env, &["models", "pull", "owner/name"]);
+    assert_eq!(run.code, 4, "{}", run.stderr);
+    assert!(run.stderr.contains("the disk is full") && run.stderr.contains("HF_HOME"), "{}", run.stderr);
+    assert!(!repository.join("snapshots").join(COMMIT).join(UNET).exists());
+    let (run, _) = draw(&env, "owner/name", &["--offline"]);
+    assert!(run.code == 4 && run.stderr.contains("it has no whole `unet/"), "{}", run.stderr);
+    // Once there is room, the same command goes on.
+    fs::remove_file(&part).unwrap();
+    let run = difflora_with(&env, &["models", "pull", "owner/name"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let (run, pixels) = draw(&env, "owner/name", &["--offline"]);
+    assert!(pixels.is_some() && pixels == draw(&[], text(&golden("folder")), &[]).1, "{}", run.stderr);
+}
+
+#[test]
 fn what_the_hub_refuses_is_explained() {
     let home = tempfile::tempdir().unwrap();
     for (status, said) in

@@ -164,7 +164,10 @@ fn encode(
         }
     }
     let clock = Stage::begin("encoding the prompts");
-    let negative = model.negative(&text, args.negative_prompt.as_deref())?;
+    let negative = match model.unet.takes_two_passes(args.guidance) {
+        true => model.negative(&text, args.negative_prompt.as_deref())?,
+        false => text.zeros()?, // of no use to a single pass
+    };
     let prompts = args.prompt.iter().map(|prompt| text.encode_prompts(&[prompt]));
     let prompts = prompts.collect::<Result<_>>()?;
     clock.end();

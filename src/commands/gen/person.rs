@@ -20,7 +20,8 @@ use crate::{hashes, progress};
 
 /// Photos → identity → LoRA, with what is worth telling about it.
 pub(super) fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
-    let hypernet = Hypernet::open(&models::find(&args.hypernet, "hypernet")?, &Device::Cpu)?;
+    let hypernet =
+        Hypernet::open(&models::find_hypernet(&args.hypernet, args.base_options.offline)?, &Device::Cpu)?;
     let config = &hypernet.denoiser.config;
     hypernet.codec.base.demand(base, "base model")?;
     let image_files = models::find(&args.image_encoder, "image_encoder")?;
