@@ -17,6 +17,7 @@ mod clip_transformer;
 mod conv;
 mod linear;
 mod norm;
+mod recompute;
 mod slices;
 
 pub use activation::{Activation, geglu, upsample_nearest2x};
@@ -25,6 +26,7 @@ pub use clip_transformer::{ClipTransformer, ClipTransformerSizes};
 pub use conv::{Conv2d, ConvGeometry};
 pub use linear::{Adapter, Linear, linear};
 pub use norm::{GroupNorm, GroupStatistics, LayerNorm, layer_norm_plain};
+pub use recompute::recomputed;
 
 use candle_core::{DType, Device, Result, Tensor};
 

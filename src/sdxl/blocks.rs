@@ -1,11 +1,12 @@
 //! The UNet's building blocks: ResNet and transformer layers, and the levels made of them.
 
 use anyhow::{Context, Result};
-use candle_core::{Module, Tensor};
+use candle_core::{Module, Result as Computed, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::layers::{
-    Conv2d, ConvGeometry, GroupNorm, Layer, LayerNorm, Linear, Visit, attention, geglu, upsample_nearest2x,
+    Conv2d, ConvGeometry, GroupNorm, Layer, LayerNorm, Linear, Visit, attention, geglu, recomputed,
+    upsample_nearest2x,
 };
 
 /// Groups and ε of a level's GroupNorms.
@@ -17,6 +18,34 @@ pub(super) struct TransformerSize {
     pub depth: usize,
     pub heads: usize,
     pub context: usize,
+}
+
+/// What every block is told besides its input.
+#[derive(Clone, Copy)]
+pub(super) struct Told<'a> {
+    /// Times and sizes (B, E), after SiLU.
+    pub emb: &'a Tensor,
+    /// Text (B, N, D).
+    pub context: &'a Tensor,
+    /// Whether pieces keep their inputs alone and run again in the backward pass.
+    pub recompute: bool,
+}
+
+impl Told<'_> {
+    /// `forward(layer, inputs)`, as a piece that is recomputed if so told.
+    fn piece<L: Clone + Send + Sync + 'static>(
+        &self,
+        layer: &L,
+        inputs: &[&Tensor],
+        forward: fn(&L, &[Tensor]) -> Computed<Tensor>,
+    ) -> Computed<Tensor> {
+        if self.recompute {
+            let layer = layer.clone();
+            return recomputed(inputs, move |inputs| forward(&layer, inputs));
+        }
+        let inputs: Vec<Tensor> = inputs.iter().copied().cloned().collect();
+        forward(layer, &inputs)
+    }
 }
 
 /// One level on the way down; pushes what the way up will need onto `skips`.
@@ -43,16 +72,10 @@ impl DownBlock {
         Ok(Self { layers, downsampler })
     }
 
-    pub(super) fn forward(
-        &self,
-        x: &Tensor,
-        emb: &Tensor,
-        context: &Tensor,
-        skips: &mut Vec<Tensor>,
-    ) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, told: Told, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x.clone();
         for i in 0..self.layers.resnets.len() {
-            x = self.layers.forward(i, &x, emb, context)?;
+            x = self.layers.forward(i, &[&x], told)?;
             skips.push(x.clone());
         }
         if let Some(downsampler) = &self.downsampler {
@@ -93,10 +116,10 @@ impl MidBlock {
         Ok(Self { first, rest: attention.map(rest).transpose()? })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, emb: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let x = self.first.forward(x, emb)?;
+    pub(super) fn forward(&self, x: &Tensor, told: Told) -> Result<Tensor> {
+        let x = self.first.forward(&[x], told)?;
         let Some((attention, second)) = &self.rest else { return Ok(x) };
-        second.forward(&attention.forward(&x, context)?, emb)
+        Ok(second.forward(&[&attention.forward(&x, told)?], told)?)
     }
 
     pub(super) fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
@@ -132,27 +155,20 @@ impl UpBlock {
         Ok(Self { layers, upsampler })
     }
 
-    pub(super) fn forward(
-        &self,
-        x: &Tensor,
-        emb: &Tensor,
-        context: &Tensor,
-        skips: &mut Vec<Tensor>,
-    ) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, told: Told, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x.clone();
         for i in 0..self.layers.resnets.len() {
             let skip = skips.pop().context("more layers on the way up than on the way down")?;
-            x = self.layers.forward(i, &Tensor::cat(&[&x, &skip], 1)?, emb, context)?;
+            x = self.layers.forward(i, &[&x, &skip], told)?;
         }
         let Some(upsampler) = &self.upsampler else { return Ok(x) };
-        let mut x = upsample_nearest2x(&x)?;
         // A side that was odd on the way down comes back one pixel too long; nearest upsampling to the odd size is
         // the same without that pixel.
-        if let Some(skip) = skips.last() {
-            let (_, _, h, w) = skip.dims4()?;
-            x = x.narrow(2, 0, h)?.narrow(3, 0, w)?.contiguous()?;
-        }
-        Ok(upsampler.forward(&x)?)
+        let skip = skips.last().context("an upsampler above the highest level")?;
+        let (_, _, h, w) = skip.dims4()?;
+        Ok(told.piece(&(upsampler.clone(), h, w), &[&x], |(conv, h, w), x| {
+            conv.forward(&upsample_nearest2x(&x[0])?.narrow(2, 0, *h)?.narrow(3, 0, *w)?.contiguous()?)
+        })?)
     }
 
     pub(super) fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
@@ -189,12 +205,12 @@ impl Layers {
         Ok(layers)
     }
 
-    fn forward(&self, i: usize, x: &Tensor, emb: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let x = self.resnets[i].forward(x, emb)?;
-        match self.attentions.get(i) {
-            Some(attention) => attention.forward(&x, context),
-            None => Ok(x),
-        }
+    fn forward(&self, i: usize, x: &[&Tensor], told: Told) -> Result<Tensor> {
+        let x = self.resnets[i].forward(x, told)?;
+        Ok(match self.attentions.get(i) {
+            Some(attention) => attention.forward(&x, told)?,
+            None => x,
+        })
     }
 
     fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
@@ -237,15 +253,24 @@ impl Resnet {
         })
     }
 
+    /// `x`, one or more pictures (B, C, H, W) whose channels are joined → (B, C', H, W).
+    fn forward(&self, x: &[&Tensor], told: Told) -> Computed<Tensor> {
+        let inputs = [x, &[told.emb]].concat();
+        told.piece(self, &inputs, |resnet, inputs| match inputs {
+            [x @ .., emb] => resnet.compute(&Tensor::cat(x, 1)?, emb),
+            [] => candle_core::bail!("a ResNet block without inputs"),
+        })
+    }
+
     /// `x` (B, C, H, W), `emb` (B, E) after SiLU → (B, C', H, W).
-    fn forward(&self, x: &Tensor, emb: &Tensor) -> Result<Tensor> {
+    fn compute(&self, x: &Tensor, emb: &Tensor) -> Computed<Tensor> {
         let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
         let time = self.time_emb_proj.forward(emb)?.unsqueeze(2)?.unsqueeze(3)?; // (B, C', 1, 1)
         let h = h.broadcast_add(&time)?;
         let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
         match &self.conv_shortcut {
-            Some(shortcut) => Ok((shortcut.forward(x)? + h)?),
-            None => Ok((x + h)?),
+            Some(shortcut) => shortcut.forward(x)? + h,
+            None => x + h,
         }
     }
 
@@ -284,16 +309,21 @@ impl Transformer {
         })
     }
 
-    /// `x` (B, D, H, W), `context` (B, N, D') → (B, D, H, W).
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let (b, d, h, w) = x.dims4()?;
-        let tokens = self.norm.forward(x)?.reshape((b, d, h * w))?.transpose(1, 2)?; // (B, H·W, D)
-        let mut tokens = self.proj_in.forward(&tokens)?;
+    /// `x` (B, D, H, W) → same.
+    fn forward(&self, x: &Tensor, told: Told) -> Computed<Tensor> {
+        let ends = (self.norm.clone(), self.proj_in.clone());
+        let mut tokens = told.piece(&ends, &[x], |(norm, proj_in), x| {
+            let (b, d, h, w) = x[0].dims4()?;
+            proj_in.forward(&norm.forward(&x[0])?.reshape((b, d, h * w))?.transpose(1, 2)?) // (B, H·W, D)
+        })?;
         for block in &self.blocks {
-            tokens = block.forward(&tokens, context)?;
+            tokens = told.piece(block, &[&tokens, told.context], |block, inputs| {
+                block.forward(&inputs[0], &inputs[1])
+            })?;
         }
-        let out = self.proj_out.forward(&tokens)?.transpose(1, 2)?.reshape((b, d, h, w))?;
-        Ok((x + out)?)
+        told.piece(&self.proj_out, &[x, &tokens], |proj_out, inputs| {
+            &inputs[0] + proj_out.forward(&inputs[1])?.transpose(1, 2)?.reshape(inputs[0].shape())?
+        })
     }
 
     fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
@@ -332,12 +362,13 @@ impl TransformerBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+    /// `x` (B, N, D), `context` (B, M, D') → (B, N, D).
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Computed<Tensor> {
         let h = self.norm1.forward(x)?;
         let x = (x + self.attn1.forward(&h, &h)?)?;
         let x = (&x + self.attn2.forward(&self.norm2.forward(&x)?, context)?)?;
         let h = geglu(&self.ff_in.forward(&self.norm3.forward(&x)?)?)?;
-        Ok((&x + self.ff_out.forward(&h)?)?)
+        &x + self.ff_out.forward(&h)?
     }
 
     fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
@@ -373,9 +404,9 @@ impl Attention {
     }
 
     /// `x` (B, N, D), `context` (B, M, D') → (B, N, D).
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Computed<Tensor> {
         let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
-        Ok(self.to_out.forward(&attention(&q, &k, &v, self.heads, false)?)?)
+        self.to_out.forward(&attention(&q, &k, &v, self.heads, false)?)
     }
 
     fn visit_layers(&mut self, path: &str, visit: &mut Visit) {

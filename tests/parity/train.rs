@@ -1,13 +1,17 @@
-//! The optimiser against torch.optim.AdamW with clip_grad_norm_ (`scripts/golden_train.py`).
+//! Training against PyTorch: the optimiser (`scripts/golden_train.py`), and LoRAs of the UNet.
 
 use std::collections::BTreeMap;
 
-use candle_core::Var;
+use candle_core::{DType, Device, Var};
+use difflora::layers::Adapter;
+use difflora::sdxl::unet::{UNet, UNetConfig};
 use difflora::train::optimiser::{AdamW, AdamWOptions};
 use difflora::train::shards::Gradients;
+use difflora::weights;
 
 use crate::golden::{Golden, assert_close};
 
+/// AdamW with `clip_grad_norm_`.
 #[test]
 fn ten_clipped_steps_are_pytorchs() {
     let golden = Golden::open("train");
@@ -27,4 +31,67 @@ fn ten_clipped_steps_are_pytorchs() {
             assert_close(var, &golden.get(&format!("after.{step}.{name}")), 1e-6, name);
         }
     }
+}
+
+/// LoRA factors beside the layers of a UNet, by `{path}.down` and `{path}.up`.
+fn adapt(unet: &mut UNet, vars: &BTreeMap<String, Var>, scale: f64) {
+    let mut places = 0;
+    unet.visit_layers(&mut |path, mut layer| {
+        let factor = |name: &str| Some(vars.get(&format!("{path}.{name}"))?.as_tensor().clone());
+        let (Some(down), Some(up)) = (factor("down"), factor("up")) else { return };
+        let up = up.flatten_from(1).unwrap(); // peft keeps (out, R, 1, 1) for convolutions
+        layer.set_adapter(Some(Adapter { down, up, scale }));
+        places += 1;
+    });
+    assert_eq!(2 * places, vars.len());
+}
+
+/// Gradients, losses and LoRA of diffusers and peft, which recompute as well (`scripts/golden_unet_lora.py`).
+fn ten_steps_of_lora(dtype: DType, recompute: bool, tolerance: f64) {
+    let (golden, base) = (Golden::open("unet_lora"), Golden::open("unet"));
+    let config: UNetConfig = base.json("sdxl");
+    let vb = weights::frozen(base.under("sdxl.model."), dtype, &Device::Cpu);
+    let mut unet = UNet::new(&config, vb).unwrap();
+    unet.recompute = recompute;
+    let vars: BTreeMap<String, Var> = golden
+        .under("start.")
+        .into_iter()
+        .map(|(name, tensor)| (name, Var::from_tensor(&tensor).unwrap()))
+        .collect();
+    adapt(&mut unet, &vars, golden.json("scale"));
+    let options = AdamWOptions { betas: [0.9, 0.99], eps: 1e-8, weight_decay: 0.01, clip: 1.0 };
+    let mut optimiser = AdamW::new(vars.clone(), options).unwrap();
+    for step in 0..10 {
+        let input = |key: &str| golden.get(&format!("in.{step}.{key}"));
+        let context = Var::from_tensor(&input("context")).unwrap();
+        let out = unet
+            .forward(&input("latents"), &input("timesteps"), &context, &input("pooled"), &input("time_ids"))
+            .unwrap();
+        let loss = (out - input("target")).and_then(|error| error.sqr()?.mean_all()).unwrap();
+        assert_close(&loss, &golden.get(&format!("loss.{step}")), tolerance, &format!("loss {step}"));
+        let mut store = loss.backward().unwrap();
+        if step == 0 {
+            assert_close(store.get(&context).unwrap(), &golden.get("grad_context"), tolerance, "context");
+        }
+        let gradients: Gradients = vars
+            .iter()
+            .map(|(name, var)| {
+                let gradient = store.remove(var).unwrap_or_else(|| panic!("no gradient reaches {name}"));
+                if step == 0 {
+                    assert_close(&gradient, &golden.get(&format!("grad.{name}")), tolerance, name);
+                }
+                (name.clone(), gradient)
+            })
+            .collect();
+        optimiser.step(&gradients, 5e-3).unwrap();
+    }
+    for (name, var) in &vars {
+        assert_close(var, &golden.get(&format!("after.{name}")), tolerance, name);
+    }
+}
+
+#[test]
+fn ten_steps_of_lora_training_are_diffusers_and_pefts() {
+    ten_steps_of_lora(DType::F32, false, 1e-4);
+    ten_steps_of_lora(DType::F32, true, 1e-4);
 }

@@ -1,0 +1,219 @@
+//! Recomputation (gradient checkpointing): a piece of a network keeps its inputs alone and runs again in the backward
+//! pass, so that memory holds the inner values of one piece at a time. Chen et al. 2016, arXiv 1604.06174.
+//!
+//! A piece stands in candle's graph as one operation on its inputs and on the variables inside it, so that an ordinary
+//! `backward` finds every gradient, and pieces mix with whatever comes before and after them.
+
+use std::sync::Mutex;
+
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp3, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor, Var,
+};
+
+/// `piece(inputs)`, of which the graph keeps nothing but the inputs. Its gradients are those of `piece(inputs)` itself.
+///
+/// The first two inputs are kept as they are; further ones that need a gradient are copied and should be small. The
+/// piece must give the same whenever it runs.
+pub fn recomputed(
+    inputs: &[&Tensor],
+    piece: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let detached: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
+    let y = piece(&detached)?;
+    // No gradient goes through detached inputs: what is left of the graph begins at the variables inside.
+    let variables: Vec<Tensor> =
+        y.sorted_nodes().into_iter().filter(|node| node.is_variable()).cloned().collect();
+    let y = y.detach();
+    let tracked: Vec<bool> = inputs.iter().map(|input| input.track_op()).collect();
+    if variables.is_empty() && !tracked.contains(&true) {
+        return Ok(y);
+    }
+    let small = inputs.iter().skip(2).filter(|input| input.track_op()).copied();
+    let small = end_to_end(variables.iter().chain(small), &y)?;
+    let none = Tensor::zeros(0, DType::F32, y.device())?;
+    let kept = |i: usize| inputs.get(i).copied().unwrap_or(&none);
+    let op = Piece {
+        run: Box::new(piece),
+        inputs: detached,
+        tracked,
+        variables,
+        result: Mutex::new(Some(y.contiguous()?)),
+    };
+    kept(0).apply_op3(kept(1), &small, op)
+}
+
+/// All values in one row of f32.
+fn end_to_end<'a>(tensors: impl Iterator<Item = &'a Tensor>, beside: &Tensor) -> Result<Tensor> {
+    let mut rows = vec![Tensor::zeros(0, DType::F32, beside.device())?];
+    for tensor in tensors {
+        rows.push(tensor.flatten_all()?.to_dtype(DType::F32)?);
+    }
+    Tensor::cat(&rows, 0)
+}
+
+struct Piece {
+    run: Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>,
+    /// Without their graphs.
+    inputs: Vec<Tensor>,
+    /// Which of them need a gradient.
+    tracked: Vec<bool>,
+    /// What is trained inside the piece.
+    variables: Vec<Tensor>,
+    /// What the piece gave, until it is taken into the graph.
+    result: Mutex<Option<Tensor>>,
+}
+
+impl Piece {
+    fn result(&self) -> Result<(Storage, Shape)> {
+        let result = self.result.lock().ok().and_then(|mut result| result.take());
+        let Some(y) = result else { candle_core::bail!("a recomputed piece was applied twice") };
+        let storage = y.storage_and_layout().0.try_clone(y.layout())?;
+        Ok((storage, y.shape().clone()))
+    }
+}
+
+impl CustomOp3 for Piece {
+    fn name(&self) -> &'static str {
+        "recomputed"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        match self.result()? {
+            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
+            _ => candle_core::bail!("a recomputed piece left the CPU"),
+        }
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        match self.result()? {
+            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            _ => candle_core::bail!("a recomputed piece left the CUDA device"),
+        }
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        match self.result()? {
+            (Storage::Metal(storage), shape) => Ok((storage, shape)),
+            _ => candle_core::bail!("a recomputed piece left the Metal device"),
+        }
+    }
+
+    /// Runs the piece again, with variables for inputs, and goes backward from there.
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        small: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut inputs = self.inputs.clone();
+        for (input, tracked) in inputs.iter_mut().zip(&self.tracked) {
+            if *tracked {
+                *input = Var::from_tensor(input)?.into_inner();
+            }
+        }
+        let y = (self.run)(&inputs)?;
+        let grads = (y * grad)?.sum_all()?.backward()?; // dΣ(y · grad)/dy = grad
+        let of = |tensor: &Tensor| grads.get(tensor).map_or_else(|| tensor.zeros_like(), |g| Ok(g.clone()));
+        let wanted: Vec<Option<Tensor>> = inputs
+            .iter()
+            .zip(&self.tracked)
+            .map(|(input, tracked)| tracked.then(|| of(input)).transpose())
+            .collect::<Result<_>>()?;
+        let whole = |i: usize| wanted.get(i).cloned().flatten();
+        let variables: Vec<Tensor> = self.variables.iter().map(of).collect::<Result<_>>()?;
+        let others = variables.iter().chain(wanted.iter().skip(2).flatten());
+        let others = small.track_op().then(|| end_to_end(others, grad)).transpose()?;
+        Ok((whole(0), whole(1), others))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Module};
+
+    use super::*;
+    use crate::diffusion::noise::normal;
+    use crate::layers::{Activation, Adapter, Linear};
+
+    /// Two adapted layers that listen to a second and a third input as well.
+    fn piece() -> Result<(Vec<Var>, impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + Clone + 'static)> {
+        let draw = |i: u64, shape: (usize, usize)| normal(1, i, shape, &Device::Cpu);
+        let mut vars = Vec::new();
+        let mut layers = Vec::new();
+        for i in 0..2 {
+            let (down, up) =
+                (Var::from_tensor(&draw(4 * i, (2, 6))?)?, Var::from_tensor(&draw(4 * i + 1, (6, 2))?)?);
+            let adapter = Adapter { down: down.as_tensor().clone(), up: up.as_tensor().clone(), scale: 0.5 };
+            layers.push(Linear { weight: draw(4 * i + 2, (6, 6))?, bias: None, adapter: Some(adapter) });
+            vars.extend([down, up]);
+        }
+        let run = move |x: &[Tensor]| {
+            let h = Activation::Silu.apply(&(layers[0].forward(&x[0])? + &x[1])?)?;
+            layers[1].forward(&h)?.broadcast_mul(&x[2]) + &x[0]
+        };
+        Ok((vars, run))
+    }
+
+    #[test]
+    fn gradients_of_inputs_and_variables_are_those_of_the_piece_itself() -> Result<()> {
+        let (vars, run) = piece()?;
+        let draw = |i: u64, shape: (usize, usize)| Var::from_tensor(&normal(2, i, shape, &Device::Cpu)?);
+        let inputs = [draw(0, (3, 6))?, draw(1, (3, 6))?, draw(2, (1, 6))?];
+        let weight = normal(3, 0, (3, 6), &Device::Cpu)?;
+        let frozen = normal(4, 0, (3, 6), &Device::Cpu)?;
+        for tracked in [[true, true, true], [false, true, false], [true, false, false], [false; 3]] {
+            let x: Vec<Tensor> = inputs
+                .iter()
+                .zip(tracked)
+                .map(|(input, tracked)| {
+                    let x = (input.as_tensor() * 1.5)?;
+                    Ok(if tracked { x } else { x.detach() })
+                })
+                .collect::<Result<_>>()?;
+            let backward = |y: Tensor| ((y * &weight)? + &frozen)?.sum_all()?.backward();
+            let plain = backward(run(&x)?)?;
+            let again = backward(recomputed(&[&x[0], &x[1], &x[2]], run.clone())?)?;
+            for var in vars.iter().chain(&inputs) {
+                let values = |grads: &candle_core::backprop::GradStore| {
+                    grads.get(var).map(|grad| grad.flatten_all()?.to_vec1::<f32>()).transpose()
+                };
+                assert_eq!(values(&plain)?, values(&again)?, "{tracked:?}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn without_anything_to_train_the_graph_ends() -> Result<()> {
+        let x = normal(1, 0, (2, 3), &Device::Cpu)?;
+        let y = recomputed(&[&x], |x| &x[0] * 2.0)?;
+        assert!(!y.track_op());
+        Ok(())
+    }
+}
