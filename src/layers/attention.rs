@@ -1,9 +1,13 @@
 //! Multi-head attention that never holds the whole score matrix.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use gemm::Parallelism;
 
-use super::slices::{self, Matrix, Product};
+use super::product::{Across, Along, Left, Right};
+use super::slices::{self, Matrix, Product, Shared, Weight};
+use super::tile::{self, Words};
 
 /// softmax(q·kᵀ/√d)·v for each head. `q` (B, N, H·d), `k` and `v` (B, M, H·d) → (B, N, H·d).
 ///
@@ -63,7 +67,7 @@ struct AttentionOp {
     causal: bool,
 }
 
-/// Queries whose scores are held at once.
+/// Queries whose scores are held at once, backward.
 const ROWS: usize = 128;
 
 impl AttentionOp {
@@ -83,30 +87,30 @@ impl AttentionOp {
     fn forward(&self, q: &[f32], k: &[f32], v: &[f32], size: [usize; 4]) -> Vec<f32> {
         let [b, n, m, width] = size;
         let d = width / self.heads;
+        let parts = n.div_ceil(QUERIES).max(slices::threads().div_ceil(b * self.heads).min(n.div_ceil(tile::ROWS)));
+        let each = n.div_ceil(parts).next_multiple_of(tile::ROWS);
         let mut y = vec![0f32; b * n * width];
-        let blocks = n.div_ceil(ROWS);
-        // Each chunk of rows of the output is one block of queries, all heads.
-        let write = |sample: usize, block: usize, y: &mut [f32]| {
-            let first = block * ROWS;
-            let rows = y.len() / width;
-            let mut scores = vec![0f32; rows * m];
-            for head in 0..self.heads {
-                let part = |x, row: usize| head_of(x, row, head * d, width);
-                let (q, k, v) = (part(q, sample * n + first), part(k, sample * m), part(v, sample * m));
-                self.weights(q, k, first, [rows, m, d], &mut scores);
-                Product { m: rows, n: d, k: m, scale: 1.0, add: false, parallelism: Parallelism::None }
-                    .write(Matrix { values: &scores, row: m, column: 1 }, v, &mut y[head * d..], width);
+        let out = Shared::new(&mut y);
+        slices::for_each(b * self.heads * parts, |task| {
+            let (sample, head, first) = (task / parts / self.heads, task / parts % self.heads, task % parts * each);
+            let queries = first.min(n)..(first + each).min(n);
+            if queries.is_empty() {
+                return;
             }
-        };
-        if n % ROWS == 0 {
-            slices::for_chunks(&mut y, ROWS * width, |i, y| write(i / blocks, i % blocks, y));
-        } else {
-            slices::for_chunks(&mut y, n * width, |sample, y| {
-                for (block, y) in y.chunks_mut(ROWS * width).enumerate() {
-                    write(sample, block, y);
-                }
-            });
-        }
+            let part = |x, row: usize| head_of(x, row, head * d, width).values;
+            let at = sample * n * width + head * d;
+            let head = Head {
+                q: part(q, sample * n),
+                k: part(k, sample * m),
+                v: part(v, sample * m),
+                keys: m,
+                d,
+                width,
+                causal: self.causal,
+            };
+            // SAFETY: each task writes the rows of its queries in the columns of its head.
+            unsafe { head.attend(queries, out.get().add(at)) }
+        });
         y
     }
 
@@ -145,6 +149,139 @@ impl AttentionOp {
             }
         }
         [grad_q, grad_k, grad_v]
+    }
+}
+
+/// Queries of one task: few enough that their sums stay in the cache, many enough to pay for packing the keys.
+const QUERIES: usize = 516;
+/// Keys whose scores are held at once: as many as a packed row has words.
+const KEYS: usize = tile::DEPTH;
+
+/// One head of one sample; rows lie `width` apart.
+struct Head<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    keys: usize,
+    d: usize,
+    width: usize,
+    causal: bool,
+}
+
+/// What a block of queries has gathered from the keys so far (Dao et al. 2022, FlashAttention, arXiv 2205.14135).
+struct Gathered {
+    /// The largest score of each query.
+    top: Vec<f32>,
+    /// Σ exp(score − top) of each query.
+    total: Vec<f32>,
+    /// Σ exp(score − top) · v, (queries, d).
+    sums: Vec<f32>,
+}
+
+impl Head<'_> {
+    /// Attention of `queries`, written to rows `width` apart.
+    ///
+    /// # Safety
+    /// `y` has `d` values to write in each of the rows of `queries`.
+    unsafe fn attend(&self, queries: Range<usize>, y: *mut f32) {
+        let Self { d, width, .. } = *self;
+        let (n, panel) = (queries.len(), tile::DEPTH * tile::COLUMNS);
+        let (depths, columns) = (d.div_ceil(tile::DEPTH), d.div_ceil(tile::COLUMNS));
+        let key_panels = KEYS / tile::COLUMNS;
+        let keys = Along::new(Weight::F32(self.k), width, self.keys, d);
+        let values = Across::new(self.v, width, d, self.keys);
+        let q = Along::new(Weight::F32(self.q), width, queries.end, d);
+        let mut packed_k = vec![0u32; depths * key_panels * panel];
+        let mut packed_v = vec![0u32; columns * panel];
+        let mut left = vec![0u32; depths * tile::ROWS * tile::STRIDE];
+        let mut scores = vec![0f32; tile::ROWS * tile::STRIDE];
+        let mut gathered =
+            Gathered { top: vec![f32::NEG_INFINITY; n], total: vec![0.0; n], sums: vec![0.0; n * d] };
+        let seen = if self.causal { queries.end } else { self.keys };
+        for first in (0..seen).step_by(KEYS) {
+            let block = first..(first + KEYS).min(seen);
+            for (i, from) in (0..d).step_by(tile::DEPTH).enumerate() {
+                let depth = from..(from + tile::DEPTH).min(d);
+                keys.pack_columns(Words::F32, block.clone(), depth, &mut packed_k[i * key_panels * panel..], panel);
+            }
+            values.pack_columns(Words::F32, 0..d, block.clone(), &mut packed_v, panel);
+            for row in (0..n).step_by(tile::ROWS) {
+                let rows = row..(row + tile::ROWS).min(n);
+                let height = rows.len();
+                for (i, from) in (0..d).step_by(tile::DEPTH).enumerate() {
+                    let depth = from..(from + tile::DEPTH).min(d);
+                    let count = depth.len();
+                    let left = &mut left[i * tile::ROWS * tile::STRIDE..];
+                    let absolute = queries.start + rows.start..queries.start + rows.end;
+                    q.pack_rows(Words::F32, absolute, depth, left);
+                    for (j, from) in (0..block.len()).step_by(tile::COLUMNS).enumerate() {
+                        let right = packed_k[(i * key_panels + j) * panel..].as_ptr();
+                        let to = scores[from..].as_mut_ptr();
+                        let width = tile::COLUMNS.min(block.len() - from);
+                        // SAFETY: both are packed, and a row of scores has room for all keys.
+                        unsafe {
+                            tile::tile(Words::F32, height, width, count, left.as_ptr(), right, to, tile::STRIDE, i > 0)
+                        }
+                    }
+                }
+                let causal = self.causal.then(|| queries.start + row + 1).map(|seen| seen.saturating_sub(first));
+                let now = &mut gathered;
+                let (top, total) = (&mut now.top[rows.clone()], &mut now.total[rows.clone()]);
+                let sums = &mut now.sums[row * d..][..height * d];
+                let scale = 1.0 / (d as f32).sqrt();
+                weigh(&mut scores, block.len(), causal, scale, top, total, sums);
+                for (j, from) in (0..d).step_by(tile::COLUMNS).enumerate() {
+                    let right = packed_v[j * panel..].as_ptr();
+                    let to = sums[from..].as_mut_ptr();
+                    let width = tile::COLUMNS.min(d - from);
+                    // SAFETY: both are packed, and a row of sums has `d` values.
+                    unsafe {
+                        let left = scores.as_ptr().cast();
+                        tile::tile(Words::F32, height, width, block.len(), left, right, to, d, first > 0)
+                    }
+                }
+            }
+        }
+        for (i, (sums, total)) in gathered.sums.chunks_exact(d).zip(&gathered.total).enumerate() {
+            // SAFETY: the caller's promise.
+            let y = unsafe { std::slice::from_raw_parts_mut(y.add((queries.start + i) * width), d) };
+            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum / total);
+        }
+    }
+}
+
+slices::vectorised! {
+    /// Turns scores into exp(scale · score − top) and brings what was gathered before to the new top. With `causal`, row i
+    /// sees the first `causal + i` of the keys.
+    fn weigh(
+        scores: &mut [f32],
+        keys: usize,
+        causal: Option<usize>,
+        scale: f32,
+        top: &mut [f32],
+        total: &mut [f32],
+        sums: &mut [f32],
+    ) {
+        let d = sums.len() / top.len();
+        let rows = scores.chunks_exact_mut(tile::STRIDE).zip(top).zip(total).zip(sums.chunks_exact_mut(d));
+        for (i, (((row, top), total), sums)) in rows.enumerate() {
+            let (row, unseen) = row[..keys].split_at_mut(causal.map_or(keys, |seen| (seen + i).min(keys)));
+            unseen.fill(0.0);
+            if row.is_empty() {
+                continue;
+            }
+            let highest = slices::lanes_max(row) * scale;
+            if highest > *top {
+                // 0 where nothing was gathered yet.
+                let shrink = slices::exp(*top - highest) * f32::from(*top > f32::NEG_INFINITY);
+                *total *= shrink;
+                sums.iter_mut().for_each(|sum| *sum *= shrink);
+                *top = highest;
+            }
+            let top = *top;
+            row.iter_mut().for_each(|score| *score = slices::exp(*score * scale - top));
+            *total += slices::lanes_sum(row, |x| x);
+        }
     }
 }
 
@@ -255,6 +392,18 @@ mod tests {
                 let apart = (&whole - parts)?.abs()?.max_all()?.to_scalar::<f32>()?;
                 assert!(apart < 1e-6, "{scores} scores, causal {causal}: {apart}");
             }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn many_queries_and_keys_and_wide_heads_agree_with_the_plain_form() -> Result<()> {
+        for (n, m, heads, d, causal) in [(530, 601, 2, 5, false), (300, 300, 1, 9, true), (13, 40, 1, 300, false)] {
+            let draw = |i: u64, n: usize| normal(5, i, (2, n, heads * d), &Device::Cpu)? * 2.0;
+            let (q, k, v) = (draw(0, n)?, draw(1, m)?, draw(2, m)?);
+            let plain = composite(&q, &k, &v, heads, causal, SCORES)?;
+            let apart = (attention(&q, &k, &v, heads, causal)? - plain)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(apart < 1e-5, "{n} queries, {m} keys, {heads} heads of {d}: {apart}");
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! Two-dimensional convolution as a matrix product over gathered patches (im2col), a few samples at a time.
+//! Two-dimensional convolution as a matrix product over patches: forward they are gathered block by block as the product
+//! packs them, backward as matrices (im2col), a few samples at a time.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -8,7 +9,9 @@ use candle_nn::VarBuilder;
 use gemm::Parallelism;
 
 use super::linear::{Adapter, uniform};
-use super::slices::{self, Matrix, Product};
+use super::product::{Along, Place, Right, Size, Start, multiplied};
+use super::slices::{self, Matrix, Product, Weight};
+use super::tile::{COLUMNS, Words, pack_gathered};
 
 /// A convolution; `weight` (out, in, k, k), `bias` (out).
 #[derive(Clone, Debug)]
@@ -90,9 +93,8 @@ impl Adapter {
 
 /// `x` (B, in, H, W), `weight` (out, in, k, k), `bias` (out) → (B, out, H', W').
 fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: ConvGeometry) -> Result<Tensor> {
-    let weight = super::like(weight, x)?;
     let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
-    if slices::is_cpu_f32(x) && slices::is_cpu_f32(&weight) {
+    if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
         return x.contiguous()?.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), ConvOp(g));
     }
@@ -102,7 +104,7 @@ fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: ConvGeometry) -
         let x = x.pad_with_zeros(2, g.pad_before, g.pad_after)?;
         (x.pad_with_zeros(3, g.pad_before, g.pad_after)?, 0)
     };
-    let y = x.conv2d(&weight, padding, g.stride, 1, 1)?;
+    let y = x.conv2d(&super::like(weight, &x)?, padding, g.stride, 1, 1)?;
     match bias {
         Some(bias) => y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?),
         None => Ok(y),
@@ -177,53 +179,13 @@ impl Sizes {
         if self.b.div_ceil(self.group()) > 1 { Parallelism::None } else { slices::parallelism() }
     }
 
-    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
-        let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
-        let product =
-            |n| Product { m: self.c_out, n, k, scale: 1.0, add: true, parallelism: self.inner_parallelism() };
-        let weight = Matrix { values: weight, row: k, column: 1 };
-        let mut y = vec![0f32; self.b * self.sample_out()];
-        slices::for_chunks(&mut y, group * self.sample_out(), |i, y| {
-            let x = &x[i * group * self.sample_in()..];
-            let count = y.len() / self.sample_out();
-            if !bias.is_empty() {
-                for (channel, values) in y.chunks_exact_mut(pixels).enumerate() {
-                    values.fill(bias[channel % self.c_out]);
-                }
-            }
-            if self.is_pointwise() {
-                for (s, y) in y.chunks_exact_mut(self.sample_out()).enumerate() {
-                    let x = &x[s * self.sample_in()..][..self.sample_in()];
-                    product(pixels).write(weight, Matrix { values: x, row: pixels, column: 1 }, y, pixels);
-                }
-                return;
-            }
-            let columns = count * pixels;
-            let mut patches = vec![0f32; k * columns];
-            for s in 0..count {
-                gather(
-                    self,
-                    &x[s * self.sample_in()..][..self.sample_in()],
-                    &mut patches,
-                    columns,
-                    s * pixels,
-                );
-            }
-            let patches = Matrix { values: &patches, row: columns, column: 1 };
-            if count == 1 {
-                product(columns).write(weight, patches, y, pixels);
-                return;
-            }
-            let mut together = vec![0f32; self.c_out * columns];
-            product(columns).write(weight, patches, &mut together, columns);
-            for (s, y) in y.chunks_exact_mut(self.sample_out()).enumerate() {
-                for (channel, y) in y.chunks_exact_mut(pixels).enumerate() {
-                    let from = &together[channel * columns + s * pixels..][..pixels];
-                    y.iter_mut().zip(from).for_each(|(y, value)| *y += value);
-                }
-            }
-        });
-        y
+    fn forward(&self, x: &[f32], weight: Weight, bias: &[f32]) -> Vec<f32> {
+        let (pixels, k) = (self.pixels_out(), self.patch());
+        let size = Size { m: self.c_out, n: self.b * pixels, k };
+        let place = Place { row: pixels, part: pixels, part_step: self.sample_out() };
+        let start = if bias.is_empty() { Start::Zero } else { Start::Rows(bias) };
+        let left = Along::new(weight, k, self.c_out, k);
+        multiplied(weight.words(), size, &left, &Patches { x, s: *self }, start, place)
     }
 
     /// The output gradients of `count` samples as one matrix (out, count · pixels).
@@ -290,6 +252,100 @@ impl Sizes {
             sums[channel % self.c_out] += slices::sum(values);
         }
         sums
+    }
+}
+
+/// The patches of a picture as the right operand of a product: one column for each output pixel of each sample.
+struct Patches<'a> {
+    x: &'a [f32],
+    s: Sizes,
+}
+
+impl Patches<'_> {
+    /// The rows of the picture with their border, channels `channels` of the samples that hold `columns`, into `border`.
+    /// Returns how many rows each of them has, and where the patch of each column begins.
+    fn with_border(
+        &self,
+        columns: Range<usize>,
+        channels: Range<usize>,
+        border: &mut Vec<f32>,
+    ) -> (usize, Vec<u32>) {
+        let (s, ConvGeometry { kernel, stride, pad_before, .. }) = (&self.s, self.s.g);
+        let pixels = s.pixels_out();
+        let width = (s.w_out - 1) * stride + kernel;
+        // The output rows of each sample that these columns touch.
+        let (first, last) = (columns.start / pixels, (columns.end - 1) / pixels);
+        let touched = |sample: usize| {
+            let from = columns.start.max(sample * pixels) - sample * pixels;
+            let to = columns.end.min((sample + 1) * pixels) - sample * pixels;
+            from / s.w_out..(to - 1) / s.w_out + 1
+        };
+        let most = (first..=last).map(|sample| touched(sample).len()).max().unwrap_or(0);
+        let rows = (most - 1) * stride + kernel;
+        border.clear();
+        for sample in first..=last {
+            for c in channels.clone() {
+                let picture = &self.x[(sample * s.c_in + c) * s.h * s.w..][..s.h * s.w];
+                for row in touched(sample).start * stride..touched(sample).start * stride + rows {
+                    let end = border.len() + width;
+                    match row.checked_sub(pad_before) {
+                        Some(row) if row < s.h => {
+                            let seen = s.w.min(width - pad_before);
+                            border.resize(end - width + pad_before, 0.0);
+                            border.extend_from_slice(&picture[row * s.w..][..seen]);
+                            border.resize(end, 0.0);
+                        }
+                        _ => border.resize(end, 0.0),
+                    }
+                }
+            }
+        }
+        let begin = |column: usize| {
+            let (sample, pixel) = (column / pixels, column % pixels);
+            let (y, x) = (pixel / s.w_out - touched(sample).start, pixel % s.w_out);
+            (((sample - first) * channels.len() * rows + y * stride) * width + x * stride) as u32
+        };
+        (rows, columns.map(begin).collect())
+    }
+}
+
+impl Right for Patches<'_> {
+    fn pack_columns(&self, words: Words, columns: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
+        thread_local! {
+            static BORDER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        }
+        let (s, ConvGeometry { kernel, stride, .. }) = (&self.s, self.s.g);
+        let mut border = BORDER.take();
+        let (from, offsets, begins) = if s.is_pointwise() {
+            let pixels = s.pixels_out();
+            let begin = |column: usize| (column / pixels * s.sample_in() + column % pixels) as u32;
+            let offsets = depth.map(|c| c * pixels).collect();
+            (self.x, offsets, columns.map(begin).collect::<Vec<_>>())
+        } else {
+            let taps = kernel * kernel;
+            let channels = depth.start / taps..(depth.end - 1) / taps + 1;
+            let width = (s.w_out - 1) * stride + kernel;
+            let (rows, begins) = self.with_border(columns, channels.clone(), &mut border);
+            let offset = |d: usize| {
+                let (c, ky, kx) = (d / taps - channels.start, d / kernel % kernel, d % kernel);
+                (c * rows + ky) * width + kx
+            };
+            (border.as_slice(), depth.map(offset).collect::<Vec<_>>(), begins)
+        };
+        let furthest = offsets.iter().max().zip(begins.iter().max()).map(|(a, b)| a + *b as usize);
+        assert!(furthest.is_some_and(|furthest| furthest < from.len()));
+        for (half, begins) in begins.chunks(16).enumerate() {
+            // The last column once more where there are less than 16: its sums are not written.
+            let places = std::array::from_fn(|i| begins[i.min(begins.len() - 1)]);
+            let to = &mut to[half / 2 * step + half % 2 * 16..];
+            // SAFETY: the assertion above.
+            unsafe { pack_gathered(words, from.as_ptr(), &offsets, &places, to, COLUMNS) }
+        }
+        BORDER.set(border);
+    }
+
+    fn depth_unit(&self) -> usize {
+        self.s.g.kernel * self.s.g.kernel
     }
 }
 
@@ -384,7 +440,7 @@ impl CustomOp3 for ConvOp {
         let s = Sizes::new(self.0, x_layout.shape(), w_layout.shape())?;
         let y = s.forward(
             slices::operand(x, x_layout)?,
-            slices::operand(w, w_layout)?,
+            Weight::operand(w, w_layout)?,
             slices::operand(b, b_layout)?,
         );
         Ok((CpuStorage::F32(y), (s.b, s.c_out, s.h_out, s.w_out).into()))
@@ -403,7 +459,8 @@ impl CustomOp3 for ConvOp {
         slices::with_values(&grad, |grad| {
             let device = x.device();
             let grad_x = if x.track_op() {
-                let values = slices::with_values(w, |w| s.grad_input(w, grad))?;
+                let w = super::like(w, x)?;
+                let values = slices::with_values(&w, |w| s.grad_input(w, grad))?;
                 Some(Tensor::from_vec(values, x.shape(), device)?)
             } else {
                 None

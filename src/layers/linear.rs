@@ -3,7 +3,8 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
-use super::slices::{self, Matrix, Product};
+use super::product::{Along, Place, Size, Start, multiplied};
+use super::slices::{self, Weight};
 
 /// A linear layer; `weight` (out, in), `bias` (out).
 #[derive(Clone, Debug)]
@@ -98,15 +99,14 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         _ => candle_core::bail!("linear layer {input} → {output} was given {:?}", x.shape()),
     }
     let rows = x.elem_count() / input;
-    let weight = &super::like(weight, x)?;
     let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
-    if slices::is_cpu_f32(x) && slices::is_cpu_f32(weight) {
+    if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
         let x = x.contiguous()?.reshape((rows, input))?;
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
         let y = x.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), LinearOp)?;
         return y.reshape(shape);
     }
-    let y = x.reshape((rows, input))?.matmul(&weight.t()?)?;
+    let y = x.reshape((rows, input))?.matmul(&super::like(weight, x)?.t()?)?;
     let y = match bias {
         Some(bias) => y.broadcast_add(&bias)?,
         None => y,
@@ -132,20 +132,12 @@ impl CustomOp3 for LinearOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (rows, k) = x_layout.shape().dims2()?;
         let n = w_layout.shape().dims()[0];
-        let (x, w, b) =
-            (slices::operand(x, x_layout)?, slices::operand(w, w_layout)?, slices::operand(b, b_layout)?);
-        let mut y = vec![0f32; rows * n];
-        if !b.is_empty() {
-            y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(b));
-        }
-        let product =
-            Product { m: rows, n, k, scale: 1.0, add: !b.is_empty(), parallelism: slices::parallelism() };
-        product.write(
-            Matrix { values: x, row: k, column: 1 },
-            Matrix { values: w, row: 1, column: k },
-            &mut y,
-            n,
-        );
+        let (x, b) = (slices::operand(x, x_layout)?, slices::operand(b, b_layout)?);
+        let start = if b.is_empty() { Start::Zero } else { Start::Columns(b) };
+        let (size, place) = (Size { m: rows, n, k }, Place::matrix(n));
+        let w = Weight::operand(w, w_layout)?;
+        let (left, right) = (Along::new(Weight::F32(x), k, rows, k), Along::new(w, k, n, k));
+        let y = multiplied(w.words(), size, &left, &right, start, place);
         Ok((CpuStorage::F32(y), (rows, n).into()))
     }
 
@@ -158,7 +150,7 @@ impl CustomOp3 for LinearOp {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let grad_x = if x.track_op() { Some(grad.matmul(w)?) } else { None };
+        let grad_x = if x.track_op() { Some(grad.matmul(&super::like(w, &grad)?)?) } else { None };
         let grad_w = if w.track_op() { Some(grad.t()?.matmul(x)?) } else { None };
         let grad_b = if b.track_op() { Some(column_sums(&grad)?) } else { None };
         Ok((grad_x, grad_w, grad_b))

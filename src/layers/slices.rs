@@ -2,11 +2,19 @@
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use gemm::Parallelism;
+use half::{bf16, f16};
 use rayon::prelude::*;
+
+use super::tile::Words;
 
 /// Whether the hand-written kernels apply to `x`.
 pub(super) fn is_cpu_f32(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32
+}
+
+/// Whether the kernels take `weight` as it is stored: f32, or 16 bits that are widened or multiplied as they are packed.
+pub(super) fn is_cpu_weight(weight: &Tensor) -> bool {
+    matches!(weight.device(), Device::Cpu) && matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16)
 }
 
 /// The values of a contiguous f32 operand of a custom operation.
@@ -23,6 +31,44 @@ pub(super) fn with_values<T>(x: &Tensor, work: impl FnOnce(&[f32]) -> T) -> Resu
     match &*storage {
         Storage::Cpu(storage) => Ok(work(operand(storage, layout)?)),
         _ => candle_core::bail!("a CPU kernel was given a tensor on another device"),
+    }
+}
+
+/// A weight as stored.
+#[derive(Clone, Copy)]
+pub(super) enum Weight<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Weight<'a> {
+    /// The values of a contiguous operand.
+    pub(super) fn operand(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("a kernel was given a weight that is not contiguous: {layout:?}")
+        };
+        Ok(match storage {
+            CpuStorage::F16(values) => Self::F16(&values[start..end]),
+            CpuStorage::BF16(values) => Self::Bf16(&values[start..end]),
+            values => Self::F32(&values.as_slice::<f32>()?[start..end]),
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::F16(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// How its products are computed: of bf16 where it is stored so and the processor can, else of f32.
+    pub(super) fn words(&self) -> Words {
+        match self {
+            Self::Bf16(_) => Words::for_bf16(),
+            _ => Words::F32,
+        }
     }
 }
 
@@ -47,6 +93,39 @@ pub(super) fn for_chunks(out: &mut [f32], size: usize, work: impl Fn(usize, &mut
         out.chunks_mut(size).enumerate().for_each(|(i, chunk)| work(i, chunk));
     } else {
         out.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| work(i, chunk));
+    }
+}
+
+/// Calls `work(0)`, …, `work(count − 1)` on all threads, likewise.
+pub(super) fn for_each(count: usize, work: impl Fn(usize) + Sync + Send) {
+    if threads() == 1 || count == 1 {
+        (0..count).for_each(work);
+    } else {
+        (0..count).into_par_iter().with_max_len(1).for_each(work);
+    }
+}
+
+/// A pointer into an output whose parts several threads write, each its own.
+#[derive(Clone, Copy)]
+pub(super) struct Shared(*mut f32);
+
+// SAFETY: it is a mere address; who writes through it promises to write what no one else does.
+unsafe impl Send for Shared {}
+// SAFETY: likewise.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub(super) fn new(values: &mut [f32]) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    /// The capacity of `values`.
+    pub(super) fn uninitialised(values: &mut Vec<f32>) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    pub(super) fn get(self) -> *mut f32 {
+        self.0
     }
 }
 
@@ -164,6 +243,19 @@ pub(super) fn lanes_sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
         }
     }
     lanes.iter().sum::<f32>() + rest
+}
+
+/// The largest value, likewise.
+#[inline(always)]
+pub(super) fn lanes_max(values: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = values.chunks_exact(16);
+    let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, larger);
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = larger(*lane, *x));
+    }
+    lanes.iter().copied().fold(rest, larger)
 }
 
 /// Σ a · (b − shift), likewise.

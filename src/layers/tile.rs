@@ -1,0 +1,618 @@
+//! The innermost loop of every matrix product: a tile of 12 × 32 sums over packed operands.
+//!
+//! Operands lie in 32-bit words, each of which holds one f32, or two bf16 that follow each other along the depth
+//! (`vdpbf16ps` multiplies both and adds in f32). The left operand is packed as up to 12 rows of words, the right one as
+//! panels of 32 columns, word by word. Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication",
+//! tells why this form is fast.
+//!
+//! There are three forms: AVX-512, AVX2 and plain Rust. All add along the depth in the same order, whatever part of the
+//! product a tile is; only fused multiply-add makes them differ.
+
+use half::{bf16, f16};
+
+/// Rows of a tile.
+pub(super) const ROWS: usize = 12;
+/// Columns of a tile and of a packed panel.
+pub(super) const COLUMNS: usize = 32;
+/// Most words along the depth that are packed at once.
+pub(super) const DEPTH: usize = 256;
+/// Words from one packed row of the left operand to the next; not a power of two, so that rows lie in different sets
+/// of the cache.
+pub(super) const STRIDE: usize = DEPTH + 16;
+
+/// What one word of a packed operand holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Words {
+    /// One f32.
+    F32,
+    /// Two bf16, where the processor multiplies them ([`Words::for_bf16`]).
+    Bf16,
+}
+
+impl Words {
+    /// How operands are packed where the weights are bf16: as pairs where the processor multiplies them.
+    pub(super) fn for_bf16() -> Self {
+        if has_bf16() { Self::Bf16 } else { Self::F32 }
+    }
+
+    /// Values in a word.
+    pub(super) fn per(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    use std::arch::is_x86_feature_detected as has;
+    has!("avx512f") && has!("avx512vl") && has!("avx512dq") && has!("avx512bw") && has!("avx2") && has!("fma")
+}
+
+/// Whether the processor multiplies bf16.
+fn has_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        has_avx512() && std::arch::is_x86_feature_detected!("avx512bf16")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
+/// A stored value of an operand.
+pub(super) trait Value: Copy + Send + Sync {
+    fn wide(self) -> f32;
+
+    /// The first `count` (at most 16) values from `from` on, then zeros.
+    ///
+    /// # Safety
+    /// `from` points to `count` values; the processor has AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load(from: *const Self, count: usize) -> std::arch::x86_64::__m512;
+}
+
+#[cfg(target_arch = "x86_64")]
+use x86::mask;
+
+impl Value for f32 {
+    fn wide(self) -> f32 {
+        self
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    unsafe fn load(from: *const Self, count: usize) -> std::arch::x86_64::__m512 {
+        // SAFETY: the mask leaves out what lies beyond `count`.
+        unsafe { std::arch::x86_64::_mm512_maskz_loadu_ps(mask(count), from) }
+    }
+}
+
+impl Value for bf16 {
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    unsafe fn load(from: *const Self, count: usize) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the mask leaves out what lies beyond `count`.
+        let half = unsafe { _mm256_maskz_loadu_epi16(mask(count), from.cast()) };
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+    }
+}
+
+impl Value for f16 {
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    unsafe fn load(from: *const Self, count: usize) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the mask leaves out what lies beyond `count`.
+        _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask(count), from.cast()) })
+    }
+}
+
+/// Words of two values each, rounded to bf16 (to nearest, ties to even).
+fn pair(first: f32, second: f32) -> u32 {
+    u32::from(bf16::from_f32(first).to_bits()) | u32::from(bf16::from_f32(second).to_bits()) << 16
+}
+
+/// Packs values that follow each other along the depth, row by row: word `w` of row `i` goes to
+/// `to[i · step + w]`. `from(i)` is where row `i` begins.
+///
+/// # Safety
+/// Each row has `depth` values, and `to` has room for `rows` of them.
+pub(super) unsafe fn pack_along<V: Value>(
+    words: Words,
+    rows: usize,
+    depth: usize,
+    from: impl Fn(usize) -> *const V,
+    to: &mut [u32],
+    step: usize,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        for i in 0..rows {
+            let to = to[i * step..][..depth.div_ceil(words.per())].as_mut_ptr();
+            // SAFETY: the processor has AVX-512, and bf16 where words are pairs; the row has `depth` values.
+            unsafe {
+                match words {
+                    Words::F32 => x86::copy_f32(from(i), depth, to),
+                    Words::Bf16 => x86::copy_bf16(from(i), depth, to),
+                }
+            }
+        }
+        return;
+    }
+    for i in 0..rows {
+        // SAFETY: the caller's promise.
+        let row = unsafe { std::slice::from_raw_parts(from(i), depth) };
+        let to = &mut to[i * step..];
+        match words {
+            Words::F32 => to.iter_mut().zip(row).for_each(|(to, value)| *to = value.wide().to_bits()),
+            Words::Bf16 => to.iter_mut().zip(row.chunks(2)).for_each(|(to, values)| {
+                *to = pair(values[0].wide(), values.get(1).map_or(0.0, |value| value.wide()));
+            }),
+        }
+    }
+}
+
+/// The same turned over: word `w` of row `i` goes to `to[w · step + i]`, and rows from `rows` to the next multiple of
+/// 16 are zeros.
+///
+/// # Safety
+/// Each row has `depth` values, and `to` has room.
+pub(super) unsafe fn pack_across<V: Value>(
+    words: Words,
+    rows: usize,
+    depth: usize,
+    from: impl Fn(usize) -> *const V,
+    to: &mut [u32],
+    step: usize,
+) {
+    let count = depth.div_ceil(words.per());
+    if rows == 0 || count == 0 {
+        return;
+    }
+    assert!((count - 1) * step + rows.next_multiple_of(16) <= to.len());
+    for first in (0..rows).step_by(16) {
+        let rows = (rows - first).min(16);
+        #[cfg(target_arch = "x86_64")]
+        if has_avx512() {
+            let mut starts = [std::ptr::null(); 16];
+            starts.iter_mut().enumerate().take(rows).for_each(|(i, start)| *start = from(first + i));
+            // SAFETY: as above; the assertion bounds what is written.
+            unsafe {
+                match words {
+                    Words::F32 => x86::turn_f32(&starts[..rows], depth, to.as_mut_ptr().add(first), step),
+                    Words::Bf16 => x86::turn_bf16(&starts[..rows], depth, to.as_mut_ptr().add(first), step),
+                }
+            }
+            continue;
+        }
+        for i in 0..16 {
+            // SAFETY: the caller's promise.
+            let row = if i < rows { unsafe { std::slice::from_raw_parts(from(first + i), depth) } } else { &[] };
+            let at = |k: usize| row.get(k).map_or(0.0, |value| value.wide());
+            for w in 0..count {
+                to[w * step + first + i] = match words {
+                    Words::F32 => at(w).to_bits(),
+                    Words::Bf16 => pair(at(2 * w), at(2 * w + 1)),
+                };
+            }
+        }
+    }
+}
+
+/// Packs 16 columns that lie `columns` apart (one word each) in `from`, for every offset of `depth`:
+/// `to[w · step + j]`.
+///
+/// # Safety
+/// Every offset plus every column points into `from`, and `to` has room.
+pub(super) unsafe fn pack_gathered(
+    words: Words,
+    from: *const f32,
+    depth: &[usize],
+    columns: &[u32; 16],
+    to: &mut [u32],
+    step: usize,
+) {
+    let count = depth.len().div_ceil(words.per());
+    assert!(count == 0 || (count - 1) * step + 16 <= to.len());
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the processor has AVX-512, and bf16 where words are pairs; the caller's promise.
+        unsafe {
+            match words {
+                Words::F32 => x86::gather_f32(from, depth, columns, to.as_mut_ptr(), step),
+                Words::Bf16 => x86::gather_bf16(from, depth, columns, to.as_mut_ptr(), step),
+            }
+        }
+        return;
+    }
+    // SAFETY: the caller's promise.
+    let at = |k: usize, j: u32| unsafe { *from.add(depth[k] + j as usize) };
+    for w in 0..count {
+        for (to, &j) in to[w * step..].iter_mut().zip(columns) {
+            *to = match words {
+                Words::F32 => at(w, j).to_bits(),
+                Words::Bf16 => pair(at(2 * w, j), if 2 * w + 1 < depth.len() { at(2 * w + 1, j) } else { 0.0 }),
+            };
+        }
+    }
+}
+
+/// `out[i · row + j] = or += Σ left[i, w] · right[w, j]` for `rows` (at most 12) and `columns` (at most 32).
+///
+/// # Safety
+/// `left` has `rows` rows of [`STRIDE`] words (rows are read in fours), `right` `depth` rows of 32 words, and `out` may be
+/// written where it is told to.
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn tile(
+    words: Words,
+    rows: usize,
+    columns: usize,
+    depth: usize,
+    left: *const u32,
+    right: *const u32,
+    out: *mut f32,
+    row: usize,
+    add: bool,
+) {
+    debug_assert!(rows <= ROWS && columns <= COLUMNS && depth <= DEPTH);
+    #[cfg(target_arch = "x86_64")]
+    {
+        if has_avx512() {
+            // SAFETY: the processor has AVX-512, and bf16 where words are pairs.
+            return unsafe {
+                match words {
+                    Words::F32 => x86::tile_f32(rows, columns, depth, left, right, out, row, add),
+                    Words::Bf16 => x86::tile_bf16(rows, columns, depth, left, right, out, row, add),
+                }
+            };
+        }
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx2") && has!("fma") {
+            // SAFETY: the processor has AVX2 and FMA.
+            return unsafe { x86::tile_avx2(rows, columns, depth, left, right, out, row, add) };
+        }
+    }
+    debug_assert!(words == Words::F32, "pairs need a processor that multiplies bf16");
+    // SAFETY: the caller's promise.
+    unsafe { tile_plain::<{ cfg!(target_arch = "aarch64") }>(rows, columns, depth, left, right, out, row, add) }
+}
+
+/// Six rows and 16 columns at a time, which is what 16 vectors of 8 hold.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn tile_plain<const FUSED: bool>(
+    rows: usize,
+    columns: usize,
+    depth: usize,
+    left: *const u32,
+    right: *const u32,
+    out: *mut f32,
+    row: usize,
+    add: bool,
+) {
+    for i in (0..rows).step_by(6) {
+        for j in (0..columns).step_by(16) {
+            let mut sums = [[0f32; 16]; 6];
+            for w in 0..depth {
+                // SAFETY: the caller's promise.
+                let b = unsafe { &*right.add(w * COLUMNS + j).cast::<[f32; 16]>() };
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: the panel has room for all 12 rows.
+                    let a = unsafe { *left.add((i + r) * STRIDE + w).cast::<f32>() };
+                    for (sum, b) in sums.iter_mut().zip(b) {
+                        *sum = if FUSED { a.mul_add(*b, *sum) } else { a * b + *sum };
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate().take(rows - i) {
+                let count = (columns - j).min(16);
+                // SAFETY: the caller's promise.
+                let out = unsafe { std::slice::from_raw_parts_mut(out.add((i + r) * row + j), count) };
+                if add {
+                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+                } else {
+                    out.copy_from_slice(&sums[..count]);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{COLUMNS, STRIDE, Value, tile_plain};
+
+    /// The first `count` of 16 lanes.
+    #[inline(always)]
+    pub(super) fn mask(count: usize) -> u16 {
+        if count >= 16 { u16::MAX } else { (1 << count) - 1 }
+    }
+
+    /// 16 words of one row, from value `k` on.
+    macro_rules! words_of {
+        (f32, $V:ident, $row:expr, $k:expr, $depth:expr) => {
+            $V::load($row.add($k), $depth - $k)
+        };
+        (bf16, $V:ident, $row:expr, $k:expr, $depth:expr) => {{
+            let low = $V::load($row.add($k), ($depth - $k).min(16));
+            let rest = ($depth - $k).saturating_sub(16);
+            let high = if rest == 0 { _mm512_setzero_ps() } else { $V::load($row.add($k + 16), rest.min(16)) };
+            std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low))
+        }};
+    }
+
+    macro_rules! forms {
+        ($kind:ident, $feature:literal, $per:literal, $copy:ident, $turn:ident, $tile:ident, $tile_of:ident, $multiply:expr) => {
+            /// # Safety
+            /// `from` has `depth` values, `to` as many words as they fill.
+            #[target_feature(enable = $feature)]
+            pub(super) unsafe fn $copy<V: Value>(from: *const V, depth: usize, to: *mut u32) {
+                for k in (0..depth).step_by(16 * $per) {
+                    let count = (depth - k).div_ceil($per);
+                    // SAFETY: the mask leaves out what lies beyond the end.
+                    unsafe {
+                        let words = words_of!($kind, V, from, k, depth);
+                        _mm512_mask_storeu_ps(to.add(k / $per).cast(), mask(count), words);
+                    }
+                }
+            }
+
+            /// # Safety
+            /// Each row has `depth` values; `to` has room for 16 words every `step`.
+            #[target_feature(enable = $feature)]
+            pub(super) unsafe fn $turn<V: Value>(rows: &[*const V], depth: usize, to: *mut u32, step: usize) {
+                for k in (0..depth).step_by(16 * $per) {
+                    let mut block = [_mm512_setzero_ps(); 16];
+                    for (block, row) in block.iter_mut().zip(rows) {
+                        // SAFETY: as above.
+                        *block = unsafe { words_of!($kind, V, row, k, depth) };
+                    }
+                    transpose(&mut block);
+                    let count = (depth - k).div_ceil($per).min(16);
+                    for (w, words) in block.iter().enumerate().take(count) {
+                        // SAFETY: the caller's promise.
+                        unsafe { _mm512_storeu_ps(to.add((k / $per + w) * step).cast(), *words) };
+                    }
+                }
+            }
+
+            /// # Safety
+            /// As [`super::tile`].
+            #[target_feature(enable = $feature)]
+            #[allow(clippy::too_many_arguments)]
+            pub(super) unsafe fn $tile(
+                rows: usize,
+                columns: usize,
+                depth: usize,
+                left: *const u32,
+                right: *const u32,
+                out: *mut f32,
+                row: usize,
+                add: bool,
+            ) {
+                // SAFETY: the caller's promise; rows are read in fours.
+                unsafe {
+                    match rows {
+                        0..=4 => $tile_of::<4>(rows, columns, depth, left, right, out, row, add),
+                        5..=8 => $tile_of::<8>(rows, columns, depth, left, right, out, row, add),
+                        _ => $tile_of::<12>(rows, columns, depth, left, right, out, row, add),
+                    }
+                }
+            }
+
+            #[target_feature(enable = $feature)]
+            #[allow(clippy::too_many_arguments)]
+            unsafe fn $tile_of<const R: usize>(
+                rows: usize,
+                columns: usize,
+                depth: usize,
+                left: *const u32,
+                right: *const u32,
+                out: *mut f32,
+                row: usize,
+                add: bool,
+            ) {
+                let mut sums = [[_mm512_setzero_ps(); 2]; R];
+                for w in 0..depth {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        let b = right.add(w * COLUMNS).cast::<f32>();
+                        let b = [_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16))];
+                        for (i, sums) in sums.iter_mut().enumerate() {
+                            let a = _mm512_set1_ps(*left.add(i * STRIDE + w).cast::<f32>());
+                            sums[0] = $multiply(sums[0], a, b[0]);
+                            sums[1] = $multiply(sums[1], a, b[1]);
+                        }
+                    }
+                }
+                let masks = [mask(columns), mask(columns.saturating_sub(16))];
+                for (i, sums) in sums.iter().enumerate() {
+                    if i >= rows {
+                        break;
+                    }
+                    for (j, (sum, mask)) in sums.iter().zip(masks).enumerate() {
+                        // SAFETY: the masks leave out what lies beyond `columns`.
+                        unsafe {
+                            let out = out.wrapping_add(i * row + 16 * j);
+                            let sum = if add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), *sum) } else { *sum };
+                            _mm512_mask_storeu_ps(out, mask, sum);
+                        }
+                    }
+                }
+            }
+        };
+    }
+
+    forms!(f32, "avx512f,avx512vl,avx512dq,avx512bw", 1, copy_f32, turn_f32, tile_f32, tile_f32_of, |sum, a, b| {
+        _mm512_fmadd_ps(a, b, sum)
+    });
+    forms!(
+        bf16,
+        "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16",
+        2,
+        copy_bf16,
+        turn_bf16,
+        tile_bf16,
+        tile_bf16_of,
+        |sum, a: __m512, b: __m512| {
+            _mm512_dpbf16_ps(
+                sum,
+                std::mem::transmute::<__m512, __m512bh>(a),
+                std::mem::transmute::<__m512, __m512bh>(b),
+            )
+        }
+    );
+
+    /// How 16 columns lie in the source.
+    enum Lie {
+        Together,
+        TwoEights,
+        Apart,
+    }
+
+    fn lie(columns: &[u32; 16]) -> Lie {
+        let follow = |columns: &[u32]| columns.windows(2).all(|pair| pair[1] == pair[0] + 1);
+        match (follow(columns), follow(&columns[..8]) && follow(&columns[8..])) {
+            (true, _) => Lie::Together,
+            (_, true) => Lie::TwoEights,
+            _ => Lie::Apart,
+        }
+    }
+
+    macro_rules! gathered {
+        ($from:ident, $depth:ident, $columns:ident, $load:ident => $body:expr) => {
+            match lie($columns) {
+                Lie::Together => {
+                    let $load = |offset: usize| _mm512_loadu_ps($from.add(offset + $columns[0] as usize));
+                    $body
+                }
+                Lie::TwoEights => {
+                    let $load = |offset: usize| {
+                        let low = _mm256_loadu_ps($from.add(offset + $columns[0] as usize));
+                        let high = _mm256_loadu_ps($from.add(offset + $columns[8] as usize));
+                        _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)
+                    };
+                    $body
+                }
+                Lie::Apart => {
+                    let places = _mm512_loadu_si512($columns.as_ptr().cast());
+                    let $load = |offset: usize| _mm512_i32gather_ps::<4>(places, $from.add(offset).cast());
+                    $body
+                }
+            }
+        };
+    }
+
+    /// # Safety
+    /// As [`super::pack_gathered`].
+    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw")]
+    pub(super) unsafe fn gather_f32(
+        from: *const f32,
+        depth: &[usize],
+        columns: &[u32; 16],
+        to: *mut u32,
+        step: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            gathered!(from, depth, columns, load => {
+                for (w, offset) in depth.iter().enumerate() {
+                    _mm512_storeu_ps(to.add(w * step).cast(), load(*offset));
+                }
+            });
+        }
+    }
+
+    /// # Safety
+    /// As [`super::pack_gathered`].
+    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
+    pub(super) unsafe fn gather_bf16(
+        from: *const f32,
+        depth: &[usize],
+        columns: &[u32; 16],
+        to: *mut u32,
+        step: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            gathered!(from, depth, columns, load => {
+                for (w, offsets) in depth.chunks(2).enumerate() {
+                    let first = load(offsets[0]);
+                    let second = offsets.get(1).map_or(_mm512_setzero_ps(), |offset| load(*offset));
+                    let narrow = |x| _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)));
+                    let words = _mm512_or_si512(narrow(first), _mm512_slli_epi32(narrow(second), 16));
+                    _mm512_storeu_si512(to.add(w * step).cast(), words);
+                }
+            });
+        }
+    }
+
+    /// Turns a square of 16 × 16 words over.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn transpose(rows: &mut [__m512; 16]) {
+        let mut pairs = [_mm512_setzero_ps(); 16];
+        for i in 0..8 {
+            pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+            pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+        }
+        let double = |x: __m512| _mm512_castps_pd(x);
+        let mut fours = [_mm512_setzero_ps(); 16];
+        for i in 0..4 {
+            for j in 0..2 {
+                let (a, b) = (double(pairs[4 * i + j]), double(pairs[4 * i + 2 + j]));
+                fours[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+        }
+        // Lane l of fours[4 i + c] holds column 4 l + c of rows 4 i to 4 i + 3.
+        for c in 0..4 {
+            let even = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88);
+            let odd = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xdd);
+            let even_low = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88);
+            let odd_low = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xdd);
+            rows[c] = _mm512_shuffle_f32x4(even, even_low, 0x88);
+            rows[8 + c] = _mm512_shuffle_f32x4(even, even_low, 0xdd);
+            rows[4 + c] = _mm512_shuffle_f32x4(odd, odd_low, 0x88);
+            rows[12 + c] = _mm512_shuffle_f32x4(odd, odd_low, 0xdd);
+        }
+    }
+
+    /// # Safety
+    /// As [`super::tile`].
+    #[target_feature(enable = "avx2,fma")]
+    #[allow(clippy::too_many_arguments)]
+    pub(super) unsafe fn tile_avx2(
+        rows: usize,
+        columns: usize,
+        depth: usize,
+        left: *const u32,
+        right: *const u32,
+        out: *mut f32,
+        row: usize,
+        add: bool,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { tile_plain::<true>(rows, columns, depth, left, right, out, row, add) }
+    }
+}
