@@ -2,12 +2,13 @@
 time and memory of the whole processes.
 
     python scripts/bench_diffusers.py make FOLDER                    # random weights, 7 GB in 16 bits
-    python scripts/bench_diffusers.py run FOLDER [--size 512] [--steps 2] [--runs 1]
+    python scripts/bench_diffusers.py run FOLDER [--size 512] [--steps 2] [--dtype f32] [--runs 3]
 
-`run` calls each program once with one step and once with `--steps` steps: the difference is the time of the further
-steps, which leaves out start and loading. Both compute in f32 with guidance 5 (two samples a step). It prints medians
-and ratios. Needs Python with the packages of scripts/requirements.txt, 24 GB of memory, and a release build of difflora
-(`cargo build --release --locked`).
+`run` calls each program in turn (A B A B …), `--runs` times each. Both time each step themselves, guidance 5 (two
+samples a step); the first is told apart from the others, because it warms caches up. It prints the medians of the whole
+process, the first step, the further steps and the peak memory, and their ratios; with --json every figure as well.
+Needs Python with the packages of scripts/requirements.txt, 24 GB of memory, and a release build of difflora
+(`cargo build --release --locked`; or name another program with --program).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -82,63 +84,89 @@ def make(folder):
     StableDiffusionXLPipeline(vae, text, text_2, *tokenizers, unet, scheduler).save_pretrained(folder)
 
 
-def draw(folder, size, steps):
+def draw(folder, size, steps, dtype):
     """One picture in diffusers; its own process, so that time and memory are its own."""
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    begin = time.monotonic()
+    types = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=types[dtype])
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=5.0).images[0]
-    picture.save(folder / "diffusers.png")
+    unet, told = pipeline.unet.forward, lambda what, since: print(f"time: {time.monotonic() - since:.2f} s {what}")
+    told("loading everything", begin)
+
+    def step(*args, **kwargs):
+        since = time.monotonic()
+        out = unet(*args, **kwargs)
+        told("a step", since)
+        return out
+
+    pipeline.unet.forward = step
+    pipeline(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=5.0).images[0].save(
+        folder / "diffusers.png"
+    )
 
 
 def measure(command):
-    """Seconds and peak memory in GiB of a process."""
+    """Seconds, seconds of each step, and peak memory in GiB of a process."""
     begin = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, text=True)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - begin
+        said.seek(0)
+        lines = said.read().splitlines()
     if status:
-        sys.exit(f"{command[0]} failed:\n{said}")
-    return time.monotonic() - begin, usage.ru_maxrss / 1024**2
+        sys.exit(f"{command[0]} failed:\n" + "\n".join(lines))
+    stages = [line.split(maxsplit=3) for line in lines if line.startswith("time:")]
+    steps = [float(stage[1]) for stage in stages if stage[3] == "a step"]
+    others = {stage[3]: float(stage[1]) for stage in stages if stage[3] != "a step"}
+    return {"whole": seconds, "first": steps[0], "further": steps[1:], "memory": usage.ru_maxrss / 1024**2, "stages": others}
 
 
-def run(folder, size, steps, runs):
-    ours = [str(ROOT / "target/release/difflora"), "gen", "--quiet", "--base", str(folder), "--prompt", PROMPT,
-            "--sampler", "euler", "--guidance", "5", "--width", str(size), "--height", str(size),
-            "--out", str(folder / "difflora.png"), "--steps"]
-    theirs = [sys.executable, __file__, "draw", str(folder), "--size", str(size), "--steps"]
+def run(args):
+    size, steps = str(args.size), str(args.steps)
+    ours = [args.program, "gen", "--verbose", "--base", str(args.folder), "--prompt", PROMPT, "--sampler", "euler",
+            "--guidance", "5", "--width", size, "--height", size, "--dtype", args.dtype, "--steps", steps,
+            "--out", str(args.folder / "difflora.png")]
+    theirs = [sys.executable, __file__, "draw", str(args.folder), "--size", size, "--steps", steps, "--dtype", args.dtype]
     results = {"diffusers": [], "difflora": []}
-    for _ in range(runs):
+    for _ in range(args.runs):
         for name, command in (("diffusers", theirs), ("difflora", ours)):
-            one, _ = measure([*command, "1"])
-            many, memory = measure([*command, str(steps)])
-            results[name].append((many, (many - one) / (steps - 1), memory))
-            print(name, *(f"{value:.2f}" for value in results[name][-1]), file=sys.stderr)
-    figures = ["whole process, s", "a step, s", "peak memory, GiB"]
-    print(f"| {size}×{size}, {steps} steps, f32, medians of {runs} | diffusers | difflora | ratio |\n|---|--:|--:|--:|")
-    for i, figure in enumerate(figures):
-        a, b = (statistics.median(row[i] for row in results[name]) for name in ("diffusers", "difflora"))
-        print(f"| {figure} | {a:.2f} | {b:.2f} | {b / a:.2f} |")
+            results[name].append(measure(command))
+            print(name, json.dumps(results[name][-1]), file=sys.stderr)
+    if args.json:
+        print(json.dumps(results, indent=1))
+    print(f"| {size}×{size}, {steps} steps with guidance, {args.dtype}, medians of {args.runs} | diffusers | difflora | ratio |")
+    print("|---|--:|--:|--:|")
+    for key, figure in [("whole", "whole process, s"), ("first", "first step, s"), ("further", "a further step, s"),
+                        ("memory", "peak memory, GiB")]:
+        values = {name: [row[key] for row in rows] for name, rows in results.items()}
+        if key == "further":
+            values = {name: [step for steps in rows for step in steps] for name, rows in values.items()}
+        if all(values.values()):
+            a, b = (statistics.median(values[name]) for name in ("diffusers", "difflora"))
+            print(f"| {figure} | {a:.2f} | {b:.2f} | {b / a:.2f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["make", "run", "draw"])
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--size", type=int, default=512, help="pixels of a side")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--dtype", choices=["f32", "bf16", "f16"], default="f32")
+    parser.add_argument("--runs", type=int, default=3, help="of each program")
+    parser.add_argument("--program", default=str(ROOT / "target/release/difflora"))
+    parser.add_argument("--json", action="store_true", help="also print every figure")
     args = parser.parse_args()
     if args.what == "make":
         make(args.folder)
     elif args.what == "draw":
-        draw(args.folder, args.size, args.steps)
-    elif args.steps < 2:
-        parser.error("--steps must be at least 2")
+        draw(args.folder, args.size, args.steps, args.dtype)
     else:
-        run(args.folder, args.size, args.steps, args.runs)
+        run(args)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,24 @@ fn what_cannot_be_is_refused_before_the_work_with_its_exit_code() {
 }
 
 #[test]
+fn verbose_tells_how_long_each_stage_took() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("x.png");
+    let arguments = ["gen", "--prompt", "x", "--steps", "2", "--out", text(&out)];
+    let told = |more: &[&str]| {
+        let run = difflora(&[&arguments[..], more].concat());
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        run.stderr.lines().filter(|line| line.starts_with("time:")).map(String::from).collect::<Vec<_>>()
+    };
+    assert!(told(&[]).is_empty());
+    let told = told(&["-v"]);
+    for stage in ["text encoders", "loading the UNet", "loading the VAE", "decoding"] {
+        assert_eq!(told.iter().filter(|line| line.contains(stage)).count(), 1, "{stage}: {told:?}");
+    }
+    assert_eq!(told.iter().filter(|line| line.ends_with("a step")).count(), 2, "{told:?}");
+}
+
+#[test]
 fn an_empty_prompt_and_unknown_words_are_fine() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().to_str().unwrap();

@@ -53,6 +53,12 @@ fn one_file_draws_the_folder_s_picture() {
     assert!(folder == one && folder.is_some());
     let (run, _) = draw(&[], text(&golden("folder")), &["--base-config", text(&config)]);
     assert_eq!(run.code, 2, "{}", run.stderr);
+    // The other commands find a base in the same way.
+    let out = tempfile::tempdir().unwrap();
+    let arguments = ["eval", "--base-only=2", "--base", "owner/name", "--revision", "v2"];
+    let env = [("HF_HOME", text(out.path())), ("HF_HUB_CACHE", "")];
+    let run = difflora_with(&env, &[&arguments[..], &["--offline"]].concat());
+    assert!(run.code == 4 && run.stderr.contains("owner/name@v2"), "{}", run.stderr);
 }
 
 #[test]

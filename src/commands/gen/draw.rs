@@ -107,8 +107,10 @@ pub(super) fn draw(
         };
         // Stream 0 is the start, so that fresh noise never repeats it.
         let fresh = |step: usize| Ok(noise::normal(seed, 1 + step as u64, shape, &Device::Cpu)?);
+        let mut clock = Stage::begin("a step");
         let step = |step: &Step| {
             bar.inc(1);
+            bar.suspend(|| std::mem::replace(&mut clock, Stage::begin("a step")).end());
             match &preview {
                 Some((every, colours)) if step.number.is_multiple_of(*every as usize) => {
                     colours.picture(&step.denoised()?)?.save(&path.with_extension("preview.png"), None)?;
@@ -117,11 +119,9 @@ pub(super) fn draw(
             }
             progress::check()
         };
-        let clock = Stage::begin("denoising");
         let network = unet.as_ref().context("the UNet stays until the last picture")?;
         let denoiser = Denoiser { unet: network, schedule: &model.schedule, factor: model.vae.factor() };
         let latents = denoiser.denoise(&latents, &prompts[which], &negative, plan.drawing, fresh, step)?;
-        clock.end();
         if k + 1 == paths.len() {
             unet = None; // 10 GB in SDXL
         }
