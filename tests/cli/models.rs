@@ -201,6 +201,29 @@ fn a_folder_that_cannot_be_used_is_refused_with_its_name_and_a_remedy() {
     }
 }
 
+/// The weights are fine as such, so that no file is at fault.
+#[test]
+fn numbers_that_grow_beyond_all_bounds_are_a_failure_with_its_place_and_no_picture() {
+    for (file, name, said) in [
+        (UNET, "conv_out.weight", "the UNet predicted NaN or infinity at step 1 of 1"),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            "decoder.conv_out.weight",
+            "the VAE decoded NaN or infinity",
+        ),
+        ("text_encoder_2/model.safetensors", "text_projection.weight", "a text encoder gave NaN or infinity"),
+    ] {
+        let root = tempfile::tempdir().unwrap();
+        copy_folder(&golden("folder"), root.path());
+        spoil(&root.path().join(file), name, |weight| {
+            let wide = Tensor::full(3e38f32, weight.dims(), &Device::Cpu).unwrap();
+            wide.to_dtype(DType::BF16).unwrap()
+        });
+        let (run, pixels) = draw(&[], text(root.path()), &[]);
+        assert!(run.code == 1 && pixels.is_none() && run.stderr.contains(said), "{name}: {}", run.stderr);
+    }
+}
+
 #[test]
 fn a_file_that_cannot_be_used_is_told_by_what_it_is() {
     let folder = tempfile::tempdir().unwrap();
