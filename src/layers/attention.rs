@@ -87,12 +87,18 @@ impl AttentionOp {
     fn forward(&self, q: &[f32], k: &[f32], v: &[f32], size: [usize; 4]) -> Vec<f32> {
         let [b, n, m, width] = size;
         let d = width / self.heads;
-        let parts = n.div_ceil(QUERIES).max(slices::threads().div_ceil(b * self.heads).min(n.div_ceil(tile::ROWS)));
+        if b * n * m == 0 {
+            return vec![0.0; b * n * width];
+        }
+        // With few heads a head's queries are parted, so that every thread has some.
+        let wanted = slices::threads().div_ceil(b * self.heads).min(n.div_ceil(tile::ROWS));
+        let parts = n.div_ceil(QUERIES).max(wanted);
         let each = n.div_ceil(parts).next_multiple_of(tile::ROWS);
         let mut y = vec![0f32; b * n * width];
-        let out = Shared::new(&mut y);
+        let out = Shared::new(y.as_mut_ptr());
         slices::for_each(b * self.heads * parts, |task| {
-            let (sample, head, first) = (task / parts / self.heads, task / parts % self.heads, task % parts * each);
+            let (sample, head, first) =
+                (task / parts / self.heads, task / parts % self.heads, task % parts * each);
             let queries = first.min(n)..(first + each).min(n);
             if queries.is_empty() {
                 return;
@@ -202,7 +208,13 @@ impl Head<'_> {
             let block = first..(first + KEYS).min(seen);
             for (i, from) in (0..d).step_by(tile::DEPTH).enumerate() {
                 let depth = from..(from + tile::DEPTH).min(d);
-                keys.pack_columns(Words::F32, block.clone(), depth, &mut packed_k[i * key_panels * panel..], panel);
+                keys.pack_columns(
+                    Words::F32,
+                    block.clone(),
+                    depth,
+                    &mut packed_k[i * key_panels * panel..],
+                    panel,
+                );
             }
             values.pack_columns(Words::F32, 0..d, block.clone(), &mut packed_v, panel);
             for row in (0..n).step_by(tile::ROWS) {
@@ -220,11 +232,21 @@ impl Head<'_> {
                         let width = tile::COLUMNS.min(block.len() - from);
                         // SAFETY: both are packed, and a row of scores has room for all keys.
                         unsafe {
-                            tile::tile(Words::F32, height, width, count, left.as_ptr(), right, to, tile::STRIDE, i > 0)
+                            tile::tile(
+                                Words::F32,
+                                height,
+                                width,
+                                count,
+                                left.as_ptr(),
+                                right,
+                                to,
+                                tile::STRIDE,
+                                i > 0,
+                            )
                         }
                     }
                 }
-                let causal = self.causal.then(|| queries.start + row + 1).map(|seen| seen.saturating_sub(first));
+                let causal = self.causal.then_some([queries.start + row + 1, first]);
                 let now = &mut gathered;
                 let (top, total) = (&mut now.top[rows.clone()], &mut now.total[rows.clone()]);
                 let sums = &mut now.sums[row * d..][..height * d];
@@ -251,12 +273,12 @@ impl Head<'_> {
 }
 
 slices::vectorised! {
-    /// Turns scores into exp(scale · score − top) and brings what was gathered before to the new top. With `causal`, row i
-    /// sees the first `causal + i` of the keys.
+    /// Turns scores into exp(scale · score − top) and brings what was gathered before to the new top. With `causal`
+    /// [seen, first], row i sees the keys before seen + i, and the first of these keys is `first`.
     fn weigh(
         scores: &mut [f32],
         keys: usize,
-        causal: Option<usize>,
+        causal: Option<[usize; 2]>,
         scale: f32,
         top: &mut [f32],
         total: &mut [f32],
@@ -265,7 +287,8 @@ slices::vectorised! {
         let d = sums.len() / top.len();
         let rows = scores.chunks_exact_mut(tile::STRIDE).zip(top).zip(total).zip(sums.chunks_exact_mut(d));
         for (i, (((row, top), total), sums)) in rows.enumerate() {
-            let (row, unseen) = row[..keys].split_at_mut(causal.map_or(keys, |seen| (seen + i).min(keys)));
+            let seen = causal.map_or(keys, |[seen, first]| (seen + i).saturating_sub(first).min(keys));
+            let (row, unseen) = row[..keys].split_at_mut(seen);
             unseen.fill(0.0);
             if row.is_empty() {
                 continue;
@@ -398,11 +421,14 @@ mod tests {
 
     #[test]
     fn many_queries_and_keys_and_wide_heads_agree_with_the_plain_form() -> Result<()> {
-        for (n, m, heads, d, causal) in [(530, 601, 2, 5, false), (300, 300, 1, 9, true), (13, 40, 1, 300, false)] {
+        for (n, m, heads, d, causal) in
+            [(530, 601, 2, 5, false), (300, 300, 1, 9, true), (13, 40, 1, 300, false)]
+        {
             let draw = |i: u64, n: usize| normal(5, i, (2, n, heads * d), &Device::Cpu)? * 2.0;
             let (q, k, v) = (draw(0, n)?, draw(1, m)?, draw(2, m)?);
             let plain = composite(&q, &k, &v, heads, causal, SCORES)?;
-            let apart = (attention(&q, &k, &v, heads, causal)? - plain)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            let apart =
+                (attention(&q, &k, &v, heads, causal)? - plain)?.abs()?.max_all()?.to_scalar::<f32>()?;
             assert!(apart < 1e-5, "{n} queries, {m} keys, {heads} heads of {d}: {apart}");
         }
         Ok(())

@@ -305,12 +305,19 @@ impl Patches<'_> {
             let (y, x) = (pixel / s.w_out - touched(sample).start, pixel % s.w_out);
             (((sample - first) * channels.len() * rows + y * stride) * width + x * stride) as u32
         };
-        (rows, columns.map(begin).collect())
+        (rows, columns.clone().map(begin).collect())
     }
 }
 
 impl Right for Patches<'_> {
-    fn pack_columns(&self, words: Words, columns: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
+    fn pack_columns(
+        &self,
+        words: Words,
+        columns: Range<usize>,
+        depth: Range<usize>,
+        to: &mut [u32],
+        step: usize,
+    ) {
         thread_local! {
             static BORDER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
         }

@@ -23,7 +23,14 @@ pub(super) trait Left: Sync {
 /// The operand whose columns are the columns of the result.
 pub(super) trait Right: Sync {
     /// Packs `columns` at `depth` into panels of 32 columns, `step` words from one panel to the next.
-    fn pack_columns(&self, words: Words, columns: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize);
+    fn pack_columns(
+        &self,
+        words: Words,
+        columns: Range<usize>,
+        depth: Range<usize>,
+        to: &mut [u32],
+        step: usize,
+    );
 
     /// Blocks along the depth begin at multiples of this.
     fn depth_unit(&self) -> usize {
@@ -81,10 +88,13 @@ pub(super) fn multiplied<L: Left, R: Right>(
 ) -> Vec<f32> {
     assert!(size.k > 0 && !matches!(start, Start::Output) && is_dense(size, place));
     let len = size.m * size.n;
+    if len == 0 {
+        return Vec::new();
+    }
     let mut out: Vec<f32> = Vec::with_capacity(len);
     // SAFETY: `place` is a permutation of 0..m · n, so that every value is within the capacity and is written.
     unsafe {
-        write(words, size, left, right, start, Shared::uninitialised(&mut out), place);
+        write(words, size, left, right, start, Shared::new(out.as_mut_ptr()), place);
         out.set_len(len);
     }
     out
@@ -247,9 +257,15 @@ impl Tile {
             };
             for r in 0..height {
                 match start {
-                    Start::Rows(values) => (0..width).for_each(|c| {
-                        *to.add(r * row + c) = values[((j + c) / place.part * m + i + r) % values.len()];
-                    }),
+                    Start::Rows(values) => {
+                        let value = |j: usize| values[(j / place.part * m + i + r) % values.len()];
+                        if together {
+                            let value = value(j);
+                            (0..width).for_each(|c| *to.add(r * row + c) = value);
+                        } else {
+                            (0..width).for_each(|c| *to.add(r * row + c) = value(j + c));
+                        }
+                    }
                     Start::Columns(values) => {
                         std::ptr::copy_nonoverlapping(values[j..].as_ptr(), to.add(r * row), width);
                     }
@@ -323,7 +339,14 @@ impl Left for Along<'_> {
 }
 
 impl Right for Along<'_> {
-    fn pack_columns(&self, words: Words, columns: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
+    fn pack_columns(
+        &self,
+        words: Words,
+        columns: Range<usize>,
+        depth: Range<usize>,
+        to: &mut [u32],
+        step: usize,
+    ) {
         for (panel, j) in columns.clone().step_by(COLUMNS).enumerate() {
             let width = COLUMNS.min(columns.end - j);
             let to = &mut to[panel * step..];
@@ -337,7 +360,14 @@ impl Right for Along<'_> {
 }
 
 impl Right for Across<'_> {
-    fn pack_columns(&self, words: Words, columns: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
+    fn pack_columns(
+        &self,
+        words: Words,
+        columns: Range<usize>,
+        depth: Range<usize>,
+        to: &mut [u32],
+        step: usize,
+    ) {
         let mut offsets = [0usize; 2 * DEPTH];
         let offsets = &mut offsets[..depth.len()];
         offsets.iter_mut().enumerate().for_each(|(k, offset)| *offset = k * self.step);
@@ -367,7 +397,8 @@ mod tests {
 
     fn naive(size: Size, left: &[f32], right: &[f32], start: impl Fn(usize, usize) -> f32) -> Vec<f32> {
         let Size { m, n, k } = size;
-        let sum = |i: usize, j: usize| (0..k).map(|d| f64::from(left[i * k + d] * right[j * k + d])).sum::<f64>();
+        let sum =
+            |i: usize, j: usize| (0..k).map(|d| f64::from(left[i * k + d] * right[j * k + d])).sum::<f64>();
         (0..m * n).map(|at| (sum(at / n, at % n) + f64::from(start(at / n, at % n))) as f32).collect()
     }
 
@@ -377,7 +408,8 @@ mod tests {
 
     #[test]
     fn products_of_odd_sizes_are_the_naive_sums() {
-        for (m, n, k) in [(1, 1, 1), (5, 7, 3), (13, 33, 300), (37, 70, 1029), (12, 32, 256), (100, 545, 17)] {
+        for (m, n, k) in [(1, 1, 1), (5, 7, 3), (13, 33, 300), (37, 70, 1029), (12, 32, 256), (100, 545, 17)]
+        {
             let size = Size { m, n, k };
             let (a, b) = (values(m * k, 1), values(n * k, 2));
             let across: Vec<f32> = (0..k * n).map(|at| b[at % n * k + at / n]).collect();
@@ -409,7 +441,10 @@ mod tests {
         let expected = product(Words::F32, Weight::F32(&b));
         assert_eq!(product(Words::F32, Weight::F16(&f16)), expected);
         assert_eq!(product(Words::F32, Weight::Bf16(&bf16)), expected);
-        assert_eq!(product(Words::for_bf16(), Weight::Bf16(&bf16)), product(Words::for_bf16(), Weight::F32(&b)));
+        assert_eq!(
+            product(Words::for_bf16(), Weight::Bf16(&bf16)),
+            product(Words::for_bf16(), Weight::F32(&b))
+        );
     }
 
     #[test]

@@ -115,13 +115,8 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl Shared {
-    pub(super) fn new(values: &mut [f32]) -> Self {
-        Self(values.as_mut_ptr())
-    }
-
-    /// The capacity of `values`.
-    pub(super) fn uninitialised(values: &mut Vec<f32>) -> Self {
-        Self(values.as_mut_ptr())
+    pub(super) fn new(first: *mut f32) -> Self {
+        Self(first)
     }
 
     pub(super) fn get(self) -> *mut f32 {

@@ -202,7 +202,8 @@ pub(super) unsafe fn pack_across<V: Value>(
         }
         for i in 0..16 {
             // SAFETY: the caller's promise.
-            let row = if i < rows { unsafe { std::slice::from_raw_parts(from(first + i), depth) } } else { &[] };
+            let row =
+                if i < rows { unsafe { std::slice::from_raw_parts(from(first + i), depth) } } else { &[] };
             let at = |k: usize| row.get(k).map_or(0.0, |value| value.wide());
             for w in 0..count {
                 to[w * step + first + i] = match words {
@@ -246,7 +247,9 @@ pub(super) unsafe fn pack_gathered(
         for (to, &j) in to[w * step..].iter_mut().zip(columns) {
             *to = match words {
                 Words::F32 => at(w, j).to_bits(),
-                Words::Bf16 => pair(at(2 * w, j), if 2 * w + 1 < depth.len() { at(2 * w + 1, j) } else { 0.0 }),
+                Words::Bf16 => {
+                    pair(at(2 * w, j), if 2 * w + 1 < depth.len() { at(2 * w + 1, j) } else { 0.0 })
+                }
             };
         }
     }
@@ -289,7 +292,9 @@ pub(super) unsafe fn tile(
     }
     debug_assert!(words == Words::F32, "pairs need a processor that multiplies bf16");
     // SAFETY: the caller's promise.
-    unsafe { tile_plain::<{ cfg!(target_arch = "aarch64") }>(rows, columns, depth, left, right, out, row, add) }
+    unsafe {
+        tile_plain::<{ cfg!(target_arch = "aarch64") }>(rows, columns, depth, left, right, out, row, add)
+    }
 }
 
 /// Six rows and 16 columns at a time, which is what 16 vectors of 8 hold.
@@ -356,7 +361,8 @@ mod x86 {
         (bf16, $V:ident, $row:expr, $k:expr, $depth:expr) => {{
             let low = $V::load($row.add($k), ($depth - $k).min(16));
             let rest = ($depth - $k).saturating_sub(16);
-            let high = if rest == 0 { _mm512_setzero_ps() } else { $V::load($row.add($k + 16), rest.min(16)) };
+            let high =
+                if rest == 0 { _mm512_setzero_ps() } else { $V::load($row.add($k + 16), rest.min(16)) };
             std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low))
         }};
     }
@@ -454,7 +460,11 @@ mod x86 {
                         // SAFETY: the masks leave out what lies beyond `columns`.
                         unsafe {
                             let out = out.wrapping_add(i * row + 16 * j);
-                            let sum = if add { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), *sum) } else { *sum };
+                            let sum = if add {
+                                _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), *sum)
+                            } else {
+                                *sum
+                            };
                             _mm512_mask_storeu_ps(out, mask, sum);
                         }
                     }
@@ -463,9 +473,16 @@ mod x86 {
         };
     }
 
-    forms!(f32, "avx512f,avx512vl,avx512dq,avx512bw", 1, copy_f32, turn_f32, tile_f32, tile_f32_of, |sum, a, b| {
-        _mm512_fmadd_ps(a, b, sum)
-    });
+    forms!(
+        f32,
+        "avx512f,avx512vl,avx512dq,avx512bw",
+        1,
+        copy_f32,
+        turn_f32,
+        tile_f32,
+        tile_f32_of,
+        |sum, a, b| { _mm512_fmadd_ps(a, b, sum) }
+    );
     forms!(
         bf16,
         "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16",
