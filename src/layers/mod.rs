@@ -17,6 +17,7 @@ mod attention;
 mod clip_transformer;
 mod conv;
 mod linear;
+mod low_rank;
 mod norm;
 mod product;
 mod recompute;
@@ -28,6 +29,7 @@ pub use attention::attention;
 pub use clip_transformer::{ClipTransformer, ClipTransformerSizes};
 pub use conv::{Conv2d, ConvGeometry};
 pub use linear::{Adapter, Linear, linear};
+pub use low_rank::add_low_rank;
 pub use norm::{GroupNorm, GroupStatistics, LayerNorm, layer_norm_plain};
 pub use recompute::recomputed;
 

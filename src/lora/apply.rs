@@ -15,7 +15,7 @@ use candle_core::{DType, Tensor};
 use super::LoraError;
 use super::change::{Change, Changes};
 use super::strength::Strength;
-use crate::layers::{Adapter, Layer, Visit, compute_dtype};
+use crate::layers::{Adapter, Layer, Visit, add_low_rank, compute_dtype};
 
 /// What to do with layers for which the model has no place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,23 +134,58 @@ pub fn attach(
 /// Adds ΔW and the change of the bias; gives back what was there.
 fn add(layer: &mut Layer, changes: &[(&Change, f64)]) -> Result<(Tensor, Option<Tensor>), LoraError> {
     let (weight, bias) = (layer.weight().clone(), layer.bias().cloned());
-    let original = weight.to_dtype(DType::F32)?;
-    let mut sum = original.clone();
-    let mut bias_sum = bias.clone();
-    for (change, times) in changes {
-        sum = (sum + change.delta(&original, *times)?)?;
-        if let Some(delta) = &change.bias {
-            let delta = (delta.to_device(weight.device())?.to_dtype(DType::F32)?.flatten_all()? * *times)?;
-            let before = match &bias_sum {
-                Some(bias) => bias.to_dtype(DType::F32)?,
-                None => delta.zeros_like()?,
-            };
-            bias_sum = Some((before + delta)?);
-        }
-    }
-    let bias_sum = bias_sum.map(|bias| bias.to_dtype(weight.dtype())).transpose()?;
-    layer.set(sum.to_dtype(weight.dtype())?, bias_sum);
+    let after = changed(&weight, changes)?;
+    let change = bias_change(changes)?;
+    let bias_after = match (change, &bias) {
+        (None, bias) => bias.clone(),
+        (Some(change), Some(bias)) => Some(biased(bias, &change)?),
+        (Some(change), None) => Some(change.to_device(weight.device())?.to_dtype(weight.dtype())?),
+    };
+    layer.set(after, bias_after);
     Ok((weight, bias))
+}
+
+/// W + Σ times · ΔW, summed in f32 from the original weight and rounded once to its type.
+pub fn changed(weight: &Tensor, changes: &[(&Change, f64)]) -> Result<Tensor, LoraError> {
+    let (mut downs, mut ups) = (Vec::new(), Vec::new());
+    let mut sum = weight.clone();
+    let mut original = None;
+    for (change, times) in changes {
+        if let Some((down, up)) = change.factors()? {
+            downs.push(down);
+            ups.push((up * *times)?);
+            continue;
+        }
+        if original.is_none() {
+            sum = weight.to_dtype(DType::F32)?;
+        }
+        let original: &Tensor = original.get_or_insert_with(|| sum.clone());
+        sum = (sum + change.delta(original, *times)?)?;
+    }
+    if !downs.is_empty() {
+        sum = add_low_rank(&sum, &Tensor::cat(&ups, 1)?, &Tensor::cat(&downs, 0)?)?;
+    }
+    Ok(sum.to_dtype(weight.dtype())?)
+}
+
+/// Σ times · Δbias (out) in f32, where one of the changes has a bias.
+pub fn bias_change(changes: &[(&Change, f64)]) -> Result<Option<Tensor>, LoraError> {
+    let mut sum: Option<Tensor> = None;
+    for (change, times) in changes {
+        let Some(bias) = &change.bias else { continue };
+        let bias = (bias.to_dtype(DType::F32)?.flatten_all()? * *times)?;
+        sum = Some(match sum {
+            Some(sum) => (sum + bias)?,
+            None => bias,
+        });
+    }
+    Ok(sum)
+}
+
+/// A bias with its change, in its own type.
+pub fn biased(bias: &Tensor, change: &Tensor) -> Result<Tensor, LoraError> {
+    let sum = (bias.to_dtype(DType::F32)? + change.to_device(bias.device())?)?;
+    Ok(sum.to_dtype(bias.dtype())?)
 }
 
 /// Whether it is a product of two thin factors and nothing else.
