@@ -7,6 +7,7 @@ mod insightface;
 mod lora;
 mod lora_damage;
 mod lora_kinds;
+mod lora_round_trip;
 mod pipeline;
 mod samplers;
 mod sdxl_parts;
