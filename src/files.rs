@@ -1,5 +1,6 @@
 //! Files that are never half-written: beside the target first, then renamed over it.
 
+use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
@@ -11,10 +12,14 @@ use crate::failure::Failure;
 ///
 /// A reader sees the old file or the new one, never a part.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = folder_of(path);
-    let write = || -> std::io::Result<()> {
-        let mut beside = tempfile::Builder::new().prefix(".difflora-").tempfile_in(folder)?;
-        beside.write_all(bytes)?;
+    write_with(path, |file| Ok(file.write_all(bytes)?))
+}
+
+/// The same for a file that is not in memory: `fill` writes it piece by piece. When it fails there is no file.
+pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let write = || -> Result<()> {
+        let mut beside = tempfile::Builder::new().prefix(".difflora-").tempfile_in(folder_of(path))?;
+        fill(beside.as_file_mut())?;
         beside.as_file().sync_all()?;
         #[cfg(unix)]
         {

@@ -87,7 +87,7 @@ pub enum Form {
 
 impl Form {
     /// The tensor as the network wants it.
-    fn take(self, stored: Tensor) -> candle_core::Result<Tensor> {
+    pub fn take(self, stored: Tensor) -> candle_core::Result<Tensor> {
         match self {
             Self::Whole => Ok(stored),
             Self::Third(n) => {
@@ -96,6 +96,31 @@ impl Form {
             }
             Self::Transposed => stored.t()?.contiguous(),
             Self::Pointwise => stored.flatten_from(1),
+        }
+    }
+
+    /// The stored tensor with `part`, which the network wants, put into its place.
+    pub fn put(self, stored: &Tensor, part: Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Whole => Ok(part),
+            Self::Third(n) => {
+                let rows = stored.dim(0)? / 3;
+                let thirds =
+                    (0..3).map(|i| if i == n { Ok(part.clone()) } else { stored.narrow(0, i * rows, rows) });
+                Tensor::cat(&thirds.collect::<candle_core::Result<Vec<_>>>()?, 0)
+            }
+            Self::Transposed => part.t()?.contiguous(),
+            Self::Pointwise => part.reshape(stored.shape()),
+        }
+    }
+
+    /// The shape that the network wants of a tensor that is stored in this one.
+    pub fn shape(self, stored: &[usize]) -> Vec<usize> {
+        match (self, stored) {
+            (Self::Third(_), [rows, rest @ ..]) => [&[rows / 3], rest].concat(),
+            (Self::Transposed, [rows, columns]) => vec![*columns, *rows],
+            (Self::Pointwise, [out, rest @ ..]) => vec![*out, rest.iter().product()],
+            _ => stored.to_vec(),
         }
     }
 }
@@ -147,6 +172,14 @@ impl ModelFiles {
                 Some(text) => Ok(Cow::Owned(text.as_bytes().to_vec())),
                 None => Err(self.unusable(file, "a model in one file has no such part")),
             },
+        }
+    }
+
+    /// The bytes of a file of a model that lies inside the program.
+    pub fn built_in_bytes(&self, file: &str) -> Result<&'static [u8]> {
+        match self {
+            Self::BuiltIn { dir, .. } => self.embedded(dir, file),
+            _ => Err(self.unusable(file, "it lies outside the program")),
         }
     }
 
@@ -244,6 +277,17 @@ impl ModelFiles {
             .map(|name| Ok((name.clone(), weights.load(&name, None)?)))
             .collect::<candle_core::Result<_>>()
             .map_err(|error| self.unusable(&file, error))
+    }
+
+    /// The names of a component's tensors, and what reads one of them as it is stored.
+    pub fn one_by_one(
+        &self,
+        folder: &str,
+        stem: &str,
+    ) -> Result<(BTreeSet<String>, impl Fn(&str) -> Result<Tensor> + '_)> {
+        let (file, weights) = self.weights(folder, stem)?;
+        let names = weights.names();
+        Ok((names, move |name: &str| weights.load(name, None).map_err(|error| self.unusable(&file, error))))
     }
 
     /// SHA-256 of a component's weights, in hexadecimal; of the whole file where the model is one file. That of a large

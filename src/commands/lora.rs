@@ -1,10 +1,13 @@
 //! `difflora lora`: look into LoRA files, convert, add, shorten, extract, compare and disturb them.
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+mod extract;
+mod merge;
 
-use anyhow::{Context, Result};
-use candle_core::{DType, Tensor};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::models;
@@ -18,8 +21,7 @@ use crate::lora::keys::BlockLayout;
 use crate::lora::report::Report;
 use crate::lora::strength::Strength;
 use crate::lora::{LoraError, listed};
-use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS, save_component};
-use crate::progress;
+use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 
 /// Arguments of `difflora lora`.
 #[derive(Debug, clap::Args)]
@@ -27,8 +29,11 @@ pub struct Args {
     #[command(subcommand)]
     action: Action,
     /// The base that the files are for: LDM names of layers depend on its blocks. SDXL's where it is not given.
-    #[arg(long, value_name = "NAME|DIR", global = true, env = "DIFFLORA_BASE")]
+    #[arg(long, value_name = "NAME|DIR|FILE|REPO", global = true, env = "DIFFLORA_BASE")]
     base: Option<String>,
+    /// For models in one file: a JSON file or a diffusers folder with the settings that tensors do not tell.
+    #[arg(long, value_name = "FILE|DIR", global = true, env = "DIFFLORA_BASE_CONFIG")]
+    base_config: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -53,7 +58,7 @@ enum Action {
         /// The files, each with an optional weight as in `gen`.
         #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., required = true)]
         lora: Vec<String>,
-        /// A LoRA file, or with --base a folder that does not exist yet.
+        /// A LoRA file; with --base a model: a file where the base is one file, else a folder that does not exist yet.
         #[arg(long, value_name = "FILE|DIR")]
         out: PathBuf,
         #[command(flatten)]
@@ -74,9 +79,10 @@ enum Action {
         #[arg(long, value_enum, default_value = "kohya")]
         format: Format,
     },
-    /// Make a LoRA of the difference between two models of the same shape.
+    /// Make a LoRA of the difference between two models of the same shape. Layers of UNet and text encoders become
+    /// products of the given rank; biases and norms are stored as they are; what else has changed is named.
     Extract {
-        /// The model before.
+        /// The model before: a folder, one file, or a name.
         before: String,
         /// The model after.
         after: String,
@@ -86,6 +92,9 @@ enum Action {
         /// Its rank.
         #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
         rank: u32,
+        /// Leave out biases and norms, which some programs do not read.
+        #[arg(long)]
+        layers_only: bool,
         /// The spelling.
         #[arg(long, value_enum, default_value = "kohya")]
         format: Format,
@@ -163,7 +172,8 @@ fn a_share(share: f64, option: &str) -> Result<f64> {
 
 /// Runs what was asked for.
 pub fn run(args: Args, common: &Common) -> Result<()> {
-    let base = args.base.as_deref().map(|name| models::find(name, "base")).transpose()?;
+    let find = |name: &str| open_base(name, args.base_config.as_deref());
+    let base = args.base.as_deref().map(find).transpose()?;
     let layout = base.as_ref().map(models::block_layout).transpose()?.unwrap_or_default();
     match args.action {
         Action::Inspect { file } => inspect(&file, &layout, common),
@@ -177,7 +187,9 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
                     let why = "--rank and --keep are for LoRA files; with --base weights are added whole";
                     return Err(Failure::Usage(why.into()).into());
                 }
-                merge_into_base(&base, &lora, &out, &layout, common)
+                let begin = Instant::now();
+                let loras = read_all(&lora, &layout)?;
+                merge::run(&base, &loras, begin, &out, common)
             }
             None => {
                 check_writable(&out)?;
@@ -197,19 +209,18 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         Action::Mix { lora, out, length, format } => {
             check_writable(&out)?;
             let loras = read_all(&lora, &layout)?;
-            let total: f64 = loras.iter().map(|(_, _, strength)| strength.everywhere()).sum();
+            let total: f64 = loras.iter().map(|lora| lora.strength.everywhere()).sum();
             if total == 0.0 {
                 return Err(Failure::Usage("the weights add up to zero, so there is no mean".into()).into());
             }
-            let loras: Vec<_> = loras
-                .into_iter()
-                .map(|(path, changes, strength)| (path, changes, strength.times(1.0 / total)))
-                .collect();
+            let share = |lora: Given| Given { strength: lora.strength.times(1.0 / total), ..lora };
+            let loras: Vec<Given> = loras.into_iter().map(share).collect();
             write_sum(&loras, length.keep()?, &out, format, &layout, common)
         }
-        Action::Extract { before, after, out, rank, format } => {
+        Action::Extract { before, after, out, rank, layers_only, format } => {
             check_writable(&out)?;
-            extract(&before, &after, &out, rank as usize, format, common)
+            let wanted = extract::Wanted { rank: rank as usize, format, layers_only };
+            extract::run(&find(&before)?, &find(&after)?, &out, &wanted, common)
         }
         Action::Perturb { input, output, which, with, share, seed } => {
             check_writable(&output)?;
@@ -274,14 +285,28 @@ fn inspect(path: &Path, layout: &BlockLayout, common: &Common) -> Result<()> {
     Ok(())
 }
 
-/// Path, content and strength of a file.
-type Given = (PathBuf, Changes, Strength);
+/// A model that LoRAs are for.
+fn open_base(name: &str, config: Option<&Path>) -> Result<ModelFiles> {
+    // The settings are for models in one file alone; of two models one may be a folder.
+    let base_config = config.filter(|_| Path::new(name).is_file()).map(Path::to_path_buf);
+    models::find_base(name, &models::BaseOptions { base_config, ..Default::default() })
+}
+
+/// A file of the command line.
+struct Given {
+    path: PathBuf,
+    changes: Changes,
+    strength: Strength,
+    /// The weight as it was given; `1` where none was.
+    weight: String,
+}
 
 fn read_all(arguments: &[String], layout: &BlockLayout) -> Result<Vec<Given>> {
     let read = |argument: &String| {
         let (path, strength) = Strength::split(argument)?;
         let changes = file::read_changes(&path, layout)?;
-        Ok((path, changes, strength))
+        let weight = argument.strip_prefix(&format!("{}:", path.display())).unwrap_or("1").to_string();
+        Ok(Given { path, changes, strength, weight })
     };
     arguments.iter().map(read).collect()
 }
@@ -295,8 +320,8 @@ fn write_sum(
     common: &Common,
 ) -> Result<()> {
     let files: Vec<(&Changes, Strength)> =
-        loras.iter().map(|(_, changes, strength)| (changes, strength.clone())).collect();
-    let names: Vec<String> = loras.iter().map(|(path, ..)| path.display().to_string()).collect();
+        loras.iter().map(|lora| (&lora.changes, lora.strength.clone())).collect();
+    let names: Vec<String> = loras.iter().map(|lora| lora.path.display().to_string()).collect();
     let (sum, kept) = edit::sum(&files, keep)
         .map_err(|error| Failure::Unusable(format!("cannot use {}: {error}", listed(&names))))?;
     write(out, &sum, format, layout, common, summary(&kept))
@@ -385,200 +410,4 @@ fn module_of(prefix: &str, name: &str) -> Option<(String, bool)> {
     // transformers 5 leaves `text_model.` out.
     let bare = !prefix.is_empty() && !path.starts_with("text_model.") && path != "text_projection";
     Some((format!("{prefix}{}{path}", if bare { "text_model." } else { "" }), is_weight))
-}
-
-fn merge_into_base(
-    base: &ModelFiles,
-    loras: &[String],
-    out: &Path,
-    layout: &BlockLayout,
-    common: &Common,
-) -> Result<()> {
-    if out.exists() {
-        let why = format!("`{}` exists already; name a folder that does not, or remove it", out.display());
-        return Err(Failure::Usage(why).into());
-    }
-    let loras = read_all(loras, layout)?;
-    let mut weights = BTreeMap::new();
-    for (folder, stem, prefix) in COMPONENTS {
-        if base.exists(&format!("{folder}/config.json")) {
-            weights.insert(folder, (stem, prefix, base.tensors(folder, stem)?));
-        }
-    }
-    let mut matched = std::collections::BTreeSet::new();
-    for (_, prefix, tensors) in weights.values_mut() {
-        merge_component(prefix, tensors, &loras, &mut matched)?;
-    }
-    for (path, changes, _) in &loras {
-        let missing: Vec<String> =
-            changes.modules.keys().filter(|module| !matched.contains(*module)).cloned().collect();
-        if missing.len() == changes.modules.len() {
-            let error = LoraError::NoPlace { count: missing.len(), modules: missing, guess: None };
-            return Err(Failure::unusable(path, error));
-        }
-        if !missing.is_empty() {
-            progress::warn(format_args!(
-                "{} layers of `{}` have no place in this base and are left out: {}",
-                missing.len(),
-                path.display(),
-                listed(&missing)
-            ));
-        }
-    }
-    let replaced = |file: &str| {
-        weights.iter().any(|(folder, (stem, ..))| {
-            file.strip_prefix(folder).is_some_and(|rest| rest.starts_with(&format!("/{stem}.")))
-        })
-    };
-    copy_files(base, out, &replaced)?;
-    for (folder, (stem, _, tensors)) in &weights {
-        let config: Value = base.json(&format!("{folder}/config.json"))?;
-        let dtype =
-            tensors.values().map(Tensor::dtype).max_by_key(DType::size_in_bytes).unwrap_or(DType::F32);
-        let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
-        save_component(out, folder, stem, &config, &tensors, dtype)?;
-    }
-    tell(&json!({ "folder": out, "modules": matched.len() }), common);
-    Ok(())
-}
-
-/// Adds all changes to the weights and biases of one component.
-fn merge_component(
-    prefix: &str,
-    tensors: &mut HashMap<String, Tensor>,
-    loras: &[Given],
-    matched: &mut std::collections::BTreeSet<String>,
-) -> Result<()> {
-    let names: Vec<String> = tensors.keys().cloned().collect();
-    for name in names {
-        let Some((module, true)) = module_of(prefix, &name) else { continue };
-        let original = tensors[&name].clone();
-        let weight = original.to_dtype(DType::F32)?;
-        let bias_name = format!("{}.bias", name.trim_end_matches(".weight"));
-        let mut sum = weight.clone();
-        let mut is_changed = false;
-        for (path, changes, strength) in loras {
-            let Some(change) = changes.modules.get(&module) else { continue };
-            if !change.fits(weight.dims()) {
-                let (lora, model) = (change.target(), weight.dims().to_vec());
-                let error = LoraError::Size { module: module.clone(), lora, model, guess: None };
-                return Err(Failure::unusable(path, error));
-            }
-            let times = strength.of(&module);
-            sum = (sum + change.delta(&weight, times)?)?;
-            if let Some(delta) = &change.bias {
-                let bias = tensors.get(&bias_name).ok_or_else(|| {
-                    let why = format!(
-                        "it changes the bias of `{module}`, and the base has none to add it to; draw with it by \
-                         `difflora gen --lora` instead"
-                    );
-                    Failure::unusable(path, why)
-                })?;
-                let delta = (delta.to_dtype(DType::F32)?.flatten_all()? * times)?;
-                let changed = (bias.to_dtype(DType::F32)? + delta)?.to_dtype(bias.dtype())?;
-                tensors.insert(bias_name.clone(), changed);
-            }
-            is_changed = true;
-        }
-        if is_changed {
-            tensors.insert(name, sum.to_dtype(original.dtype())?);
-            matched.insert(module);
-        }
-    }
-    Ok(())
-}
-
-/// Copies a model's files but those that are `replaced`.
-fn copy_files(base: &ModelFiles, out: &Path, replaced: &dyn Fn(&str) -> bool) -> Result<()> {
-    let save = |name: &str, bytes: &[u8]| -> Result<()> {
-        let target = out.join(name);
-        let folder = files::folder_of(&target);
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
-        files::write_whole(&target, bytes)
-    };
-    let mut names = Vec::new();
-    match base {
-        ModelFiles::Folder(root) => list_folder(root, root, &mut names)?,
-        ModelFiles::BuiltIn { dir, .. } => {
-            let mut folders = vec![*dir];
-            while let Some(folder) = folders.pop() {
-                folders.extend(folder.dirs());
-                let paths = folder.files().filter_map(|file| file.path().strip_prefix(dir.path()).ok());
-                names.extend(paths.map(|path| path.to_string_lossy().into_owned()));
-            }
-        }
-        ModelFiles::Assembled(_) => {
-            let why = "a LoRA is merged into a model in diffusers' folder layout; this is a single file";
-            return Err(base.unusable("", why));
-        }
-    }
-    for name in names.iter().filter(|name| !replaced(name)) {
-        save(name, &base.read(name)?)?;
-    }
-    Ok(())
-}
-
-fn list_folder(root: &Path, folder: &Path, names: &mut Vec<String>) -> Result<()> {
-    let entries = std::fs::read_dir(folder).map_err(|error| Failure::unusable(folder, error))?;
-    for entry in entries {
-        let path = entry?.path();
-        if path.is_dir() {
-            list_folder(root, &path, names)?;
-        } else if let Ok(name) = path.strip_prefix(root) {
-            names.push(name.to_string_lossy().replace('\\', "/"));
-        }
-    }
-    Ok(())
-}
-
-fn extract(
-    before: &str,
-    after: &str,
-    out: &Path,
-    rank: usize,
-    format: Format,
-    common: &Common,
-) -> Result<()> {
-    let (before, after) = (models::find(before, "base")?, models::find(after, "base")?);
-    let layout = models::block_layout(&before)?;
-    let mut changes = Changes::default();
-    let mut kept = BTreeMap::new();
-    let mut left_out = Vec::new();
-    for (folder, stem, prefix) in COMPONENTS {
-        if !before.exists(&format!("{folder}/config.json")) || !after.exists(&format!("{folder}/config.json"))
-        {
-            continue;
-        }
-        let (one, two) = (before.tensors(folder, stem)?, after.tensors(folder, stem)?);
-        for (name, one) in &one {
-            progress::check()?;
-            let two = two.get(name).filter(|two| two.dims() == one.dims()).ok_or_else(|| {
-                after.unusable(folder, format!("it has no `{name}` of shape {:?}", one.dims()))
-            })?;
-            let difference = (two.to_dtype(DType::F32)? - one.to_dtype(DType::F32)?)?;
-            if difference.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
-                continue;
-            }
-            match module_of(prefix, name) {
-                Some((module, true)) if one.rank() >= 2 && !name.contains("embedding.weight") => {
-                    let (change, share) = edit::extract(one, two, rank, DType::F32)?;
-                    kept.insert(module.clone(), share);
-                    changes.modules.insert(module, change);
-                }
-                _ => left_out.push(name.clone()),
-            }
-        }
-    }
-    if changes.modules.is_empty() {
-        return Err(after.unusable("unet", "its weights are the same as before: there is nothing to extract"));
-    }
-    if !left_out.is_empty() {
-        left_out.sort();
-        progress::warn(format_args!(
-            "{} tensors that changed are no layers of a LoRA (biases, norms, embeddings) and are left out: {}",
-            left_out.len(),
-            listed(&left_out)
-        ));
-    }
-    write(out, &changes, format, &layout, common, summary(&kept))
 }

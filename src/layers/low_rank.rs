@@ -56,7 +56,7 @@ impl CustomOp3 for AddLowRank {
             CpuStorage::F32(values) => CpuStorage::F32(factors.added_to(&values[begin..end])),
             CpuStorage::F16(values) => CpuStorage::F16(factors.added_to(&values[begin..end])),
             CpuStorage::BF16(values) => CpuStorage::BF16(factors.added_to(&values[begin..end])),
-            _ => candle_core::bail!("a weight of {:?} takes no LoRA", weight.dtype()),
+            _ => candle_core::bail!("a weight that is no float takes no LoRA"),
         };
         Ok((sum, shape.clone()))
     }
@@ -98,8 +98,7 @@ impl Factors<'_> {
         let Self { rank, width, .. } = *self;
         let m = rows.len() / width;
         let up = &self.up[first * rank..(first + m) * rank];
-        let product =
-            Product { m, n: width, k: rank, scale: 1.0, add: true, parallelism: Parallelism::None };
+        let product = Product { m, n: width, k: rank, scale: 1.0, add: true, parallelism: Parallelism::None };
         product.write(
             Matrix { values: up, row: rank, column: 1 },
             Matrix { values: self.down, row: width, column: 1 },
@@ -146,21 +145,21 @@ impl Stored for bf16 {
 }
 
 vectorised! {
-    fn widen_bf16(stored: &[bf16], wide: &mut [f32]) {
-        for (wide, stored) in wide.iter_mut().zip(stored) {
-            *wide = f32::from_bits(u32::from(stored.to_bits()) << 16);
+    fn widen_bf16(stored: &[bf16], to: &mut [f32]) {
+        for (to, stored) in to.iter_mut().zip(stored) {
+            *to = f32::from_bits(u32::from(stored.to_bits()) << 16);
         }
     }
 }
 
 vectorised! {
     /// To the nearest, ties to even, as `bf16::from_f32`, whose branches the compiler makes no vectors of.
-    fn narrow_bf16(wide: &[f32], stored: &mut [bf16]) {
-        for (stored, wide) in stored.iter_mut().zip(wide) {
-            let bits = wide.to_bits();
+    fn narrow_bf16(from: &[f32], stored: &mut [bf16]) {
+        for (stored, from) in stored.iter_mut().zip(from) {
+            let bits = from.to_bits();
             let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
             let quiet = bits >> 16 | 0x40;
-            let kept = if wide.is_nan() { quiet } else { rounded };
+            let kept = if from.is_nan() { quiet } else { rounded };
             *stored = bf16::from_bits(kept as u16);
         }
     }
@@ -202,8 +201,10 @@ mod tests {
 
     #[test]
     fn bf16_is_rounded_as_the_half_crate_rounds() {
-        let odd = [0.0, -0.0, 1.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, f32::MIN_POSITIVE];
-        let ties = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x7f7f_ffff, 0xffc0_0001, 0x7f80_0001].map(f32::from_bits);
+        let odd =
+            [0.0, -0.0, 1.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40, f32::MIN_POSITIVE];
+        let ties = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x7f7f_ffff, 0xffc0_0001, 0x7f80_0001]
+            .map(f32::from_bits);
         let values: Vec<f32> = odd.into_iter().chain(ties).collect();
         let mut rounded = vec![bf16::ZERO; values.len()];
         narrow_bf16(&values, &mut rounded);

@@ -10,11 +10,12 @@ use std::io::{Read, Seek};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use candle_core::{CpuStorage, DType, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Tensor};
+use safetensors::tensor::View;
 use sha2::{Digest, Sha256};
 
 use super::change::{Change, Changes, Form, Magnitude, Matrix};
-use super::header::{Entry, Header};
+use super::header::{Entry, Header, Storage};
 use super::keys::{self, BlockLayout, Key, Part};
 use super::{Lora, LoraError, listed};
 use crate::failure::Failure;
@@ -352,10 +353,18 @@ fn is_finite(tensor: &Tensor) -> bool {
     // Without early end, so that the loops become vectors.
     let (storage, _) = tensor.storage_and_layout();
     match &*storage {
-        Storage::Cpu(CpuStorage::F16(values)) => values.iter().fold(true, |all, x| all & x.is_finite()),
-        Storage::Cpu(CpuStorage::BF16(values)) => values.iter().fold(true, |all, x| all & x.is_finite()),
-        Storage::Cpu(CpuStorage::F32(values)) => values.iter().fold(true, |all, x| all & x.is_finite()),
-        Storage::Cpu(CpuStorage::F64(values)) => values.iter().fold(true, |all, x| all & x.is_finite()),
+        candle_core::Storage::Cpu(CpuStorage::F16(values)) => {
+            values.iter().fold(true, |all, x| all & x.is_finite())
+        }
+        candle_core::Storage::Cpu(CpuStorage::BF16(values)) => {
+            values.iter().fold(true, |all, x| all & x.is_finite())
+        }
+        candle_core::Storage::Cpu(CpuStorage::F32(values)) => {
+            values.iter().fold(true, |all, x| all & x.is_finite())
+        }
+        candle_core::Storage::Cpu(CpuStorage::F64(values)) => {
+            values.iter().fold(true, |all, x| all & x.is_finite())
+        }
         _ => true,
     }
 }
@@ -429,16 +438,21 @@ pub fn changes_to_bytes(changes: &Changes, format: Format, layout: &BlockLayout)
             tensors.insert(format!("{stem}.{}", part.suffix()), tensor);
         }
     }
-    let (header, data) = lay_out(&tensors)?;
+    // Wider numbers first, so that each tensor is aligned to its own size.
+    let mut order: Vec<(&String, &Tensor)> = tensors.iter().collect();
+    order.sort_by_key(|(_, tensor)| std::cmp::Reverse(Tensor::dtype(tensor).size_in_bytes()));
+    let mut data = Vec::new();
+    let mut entries = Vec::new();
+    for (key, tensor) in order {
+        let storage = Storage::of(tensor).with_context(|| {
+            format!("`{key}`: numbers of type {:?} are not written", Tensor::dtype(tensor))
+        })?;
+        entries.push((key.as_str(), storage, tensor.dims()));
+        data.extend_from_slice(&View::data(tensor));
+    }
     let mut metadata = described(changes, format);
     metadata.insert("modelspec.hash_sha256".to_string(), format!("0x{:x}", Sha256::digest(&data)));
-
-    let mut fields = BTreeMap::from([("__metadata__", serde_json::to_value(metadata)?)]);
-    fields.extend(header.iter().map(|(name, value)| (name.as_str(), value.clone())));
-    let mut json = serde_json::to_string(&fields)?.into_bytes();
-    json.resize(json.len().next_multiple_of(8), b' '); // the format wants the data aligned
-    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(json);
+    let mut bytes = Header::of(metadata, entries).to_bytes();
     bytes.extend(data);
     Ok(bytes)
 }
@@ -465,26 +479,6 @@ fn peft_tensors(module: &str, change: &Change) -> Result<Vec<(String, Tensor)>, 
         return Err(kind());
     }
     Ok(tensors)
-}
-
-/// Header entries and data of a safetensors file. The `safetensors` crate keeps metadata in a hash map, whose
-/// order changes from run to run.
-fn lay_out(tensors: &BTreeMap<String, Tensor>) -> Result<(BTreeMap<String, serde_json::Value>, Vec<u8>)> {
-    use safetensors::tensor::View;
-    let mut header = BTreeMap::new();
-    let mut data = Vec::new();
-    // Wider numbers first, so that each tensor is aligned to its own size.
-    let mut order: Vec<(&String, &Tensor)> = tensors.iter().collect();
-    order.sort_by_key(|(_, tensor)| std::cmp::Reverse(Tensor::dtype(tensor).size_in_bytes()));
-    for (name, tensor) in order {
-        let begin = data.len();
-        data.extend_from_slice(&View::data(tensor));
-        let entry = serde_json::json!({
-            "dtype": View::dtype(tensor), "shape": tensor.dims(), "data_offsets": [begin, data.len()],
-        });
-        header.insert(name.clone(), entry);
-    }
-    Ok((header, data))
 }
 
 /// The LoRA's own metadata, over what every file says.

@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use serde::de::{MapAccess, Visitor};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The format's own limit for the header.
 const LONGEST_HEADER: u64 = 100_000_000;
@@ -164,6 +164,39 @@ impl Header {
         self.data + entry.begin..self.data + entry.end
     }
 
+    /// A header for tensors that follow each other in this order.
+    pub fn of<'a>(
+        metadata: BTreeMap<String, String>,
+        tensors: impl IntoIterator<Item = (&'a str, Storage, &'a [usize])>,
+    ) -> Self {
+        let mut end = 0;
+        let entry = |(key, storage, shape): (&str, Storage, &[usize])| {
+            let begin = end;
+            end += storage.bytes() * shape.iter().product::<usize>() as u64;
+            Entry { key: key.to_string(), storage, shape: shape.to_vec(), begin, end }
+        };
+        let mut header = Self { metadata, tensors: tensors.into_iter().map(entry).collect(), data: 0 };
+        header.data = header.to_bytes().len() as u64;
+        header
+    }
+
+    /// What stands in a file before its tensors, which follow in the order of [`Header::tensors`]. Keys are sorted, so
+    /// that equal headers have equal bytes; the `safetensors` crate keeps metadata in a hash map, whose order changes
+    /// from run to run.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut fields = BTreeMap::new();
+        if !self.metadata.is_empty() {
+            fields.insert("__metadata__", json!(self.metadata));
+        }
+        for Entry { key, storage, shape, begin, end } in &self.tensors {
+            let entry = json!({ "dtype": storage.name(), "shape": shape, "data_offsets": [begin, end] });
+            fields.insert(key, entry);
+        }
+        let mut json = json!(fields).to_string().into_bytes();
+        json.resize(json.len().next_multiple_of(8), b' '); // the format wants the data aligned
+        [(json.len() as u64).to_le_bytes().to_vec(), json].concat()
+    }
+
     /// One tensor, on the CPU; see [`Entry::decode`].
     ///
     /// # Errors
@@ -236,20 +269,42 @@ fn from_e4m3(byte: u8) -> f16 {
     f16::from_f32(if byte >> 7 == 1 { -magnitude } else { magnitude })
 }
 
+/// What the format calls each type.
+const NAMES: [(&str, Storage); 11] = [
+    ("F64", Storage::F64),
+    ("F32", Storage::F32),
+    ("F16", Storage::F16),
+    ("BF16", Storage::BF16),
+    ("F8_E4M3", Storage::F8E4M3),
+    ("F8_E5M2", Storage::F8E5M2),
+    ("I64", Storage::I64),
+    ("I32", Storage::I32),
+    ("U32", Storage::U32),
+    ("U8", Storage::U8),
+    ("BOOL", Storage::Bool),
+];
+
 impl Storage {
     fn from_name(name: &str) -> Option<Self> {
-        Some(match name {
-            "F64" => Self::F64,
-            "F32" => Self::F32,
-            "F16" => Self::F16,
-            "BF16" => Self::BF16,
-            "F8_E4M3" => Self::F8E4M3,
-            "F8_E5M2" => Self::F8E5M2,
-            "I64" => Self::I64,
-            "I32" => Self::I32,
-            "U32" => Self::U32,
-            "U8" => Self::U8,
-            "BOOL" => Self::Bool,
+        NAMES.iter().find(|(other, _)| *other == name).map(|(_, storage)| *storage)
+    }
+
+    /// What the format calls it.
+    pub fn name(self) -> &'static str {
+        NAMES.iter().find(|(_, other)| *other == self).map_or("", |(name, _)| name)
+    }
+
+    /// The type that a tensor's numbers are written in.
+    pub fn of(tensor: &Tensor) -> Option<Self> {
+        Some(match tensor.dtype() {
+            DType::F64 => Self::F64,
+            DType::F32 => Self::F32,
+            DType::F16 => Self::F16,
+            DType::BF16 => Self::BF16,
+            DType::I64 => Self::I64,
+            DType::I32 => Self::I32,
+            DType::U32 => Self::U32,
+            DType::U8 => Self::U8,
             _ => return None,
         })
     }
@@ -422,7 +477,7 @@ mod tests {
             let mut all = Cursor::new(all);
             let header = Header::read(&mut all).unwrap();
             let tensor = header.load(&mut all, &header.tensors[0]).unwrap();
-            tensor.to_dtype(candle_core::DType::F32).unwrap().to_vec1::<f32>().unwrap()[0]
+            tensor.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap()[0]
         };
         assert_eq!(read("F64", &(-1.5f64).to_le_bytes()), -1.5);
         assert_eq!(read("F32", &(-1.5f32).to_le_bytes()), -1.5);

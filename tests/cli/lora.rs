@@ -9,6 +9,7 @@ use difflora::commands::models;
 use difflora::diffusion::noise::normal;
 use difflora::lora::change::{Change, Changes, Form, Magnitude};
 use difflora::lora::file::{self, Format};
+use difflora::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use difflora::sdxl::pipeline::Sdxl;
 use serde_json::Value;
 
@@ -325,4 +326,205 @@ fn unusable_files_end_with_4_and_say_what_is_wrong() {
     }
     let run = difflora(&["gen", "--prompt", "x", "--lora", text(&at("good")), "--lora-positive-only"]);
     assert!(run.code == 2 && run.stderr.contains("--lora-mode runtime"), "{}", run.stderr);
+}
+
+/// The model that lies in the golden files twice: as a folder, and as one file.
+fn golden(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/single_file").join(name)
+}
+
+/// All tensors of UNet and text encoders, as a folder names them.
+fn tensors(model: &Path) -> BTreeMap<String, Tensor> {
+    let files = if model.is_file() {
+        difflora::sdxl::single_file::open(model, Some(&golden("folder"))).unwrap()
+    } else {
+        ModelFiles::folder(model).unwrap()
+    };
+    let mut all = BTreeMap::new();
+    for (part, stem) in [
+        ("unet", DIFFUSERS_WEIGHTS),
+        ("text_encoder", TRANSFORMERS_WEIGHTS),
+        ("text_encoder_2", TRANSFORMERS_WEIGHTS),
+    ] {
+        for (name, tensor) in files.tensors(part, stem).unwrap() {
+            let name = name.trim_start_matches("text_model.");
+            all.insert(format!("{part}/{name}"), tensor);
+        }
+    }
+    all
+}
+
+fn far(a: &Tensor, b: &Tensor) -> f32 {
+    let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap();
+    (wide(a) - wide(b)).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+/// A LoRA on a layer of every sort: of the UNet, of both text encoders, a convolution, a norm, with biases.
+fn on_every_sort(weights: &BTreeMap<String, Tensor>) -> Changes {
+    let bias = |name: &str| small(900, weights[name].dims());
+    let mut modules = BTreeMap::new();
+    for (stream, (name, module)) in (0..).zip([
+        (
+            "unet/down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        ),
+        ("unet/down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.conv1"),
+        ("text_encoder/encoder.layers.0.mlp.fc1", "text_encoder.text_model.encoder.layers.0.mlp.fc1"),
+        (
+            "text_encoder_2/encoder.layers.0.self_attn.k_proj",
+            "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj",
+        ),
+        ("text_encoder_2/text_projection", "text_encoder_2.text_projection"),
+    ]) {
+        let shape = weights[&format!("{name}.weight")].dims();
+        let (mut down, mut up) = (shape.to_vec(), vec![shape[0], 2]);
+        down[0] = 2;
+        up.resize(shape.len(), 1);
+        let form = Form::LowRank {
+            down: small(2 * stream, &down),
+            up: small(2 * stream + 1, &up),
+            mid: None,
+            alpha: 8.0,
+        };
+        let bias = (stream == 3).then(|| bias(&format!("{name}.bias")));
+        modules.insert(module.to_string(), Change { form, magnitude: None, bias });
+    }
+    let form = Form::Full(small(800, weights["unet/conv_norm_out.weight"].dims()));
+    let norm = Change { form, magnitude: None, bias: Some(bias("unet/conv_norm_out.bias")) };
+    modules.insert("conv_norm_out".into(), norm);
+    modules.insert(
+        "conv_out".into(),
+        Change { form: Form::BiasOnly, magnitude: None, bias: Some(bias("unet/conv_out.bias")) },
+    );
+    Changes { modules, ..Changes::default() }
+}
+
+#[test]
+fn one_file_and_a_folder_are_merged_alike_and_compared_with_each_other() {
+    let temporary = tempfile::tempdir().unwrap();
+    let at = |name: &str| temporary.path().join(name);
+    let (one, folder) = (golden("one.safetensors"), golden("folder"));
+    let (one, folder) = (text(&one), text(&folder));
+    let before = tensors(Path::new(folder));
+    let changes = on_every_sort(&before);
+    let layout = models::block_layout(&ModelFiles::folder(folder).unwrap()).unwrap();
+    let lora = at("lora.safetensors");
+    file::write_changes(&lora, &changes, Format::Kohya, &layout).unwrap();
+
+    let (file_out, folder_out) = (at("merged.safetensors"), at("merged"));
+    let weighted = format!("{}:0.5", text(&lora));
+    let lora_merge = |base: &str, out: &Path, lora: &str| {
+        json(&["lora", "merge", "--base", base, "--base-config", folder, "--lora", lora, "--out", text(out)])
+    };
+    let told = lora_merge(one, &file_out, &weighted);
+    assert_eq!(
+        (&told["modules"], &told["loras"][0]["weight"]),
+        (&changes.modules.len().into(), &"0.5".into())
+    );
+    assert_eq!(lora_merge(folder, &folder_out, &weighted)["modules"], changes.modules.len());
+    let (a, b) = (tensors(&file_out), tensors(&folder_out));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    let mut touched = 0;
+    for (name, a) in &a {
+        assert_eq!((a.dtype(), far(a, &b[name])), (before[name].dtype(), 0.0), "{name}");
+        touched += usize::from(far(a, &before[name]) > 0.0);
+    }
+    // Five weights and a norm's, and three biases.
+    assert_eq!(touched, 9);
+    let module = "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj";
+    let original = &before["text_encoder_2/encoder.layers.0.self_attn.k_proj.weight"];
+    let by_hand = changes.modules[module].delta(original, 0.5).unwrap();
+    let by_hand =
+        (original.to_dtype(DType::F32).unwrap() + by_hand).unwrap().to_dtype(original.dtype()).unwrap();
+    assert_eq!(far(&by_hand, &a["text_encoder_2/encoder.layers.0.self_attn.k_proj.weight"]), 0.0);
+    let header = difflora::lora::header::Header::read(&mut fs::File::open(&file_out).unwrap()).unwrap();
+    assert_eq!(header.metadata["difflora.merged"], "lora.safetensors:0.5");
+    assert_eq!(header.metadata["format"], "pt");
+
+    // A file beside a folder: everything comes back, biases and norms too.
+    let found = at("found.safetensors");
+    let extract = |after: &Path, more: &[&str]| {
+        let arguments = [
+            "lora",
+            "extract",
+            one,
+            text(after),
+            "--base-config",
+            folder,
+            "--out",
+            text(&found),
+            "--rank",
+            "64",
+        ];
+        json(&[&arguments, more].concat())
+    };
+    let told = extract(&folder_out, &[]);
+    assert_eq!(
+        (&told["modules"], &told["biases_and_norms"]),
+        (&changes.modules.len().into(), &3.into()),
+        "{told}"
+    );
+    assert_eq!(told["left_out"], Value::Array(vec![]));
+    lora_merge(one, &at("again.safetensors"), text(&found));
+    for (name, again) in tensors(&at("again.safetensors")) {
+        // What is left of the difference after the SVD may round to the other side: one step of bf16 at most.
+        let step = 0.008
+            * before[&name]
+                .to_dtype(DType::F32)
+                .unwrap()
+                .abs()
+                .unwrap()
+                .max_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap();
+        assert!(far(&again, &a[&name]) <= step, "{name}: {}", far(&again, &a[&name]));
+    }
+    let told = extract(&file_out, &["--layers-only"]);
+    assert_eq!((&told["modules"], &told["biases_and_norms"]), (&5.into(), &0.into()), "{told}");
+    let left_out = told["left_out"].as_array().unwrap();
+    assert_eq!(left_out.len(), 4);
+    assert!(left_out.contains(&"unet/conv_norm_out.weight".into()), "{left_out:?}");
+
+    // An embedding is no layer: it is named.
+    let path = folder_out.join("text_encoder/model.safetensors");
+    let mut weights: std::collections::HashMap<String, Tensor> = difflora::weights::read_file(&path).unwrap();
+    let name = weights.keys().find(|name| name.ends_with("token_embedding.weight")).unwrap().clone();
+    let changed = (&weights[&name] * 2.0).unwrap();
+    weights.insert(name.clone(), changed);
+    candle_core::safetensors::save(&weights, &path).unwrap();
+    let told = extract(&folder_out, &[]);
+    // As the model before spells it, which is the file with `text_model.` in its names.
+    let bare = name.trim_start_matches("text_model.");
+    assert_eq!(told["left_out"], Value::Array(vec![format!("text_encoder/text_model.{bare}").into()]));
+
+    // A bias that the base has no place for, and results of the wrong sort.
+    let mut strange = changes.clone();
+    let module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q";
+    strange.modules.get_mut(module).unwrap().bias = Some(small(7, &[8]));
+    file::write_changes(&at("strange"), &strange, Format::Kohya, &layout).unwrap();
+    for (base, lora, out, code, said) in [
+        (one, "strange", "new.safetensors", 4, "has none to add it to"),
+        (folder, "strange", "new", 4, "has none to add it to"),
+        (one, "lora.safetensors", "new", 2, "the base is one file"),
+        (folder, "lora.safetensors", "new.safetensors", 2, "the base is a folder"),
+        (folder, "lora.safetensors", "merged", 2, "exists already"),
+    ] {
+        let (lora, out) = (at(lora), at(out));
+        let arguments = [
+            "lora",
+            "merge",
+            "--base",
+            base,
+            "--base-config",
+            folder,
+            "--lora",
+            text(&lora),
+            "--out",
+            text(&out),
+        ];
+        let run = difflora(&arguments);
+        assert!(run.code == code && run.stderr.contains(said), "{said}: {} {}", run.code, run.stderr);
+        assert!(out.ends_with("merged") || !out.exists());
+    }
 }

@@ -1,0 +1,135 @@
+//! `difflora lora extract`: the difference between two models as a LoRA.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use candle_core::{DType, Tensor};
+use serde_json::json;
+
+use super::{COMPONENTS, module_of, summary, write};
+use crate::cli::Common;
+use crate::commands::models;
+use crate::lora::change::{Change, Changes, Form};
+use crate::lora::edit;
+use crate::lora::file::Format;
+use crate::lora::listed;
+use crate::model_files::ModelFiles;
+use crate::progress;
+
+/// How the difference is stored.
+pub(super) struct Wanted {
+    /// Of each layer's factors.
+    pub rank: usize,
+    /// Spelling.
+    pub format: Format,
+    /// Leave out biases and norms.
+    pub layers_only: bool,
+}
+
+/// Writes what lies between `before` and `after` to `out`.
+pub(super) fn run(
+    before: &ModelFiles,
+    after: &ModelFiles,
+    out: &Path,
+    wanted: &Wanted,
+    common: &Common,
+) -> Result<()> {
+    let layout = models::block_layout(before)?;
+    let mut changes = Changes::default();
+    let mut kept = BTreeMap::new();
+    let mut left_out = Vec::new();
+    for (folder, stem, prefix) in COMPONENTS {
+        let there = [before, after].map(|model| model.exists(&format!("{folder}/config.json")));
+        if there != [true, true] {
+            if there != [false, false] {
+                let which = if there[0] { before } else { after };
+                left_out.push(format!("{folder}, which only {} has", which.name()));
+            }
+            continue;
+        }
+        let (names, read_before) = before.one_by_one(folder, stem)?;
+        let (others, read_after) = after.one_by_one(folder, stem)?;
+        // Two versions of transformers spell a text encoder's names in two ways.
+        let others: BTreeMap<String, &String> =
+            others.iter().map(|name| (canonical(prefix, name), name)).collect();
+        let mut biases = Vec::new();
+        let bar = progress::bar(names.len() as u64, "comparing");
+        for name in &names {
+            progress::check()?;
+            bar.inc(1);
+            // Old transformers stored the numbers 0, 1, 2, … of the positions.
+            if name.ends_with("position_ids") {
+                continue;
+            }
+            let one = read_before(name)?;
+            let two = others.get(&canonical(prefix, name)).map(|name| read_after(name)).transpose()?;
+            let Some(two) = two.filter(|two| two.dims() == one.dims()) else {
+                return Err(after.unusable(folder, format!("it has no `{name}` of shape {:?}", one.dims())));
+            };
+            let difference = (two.to_dtype(DType::F32)? - one.to_dtype(DType::F32)?)?;
+            if difference.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
+                continue;
+            }
+            match module_of(prefix, name) {
+                Some((module, true)) if one.rank() >= 2 && !name.contains("embedding.weight") => {
+                    let (change, share) = edit::extract(&one, &two, wanted.rank, DType::F32)?;
+                    kept.insert(module.clone(), share);
+                    changes.modules.insert(module, change);
+                }
+                Some((module, true)) if one.rank() == 1 && !wanted.layers_only => {
+                    let form = Form::Full(difference);
+                    changes.modules.insert(module, Change { form, magnitude: None, bias: None });
+                }
+                Some((module, false)) if one.rank() == 1 && !wanted.layers_only => {
+                    biases.push((module, difference))
+                }
+                _ => left_out.push(format!("{folder}/{name}")),
+            }
+        }
+        bar.finish_and_clear();
+        add_biases(&mut changes, biases);
+    }
+    if changes.modules.is_empty() {
+        let why = if left_out.is_empty() {
+            "its weights are the same as before: there is nothing to extract".to_string()
+        } else {
+            format!("nothing that a LoRA holds has changed; other changes: {}", listed(&left_out))
+        };
+        return Err(after.unusable("unet", why));
+    }
+    if !left_out.is_empty() {
+        progress::warn(format_args!("{} changes are left out: {}", left_out.len(), listed(&left_out)));
+    }
+    let whole = changes.modules.values().filter(|change| is_no_lora(change)).count();
+    if whole > 0 {
+        progress::note(format_args!(
+            "{whole} modules have changes of biases or norms, stored as they are (`diff_b`, `w_norm`, `b_norm`); \
+             diffusers does not read those, --layers-only leaves them out"
+        ));
+    }
+    let size = models::native_size(before)?;
+    changes.metadata.insert("modelspec.resolution".into(), format!("{size}x{size}"));
+    changes.metadata.insert("modelspec.title".into(), "the difference of two models, by difflora".into());
+    let mut told = summary(&kept);
+    told["biases_and_norms"] = json!(whole);
+    told["left_out"] = json!(left_out);
+    write(out, &changes, wanted.format, &layout, common, told)
+}
+
+/// A name under which two models agree.
+fn canonical(prefix: &str, name: &str) -> String {
+    module_of(prefix, name).map_or(name.to_string(), |(module, is_weight)| format!("{module}.{is_weight}"))
+}
+
+fn add_biases(changes: &mut Changes, biases: Vec<(String, Tensor)>) {
+    for (module, bias) in biases {
+        let change = changes.modules.entry(module);
+        change.or_insert(Change { form: Form::BiasOnly, magnitude: None, bias: None }).bias = Some(bias);
+    }
+}
+
+/// Whether it holds more than two factors.
+fn is_no_lora(change: &Change) -> bool {
+    change.bias.is_some() || !matches!(change.form, Form::LowRank { .. })
+}
