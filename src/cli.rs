@@ -32,7 +32,7 @@ pub struct Common {
     /// No progress bars and no notes on stderr.
     #[arg(long, short, global = true, env = "DIFFLORA_QUIET")]
     pub quiet: bool,
-    /// Say on stderr how long each stage of `gen` takes.
+    /// Say on stderr how long each stage of the work takes, and all names in warnings instead of the first ten.
     #[arg(long, short, global = true, env = "DIFFLORA_VERBOSE")]
     pub verbose: bool,
 }

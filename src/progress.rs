@@ -41,9 +41,14 @@ pub fn is_quiet() -> bool {
     QUIET.load(Ordering::SeqCst)
 }
 
-/// `--verbose`: each [`Stage`] is told.
+/// `--verbose`: each [`Stage`] is told, and lists in warnings are whole.
 pub fn set_verbose(verbose: bool) {
     VERBOSE.store(verbose, Ordering::SeqCst);
+}
+
+/// Whether the user asked to be told everything.
+pub fn is_verbose() -> bool {
+    VERBOSE.load(Ordering::SeqCst)
 }
 
 /// A part of the work whose duration is told on stderr with `--verbose`.
@@ -57,7 +62,7 @@ impl Stage {
 
     /// Ends now: `time: 1.23 s loading the UNet`.
     pub fn end(self) {
-        if VERBOSE.load(Ordering::SeqCst) {
+        if is_verbose() {
             eprintln!("time: {:6.2} s {}", self.1.elapsed().as_secs_f64(), self.0);
         }
     }

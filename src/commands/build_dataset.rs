@@ -26,7 +26,7 @@ use crate::lora::layout::LoraLayout;
 use crate::picture::Picture;
 use crate::sdxl::pipeline::Sdxl;
 use crate::train::shards::in_threads;
-use crate::{files, progress};
+use crate::{files, hashes, progress};
 
 /// Arguments of `difflora build-dataset`.
 ///
@@ -235,9 +235,7 @@ pub fn read_manifest(folder: &Path) -> Result<Vec<Row>> {
 
 /// SHA-256 of what decides a LoRA, shortened.
 fn stamp(settings: &Settings, base: &ModelId) -> Result<String> {
-    use sha2::{Digest, Sha256};
-    let hash = Sha256::digest(serde_json::to_vec(&(settings, base))?);
-    Ok(hash.iter().take(6).map(|byte| format!("{byte:02x}")).collect())
+    Ok(hashes::of_bytes(&serde_json::to_vec(&(settings, base))?)[..12].to_string())
 }
 
 impl Workshop {

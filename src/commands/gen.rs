@@ -15,7 +15,7 @@ use serde_json::json;
 
 use self::device::{Precision, device};
 use self::draw::{Plan, draw};
-use self::loras::chosen_loras;
+use self::loras::{check_loras, chosen_loras};
 use self::outputs::Outputs;
 use self::person::make_lora;
 use super::models;
@@ -192,7 +192,11 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
     clock.end();
 
-    let person = if args.reference.is_empty() { None } else { Some(make_lora(&args, &base)?) };
+    let person = if args.reference.is_empty() {
+        None
+    } else {
+        Some(make_lora(&args, &base, models::native_size(&base_files)?)?)
+    };
     let mut report = json!({});
     if let Some((lora, told)) = &person {
         report["person"] = told.clone();
@@ -210,7 +214,10 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
                  prove the method; real pictures need an SDXL folder (--base) and a hypernetwork for it (--hypernet)",
             );
         }
+        let clock = Stage::begin("reading LoRAs");
         let loras = chosen_loras(&args, person.as_ref().map(|(lora, _)| lora), &base_files)?;
+        clock.end();
+        report["loras"] = check_loras(&model, &loras, &args)?;
         report["pictures"] = draw(&args, &plan, &model, &base, &loras, &outputs.pictures, common)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());

@@ -9,10 +9,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rten::{Model, NodeId, ValueView};
-use sha2::{Digest, Sha256};
 
 use super::onnx_header::Header;
 use crate::failure::Failure;
+use crate::hashes;
 
 /// A network from an ONNX file with one picture-like input.
 pub struct Network {
@@ -64,7 +64,7 @@ impl Network {
         };
         let shape_fits = input.shape.len() == 4 && input.shape[1].is_none_or(|channels| channels == 3);
         ensure!(shape_fits, "its input is {input}, wanted a picture [B, 3, height, width]");
-        let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = hashes::of_bytes(&bytes);
         let model = Model::load(bytes).map_err(|error| anyhow!("it cannot be run: {error}"))?;
         let input = model.node_id(&input.name)?;
         let output_names: Vec<String> = header.outputs.iter().map(|output| output.name.clone()).collect();
@@ -105,9 +105,7 @@ impl Network {
     /// SHA-256 of the ONNX file in lower-case hex digits.
     pub fn sha256(&self) -> String {
         match &self.weights {
-            Weights::Embedded(bytes) => {
-                Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
-            }
+            Weights::Embedded(bytes) => hashes::of_bytes(bytes),
             Weights::File { sha256 } => sha256.clone(),
         }
     }

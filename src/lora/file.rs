@@ -12,14 +12,13 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{CpuStorage, DType, Tensor};
 use safetensors::tensor::View;
-use sha2::{Digest, Sha256};
 
 use super::change::{Change, Changes, Form, Magnitude, Matrix};
 use super::header::{Entry, Header, Storage};
 use super::keys::{self, BlockLayout, Key, Part};
-use super::{Lora, LoraError, listed};
+use super::{Lora, LoraError, listed_for_user};
 use crate::failure::Failure;
-use crate::progress;
+use crate::{hashes, progress};
 
 /// How the keys of a file are spelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -58,7 +57,7 @@ pub fn read_changes(path: &Path, layout: &BlockLayout) -> Result<Changes> {
             "{} tensors of `{}` belong to no known layer and are left out: {}",
             unknown.len(),
             path.display(),
-            listed(&unknown)
+            listed_for_user(&unknown)
         ));
     }
     Ok(changes)
@@ -451,7 +450,7 @@ pub fn changes_to_bytes(changes: &Changes, format: Format, layout: &BlockLayout)
         data.extend_from_slice(&View::data(tensor));
     }
     let mut metadata = described(changes, format);
-    metadata.insert("modelspec.hash_sha256".to_string(), format!("0x{:x}", Sha256::digest(&data)));
+    metadata.insert("modelspec.hash_sha256".to_string(), format!("0x{}", hashes::of_bytes(&data)));
     let mut bytes = Header::of(metadata, entries).to_bytes();
     bytes.extend(data);
     Ok(bytes)
@@ -657,7 +656,7 @@ mod tests {
         let bytes = to_bytes(&lora, Format::Kohya, &BlockLayout::default())?;
         let header = u64::from_le_bytes(bytes[..8].try_into()?) as usize;
         let (again, _) = from_bytes(&bytes, &BlockLayout::default())?;
-        let hash = format!("0x{:x}", Sha256::digest(&bytes[8 + header..]));
+        let hash = format!("0x{}", hashes::of_bytes(&bytes[8 + header..]));
         assert_eq!(again.metadata["modelspec.hash_sha256"], hash);
         assert_eq!(again.metadata["ss_network_dim"], "2");
         Ok(())

@@ -236,3 +236,11 @@ pub(crate) fn listed(names: &[String]) -> String {
         more => format!("{} and {more} more", shown.join(", ")),
     }
 }
+
+/// The same for a warning; all names where the user asked for everything (`--verbose`).
+pub(crate) fn listed_for_user(names: &[String]) -> String {
+    if !crate::progress::is_verbose() {
+        return listed(names);
+    }
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}

@@ -81,6 +81,32 @@ impl Report {
         }
         Ok(report)
     }
+
+    /// Modules in all.
+    pub fn modules(&self) -> usize {
+        self.kinds.values().sum()
+    }
+
+    /// The facts in one line: `LoRA, rank 16, alpha 8, 722 modules: unet 722`.
+    pub fn line(&self) -> String {
+        let ranks = self.ranks.iter().map(|(rank, count)| (rank.to_string(), *count)).collect();
+        let facts = [("", &self.kinds), ("rank ", &ranks), ("alpha ", &self.alphas)];
+        let facts = facts.into_iter().filter(|(_, counts)| !counts.is_empty());
+        let facts: Vec<String> = facts.map(|(name, counts)| format!("{name}{}", distinct(counts))).collect();
+        let parts: Vec<String> = self.parts.iter().map(|(part, count)| format!("{part} {count}")).collect();
+        format!("{}, {} modules: {}", facts.join(", "), self.modules(), parts.join(", "))
+    }
+}
+
+/// What there is; how often, where there is more than one.
+fn distinct(counts: &BTreeMap<String, usize>) -> String {
+    match counts.len() {
+        1 => counts.keys().cloned().collect(),
+        2..=4 => {
+            counts.iter().map(|(name, count)| format!("{name} (×{count})")).collect::<Vec<_>>().join(", ")
+        }
+        several => format!("of {several} values"),
+    }
 }
 
 /// `down_blocks.1.attentions.0.…` → `down.1`.

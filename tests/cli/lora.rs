@@ -528,3 +528,65 @@ fn one_file_and_a_folder_are_merged_alike_and_compared_with_each_other() {
         assert!(out.ends_with("merged") || !out.exists());
     }
 }
+
+#[test]
+fn gen_tells_what_each_lora_is_and_records_where_its_own_comes_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let mut changes = low_rank("attn2", 4);
+    changes.modules.extend(low_rank("text_encoder_2", 2).modules);
+    // A module that this base does not have.
+    let stray = changes.modules.first_key_value().unwrap().1.clone();
+    changes.modules.insert("up_blocks.0.attentions.0.transformer_blocks.9.attn2.to_q".into(), stray);
+    write(&at("anna.safetensors"), &changes);
+    let (anna, picture, own) = (at("anna.safetensors"), at("picture.png"), at("own.safetensors"));
+    let photo = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/astronaut.png");
+    let arguments = [
+        "gen",
+        "--ref",
+        photo,
+        "--prompt",
+        "x",
+        "--steps",
+        "1",
+        "--lora",
+        &format!("{}:0.5", text(&anna)),
+        "--out",
+        text(&picture),
+        "--lora-out",
+        text(&own),
+        "--json",
+    ];
+    let run = ok(&arguments);
+    let told: Value = serde_json::from_str(&run.stdout).unwrap();
+    let (mine, theirs) = (&told["loras"][0], &told["loras"][1]);
+    assert_eq!((&mine["name"], &mine["kinds"]["LoRA"]), (&"own".into(), &told["person"]["modules"]));
+    assert_eq!((&theirs["name"], &theirs["weight"]), (&"anna".into(), &0.5.into()));
+    assert_eq!(theirs["kinds"]["LoRA"], changes.modules.len());
+    assert_eq!(
+        (&theirs["alphas"]["8"], &theirs["unmatched"]),
+        (&theirs["ranks"]["4"], &Value::Array(vec![]))
+    );
+    assert_eq!(theirs["without_place"].as_array().unwrap().len(), 1);
+    let line = run.stderr.lines().find(|line| line.starts_with("note: LoRA `anna`")).unwrap();
+    assert!(line.contains("LoRA, rank 2 (×") && line.contains("alpha") && line.contains("unet"), "{line}");
+    assert!(run.stderr.contains("1 of") && run.stderr.contains("transformer_blocks.9"), "{}", run.stderr);
+    let quiet = ok(&[&arguments[..], &["--quiet"]].concat());
+    assert!(!quiet.stderr.contains("note: LoRA"), "{}", quiet.stderr);
+
+    let header = difflora::lora::header::Header::read(&mut fs::File::open(&own).unwrap()).unwrap();
+    let mut files = Vec::new();
+    for file in ["config.json", "lae.safetensors", "dit.safetensors", "stats.safetensors"] {
+        files.extend(models::built_in("hypernet").unwrap().read(file).unwrap().iter());
+    }
+    assert_eq!(header.metadata["difflora.hypernet_sha256"], difflora::hashes::of_bytes(&files));
+    assert_eq!(
+        header.metadata["difflora.reference_sha256"],
+        difflora::hashes::of_file(Path::new(photo)).unwrap()
+    );
+    assert_eq!(header.metadata["modelspec.resolution"], "64x64");
+    for key in ["hypernet", "base_sha256", "face_encoder", "face_encoder_sha256", "identity_seed", "version"]
+    {
+        assert!(!header.metadata[&format!("difflora.{key}")].is_empty(), "{key}");
+    }
+}

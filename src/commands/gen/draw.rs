@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use super::Args;
-use super::loras::{Chosen, apply_to_text, apply_to_unet, check_loras};
+use super::loras::{Chosen, apply_to_text, apply_to_unet};
 use super::settings::Settings;
 use crate::cli::Common;
 use crate::diffusion::noise;
@@ -75,7 +75,6 @@ pub(super) fn draw(
     paths: &[PathBuf],
     common: &Common,
 ) -> Result<Value> {
-    check_loras(model, loras, args)?;
     let (prompts, negative) = encode(args, model, loras)?;
     let mut vae = None;
     let preview = match args.preview {

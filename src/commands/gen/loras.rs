@@ -1,8 +1,10 @@
 //! The LoRAs of a picture: which, how strong, and into the model.
 
+use std::io::Cursor;
 use std::path::Path;
 
 use anyhow::Result;
+use serde_json::{Value, json};
 
 use super::super::models;
 use super::{Args, LoraMode};
@@ -11,8 +13,9 @@ use crate::layers::Visit;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
 use crate::lora::change::Changes;
 use crate::lora::file;
+use crate::lora::report::Report;
 use crate::lora::strength::Strength;
-use crate::lora::{Lora, LoraError};
+use crate::lora::{Lora, LoraError, listed_for_user};
 use crate::model_files::ModelFiles;
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::text::TextEncoders;
@@ -25,6 +28,8 @@ pub(super) struct Chosen {
     pub(super) strength: Strength,
     pub(super) hash: String,
     pub(super) changes: Changes,
+    /// What the file is.
+    pub(super) report: Report,
 }
 
 /// The person's LoRA and those of `--lora`.
@@ -37,46 +42,55 @@ pub(super) fn chosen_loras(args: &Args, person: Option<&Lora>, base: &ModelFiles
             .as_deref()
             .and_then(Path::file_stem)
             .map_or("person".into(), |stem| stem.to_string_lossy());
-        let hash = lora_hash(&file::to_bytes(lora, args.lora_format, &layout)?);
-        let strength = Strength::all(args.lora_scale);
-        chosen.push(Chosen { name: name.into(), strength, hash, changes: lora.into() });
+        let bytes = file::to_bytes(lora, args.lora_format, &layout)?;
+        let report = Report::read(&mut Cursor::new(&bytes), &layout)?;
+        let (strength, hash) = (Strength::all(args.lora_scale), lora_hash(&bytes));
+        chosen.push(Chosen { name: name.into(), strength, hash, changes: lora.into(), report });
     }
     for text in &args.lora {
         let (path, strength) = Strength::split(text)?;
         let changes = file::read_changes(&path, &layout)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        chosen.push(Chosen { name, strength, hash: lora_hash(&std::fs::read(&path)?), changes });
+        let report = Report::read(&mut file::open(&path)?, &layout)?;
+        chosen.push(Chosen { name, strength, hash: lora_hash(&std::fs::read(&path)?), changes, report });
     }
     Ok(chosen)
 }
 
-/// Makes sure that each LoRA is made for this base, before any weight is loaded.
+/// Makes sure that each LoRA is made for this base, before any weight is loaded, and tells what it is.
 ///
 /// # Errors
 /// [`Failure::Unusable`] for a LoRA that is not; [`Failure::Usage`] for one that cannot change the prompt alone.
-pub(super) fn check_loras(model: &Unloaded, chosen: &[Chosen], args: &Args) -> Result<()> {
+pub(super) fn check_loras(model: &Unloaded, chosen: &[Chosen], args: &Args) -> Result<Value> {
     if chosen.is_empty() {
-        return Ok(());
+        return Ok(json!([]));
     }
     let mut outline = model.outline()?;
+    let mut told = Vec::new();
     for chosen in chosen {
         let alone = [(&chosen.changes, chosen.strength.clone())];
         let missing = apply::check(|visit| outline.visit_layers(visit), &alone, Unmatched::Allow)
             .map_err(|error| Failure::Unusable(format!("cannot use the LoRA `{}`: {error}", chosen.name)))?;
+        progress::note(format_args!("LoRA `{}`: {}", chosen.name, chosen.report.line()));
         if !missing.is_empty() {
             progress::warn(format_args!(
                 "{} of {} layers of the LoRA `{}` have no place in this base and are left out: {}",
                 missing.len(),
                 chosen.changes.modules.len(),
                 chosen.name,
-                crate::lora::listed(&missing)
+                listed_for_user(&missing)
             ));
         }
+        let mut report = serde_json::to_value(&chosen.report)?;
+        report["name"] = json!(chosen.name);
+        report["weight"] = json!(chosen.strength.everywhere());
+        report["without_place"] = json!(missing);
+        told.push(report);
     }
     if branch(args, &outline.unet) == Branch::Positive {
         apply_to_unet(&mut outline.unet, chosen, args)?;
     }
-    Ok(())
+    Ok(told.into())
 }
 
 /// Puts the LoRAs into the UNet.

@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use candle_core::Device;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::super::face::open_encoder;
 use super::super::models;
@@ -16,12 +17,13 @@ use crate::identity::clip::ImageEncoder;
 use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
 use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
 use crate::lora::{Lora, TRIGGER_PHRASE};
+use crate::model_files::ModelFiles;
 use crate::{hashes, progress};
 
-/// Photos → identity → LoRA, with what is worth telling about it.
-pub(super) fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
-    let hypernet =
-        Hypernet::open(&models::find_hypernet(&args.hypernet, args.base_options.offline)?, &Device::Cpu)?;
+/// Photos → identity → LoRA for a `base` that draws `size` pixels across, with what is worth telling about it.
+pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize) -> Result<(Lora, Value)> {
+    let hypernet_files = models::find_hypernet(&args.hypernet, args.base_options.offline)?;
+    let hypernet = Hypernet::open(&hypernet_files, &Device::Cpu)?;
     let config = &hypernet.denoiser.config;
     hypernet.codec.base.demand(base, "base model")?;
     let image_files = models::find(&args.image_encoder, "image_encoder")?;
@@ -66,7 +68,9 @@ pub(super) fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
         (TRIGGER_PHRASE, "person".to_string()),
         ("modelspec.title", "a person, by difflora".to_string()),
         ("difflora.version", env!("CARGO_PKG_VERSION").to_string()),
+        ("modelspec.resolution", format!("{size}x{size}")),
         ("difflora.hypernet", args.hypernet.clone()),
+        ("difflora.hypernet_sha256", hypernet_sha256(&hypernet_files)?),
         ("difflora.base", base.name.clone()),
         ("difflora.base_sha256", base.sha256.clone()),
         ("difflora.face_encoder", config.face_encoder.name.clone()),
@@ -85,6 +89,15 @@ pub(super) fn make_lora(args: &Args, base: &ModelId) -> Result<(Lora, Value)> {
         "seconds": start.elapsed().as_secs_f64(),
     });
     Ok((lora, told))
+}
+
+/// SHA-256 of the files that a hypernetwork consists of, one after the other.
+fn hypernet_sha256(files: &ModelFiles) -> Result<String> {
+    let mut hash = Sha256::new();
+    for file in ["config.json", "lae.safetensors", "dit.safetensors", "stats.safetensors"] {
+        hash.update(files.read(file)?);
+    }
+    Ok(hashes::in_hex(hash))
 }
 
 /// What one photo tells.

@@ -83,13 +83,15 @@ fn quoted(value: &str) -> String {
 mod tests {
     use super::*;
     use crate::lora::change::Changes;
+    use crate::lora::report::Report;
     use crate::lora::strength::Strength;
 
     #[test]
     fn settings_are_spelt_as_a1111_spells_them() {
         let base = ModelId { name: "my: model".into(), sha256: "0123456789abcdef".into() };
-        let (strength, changes) = (Strength::all(0.8), Changes::default());
-        let loras = [Chosen { name: "anna".into(), strength, hash: "fedcba9876543210".into(), changes }];
+        let (strength, changes, report) = (Strength::all(0.8), Changes::default(), Report::default());
+        let loras =
+            [Chosen { name: "anna".into(), strength, hash: "fedcba9876543210".into(), changes, report }];
         let settings = Settings {
             prompt: "a cat",
             negative_prompt: Some("blurry"),

@@ -13,7 +13,7 @@ use crate::commands::models;
 use crate::lora::change::{Change, Changes, Form};
 use crate::lora::edit;
 use crate::lora::file::Format;
-use crate::lora::listed;
+use crate::lora::{listed, listed_for_user};
 use crate::model_files::ModelFiles;
 use crate::progress;
 
@@ -99,7 +99,11 @@ pub(super) fn run(
         return Err(after.unusable("unet", why));
     }
     if !left_out.is_empty() {
-        progress::warn(format_args!("{} changes are left out: {}", left_out.len(), listed(&left_out)));
+        progress::warn(format_args!(
+            "{} changes are left out: {}",
+            left_out.len(),
+            listed_for_user(&left_out)
+        ));
     }
     let whole = changes.modules.values().filter(|change| is_no_lora(change)).count();
     if whole > 0 {

@@ -21,7 +21,7 @@ use crate::files;
 use crate::lora::apply;
 use crate::lora::change::Change;
 use crate::lora::header::{Entry, Header, Storage};
-use crate::lora::{LoraError, listed};
+use crate::lora::{LoraError, listed_for_user};
 use crate::model_files::{Form, ModelFiles};
 use crate::progress;
 
@@ -221,7 +221,7 @@ fn check(files: &[WeightFile], loras: &[Given]) -> Result<usize> {
                 "{} layers of `{}` have no place in this base and are left out: {}",
                 missing.len(),
                 lora.path.display(),
-                listed(&missing)
+                listed_for_user(&missing)
             ));
         }
     }
