@@ -100,7 +100,7 @@ def same(one, two):
     return worst
 
 
-def run(folder, runs, compare):
+def run(folder, runs, compare, program):
     results = {"diffusers": [], "difflora": []}
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         scratch = pathlib.Path(scratch)
@@ -110,7 +110,7 @@ def run(folder, runs, compare):
         theirs, ours = scratch / "theirs", scratch / "ours"
         calls = {
             "diffusers": [sys.executable, __file__, "fuse", str(folder), "--out", str(theirs)],
-            "difflora": [str(ROOT / "target/release/difflora"), "lora", "merge", "--quiet", "--json", "--base", str(base),
+            "difflora": [str(program), "lora", "merge", "--quiet", "--json", "--base", str(base),
                          "--lora", str(folder / "lora722.safetensors"), "--out", str(ours)],
         }
         for _ in range(runs):
@@ -139,6 +139,7 @@ def main():
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--compare", action="store_true", help="hold the two merged UNets against each other")
+    parser.add_argument("--program", default=ROOT / "target/release/difflora", help="difflora to measure")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     if args.what == "make":
@@ -146,7 +147,7 @@ def main():
     elif args.what == "fuse":
         fuse(args.folder, args.out)
     else:
-        run(args.folder, args.runs, args.compare)
+        run(args.folder, args.runs, args.compare, args.program)
 
 
 if __name__ == "__main__":
