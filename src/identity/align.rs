@@ -13,11 +13,19 @@ pub const SIDE: usize = 112;
 pub const TEMPLATE: [[f32; 2]; 5] =
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]];
 
-/// The face whose landmarks are `points`, turned and scaled onto [`TEMPLATE`] enlarged to `side`×`side` pixels,
-/// bilinear, black beyond the picture's edge. Recognisers take [`SIDE`].
+/// Where eyes, nose and mouth corners lie in a face of `side`×`side` pixels: [`TEMPLATE`] enlarged, in multiples of
+/// 128 with a margin of 8 pixels at each side, as insightface's `estimate_norm` has it.
+fn template(side: usize) -> [[f32; 2]; 5] {
+    let (unit, shift) =
+        if !side.is_multiple_of(SIDE) && side.is_multiple_of(128) { (128, 8.0) } else { (SIDE, 0.0) };
+    let scale = side as f32 / unit as f32;
+    TEMPLATE.map(|[x, y]| [(x + shift) * scale, y * scale])
+}
+
+/// The face whose landmarks are `points`, turned and scaled onto the template of `side`×`side` pixels, bilinear, black
+/// beyond the picture's edge. Recognisers take [`SIDE`].
 pub fn align(picture: &Picture, points: &[[f32; 2]; 5], side: usize) -> Picture {
-    let scale = side as f32 / SIDE as f32;
-    let to_template = Similarity::fit(points, &TEMPLATE.map(|point| point.map(|at| at * scale)));
+    let to_template = Similarity::fit(points, &template(side));
     let mut rgb = Vec::with_capacity(side * side * 3);
     for v in 0..side {
         for u in 0..side {
@@ -109,6 +117,13 @@ mod tests {
         let picture = Picture { width: 150, height: 130, rgb };
         let points = TEMPLATE.map(|[x, y]| [x + 20.0, y + 10.0]);
         assert_eq!(align(&picture, &points, SIDE), picture.crop(20, 10, SIDE, SIDE));
+    }
+
+    #[test]
+    fn multiples_of_128_have_a_margin_at_the_sides() {
+        assert_eq!(template(224)[2], TEMPLATE[2].map(|at| 2.0 * at));
+        assert_eq!(template(512)[2], [4.0 * (TEMPLATE[2][0] + 8.0), 4.0 * TEMPLATE[2][1]]);
+        assert_eq!(template(896)[2], TEMPLATE[2].map(|at| 8.0 * at));
     }
 
     #[test]

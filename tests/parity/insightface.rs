@@ -1,11 +1,13 @@
-//! SCRFD and ArcFace against onnxruntime and an independent decoding, on graphs like InsightFace's with random weights
-//! (`scripts/golden_insightface.py`).
+//! SCRFD and ArcFace on graphs like InsightFace's with random weights (`scripts/golden_insightface.py`), against the
+//! insightface package's own code (`scripts/golden_insightface_package.py`), and against onnxruntime with an
+//! independent decoding.
 
 use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use difflora::failure::Failure;
+use difflora::identity::align::align;
 use difflora::identity::detect::Detector;
 use difflora::identity::recognise::Recogniser;
 use difflora::identity::{Face, FaceEncoder, cosine};
@@ -15,6 +17,7 @@ use crate::golden::Golden;
 
 const SCRFD: &str = "tests/data/golden/scrfd.onnx";
 const IRESNET: &str = "tests/data/golden/iresnet50.onnx";
+const MXNET: &str = "tests/data/golden/mxnet.onnx";
 
 fn numbers(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
@@ -33,7 +36,17 @@ fn face() -> Face {
 
 #[test]
 fn scrfd_finds_what_the_independent_decoding_finds() {
-    let golden = Golden::open("insightface");
+    // The decoding resizes in f64, OpenCV in fixed point.
+    compare_scrfd("insightface", 0.1);
+}
+
+#[test]
+fn scrfd_finds_what_the_insightface_package_finds() {
+    compare_scrfd("insightface_package", 0.5);
+}
+
+fn compare_scrfd(golden: &str, pixels: f32) {
+    let golden = Golden::open(golden);
     let detector = Detector::scrfd("scrfd", Path::new(SCRFD)).unwrap();
     for (name, picture) in
         [("tall", astronaut().crop(130, 10, 220, 490)), ("wide", astronaut().crop(0, 0, 512, 301))]
@@ -63,7 +76,28 @@ fn scrfd_finds_what_the_independent_decoding_finds() {
             worst = worst.max(apart(&face));
         }
         println!("{name}: {} faces, {worst} px apart at most", search.faces.len());
-        assert!(worst <= 0.1, "{name}: {worst} px");
+        assert!(worst <= pixels, "{name}: {worst} px");
+    }
+}
+
+#[test]
+fn faces_are_cut_out_and_embedded_as_the_insightface_package_does() {
+    let (golden, picture, face) = (Golden::open("insightface_package"), astronaut(), face());
+    for side in [112, 128] {
+        let theirs = numbers(&golden.get(&format!("crop{side}")));
+        let ours = align(&picture, &face.points, side);
+        let apart = |(a, b): (&u8, &f32)| (f32::from(*a) - b).abs();
+        let apart: Vec<f32> = ours.rgb.iter().zip(&theirs).map(apart).collect();
+        let (most, mean) =
+            (apart.iter().fold(0.0, |a: f32, b| a.max(*b)), apart.iter().sum::<f32>() / apart.len() as f32);
+        println!("{side}×{side}: {most} levels apart at most, {mean} in the mean");
+        assert!(most <= 10.0 && mean < 0.5, "{side}: {most} {mean}");
+    }
+    for (name, path) in [("iresnet50", IRESNET), ("mxnet", MXNET)] {
+        let ours = Recogniser::arcface(name, Path::new(path)).unwrap().embed(&picture, &face).unwrap();
+        let cosine = cosine(&ours, &numbers(&golden.get(name)));
+        println!("{name}: {cosine}");
+        assert!(cosine >= 0.9999, "{name}: {cosine}");
     }
 }
 
@@ -81,7 +115,7 @@ fn arcface_embeds_as_onnxruntime_does() {
     // The golden file tells the order of colours and the scale of pixels apart.
     assert!(alike(&iresnet, "iresnet50.bgr") < 0.95 && alike(&iresnet, "iresnet50.raw") < 0.95);
     // A file that begins with a subtraction and a multiplication takes bytes as they are.
-    let mxnet = embed("tests/data/golden/mxnet.onnx");
+    let mxnet = embed(MXNET);
     println!("mxnet: {}", alike(&mxnet, "mxnet"));
     assert!(mxnet.len() == 64 && alike(&mxnet, "mxnet") >= 0.99999);
 }
@@ -100,11 +134,24 @@ fn a_folder_like_insightfaces_is_an_encoder() {
     assert!((vector.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4);
 }
 
+/// The file with the sizes of its input [1, 3, 112, 112] changed.
+fn with_input(path: &str, channels: u8, side: u8) -> Vec<u8> {
+    let sizes = |channels, side| [1, channels, side, side].map(|size| [0x0A, 2, 8, size]).concat();
+    let mut bytes = fs::read(path).unwrap();
+    let wanted = sizes(3, 112);
+    let at = bytes.windows(wanted.len()).position(|part| part == wanted).unwrap();
+    bytes[at..at + wanted.len()].copy_from_slice(&sizes(channels, side));
+    bytes
+}
+
 #[test]
 fn files_that_are_something_else_say_which_input_or_output_differs() {
     let folder = tempfile::tempdir().unwrap();
     let cut = folder.path().join("cut.onnx");
     fs::write(&cut, &fs::read(SCRFD).unwrap()[..40_000]).unwrap();
+    let (grey, small) = (folder.path().join("grey.onnx"), folder.path().join("small.onnx"));
+    fs::write(&grey, with_input(IRESNET, 1, 112)).unwrap();
+    fs::write(&small, with_input(IRESNET, 3, 96)).unwrap();
     let yunet = Path::new("src/assets/face/yunet.onnx");
     let detector = |path: &Path| Detector::scrfd("x", path).err().unwrap();
     let recogniser = |path: &Path| Recogniser::arcface("x", path).err().unwrap();
@@ -115,6 +162,11 @@ fn files_that_are_something_else_say_which_input_or_output_differs() {
         (detector(&folder.path().join("missing.onnx")), "missing.onnx"),
         (recogniser(Path::new(SCRFD)), "9 outputs (`448`"),
         (recogniser(&cut), "truncated"),
+        (recogniser(&grey), "its input is `input.1` [1, 1, 112, 112], wanted a picture"),
+        (
+            recogniser(&small),
+            "its input is `input.1` [1, 3, 96, 96], a face recogniser's is [B, 3, 112, 112]",
+        ),
     ] {
         assert!(
             error.downcast_ref::<Failure>().is_some_and(|f| matches!(f, Failure::Unusable(_))),
