@@ -153,10 +153,13 @@ impl Picture {
             let mut rgb = vec![0; width * self.height * 3];
             for (row, out) in picture.rgb.chunks_exact(self.width * 3).zip(rgb.chunks_exact_mut(width * 3)) {
                 for (pixel, (first, weights)) in out.chunks_exact_mut(3).zip(&taps) {
-                    for (c, value) in pixel.iter_mut().enumerate() {
-                        let column = row[first * 3 + c..].iter().step_by(3);
-                        *value = weighted(weights, column);
+                    let mut sums = [HALF; 3];
+                    for (from, weight) in row[first * 3..].chunks_exact(3).zip(weights) {
+                        for (sum, &value) in sums.iter_mut().zip(from) {
+                            *sum += weight * i32::from(value);
+                        }
                     }
+                    pixel.copy_from_slice(&sums.map(to_byte));
                 }
             }
             picture = Cow::Owned(Self { width, height: self.height, rgb });
@@ -165,10 +168,15 @@ impl Picture {
             let taps = taps(self.height, height, filter);
             let stride = width * 3;
             let mut rgb = vec![0; stride * height];
+            let mut sums = vec![0; stride];
             for (out, (first, weights)) in rgb.chunks_exact_mut(stride).zip(&taps) {
-                for (x, value) in out.iter_mut().enumerate() {
-                    *value = weighted(weights, picture.rgb[first * stride + x..].iter().step_by(stride));
+                sums.fill(HALF);
+                for (row, weight) in picture.rgb[first * stride..].chunks_exact(stride).zip(weights) {
+                    for (sum, &value) in sums.iter_mut().zip(row) {
+                        *sum += weight * i32::from(value);
+                    }
                 }
+                out.iter_mut().zip(&sums).for_each(|(out, &sum)| *out = to_byte(sum));
             }
             picture = Cow::Owned(Self { width, height, rgb });
         }
@@ -414,8 +422,10 @@ fn kernel(x: f64, filter: Filter) -> f64 {
     }
 }
 
-fn weighted<'a>(weights: &[i32], values: impl Iterator<Item = &'a u8>) -> u8 {
-    let sum = weights.iter().zip(values).fold(1 << (WEIGHT_BITS - 1), |sum, (w, &v)| sum + w * i32::from(v));
+/// A half in fixed point, so that [`to_byte`] rounds.
+const HALF: i32 = 1 << (WEIGHT_BITS - 1);
+
+fn to_byte(sum: i32) -> u8 {
     (sum >> WEIGHT_BITS).clamp(0, 255) as u8
 }
 
@@ -581,34 +591,107 @@ mod tests {
         assert_eq!((upright.width, upright.height), (8, 16));
     }
 
+    /// A small picture in every kind of file that is read.
+    fn every_kind(picture: &Picture) -> Vec<(&'static str, Vec<u8>)> {
+        let (width, height) = (picture.width as u32, picture.height as u32);
+        let rgb = image::RgbImage::from_raw(width, height, picture.rgb.clone()).unwrap();
+        let formats = [
+            ("PNG", ImageFormat::Png),
+            ("JPEG", ImageFormat::Jpeg),
+            ("WebP", ImageFormat::WebP),
+            ("BMP", ImageFormat::Bmp),
+            ("TIFF", ImageFormat::Tiff),
+            ("GIF", ImageFormat::Gif),
+        ];
+        let encode = |format| {
+            let mut bytes = Cursor::new(Vec::new());
+            DynamicImage::ImageRgb8(rgb.clone()).write_to(&mut bytes, format).unwrap();
+            bytes.into_inner()
+        };
+        let mut files: Vec<_> = formats.into_iter().map(|(name, format)| (name, encode(format))).collect();
+        // `image` writes WebP without loss only; this one is lossy.
+        files.push(("lossy WebP", std::fs::read("tests/data/odd/lossy.webp").unwrap()));
+        files
+    }
+
+    #[test]
+    fn one_pixel_is_a_picture_in_every_kind_of_file() {
+        for (kind, bytes) in every_kind(&Picture::filled(1, 1, [200; 3])).into_iter().take(6) {
+            let picture = Picture::decode(&bytes).unwrap_or_else(|error| panic!("{kind}: {error:#}"));
+            assert_eq!((picture.width, picture.height), (1, 1), "{kind}");
+            assert!(picture.rgb.iter().all(|value| value.abs_diff(200) < 4), "{kind}: {:?}", picture.rgb);
+        }
+    }
+
     #[test]
     fn a_header_that_claims_too_many_pixels_is_refused_before_decoding() {
-        let mut png = gradient(1, 1).to_png(None).unwrap();
-        // Width and height stand behind the signature and the chunk's length and name.
-        png[16..20].copy_from_slice(&30_000u32.to_be_bytes());
-        png[20..24].copy_from_slice(&30_000u32.to_be_bytes());
-        let crc = crc32(&png[12..29]);
-        png[29..33].copy_from_slice(&crc.to_be_bytes());
-        let error = Picture::decode(&png).unwrap_err().to_string();
-        assert!(error.contains("limit of 100 megapixels"), "{error}");
+        for (kind, mut bytes) in every_kind(&gradient(16, 8)) {
+            let at = |pattern: &[u8]| bytes.windows(pattern.len()).position(|part| part == pattern).unwrap();
+            match kind {
+                // Width and height stand behind the signature and the chunk's length and name.
+                "PNG" => {
+                    bytes[16..20].copy_from_slice(&30_000u32.to_be_bytes());
+                    bytes[20..24].copy_from_slice(&30_000u32.to_be_bytes());
+                    let crc = crc32(&bytes[12..29]);
+                    bytes[29..33].copy_from_slice(&crc.to_be_bytes());
+                }
+                // Start of frame: marker, length, 8 bits, height, width.
+                "JPEG" => {
+                    let at = at(&[0xFF, 0xC0, 0, 17, 8]) + 5;
+                    bytes[at..at + 4].copy_from_slice(&[0x75, 0x30, 0x75, 0x30]);
+                }
+                // 14 bits each, less one, behind the chunk's header and a signature byte: 16,383².
+                "WebP" => {
+                    let at = at(b"VP8L") + 9;
+                    bytes[at..at + 4].copy_from_slice(&[0xFE, 0xBF, 0xFF, 0x0F]);
+                }
+                // 14 bits each behind the chunk's header, the frame tag and the start code: 16,383².
+                "lossy WebP" => {
+                    let at = at(&[0x9D, 0x01, 0x2A]) + 3;
+                    bytes[at..at + 4].copy_from_slice(&[0xFF, 0x3F, 0xFF, 0x3F]);
+                }
+                "BMP" => {
+                    bytes[18..22].copy_from_slice(&30_000u32.to_le_bytes());
+                    bytes[22..26].copy_from_slice(&30_000u32.to_le_bytes());
+                }
+                // Entries of the directory (width, height, rows in a strip): tag, type (short or long), count, value.
+                "TIFF" => {
+                    for tag in [256u16, 257, 278] {
+                        let [low, high] = tag.to_le_bytes();
+                        let long = [low, high, 4, 0, 1, 0, 0, 0];
+                        let short = [low, high, 3, 0, 1, 0, 0, 0];
+                        let found = |entry: &[u8]| bytes.windows(8).position(|part| part == entry);
+                        let at = found(&long).or(found(&short)).unwrap() + 8;
+                        bytes[at..at + 4].copy_from_slice(&30_000u32.to_le_bytes());
+                    }
+                }
+                "GIF" => bytes[6..10].copy_from_slice(&[0x30, 0x75, 0x30, 0x75]),
+                _ => unreachable!("every kind has its place for the size"),
+            }
+            let error = Picture::decode(&bytes).unwrap_err().to_string();
+            assert!(error.contains("limit of 100 megapixels"), "{kind}: {error}");
+        }
     }
 
     #[test]
     fn a_truncated_file_is_said_to_be_truncated() {
-        let picture = gradient(64, 64);
-        let png = picture.to_png(None).unwrap();
-        let mut jpeg = Vec::new();
-        let encoder = image::codecs::jpeg::JpegEncoder::new(&mut jpeg);
-        image::ImageEncoder::write_image(encoder, &picture.rgb, 64, 64, image::ExtendedColorType::Rgb8)
-            .unwrap();
-        assert!(Picture::decode(&jpeg).is_ok());
-        for whole in [png, jpeg] {
+        for (kind, whole) in every_kind(&gradient(64, 64)) {
+            assert!(Picture::decode(&whole).is_ok(), "{kind}");
             for part in [3, 12, 40, whole.len() / 2, whole.len() * 9 / 10] {
-                let error =
-                    format!("{:#}", Picture::decode(&whole[..part.min(whole.len() - 1)]).unwrap_err());
-                assert!(error.contains("truncated") || error.contains("not a PNG"), "{part} bytes: {error}");
+                let cut = Picture::decode(&whole[..part.min(whole.len() - 1)]);
+                let error = format!("{:#}", cut.expect_err(&format!("{kind}, {part} bytes")));
+                let said = ["truncated", "not a PNG"].iter().any(|said| error.contains(said));
+                assert!(said, "{kind}, {part} bytes: {error}");
             }
         }
+    }
+
+    #[test]
+    fn what_a_file_is_counts_and_not_how_it_is_called() {
+        let folder = tempfile::tempdir().unwrap();
+        let mislabelled = folder.path().join("really-a-png.jpg");
+        std::fs::write(&mislabelled, gradient(7, 5).to_png(None).unwrap()).unwrap();
+        assert_eq!(Picture::open(&mislabelled).unwrap(), gradient(7, 5));
     }
 
     #[test]
