@@ -17,7 +17,7 @@ use crate::cli::Common;
 use crate::dataset::{self, CaptionOptions, Person, Scene};
 use crate::failure::Failure;
 use crate::hypernet::ModelId;
-use crate::identity::clip::ImageEncoder;
+use crate::identity::clip::{ImageEncoder, ImageInput};
 use crate::identity::{FaceEncoder, catalog};
 use crate::lora::Lora;
 use crate::lora::file::{self, Format};
@@ -70,6 +70,10 @@ struct Settings {
     pictures: Pictures,
     /// People in one forward pass.
     people_per_batch: u64,
+    /// What of a photo the image encoder is shown, and which of its outputs is kept: `output = "projected"` or
+    /// `"penultimate"`, `blank_background = true` against backgrounds that leak into the identity.
+    #[serde(default, skip_serializing_if = "ImageInput::is_default")]
+    image_input: ImageInput,
     /// DreamBooth of each person.
     recipe: Recipe,
     /// How the shared basis is learnt; without it the `down`s are random.
@@ -140,6 +144,9 @@ pub struct Header {
     pub face_encoder: ModelId,
     /// The encoder of whole pictures.
     pub image_encoder: ModelId,
+    /// What it was shown, and which output was kept.
+    #[serde(default, skip_serializing_if = "ImageInput::is_default")]
+    pub image_input: ImageInput,
     /// Modules, rank and alpha; the shared `down`s lie in basis.safetensors.
     pub layout: LoraLayout,
 }
@@ -171,7 +178,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let workshop = Workshop {
         layout: BlockLayout::uniform(unet.block_out_channels.len(), unet.layers_per_block),
         faces: open_encoder(&args.face_encoder)?,
-        images: ImageEncoder::open(&image_files)?,
+        images: ImageEncoder::open(&image_files)?.with_input(settings.image_input),
         model,
         settings,
     };
@@ -195,6 +202,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         base,
         face_encoder: workshop.face_encoder(),
         image_encoder,
+        image_input: workshop.settings.image_input,
         layout: workshop.vector_layout(&downs)?,
     };
     let path = args.out.join("dataset.json");
@@ -483,4 +491,26 @@ pub fn reference_scene(seed: u64, i: u64) -> Scene {
 pub fn picture(person: &Person, scene: &Scene, size: usize) -> Result<Picture> {
     let rgb = dataset::paint(person, scene, size, 1);
     Ok(Picture { width: size, height: size, rgb })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::clip::ImageOutput;
+
+    #[test]
+    fn the_config_decides_what_the_image_encoder_is_shown() {
+        let text = std::fs::read_to_string("configs/dataset-tiny.toml").unwrap();
+        let plain: Settings = toml::from_str(&text).unwrap();
+        let blanked = format!("{text}\n[image_input]\noutput = \"penultimate\"\nblank_background = true\n");
+        let blanked: Settings = toml::from_str(&blanked).unwrap();
+        assert_eq!(plain.image_input, ImageInput::default());
+        let wanted = ImageInput { output: ImageOutput::Penultimate, blank_background: true };
+        assert_eq!(blanked.image_input, wanted);
+        // Datasets that were begun before there was a choice go on; another choice is another dataset.
+        assert!(!toml::to_string(&plain).unwrap().contains("image_input"));
+        let base = ModelId { name: "base".into(), sha256: "00".into() };
+        assert_ne!(stamp(&plain, &base).unwrap(), stamp(&blanked, &base).unwrap());
+        assert_eq!(toml::from_str::<Settings>(&toml::to_string(&blanked).unwrap()).unwrap(), blanked);
+    }
 }

@@ -303,6 +303,7 @@ pub(super) mod tests {
             base: id("base"),
             face_encoder: id("face"),
             image_encoder: id("image"),
+            image_input: Default::default(),
             layout: layout.unwrap(),
         };
         std::fs::write(folder.join("dataset.json"), serde_json::to_vec(&header).unwrap()).unwrap();

@@ -207,7 +207,7 @@ fn train(
         linear_guess,
         face_encoder: set.header.face_encoder.clone(),
         image_encoder: set.header.image_encoder.clone(),
-        image_input: Default::default(),
+        image_input: set.header.image_input,
     };
     let trainable = Trainable::new(recipe.seed);
     let vb = trainable.builder(&Device::Cpu);
