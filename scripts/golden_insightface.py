@@ -66,22 +66,28 @@ class Graph:
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def scrfd(path, seed, heads, width=6):
+def scrfd(path, seed, heads, widths=(6, 6, 6, 6), depths=(1, 1, 1, 1), stem=(6,), neck=6, head=(6,)):
     """`heads` are factor and shift of each stride's score logits."""
     g = Graph(seed)
     relu = lambda x: g.node("Relu", x)
-    x = relu(g.conv("input.1", 3, width, stride=2))
+    x, channels = "input.1", 3
+    for number, width in enumerate(stem):
+        x, channels = relu(g.conv(x, channels, width, stride=1 if number else 2)), width
     x = g.node("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
     levels = []
-    for stage in range(4):
-        short = x
-        if stage:
-            short = g.node("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
-            short = g.conv(short, width, width, 1)
-        x = relu(g.conv(x, width, width, stride=1 + (stage > 0)))
-        x = relu(g.node("Add", g.conv(x, width, width, gain=0.5), short))
+    for stage, (width, depth) in enumerate(zip(widths, depths)):
+        for block in range(depth):
+            down = stage > 0 and block == 0
+            short = x
+            if down:
+                short = g.node("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
+                short = g.conv(short, channels, width, 1)
+            x = relu(g.conv(x, channels, width, stride=1 + down))
+            x = relu(g.node("Add", g.conv(x, width, width, gain=0.5), short))
+            channels = width
         levels.append(x)
-    laterals = [g.conv(x, width, width, 1) for x in levels[1:]]
+    width = neck
+    laterals = [g.conv(x, cin, width, 1) for x, cin in zip(levels[1:], widths[1:])]
     for low in (1, 0):
         shape = g.node("Shape", laterals[low])
         size = g.node("Slice", shape, g.weight([2], np.int64), g.weight([4], np.int64), g.weight([0], np.int64))
@@ -95,7 +101,9 @@ def scrfd(path, seed, heads, width=6):
     feats[1:] = [g.conv(x, width, width, gain=1.0) for x in feats[1:]]
     names = {8: ("448", "451", "454"), 16: ("471", "474", "477"), 32: ("494", "497", "500")}
     for stride, x, (factor, shift) in zip(STRIDES, feats, heads):
-        x = relu(g.conv(x, width, width))
+        width = neck
+        for cout in head:
+            x, width = relu(g.conv(x, width, cout)), cout
         flat = lambda x, numbers, output=None: g.node("Reshape", g.node("Transpose", x, perm=[2, 3, 0, 1]), g.weight([-1, numbers], np.int64), output=output)
         score = g.node("Add", g.node("Mul", g.conv(x, width, ANCHORS), g.weight(factor)), g.weight(shift))
         g.node("Sigmoid", flat(score, 1), output=names[stride][0])
@@ -128,6 +136,12 @@ def iresnet(path, seed, depths, widths, embedding, own_pixels=False):
     parts = g.rng.uniform(0.8, 1.2, embedding), np.zeros(embedding), g.rng.uniform(-0.1, 0.1, embedding), g.rng.uniform(0.8, 1.2, embedding)
     g.node("BatchNormalization", x, *map(g.weight, parts), output=output)
     return g.save(path, 112, [(output, [1, embedding])])
+
+
+def full_size(folder):
+    """Depths and widths of SCRFD-10GF (mmdet config `scrfd_10g_bnkps.py`) and iresnet50, for timings."""
+    scrfd(str(folder / "det_10g.onnx"), 0, [(0.01, 0.0)] * 3, (56, 88, 88, 224), (3, 4, 2, 3), (28, 28, 56), 56, (80, 80, 80))
+    iresnet(str(folder / "w600k_r50.onnx"), 0, (3, 4, 14, 3), (64, 128, 256, 512), 512)
 
 
 def letterbox(picture):

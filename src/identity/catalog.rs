@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::detect::Detector;
-use super::onnx::Network;
 use super::onnx_header::Header;
 use super::recognise::Recogniser;
 use crate::failure::Failure;
@@ -137,20 +136,19 @@ fn known(model: &FaceModel, places: &Places) -> Result<(Detector, Recogniser)> {
         Some(file) => {
             let path = places.find(model, file)?;
             let detector = Detector::scrfd(file.name(), &path)?;
-            check(file, &path, detector.network(), model)?;
+            check(file, &path, &detector.provenance().1, model)?;
             detector
         }
         None => Detector::yunet()?,
     };
     let path = places.find(model, &model.recogniser)?;
     let recogniser = Recogniser::arcface(model.name, &path)?;
-    check(&model.recogniser, &path, recogniser.network(), model)?;
+    check(&model.recogniser, &path, &recogniser.network().sha256(), model)?;
     Ok((detector, recogniser))
 }
 
 /// Refuses a file that has the right name and other bytes: its embeddings would mean something else.
-fn check(file: &ModelFile, path: &Path, network: &Network, model: &FaceModel) -> Result<()> {
-    let sha256 = network.sha256();
+fn check(file: &ModelFile, path: &Path, sha256: &str, model: &FaceModel) -> Result<()> {
     if sha256 == file.sha256 {
         return Ok(());
     }
@@ -338,9 +336,9 @@ mod tests {
         let network = Recogniser::mobilefacenet().unwrap();
         let model = find("antelopev2").unwrap();
         let path = Path::new("models/glintr100.onnx");
-        let message = check(&model.recogniser, path, network.network(), model).unwrap_err().to_string();
-        let own = &network.network().sha256()[..12];
-        assert!(message.contains(own) && message.contains("4ab1d6435d63"), "{message}");
+        let own = network.network().sha256();
+        let message = check(&model.recogniser, path, &own, model).unwrap_err().to_string();
+        assert!(message.contains(&own[..12]) && message.contains("4ab1d6435d63"), "{message}");
     }
 
     #[test]
@@ -354,7 +352,7 @@ mod tests {
         let recogniser = include_bytes!("../assets/face/mobilefacenet512.onnx");
         std::fs::write(root.path().join("r.onnx"), recogniser).unwrap();
         let (detector, found) = open(root.path().to_str().unwrap()).unwrap();
-        assert_eq!(detector.network().name(), "yunet-2023mar");
+        assert_eq!(detector.provenance().0, "yunet-2023mar");
         assert_eq!(found.network().sha256(), Recogniser::mobilefacenet().unwrap().network().sha256());
         assert!(open("nosuch").err().unwrap().to_string().contains("antelopev2"));
         std::fs::write(root.path().join("r.onnx"), &recogniser[..recogniser.len() / 2]).unwrap();

@@ -50,19 +50,38 @@ impl ImageEncoder {
     /// The unit vector of the [`portrait_crop`] around a face of `picture`; P numbers, or D with
     /// another output.
     pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
+        self.embed_whole(&self.shown(picture, face))
+    }
+
+    /// What of a picture the network is shown: the [`portrait_crop`], its background blanked where it should be.
+    pub fn shown(&self, picture: &Picture, face: &Face) -> Picture {
         let mut crop = portrait_crop(picture, face, self.preprocessor.shortest_edge);
         if self.input.blank_background {
             blank_background(&mut crop, face);
         }
-        let pixels = self.preprocessor.apply(&crop, &Device::Cpu)?.unsqueeze(0)?;
+        crop
+    }
+
+    /// The unit vector of a picture as it is, of which CLIP's preprocessing cuts out the middle.
+    pub fn embed_whole(&self, picture: &Picture) -> Result<Vec<f32>> {
         let embedding = match self.input.output {
-            ImageOutput::Projected => self.network.forward(&pixels)?,
-            ImageOutput::Penultimate => self.network.penultimate(&pixels)?.mean(1)?,
+            ImageOutput::Projected => self.network.forward(&self.pixels(picture)?)?,
+            ImageOutput::Penultimate => self.network.penultimate(&self.pixels(picture)?)?.mean(1)?,
         };
         let embedding: Vec<f32> = embedding.squeeze(0)?.to_vec1()?;
         let length = embedding.iter().map(|value| value * value).sum::<f32>().sqrt();
         ensure!(length.is_finite() && length > 0.0, "the image encoder gives no direction (length {length})");
         Ok(embedding.iter().map(|value| value / length).collect())
+    }
+
+    /// transformers' `hidden_states[-2]` of a picture as it is: (N, D), the class token first.
+    pub fn tokens(&self, picture: &Picture) -> Result<Tensor> {
+        Ok(self.network.penultimate(&self.pixels(picture)?)?.squeeze(0)?)
+    }
+
+    /// (1, 3, S, S)
+    fn pixels(&self, picture: &Picture) -> Result<Tensor> {
+        Ok(self.preprocessor.apply(picture, &Device::Cpu)?.unsqueeze(0)?)
     }
 }
 
@@ -415,6 +434,11 @@ mod tests {
             encoder.clone().with_input(serde_json::from_str(text).unwrap()).embed(&picture, &face).unwrap()
         };
         assert_eq!(as_input("{}"), embedding);
+        assert_ne!(encoder.embed_whole(&picture).unwrap(), embedding);
+        let tokens = encoder.tokens(&portrait_crop(&picture, &face, 16)).unwrap();
+        assert_eq!(tokens.dims(), [5, 8]);
+        let mean: Vec<f32> = tokens.mean(0).unwrap().to_vec1().unwrap();
+        assert!(crate::identity::cosine(&mean, &as_input(r#"{"output": "penultimate"}"#)) > 0.99999);
         assert_eq!(as_input(r#"{"output": "penultimate"}"#).len(), 8);
         assert_ne!(as_input(r#"{"blank_background": true}"#), embedding);
         assert!(serde_json::from_str::<ImageInput>(r#"{"background": true}"#).is_err());

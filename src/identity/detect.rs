@@ -10,11 +10,12 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::onnx::Network;
+use super::onnx::{self, Network};
 use super::scrfd;
+use super::yunet::{PER_CELL, Yunet};
 use crate::failure::Failure;
 use crate::picture::{Filter, Picture};
 
@@ -133,25 +134,20 @@ const FRAME: [u8; 3] = [127; 3];
 const STRIDES: [usize; 3] = [8, 16, 32];
 
 /// YuNet or SCRFD.
-pub struct Detector {
-    network: Network,
-    kind: Kind,
-}
+pub struct Detector(Kind);
 
 enum Kind {
-    Yunet,
-    Scrfd(scrfd::Layout),
+    Yunet(Yunet),
+    Scrfd(Network, scrfd::Layout),
 }
+
+/// YuNet's ONNX file.
+const YUNET: &[u8] = include_bytes!("../assets/face/yunet.onnx");
 
 impl Detector {
     /// YuNet as it is built in.
     pub fn yunet() -> Result<Self> {
-        let outputs = [
-            "cls_8", "cls_16", "cls_32", "obj_8", "obj_16", "obj_32", "bbox_8", "bbox_16", "bbox_32",
-            "kps_8", "kps_16", "kps_32",
-        ];
-        let bytes = include_bytes!("../assets/face/yunet.onnx");
-        Ok(Self { network: Network::embedded("yunet-2023mar", bytes, &outputs)?, kind: Kind::Yunet })
+        Ok(Self(Kind::Yunet(Yunet::new(YUNET).context("cannot load the network `yunet-2023mar`")?)))
     }
 
     /// SCRFD with landmarks from an ONNX file of InsightFace, for example `scrfd_10g_bnkps.onnx` or `det_10g.onnx`.
@@ -162,7 +158,7 @@ impl Detector {
         let (network, header) = Network::file(name, path)?;
         let layout =
             scrfd::Layout::of(&header).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
-        let detector = Self { network, kind: Kind::Scrfd(layout) };
+        let detector = Self(Kind::Scrfd(network, layout));
         // One small run, so that outputs of the wrong length are told before the work.
         detector
             .at_size(&Picture::filled(64, 64, [0; 3]), (64, 64))
@@ -170,19 +166,35 @@ impl Detector {
         Ok(detector)
     }
 
-    /// The network, for its name and checksum.
-    pub fn network(&self) -> &Network {
-        &self.network
+    /// A run of the network alone on 640×640 grey pixels, for timings.
+    pub fn blank_run(&self) -> impl Fn() -> Result<()> {
+        const SIDE: usize = 640;
+        let (picture, input) = (Picture::filled(SIDE, SIDE, FRAME), vec![0.0; 3 * SIDE * SIDE]);
+        move || match &self.0 {
+            Kind::Yunet(yunet) => {
+                std::hint::black_box(yunet.run(&picture));
+                Ok(())
+            }
+            Kind::Scrfd(network, _) => network.run([1, 3, SIDE, SIDE], &input).map(drop),
+        }
+    }
+
+    /// Name and SHA-256 of the ONNX file, for the record.
+    pub fn provenance(&self) -> (&str, String) {
+        match &self.0 {
+            Kind::Yunet(_) => ("yunet-2023mar", crate::hashes::of_bytes(YUNET)),
+            Kind::Scrfd(network, _) => (network.name(), network.sha256()),
+        }
     }
 
     /// All faces of a picture, at the first size where one is sure, else at the size with the best score. Sizes
     /// between, beyond and with more of a frame are tried where the usual ones show no face.
     pub fn search(&self, picture: &Picture) -> Result<Search> {
         let longer = picture.width.max(picture.height);
-        let (usual, further, least_score, sure): (&[Rung], &[Rung], f32, f32) = match self.kind {
-            Kind::Yunet if longer <= SMALL => (&SMALL_LADDER, &SMALL_FURTHER, MIN_SCORE, SURE_SCORE),
-            Kind::Yunet => (&LADDER, &FURTHER, MIN_SCORE, SURE_SCORE),
-            Kind::Scrfd(_) => (&SCRFD_LADDER, &SCRFD_FURTHER, scrfd::MIN_SCORE, scrfd::MIN_SCORE),
+        let (usual, further, least_score, sure): (&[Rung], &[Rung], f32, f32) = match self.0 {
+            Kind::Yunet(_) if longer <= SMALL => (&SMALL_LADDER, &SMALL_FURTHER, MIN_SCORE, SURE_SCORE),
+            Kind::Yunet(_) => (&LADDER, &FURTHER, MIN_SCORE, SURE_SCORE),
+            Kind::Scrfd(..) => (&SCRFD_LADDER, &SCRFD_FURTHER, scrfd::MIN_SCORE, scrfd::MIN_SCORE),
         };
         let large = LARGE.iter().filter(|(above, _)| longer > *above).map(|(_, rung)| rung);
         let mut search = Search { faces: Vec::new(), tried: Vec::new(), best_score: 0.0, least_score };
@@ -195,9 +207,9 @@ impl Detector {
             search.tried.push(rung.0);
             if best > search.best_score {
                 search.best_score = best;
-                search.faces = match self.kind {
-                    Kind::Yunet => suppress(candidates),
-                    Kind::Scrfd(_) => scrfd::suppress(candidates),
+                search.faces = match self.0 {
+                    Kind::Yunet(_) => suppress(candidates),
+                    Kind::Scrfd(..) => scrfd::suppress(candidates),
                 };
             }
             if best >= sure {
@@ -210,66 +222,75 @@ impl Detector {
 
     /// Candidates in pixels of the picture, the best score first; the first is given however low its score.
     fn at_size(&self, picture: &Picture, rung: Rung) -> Result<Vec<Face>> {
-        match &self.kind {
-            Kind::Yunet => self.yunet_at(picture, rung),
-            Kind::Scrfd(layout) => self.scrfd_at(layout, picture, rung),
+        match &self.0 {
+            Kind::Yunet(yunet) => Ok(yunet_at(yunet, picture, rung)),
+            Kind::Scrfd(network, layout) => scrfd_at(network, layout, picture, rung),
         }
-    }
-
-    /// The longer side is brought to `size` in the middle of a grey square of `frame` pixels.
-    fn yunet_at(&self, picture: &Picture, (size, frame): Rung) -> Result<Vec<Face>> {
-        let longer = picture.width.max(picture.height);
-        let side = |length: usize| ((length * size + longer / 2) / longer).max(1);
-        let (width, height) = (side(picture.width), side(picture.height));
-        let (left, top) = ((frame - width) / 2, (frame - height) / 2);
-        let mut framed = Picture::filled(frame, frame, FRAME);
-        framed.paste(&picture.resize(width, height, Filter::Bilinear), left, top);
-
-        // Blue, green, red planes of 0 to 255, as OpenCV feeds them.
-        let plane = |c: usize| framed.rgb.iter().skip(c).step_by(3).map(|&value| f32::from(value));
-        let input: Vec<f32> = plane(2).chain(plane(1)).chain(plane(0)).collect();
-        let outputs = self.network.run([1, 3, frame, frame], &input)?;
-
-        let (sx, sy) = (picture.width as f32 / width as f32, picture.height as f32 / height as f32);
-        let mut faces = decode(&outputs, frame);
-        let sure = faces.iter().take_while(|face| face.score >= MIN_SCORE).count();
-        faces.truncate(sure.max(1));
-        let back = |[x, y]: [f32; 2]| [(x - left as f32) * sx, (y - top as f32) * sy];
-        Ok(faces.into_iter().map(|face| face.moved(back)).collect())
-    }
-
-    /// The longer side is brought to `size` at the upper left of a black square of `frame` pixels.
-    fn scrfd_at(&self, layout: &scrfd::Layout, picture: &Picture, (size, frame): Rung) -> Result<Vec<Face>> {
-        let (framed, scale) = scrfd::letterbox(picture, size, frame);
-        let plane =
-            |c: usize| framed.rgb.iter().skip(c).step_by(3).map(|&value| (f32::from(value) - 127.5) / 128.0);
-        let input: Vec<f32> = plane(0).chain(plane(1)).chain(plane(2)).collect();
-        let outputs = self.network.run([1, 3, frame, frame], &input)?;
-        let faces = layout.decode(&self.network, &outputs, frame, scrfd::MIN_SCORE)?;
-        Ok(faces.into_iter().map(|face| face.moved(|[x, y]| [x / scale, y / scale])).collect())
     }
 }
 
-/// Every cell of YuNet's grids as a candidate in pixels of the square input with `side` pixels, best score first.
-fn decode(outputs: &[Vec<f32>], side: usize) -> Vec<Face> {
-    let mut faces = Vec::new();
-    for (level, stride) in STRIDES.into_iter().enumerate() {
-        let [class, object, bounds, points] = [0, 3, 6, 9].map(|output| &outputs[output + level]);
+/// The longer side is brought to `size` in the middle of a grey square of `frame` pixels.
+fn yunet_at(yunet: &Yunet, picture: &Picture, (size, frame): Rung) -> Vec<Face> {
+    let longer = picture.width.max(picture.height);
+    let side = |length: usize| ((length * size + longer / 2) / longer).max(1);
+    let (width, height) = (side(picture.width), side(picture.height));
+    let (left, top) = ((frame - width) / 2, (frame - height) / 2);
+    let mut framed = Picture::filled(frame, frame, FRAME);
+    framed.paste(&picture.resize(width, height, Filter::Bilinear), left, top);
+
+    let (sx, sy) = (picture.width as f32 / width as f32, picture.height as f32 / height as f32);
+    let back = |[x, y]: [f32; 2]| [(x - left as f32) * sx, (y - top as f32) * sy];
+    decode(&yunet.run(&framed), frame).into_iter().map(|face| face.moved(back)).collect()
+}
+
+/// The longer side is brought to `size` at the upper left of a black square of `frame` pixels.
+fn scrfd_at(
+    network: &Network,
+    layout: &scrfd::Layout,
+    picture: &Picture,
+    (size, frame): Rung,
+) -> Result<Vec<Face>> {
+    let (framed, scale) = scrfd::letterbox(picture, size, frame);
+    let plane =
+        |c: usize| framed.rgb.iter().skip(c).step_by(3).map(|&value| (f32::from(value) - 127.5) / 128.0);
+    let input: Vec<f32> = plane(0).chain(plane(1)).chain(plane(2)).collect();
+    let outputs = network.run([1, 3, frame, frame], &input)?;
+    let faces = layout.decode(network, &outputs, frame, scrfd::MIN_SCORE)?;
+    Ok(faces.into_iter().map(|face| face.moved(|[x, y]| [x / scale, y / scale])).collect())
+}
+
+/// Candidates in pixels of the square input with `side` pixels, best score first: those that may be faces, or the
+/// best however low its score.
+fn decode(levels: &[Vec<f32>; 3], side: usize) -> Vec<Face> {
+    let (mut faces, mut best) = (Vec::new(), None);
+    for (cells, stride) in levels.iter().zip(STRIDES) {
         let columns = side / stride;
         let s = stride as f32;
-        for (cell, (class, object)) in class.iter().zip(object).enumerate() {
-            let score = (class.clamp(0.0, 1.0) * object.clamp(0.0, 1.0)).sqrt();
+        for (cell, numbers) in cells.chunks_exact(PER_CELL).enumerate() {
+            let (likely, b, k) = (&numbers[..2], &numbers[2..6], &numbers[6..]);
+            let score = (likely[0] * likely[1]).sqrt();
+            let lower = best.as_ref().is_some_and(|best: &Face| score <= best.score);
+            if score < MIN_SCORE && lower {
+                continue;
+            }
             let (c, r) = ((cell % columns) as f32, (cell / columns) as f32);
-            let b = &bounds[cell * 4..][..4];
-            let k = &points[cell * 10..][..10];
             let (x, y) = ((c + b[0]) * s, (r + b[1]) * s);
             let (w, h) = (b[2].exp() * s, b[3].exp() * s);
-            faces.push(Face {
+            let face = Face {
                 bounds: [x - w / 2.0, y - h / 2.0, x + w / 2.0, y + h / 2.0],
                 points: std::array::from_fn(|i| [(c + k[2 * i]) * s, (r + k[2 * i + 1]) * s]),
                 score,
-            });
+            };
+            if score >= MIN_SCORE {
+                faces.push(face.clone());
+            }
+            if !lower {
+                best = Some(face);
+            }
         }
+    }
+    if faces.is_empty() {
+        faces.extend(best);
     }
     faces.sort_by(|a, b| b.score.total_cmp(&a.score));
     faces

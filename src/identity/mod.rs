@@ -16,6 +16,10 @@ pub mod portrait;
 pub mod quality;
 pub mod recognise;
 mod scrfd;
+pub mod verification;
+mod yunet;
+
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -75,9 +79,32 @@ impl FaceEncoder {
         self.recogniser.embed(picture, face)
     }
 
+    /// From which cosine on two photos are taken to show one person.
+    pub fn same_person(&self) -> f32 {
+        self.recogniser.same_person()
+    }
+
+    /// How long detector (at 640×640 pixels) and recogniser (a face) take: the median of `runs`, after one that does
+    /// not count.
+    pub fn time(&self, runs: usize) -> Result<[Duration; 2]> {
+        let median = |run: &dyn Fn() -> Result<()>| -> Result<Duration> {
+            run()?;
+            let mut times = Vec::new();
+            for _ in 0..runs.max(1) {
+                let start = Instant::now();
+                run()?;
+                times.push(start.elapsed());
+            }
+            times.sort();
+            Ok(times[times.len() / 2])
+        };
+        Ok([median(&self.detector.blank_run())?, median(&self.recogniser.blank_run())?])
+    }
+
     /// Name and SHA-256 of the detector and of the recogniser, for the record.
     pub fn provenance(&self) -> [(&str, String); 2] {
-        [self.detector.network(), self.recogniser.network()].map(|network| (network.name(), network.sha256()))
+        let recogniser = self.recogniser.network();
+        [self.detector.provenance(), (recogniser.name(), recogniser.sha256())]
     }
 }
 

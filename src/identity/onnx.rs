@@ -2,8 +2,9 @@
 //!
 //! Tried on these files (2 CPU cores): rten 0.27 and tract-onnx 0.23.9 agree with onnxruntime to rounding
 //! (≤ 1e-5); rten loads in milliseconds where tract takes 40–110, and runs MobileFaceNet in 15 ms (tract 26,
-//! onnxruntime 41), YuNet at 640² in 30 (35, 5). candle-onnx needs protoc and lacks operators. rten is pure Rust,
-//! takes `.onnx` as it is and inputs of any size, which SCRFD and ArcFace files need as well.
+//! onnxruntime 41), YuNet at 640² in 30 (35, 5), for which it is computed in [`yunet`](super::yunet). candle-onnx needs
+//! protoc and lacks operators. rten is pure Rust, takes `.onnx` as it is and inputs of any size, which SCRFD and ArcFace
+//! files need as well. `scripts/bench_onnxruntime.py` times all of them.
 
 use std::path::Path;
 

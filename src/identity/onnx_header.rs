@@ -1,10 +1,10 @@
 //! What an ONNX file says about itself before it is run: inputs, outputs and the names of its first nodes.
 //!
 //! The file is one protobuf message (`onnx.proto3`): ModelProto.graph = 7; GraphProto.node = 1, initializer = 5,
-//! input = 11, output = 12; NodeProto.name = 3; TensorProto.name = 8; ValueInfoProto.name = 1, type = 2;
-//! TypeProto.tensor_type = 1, its shape = 2, dim = 1, dim_value = 1.
+//! input = 11, output = 12; NodeProto.input = 1, name = 3, op_type = 4; TensorProto.data_type = 2, name = 8,
+//! raw_data = 9; ValueInfoProto.name = 1, type = 2; TypeProto.tensor_type = 1, its shape = 2, dim = 1, dim_value = 1.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use anyhow::{Context, Result, ensure};
@@ -100,6 +100,60 @@ impl Port {
             Ok(())
         })?;
         Ok(port)
+    }
+}
+
+/// The weights of a graph, for a network that is computed here.
+#[derive(Debug, Default)]
+pub struct Weights {
+    /// The 32-bit floats among the initialisers by name, flattened.
+    pub values: HashMap<String, Vec<f32>>,
+    /// Names of weight and bias of each `Conv` that has both, in the order of the nodes.
+    pub convolutions: Vec<[String; 2]>,
+}
+
+impl Weights {
+    /// Reads the weights of an ONNX file that carries them itself.
+    ///
+    /// # Errors
+    /// As [`Header::parse`].
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let mut weights = Self::default();
+        walk(part(bytes, 7)?, &mut |field, value| {
+            match (field, value) {
+                (1, Value::Bytes(node)) if part(node, 4)? == b"Conv" => {
+                    let mut inputs = Vec::new();
+                    walk(node, &mut |field, value| {
+                        if let (1, Value::Bytes(name)) = (field, value) {
+                            inputs.push(String::from_utf8_lossy(name).into_owned());
+                        }
+                        Ok(())
+                    })?;
+                    if let [_, weight, bias] = &inputs[..] {
+                        weights.convolutions.push([weight.clone(), bias.clone()]);
+                    }
+                }
+                (5, Value::Bytes(tensor)) => {
+                    const FLOAT: u64 = 1;
+                    let mut kind = 0;
+                    walk(tensor, &mut |field, value| {
+                        if let (2, Value::Number(number)) = (field, value) {
+                            kind = number;
+                        }
+                        Ok(())
+                    })?;
+                    let raw = part(tensor, 9)?;
+                    if kind == FLOAT && !raw.is_empty() {
+                        let floats =
+                            raw.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                        weights.values.insert(text(tensor, 8)?, floats.collect());
+                    }
+                }
+                _ => {}
+            }
+            Ok(())
+        })?;
+        Ok(weights)
     }
 }
 

@@ -21,14 +21,26 @@ pub struct Recogniser {
     network: Network,
     /// What is taken from a byte, and what the rest is divided by, before it enters the network.
     shift_and_scale: (f32, f32),
+    /// See [`Recogniser::same_person`].
+    same_person: f32,
 }
+
+/// Of photos of one person, years apart, MobileFaceNet's cosines are 0.53 and more, of two people 0.17 and less; on
+/// ORL's faces 0.83 ± 0.10 and 0.07 ± 0.11. Ours.
+const SAME_BY_MOBILEFACENET: f32 = 0.4;
+
+/// OpenCV's for SFace (`modules/objdetect/test/test_face.cpp`, `cosine_similar_thresh`).
+const SAME_BY_SFACE: f32 = 0.363;
+
+/// insightface's for ArcFace (`web-demos/src_recognition/main.py`: "They ARE the same person").
+const SAME_BY_ARCFACE: f32 = 0.28;
 
 impl Recogniser {
     /// MobileFaceNet: 512 numbers, the condition of the hypernetwork.
     pub fn mobilefacenet() -> Result<Self> {
         let bytes = include_bytes!("../assets/face/mobilefacenet512.onnx");
         let network = Network::embedded("mobilefacenet512", bytes, &["output"])?;
-        Ok(Self { network, shift_and_scale: (127.5, 127.5) })
+        Ok(Self { network, shift_and_scale: (127.5, 127.5), same_person: SAME_BY_MOBILEFACENET })
     }
 
     /// SFace: 128 numbers, the judge in evaluation. Its weights are the zoo's int8 blocks
@@ -36,7 +48,7 @@ impl Recogniser {
     pub fn sface() -> Result<Self> {
         let bytes = include_bytes!("../assets/face/sface.onnx");
         let network = Network::embedded("sface-2021dec", bytes, &["fc1"])?;
-        Ok(Self { network, shift_and_scale: (0.0, 1.0) })
+        Ok(Self { network, shift_and_scale: (0.0, 1.0), same_person: SAME_BY_SFACE })
     }
 
     /// ArcFace from an ONNX file as InsightFace's packs carry it, for example `glintr100.onnx` or `w600k_r50.onnx`.
@@ -47,7 +59,8 @@ impl Recogniser {
         let (network, header) = Network::file(name, path)?;
         let check = || -> Result<Self> {
             check_ports(&header)?;
-            let recogniser = Self { network, shift_and_scale: shift_and_scale(&header) };
+            let shift_and_scale = shift_and_scale(&header);
+            let recogniser = Self { network, shift_and_scale, same_person: SAME_BY_ARCFACE };
             // One run, so that an output of another shape is told before the work.
             let width = recogniser.embed_aligned(&Picture::filled(SIDE, SIDE, [127; 3]))?.len();
             ensure!(
@@ -58,6 +71,17 @@ impl Recogniser {
             Ok(recogniser)
         };
         check().map_err(|error| Failure::unusable(path, format!("{error:#}")))
+    }
+
+    /// From which cosine on two photos are taken to show one person.
+    pub fn same_person(&self) -> f32 {
+        self.same_person
+    }
+
+    /// A run of the network alone on grey pixels, for timings.
+    pub fn blank_run(&self) -> impl Fn() -> Result<()> {
+        let input = vec![0.5; 3 * SIDE * SIDE];
+        move || self.network.run([1, 3, SIDE, SIDE], &input).map(|_| ())
     }
 
     /// The network, for its name and checksum.

@@ -32,6 +32,7 @@ pub use linear::{Adapter, Linear, linear};
 pub use low_rank::add_low_rank;
 pub use norm::{GroupNorm, GroupStatistics, LayerNorm, layer_norm_plain};
 pub use recompute::recomputed;
+pub(crate) use slices::vectorised;
 
 use candle_core::{DType, Device, Result, Tensor};
 

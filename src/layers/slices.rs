@@ -150,7 +150,7 @@ macro_rules! vectorised {
         }
     };
 }
-pub(super) use vectorised;
+pub(crate) use vectorised;
 
 /// A row-major or transposed matrix over a slice: the value at (i, j) is `values[i * row + j * column]`.
 #[derive(Clone, Copy)]
