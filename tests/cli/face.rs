@@ -67,6 +67,7 @@ fn dedupe_groups_pictures_by_person() {
         .collect();
     assert_eq!(names, [vec!["1.png", "3.png"], vec!["2.jpg"]]);
     assert_eq!(answer["left_out"].as_array().unwrap().len(), 1);
+    assert!((answer["threshold"].as_f64().unwrap() - 0.4).abs() < 1e-6, "{answer}");
     assert!(run.stderr.contains("junk.png") && run.stderr.contains("list.csv"), "{}", run.stderr);
 }
 
@@ -196,6 +197,71 @@ fn embed_writes_unit_vectors_and_leaves_out_what_it_cannot_use() {
     let numbers = vector.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()));
     assert_eq!(vector.shape(), [512]);
     assert!((numbers.map(|value| value * value).sum::<f32>() - 1.0).abs() < 1e-4);
+}
+
+#[test]
+fn embed_with_an_image_encoder_writes_what_it_sees() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let flat = difflora::picture::Picture::filled(90, 70, [90, 140, 60]);
+    flat.save(&at("meadow.png"), None).unwrap();
+    let out = at("images.safetensors");
+    let embed = |picture: &str, options: &[&str]| {
+        let start = ["face", "embed", picture, "--out", path(&out), "--image-encoder", "tiny"];
+        let run = difflora(&[&start[..], options].concat());
+        let shape = fs::read(&out).ok().map(|bytes| {
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let (_, tensor) = file.iter().next().unwrap();
+            (tensor.shape().to_vec(), tensor.data().to_vec())
+        });
+        (run, shape)
+    };
+    let photo = "tests/data/astronaut.png";
+    let (run, plain) = embed(photo, &[]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let (_, blanked) = embed(photo, &["--blank-background"]);
+    let (plain, blanked) = (plain.unwrap(), blanked.unwrap());
+    assert!(plain.0.len() == 1 && plain.0 == blanked.0 && plain.1 != blanked.1);
+    let (_, tokens) = embed(photo, &["--image-output", "tokens"]);
+    assert_eq!(tokens.unwrap().0.len(), 2);
+    let meadow = at("meadow.png");
+    assert_eq!(embed(path(&meadow), &[]).0.code, 3);
+    assert_eq!(embed(path(&meadow), &["--whole-picture"]).0.code, 0);
+    let run = difflora(&["face", "embed", photo, "--out", path(&out), "--whole-picture"]);
+    assert!(run.code == 2 && run.stderr.contains("--image-encoder"), "{}", run.stderr);
+}
+
+#[test]
+fn verify_tells_people_apart_and_what_it_needs() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir(at("eileen")).unwrap();
+    fs::create_dir(at("other")).unwrap();
+    let astronaut = difflora::picture::Picture::open(Path::new("tests/data/astronaut.png")).unwrap();
+    astronaut.save(&at("eileen/1.png"), None).unwrap();
+    let run = difflora(&["face", "verify", path(folder.path())]);
+    assert!(run.code == 4 && run.stderr.contains("wanted two people"), "{}", run.stderr);
+    astronaut.mirrored().save(&at("eileen/2.png"), None).unwrap();
+    fs::copy("tests/data/obama_senate_public_domain.jpg", at("other/1.jpg")).unwrap();
+    let run = difflora(&["face", "verify", path(folder.path()), "--json"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let answer: Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!((&answer["people"], &answer["pictures"]), (&2.into(), &3.into()));
+    assert_eq!((&answer["genuine"]["pairs"], &answer["impostor"]["pairs"]), (&1.into(), &2.into()));
+    assert_eq!(answer["verification"]["auc"], 1.0, "{answer}");
+    let run = difflora(&["face", "verify", path(folder.path()), "--face-encoder", "sface"]);
+    assert!(run.code == 0 && run.stdout.contains("AUC 1.0000"), "{}{}", run.stdout, run.stderr);
+    let run = difflora(&["face", "verify", "tests/data/astronaut.png"]);
+    assert!(run.code == 2 && run.stderr.contains("is no folder"), "{}", run.stderr);
+}
+
+#[test]
+fn bench_times_both_networks() {
+    let run = difflora(&["face", "bench", "--runs", "1", "--json"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let answer: Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!(answer["detector"]["name"], "yunet-2023mar");
+    assert!(answer["recogniser"]["milliseconds"].as_f64().unwrap() > 0.0, "{answer}");
 }
 
 #[test]

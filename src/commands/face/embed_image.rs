@@ -1,0 +1,97 @@
+//! The image encoder's embeddings of pictures, as the hypernetwork's second condition has them or as transformers does.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{Encoder, Pictures, print, print_json, short_names, tell_several, write_vectors};
+use crate::commands::{models, photos::Photos};
+use crate::files;
+use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};
+
+/// Embeddings of an image encoder instead of a face encoder's.
+#[derive(Debug, clap::Args)]
+pub struct Image {
+    /// Embed with a CLIP image encoder instead: `tiny`, or a folder as of openai/clip-vit-large-patch14.
+    #[arg(long, value_name = "NAME|DIR", env = "DIFFLORA_IMAGE_ENCODER")]
+    image_encoder: Option<String>,
+    /// Which of its outputs: `image_embeds`, or the mean of `hidden_states[-2]` (both unit vectors), or all tokens of
+    /// `hidden_states[-2]` (N, D), as resamplers take them.
+    #[arg(long, default_value = "projected", requires = "image_encoder", env = "DIFFLORA_IMAGE_OUTPUT")]
+    image_output: Output,
+    /// Show it the whole picture, as IP-Adapter does, not the square around the largest face; needs no face.
+    #[arg(long, requires = "image_encoder", env = "DIFFLORA_WHOLE_PICTURE")]
+    whole_picture: bool,
+    /// Make all grey that lies outside an ellipse around the face, so that the background tells nothing.
+    #[arg(
+        long,
+        requires = "image_encoder",
+        conflicts_with = "whole_picture",
+        env = "DIFFLORA_BLANK_BACKGROUND"
+    )]
+    blank_background: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    Projected,
+    Penultimate,
+    Tokens,
+}
+
+impl Image {
+    /// The image encoder that was asked for.
+    pub fn encoder(&self) -> Option<&str> {
+        self.image_encoder.as_deref()
+    }
+}
+
+/// Writes one tensor a picture, under its file name.
+pub fn embed(
+    pictures: &Pictures,
+    faces: &Encoder,
+    name: &str,
+    image: &Image,
+    out: &Path,
+    json: bool,
+) -> Result<()> {
+    files::check_writable(out)?;
+    let files = models::find(name, "image_encoder")?;
+    let id = models::identify(&files, name, models::ENCODER_WEIGHTS)?;
+    let output = match image.image_output {
+        Output::Projected => ImageOutput::Projected,
+        Output::Penultimate | Output::Tokens => ImageOutput::Penultimate,
+    };
+    let input = ImageInput { output, blank_background: image.blank_background };
+    let images = ImageEncoder::open(&files)?.with_input(input);
+    let faces = if image.whole_picture { None } else { Some(faces.load()?) };
+    let seen = Photos::find(&pictures.pictures)?.look(|_, file, picture| {
+        let (count, shown) = match &faces {
+            None => (1, picture.clone()),
+            Some(faces) => {
+                let search = faces.search(picture)?;
+                let face = search.largest(&file.display().to_string())?;
+                (search.faces.len(), images.shown(picture, face))
+            }
+        };
+        if image.image_output == Output::Tokens {
+            let tokens = images.tokens(&shown)?;
+            return Ok((count, tokens.dims().to_vec(), tokens.flatten_all()?.to_vec1()?));
+        }
+        let vector = images.embed_whole(&shown)?;
+        Ok((count, vec![vector.len()], vector))
+    })?;
+    tell_several(&seen, |(faces, ..)| *faces);
+    let left_out = seen.left_out_json();
+    let paths: Vec<_> = seen.photos.iter().map(|(file, _)| file.clone()).collect();
+    let names = short_names(&paths);
+    let tensors = seen.photos.iter().map(|(_, (_, shape, values))| (shape.clone(), &values[..]));
+    let about = [("image_encoder", id.name.clone()), ("image_encoder_sha256", id.sha256.clone())];
+    write_vectors(out, &names, tensors, about)?;
+    if json {
+        print_json(&json!({ "out": out, "names": names, "image_encoder": id.name, "left_out": left_out }))
+    } else {
+        print(&format!("{} embeddings in `{}`", names.len(), out.display()))
+    }
+}
