@@ -134,6 +134,7 @@ def main():
     arguments.add_argument("--folder", type=int, default=400, help="pictures in the folder")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--runs", type=int, default=20, help="of each network a round")
+    arguments.add_argument("--only", choices=("networks", "photo", "folder"), help="one of the three")
     arguments.add_argument("--embed", nargs="*", metavar="FILE", help=argparse.SUPPRESS)
     arguments = arguments.parse_args()
     if arguments.embed is not None:
@@ -145,18 +146,21 @@ def main():
     print("| | onnxruntime | difflora | ratio |\n|---|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        (work / "insightface").mkdir()
-        networks(difflora, rounds, arguments.runs, work / "insightface")
-        photo = work / "photo.jpg"
-        picture = Image.open(ROOT / "tests/data/obama_senate_public_domain.jpg").convert("RGB")
-        side = min(picture.size)
-        picture.crop((0, 0, side, side)).resize((1024, 1024), Image.BICUBIC).save(photo, quality=92)
         reference = [sys.executable, __file__, "--embed"]
         ours = [difflora, "face", "embed", "--out", str(work / "faces.safetensors")]
-        processes("one 1024² photo, whole process", 2 * rounds, [*ours, str(photo)], [*reference, str(photo)])
-        processes("start alone (Python with imports; `--version`)", 2 * rounds, [difflora, "--version"], reference)
-        pictures(difflora, work / "folder", arguments.folder)
-        processes(f"folder of {arguments.folder}, whole process", max(1, rounds // 2), [*ours, str(work / "folder")], [*reference, str(work / "folder")])
+        if arguments.only in (None, "networks"):
+            (work / "insightface").mkdir()
+            networks(difflora, rounds, arguments.runs, work / "insightface")
+        if arguments.only in (None, "photo"):
+            photo = work / "photo.jpg"
+            picture = Image.open(ROOT / "tests/data/obama_senate_public_domain.jpg").convert("RGB")
+            side = min(picture.size)
+            picture.crop((0, 0, side, side)).resize((1024, 1024), Image.BICUBIC).save(photo, quality=92)
+            processes("one 1024² photo, whole process", 2 * rounds, [*ours, str(photo)], [*reference, str(photo)])
+            processes("start alone (`--version`; Python with imports)", 2 * rounds, [difflora, "--version"], reference)
+        if arguments.only in (None, "folder"):
+            pictures(difflora, work / "folder", arguments.folder)
+            processes(f"folder of {arguments.folder}, whole process", max(1, rounds // 2), [*ours, str(work / "folder")], [*reference, str(work / "folder")])
 
 
 if __name__ == "__main__":

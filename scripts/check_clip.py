@@ -99,7 +99,7 @@ def main():
         print(f"{arguments.size} {output} {list(ours.shape)}: cosine {cosine:.8f}, least of a token {min(token):.8f}, largest difference {np.abs(a - b).max():.2e} of {np.abs(b).max():.2f}")
     for name, (seconds, memory) in (("transformers", theirs_cost), ("difflora", ours_cost)):
         print(f"{name}: {seconds:.1f} s, {memory:.2f} GiB (whole process)")
-    sys.exit(worst < 0.99999)
+    sys.exit(int(worst < 0.99999))
 
 
 if __name__ == "__main__":
