@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::onnx::{self, Network};
+use super::onnx::Network;
 use super::scrfd;
 use super::yunet::{PER_CELL, Yunet};
 use crate::failure::Failure;
