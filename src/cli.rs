@@ -41,7 +41,7 @@ pub struct Common {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Train a LoRA on a folder of one person's pictures (DreamBooth).
-    TrainLora(commands::train_lora::Args),
+    TrainLora(Box<commands::train_lora::Args>),
     /// Make a LoRA from photos of a person, and draw pictures with it.
     Gen(Box<commands::r#gen::Args>),
     /// Train LoRAs of many painted people for the hypernetwork to learn from.
@@ -70,15 +70,16 @@ impl Command {
     /// Whether each thread works on a shard of the batch, or on a person, so that kernels must not have threads of
     /// their own.
     pub fn trains_in_shards(&self) -> bool {
-        matches!(
-            self,
-            Self::BuildDataset(_)
-                | Self::Eval(_)
-                | Self::TrainBase(_)
-                | Self::TrainEncoder(_)
-                | Self::TrainLae(_)
-                | Self::TrainDit(_)
-        )
+        matches!(self, Self::TrainLora(args) if args.trains_in_groups())
+            || matches!(
+                self,
+                Self::BuildDataset(_)
+                    | Self::Eval(_)
+                    | Self::TrainBase(_)
+                    | Self::TrainEncoder(_)
+                    | Self::TrainLae(_)
+                    | Self::TrainDit(_)
+            )
     }
 }
 
@@ -88,7 +89,7 @@ pub fn run(cli: Cli) -> Result<()> {
     progress::set_verbose(cli.common.verbose);
     progress::catch_interrupts()?;
     match cli.command {
-        Command::TrainLora(args) => commands::train_lora::run(args, &cli.common),
+        Command::TrainLora(args) => commands::train_lora::run(*args, &cli.common),
         Command::Gen(args) => commands::r#gen::run(*args, &cli.common),
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
         Command::Eval(args) => commands::eval::run(args, &cli.common),

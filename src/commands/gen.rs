@@ -1,6 +1,6 @@
 //! `difflora gen`: photos of a person (+ prompt) → LoRA file (+ pictures).
 
-mod device;
+pub(super) mod device;
 mod draw;
 mod loras;
 mod outputs;

@@ -1,190 +1,396 @@
-//! `difflora train-lora`: a folder of one person's pictures → LoRA (DreamBooth).
+//! `difflora train-lora`: a folder of one person's pictures → LoRA (DreamBooth); or many people, a LoRA each.
 
+mod class_pictures;
+mod classroom;
+mod learner;
+mod lessons;
+mod metadata;
+mod samples;
+pub mod settings;
+
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor};
+use anyhow::{Context, Result};
+use candle_core::DType;
 use serde_json::json;
 
-use super::dreambooth::{self, Frozen, Lessons, Recipe, Students, Targets};
-use super::models;
+use self::classroom::{Person, Queue, Room};
+use self::lessons::{Encoders, Lessons, Scaling};
+use self::samples::Easel;
+use self::settings::{Crop, LossScale, Precision, Settings};
+use super::dreambooth::adapters;
+use super::dreambooth::draws::Timesteps;
+use super::dreambooth::{Networks, Targets};
+use super::{r#gen, models};
 use crate::cli::Common;
 use crate::failure::Failure;
-use crate::lora::TRIGGER_PHRASE;
-use crate::lora::file::{self, Format};
-use crate::picture::{Filter, Picture, pictures_in};
+use crate::identity::FaceEncoder;
 use crate::sdxl::pipeline::Sdxl;
-use crate::train::optimiser::AdamWOptions;
-use crate::train::run::{self, Keeping, Plan};
-use crate::train::schedule::{Decay, Schedule};
+use crate::sdxl::unet::UNetConfig;
+use crate::train::schedule::Decay;
+use crate::train::shards::in_threads;
 use crate::{files, progress};
 
 /// Arguments of `difflora train-lora`.
 ///
-/// A caption may lie beside each picture in a .txt of the same name; otherwise it is "a photo of TRIGGER CLASS".
-/// State and log are kept in OUT.training; --resume goes on after Ctrl-C to the same bytes.
+/// A caption may lie beside each picture in a .txt of the same name; otherwise the template makes one. Settings come from
+/// a preset or a TOML file (--config); options win over it. State, log, samples and the settings in effect are kept in
+/// OUT.training; --resume goes on after Ctrl-C or a crash to the same bytes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Folder of pictures of one person.
-    #[arg(value_name = "PICTURES")]
-    pictures: PathBuf,
-    /// LoRA to write.
-    #[arg(long, value_name = "FILE.safetensors", env = "DIFFLORA_OUT")]
+    #[arg(value_name = "PICTURES", required_unless_present = "many")]
+    pictures: Option<PathBuf>,
+    /// Folder of people, each a folder of pictures, instead of one person's pictures.
+    #[arg(long, value_name = "DIR", conflicts_with = "pictures", env = "DIFFLORA_MANY")]
+    many: Option<PathBuf>,
+    /// People who share each forward pass of the frozen base.
+    #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_PEOPLE_PER_BATCH")]
+    people_per_batch: u32,
+    /// With --many: groups of people that train at the same time, a thread each. For small bases as many as there are
+    /// cores; with 1, each operation uses all cores.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_GROUPS")]
+    groups: u32,
+    /// LoRA to write; with --many a folder, for PERSON.safetensors each.
+    #[arg(long, value_name = "FILE.safetensors|DIR", env = "DIFFLORA_OUT")]
     out: PathBuf,
+    /// A preset (tiny, sdxl-dreambooth) or a TOML file like those in configs/, which may name a preset that it changes:
+    /// preset = "tiny". By itself the preset that fits the base.
+    #[arg(long, value_name = "NAME|FILE", env = "DIFFLORA_CONFIG")]
+    config: Option<PathBuf>,
     /// The model that the LoRA is for.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    #[arg(long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
-    /// What the person is.
-    #[arg(long, value_name = "WORD", default_value = "person", env = "DIFFLORA_CLASS_WORD")]
-    class_word: String,
-    /// A rare word that calls the person; without it the class word does.
-    #[arg(long, value_name = "WORD", default_value = "", env = "DIFFLORA_TRIGGER")]
-    trigger: String,
-    /// Rank of every module.
-    #[arg(long, value_name = "R", default_value_t = 4, env = "DIFFLORA_RANK")]
-    rank: usize,
-    /// The LoRA is scaled by alpha / rank; the rank where it is not given.
-    #[arg(long, value_name = "F", env = "DIFFLORA_ALPHA")]
-    alpha: Option<f64>,
-    /// Which linear layers are adapted.
-    #[arg(long, value_enum, default_value = "attn", env = "DIFFLORA_TARGETS")]
-    targets: Targets,
-    /// Steps of training.
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=1_000_000), env = "DIFFLORA_STEPS")]
-    steps: u64,
-    /// Adam's learning rate; it falls to a tenth in a line.
-    #[arg(long, value_name = "F", default_value_t = 3e-3, env = "DIFFLORA_LR")]
-    lr: f64,
-    /// Samples a step.
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_BATCH")]
-    batch: u32,
-    /// Pixels on a side, to which pictures are cut and scaled; the base's own size where it is not given.
-    #[arg(long, value_name = "PX", env = "DIFFLORA_RESOLUTION")]
-    resolution: Option<usize>,
-    /// Train `up` alone and leave `down` as the seed draws it, so that LoRAs of one seed can be compared.
-    #[arg(long, env = "DIFFLORA_FREEZE_A")]
-    freeze_a: bool,
-    /// Of the start, the order of pictures, timesteps and noise.
-    #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
-    seed: u64,
+    #[command(flatten)]
+    base_options: models::BaseOptions,
+    /// Where to compute.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    device: String,
     /// Go on from the state that an interrupted run left.
     #[arg(long, env = "DIFFLORA_RESUME")]
     resume: bool,
+    #[command(flatten)]
+    options: Options,
 }
 
-/// Trains the LoRA and writes it.
-pub fn run(args: Args, common: &Common) -> Result<()> {
-    files::check_writable(&args.out)?;
-    let base_files = models::find_base(&args.base, &models::BaseOptions::default())?;
-    let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
-    let model = Sdxl::open(&base_files, DType::F32, &Device::Cpu)?;
-    let size = args.resolution.unwrap_or(model.native_size());
-    model.latent_shape(size, size).map_err(|error| Failure::Usage(error.to_string()))?;
-    let (lessons, count) = lessons(&args, &model, size)?;
+/// Options that change the settings.
+#[derive(Debug, clap::Args)]
+struct Options {
+    /// What the person is.
+    #[arg(long, value_name = "WORD", env = "DIFFLORA_CLASS_WORD")]
+    class_word: Option<String>,
+    /// A rare word that calls the person; without it the class word does.
+    #[arg(long, value_name = "WORD", env = "DIFFLORA_TRIGGER")]
+    trigger: Option<String>,
+    /// Caption of pictures without a text beside them; {} stands for trigger and class word.
+    #[arg(long, value_name = "TEXT", env = "DIFFLORA_TEMPLATE")]
+    template: Option<String>,
+    /// Rank of every layer.
+    #[arg(long, value_name = "R", env = "DIFFLORA_RANK")]
+    rank: Option<usize>,
+    /// The LoRA is scaled by alpha / rank; the rank where it is not given.
+    #[arg(long, value_name = "F", env = "DIFFLORA_ALPHA")]
+    alpha: Option<f64>,
+    /// Which layers are adapted.
+    #[arg(long, value_enum, env = "DIFFLORA_TARGETS")]
+    targets: Option<Targets>,
+    /// Train `up` alone and leave `down` as the seed draws it, so that LoRAs of one seed can be compared.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "DIFFLORA_FREEZE_A")]
+    freeze_a: Option<bool>,
+    /// Train LoRAs of both text encoders too.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "DIFFLORA_TEXT_ENCODERS")]
+    text_encoders: Option<bool>,
+    /// Steps of the optimiser.
+    #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
+    steps: Option<u64>,
+    /// Samples of a forward pass.
+    #[arg(long, value_name = "N", env = "DIFFLORA_BATCH")]
+    batch: Option<usize>,
+    /// Forward passes of a step.
+    #[arg(long, value_name = "N", env = "DIFFLORA_ACCUMULATE")]
+    accumulate: Option<u64>,
+    /// The highest learning rate.
+    #[arg(long, value_name = "F", env = "DIFFLORA_LR")]
+    lr: Option<f64>,
+    /// Likewise for the text encoders.
+    #[arg(long, value_name = "F", env = "DIFFLORA_TEXT_ENCODER_LR")]
+    text_encoder_lr: Option<f64>,
+    /// The way of the learning rate after the warm-up.
+    #[arg(long, value_enum, env = "DIFFLORA_LR_SCHEDULE")]
+    lr_schedule: Option<Decay>,
+    /// Steps of linear growth of the learning rate.
+    #[arg(long, value_name = "N", env = "DIFFLORA_WARMUP")]
+    warmup: Option<u64>,
+    /// AdamW's weight decay.
+    #[arg(long, value_name = "F", env = "DIFFLORA_WEIGHT_DECAY")]
+    weight_decay: Option<f64>,
+    /// Longest gradient; 0 for no bound.
+    #[arg(long, value_name = "F", env = "DIFFLORA_CLIP")]
+    clip: Option<f64>,
+    /// Decay of the average of the weights that becomes the LoRA; 0 for the weights themselves.
+    #[arg(long, value_name = "F", env = "DIFFLORA_EMA")]
+    ema: Option<f64>,
+    /// Pixels on a side; the base's own where it is not given.
+    #[arg(long, value_name = "PX", env = "DIFFLORA_RESOLUTION")]
+    resolution: Option<usize>,
+    /// What of a picture is shown: the square in the middle, a random square, or nearly all in one of many proportions.
+    #[arg(long, value_enum, env = "DIFFLORA_CROP")]
+    crop: Option<Crop>,
+    /// Mirror each picture every other time, at random.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "DIFFLORA_FLIP")]
+    flip: Option<bool>,
+    /// Change brightness, contrast and saturation by up to this part.
+    #[arg(long, value_name = "F", env = "DIFFLORA_COLOUR")]
+    colour: Option<f64>,
+    /// How timesteps are drawn.
+    #[arg(long, value_enum, env = "DIFFLORA_TIMESTEPS")]
+    timesteps: Option<Timesteps>,
+    /// γ of min-SNR weighting (the paper's is 5); 0 for none.
+    #[arg(long, value_name = "F", env = "DIFFLORA_MIN_SNR_GAMMA")]
+    min_snr_gamma: Option<f64>,
+    /// Noise that all pixels of a channel share, as a part of the noise.
+    #[arg(long, value_name = "F", env = "DIFFLORA_NOISE_OFFSET")]
+    noise_offset: Option<f64>,
+    /// Folder of class pictures for prior preservation; those that are missing are drawn by the base.
+    #[arg(long, value_name = "DIR", env = "DIFFLORA_CLASS_PICTURES")]
+    class_pictures: Option<PathBuf>,
+    /// How many class pictures; 100 where only their folder is given.
+    #[arg(long, value_name = "N", env = "DIFFLORA_NUM_CLASS_PICTURES")]
+    num_class_pictures: Option<u64>,
+    /// What class pictures show; the template with the class word alone where it is not given.
+    #[arg(long, value_name = "TEXT", env = "DIFFLORA_CLASS_PROMPT")]
+    class_prompt: Option<String>,
+    /// Weight of the class pictures.
+    #[arg(long, value_name = "F", env = "DIFFLORA_PRIOR_WEIGHT")]
+    prior_weight: Option<f64>,
+    /// Number type of the frozen weights; the LoRA itself is trained in f32. On a CPU they are widened as they are used.
+    #[arg(long, value_enum, env = "DIFFLORA_DTYPE")]
+    dtype: Option<Precision>,
+    /// Factor on the loss against underflow of f16 gradients on a GPU: none, dynamic, or a number.
+    #[arg(long, value_name = "none|dynamic|F", env = "DIFFLORA_LOSS_SCALE")]
+    loss_scale: Option<LossScale>,
+    /// Steps between checkpoints.
+    #[arg(long, value_name = "N", env = "DIFFLORA_CHECKPOINT_EVERY")]
+    checkpoint_every: Option<u64>,
+    /// Draw a contact sheet every N steps; 0 for none.
+    #[arg(long, value_name = "N", env = "DIFFLORA_SAMPLE_EVERY")]
+    sample_every: Option<u64>,
+    /// What the sheets show, a row each; the template's caption where it is not given.
+    #[arg(long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_SAMPLE_PROMPT")]
+    sample_prompt: Vec<String>,
+    /// Of the start, the order of pictures, timesteps and noise.
+    #[arg(long, env = "DIFFLORA_SEED")]
+    seed: Option<u64>,
+}
 
-    let recipe = Recipe {
-        rank: args.rank,
-        alpha: args.alpha.unwrap_or(args.rank as f64),
-        targets: args.targets,
-        steps: args.steps,
-        batch: args.batch as usize,
-        rate: Schedule { peak: args.lr, warmup: 0, decay: Decay::Linear, floor: 0.1 },
-        average_last: 0.0,
-        seed: args.seed,
-    };
-    let frozen = Frozen { unet: &model.unet, schedule: &model.schedule };
-    let downs = dreambooth::random_downs(&model.unet, &recipe)
-        .map_err(|error| Failure::Usage(format!("{error:#}")))?;
-    let students = Students::new(&model.unet, &downs, &lessons, &recipe, !args.freeze_a)?;
-    let plan = Plan {
-        steps: recipe.steps,
-        batch: recipe.batch,
-        shards: 1,
-        rate: recipe.rate.clone(),
-        optimiser: AdamWOptions { betas: [0.9, 0.99], weight_decay: 0.0, clip: 0.0, ..Default::default() },
-        ema: 0.9,
-    };
-    let folder = args.out.with_extension("training");
-    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
-    let keeping = Keeping {
-        folder: &folder,
-        name: "lora",
-        resume: args.resume,
-        deadline: None,
-        save_every: Duration::from_secs(300),
-    };
-    let settings =
-        json!({ "recipe": recipe, "base": base, "pictures": count, "size": size, "freeze_a": args.freeze_a });
-    let loss = |step: u64, _| Ok(students.loss(frozen, &lessons, &recipe, step)?.into());
-    let (_, average) = run::run(&plan, &settings, &keeping, &students.vars, loss, |_, _| Ok(()))?;
-
-    let mut lora = students.lora(average.averages(), &downs, &recipe, 0)?;
-    let called = format!("{} {}", args.trigger, args.class_word);
-    for (key, value) in [
-        ("ss_network_module", "networks.lora".to_string()),
-        ("ss_network_dim", recipe.rank.to_string()),
-        ("ss_network_alpha", recipe.alpha.to_string()),
-        ("ss_learning_rate", args.lr.to_string()),
-        ("ss_max_train_steps", recipe.steps.to_string()),
-        ("ss_num_train_images", count.to_string()),
-        ("ss_seed", recipe.seed.to_string()),
-        (TRIGGER_PHRASE, called.trim().to_string()),
-        ("difflora.base", base.name.clone()),
-        ("difflora.base_sha256", base.sha256.clone()),
-        ("difflora.version", env!("CARGO_PKG_VERSION").to_string()),
-    ] {
-        lora.metadata.insert(key.into(), value);
+impl Args {
+    /// Whether groups of people train a thread each, so that kernels must not have threads of their own.
+    pub fn trains_in_groups(&self) -> bool {
+        self.many.is_some() && self.groups > 1
     }
-    file::write(&args.out, &lora, Format::Kohya, &models::block_layout(&base_files)?)?;
+}
+
+/// Trains the LoRAs and writes them.
+pub fn run(args: Args, common: &Common) -> Result<()> {
+    let base_files = models::find_base(&args.base, &args.base_options)?;
+    let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
+    let small = base_files.config::<UNetConfig>("unet/config.json")?.sample_size <= SMALL_LATENTS;
+    let preset = if small { "tiny" } else { "sdxl-dreambooth" };
+    let mut settings = Settings::read(args.config.as_deref(), preset)?;
+    args.options.apply(&mut settings);
+    settings.check()?;
+    let people = people(&args)?;
+    let alone = args.many.is_none();
+    let usage = |why: String| -> anyhow::Error { Failure::Usage(why).into() };
+    if settings.pictures.crop == Crop::Buckets && !alone && args.people_per_batch > 1 {
+        return Err(usage(
+            "people in one forward pass need pictures of one size: --crop center or random".into(),
+        ));
+    }
+    if settings.pictures.crop == Crop::Buckets && settings.objective.class_pictures > 0 {
+        return Err(usage("class pictures are squares: use --crop center or random with them".into()));
+    }
+
+    let device = r#gen::device(&args.device)?;
+    let model = Sdxl::open(&base_files, settings.training.dtype.into(), &device)?;
+    let side =
+        if settings.pictures.resolution == 0 { model.native_size() } else { settings.pictures.resolution };
+    model.latent_shape(side, side).map_err(|error| usage(error.to_string()))?;
+    if settings.pictures.crop == Crop::Buckets && !side.is_multiple_of(16) {
+        return Err(usage(format!("buckets need a --resolution in multiples of 16, not {side}")));
+    }
+    let mut networks =
+        Networks { unet: model.unet.clone(), text: settings.lora.text_encoders.then(|| model.text.clone()) };
+    networks.visit_layers(&mut |_, mut layer| layer.set_adapter(None));
+    let rank = settings.lora.rank;
+    let sites = adapters::sites(&networks, settings.lora.targets, rank)
+        .map_err(|error| usage(format!("{error:#}")))?;
+    let downs = adapters::random_downs(&sites, rank, settings.seed)?;
+
+    let class_folder = args.options.class_pictures.as_deref();
+    let prior = settings.objective.class_pictures > 0;
+    let easel = (settings.samples.every > 0 || prior).then(|| Easel::new(&model, side)).transpose()?;
+    if let (true, Some(easel)) = (prior, &easel) {
+        let folder =
+            class_folder.ok_or_else(|| usage("class pictures need a folder: --class-pictures DIR".into()))?;
+        class_pictures::complete(folder, &model, easel, &settings)?;
+    }
+    let sample_prompts = match &settings.samples.prompts[..] {
+        [] => vec![settings.caption()],
+        prompts => prompts.to_vec(),
+    };
+    let told: Vec<&str> = sample_prompts.iter().map(String::as_str).collect();
+    let sample_words = easel.as_ref().map(|_| model.text.encode_prompts(&told)).transpose()?;
+    let Sdxl { text, vae, schedule, .. } = model;
+    let scaling = Scaling::of(&vae, &device)?;
+    let encoders = Encoders { vae, text, device: device.clone() };
+    let class = match class_folder.filter(|_| prior) {
+        Some(folder) => {
+            let mut pictures = lessons::read_pictures(folder, &settings.class_prompt())?;
+            pictures.truncate(settings.objective.class_pictures as usize);
+            Some(Lessons::new(pictures, &settings, side, &encoders)?)
+        }
+        None => None,
+    };
+
+    let half = networks.unet.compute_dtype() == DType::F16;
+    let room = Room {
+        networks,
+        schedule,
+        scaling,
+        class,
+        easel: easel.filter(|_| settings.samples.every > 0),
+        sample_prompts,
+        sample_words,
+        sites,
+        downs,
+        layout: models::block_layout(&base_files)?,
+        base,
+        device,
+        side,
+        half,
+        resume: args.resume,
+        alone,
+        settings,
+    };
+    let count = people.len() as u64;
+    let bar = progress::bar(count * room.settings.training.steps, if alone { "lora" } else { "people" });
+    let queue = Queue::new(VecDeque::from(people), encoders, FaceEncoder::builtin()?);
+    let seats = if alone { 1 } else { args.people_per_batch as usize };
+    let groups = if alone { 1 } else { args.groups as usize };
+    in_threads(groups, |_| room.teach(&queue, seats, &bar))?;
+    bar.finish_and_clear();
+    report(&args, common, &queue)
+}
+
+/// Side of the latents up to which a base is a small one, for which the preset `tiny` is made.
+const SMALL_LATENTS: usize = 32;
+
+/// Who is to be learnt, and where each LoRA goes.
+fn people(args: &Args) -> Result<Vec<Person>> {
+    let make = |folder: &Path| {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))
+    };
+    let person = |pictures: &Path, out: PathBuf| Person {
+        name: pictures.file_name().map_or("pictures".into(), |name| name.to_string_lossy().into()),
+        pictures: pictures.to_path_buf(),
+        folder: out.with_extension("training"),
+        out,
+    };
+    let people = match (&args.many, &args.pictures) {
+        (Some(folder), _) => {
+            let folders = lessons::people_in(folder)?;
+            make(&args.out)?;
+            let out = |folder: &Path| {
+                let mut name = folder.file_name().unwrap_or_default().to_os_string();
+                name.push(".safetensors");
+                args.out.join(name)
+            };
+            folders.iter().map(|folder| person(folder, out(folder))).collect()
+        }
+        (None, Some(pictures)) => vec![person(pictures, args.out.clone())],
+        (None, None) => Vec::new(),
+    };
+    for Person { out, folder, .. } in &people {
+        files::check_writable(out)?;
+        if args.many.is_none() {
+            make(folder)?;
+        }
+    }
+    Ok(people)
+}
+
+/// Says what was made; with failures among many people, the error that names them.
+fn report(args: &Args, common: &Common, queue: &Queue) -> Result<()> {
+    let (done, failed) = queue.results();
     if common.json {
-        println!("{}", json!({ "lora": args.out, "pictures": count, "modules": lora.layers.len() }));
+        let loras: Vec<_> = done
+            .iter()
+            .map(|(lora, pictures, loss)| json!({ "lora": lora, "pictures": pictures, "loss": loss }))
+            .collect();
+        match (&args.many, &loras[..]) {
+            (None, [one]) => println!("{one}"),
+            _ => println!("{}", json!({ "loras": loras, "failed": failed })),
+        }
     } else {
-        println!("LoRA    {}", args.out.display());
+        for (lora, _, _) in &done {
+            println!("LoRA    {}", lora.display());
+        }
+    }
+    if let Some(first) = failed.first() {
+        anyhow::bail!("{} of {} people failed, first: {first}", failed.len(), failed.len() + done.len());
     }
     Ok(())
 }
 
-/// The pictures of the folder as latents, with their captions, and how many there are.
-fn lessons(args: &Args, model: &Sdxl, size: usize) -> Result<(Lessons, usize)> {
-    let mut pictures = Vec::new();
-    let mut captions = Vec::new();
-    for path in pictures_in(&args.pictures)? {
-        progress::check()?;
-        match Picture::open(&path) {
-            Ok(picture) => {
-                pictures.push(picture.square(size, Filter::Bicubic).to_tensor(&Device::Cpu)?);
-                captions.push(caption(args, &path)?);
+impl Options {
+    /// Puts what was given over `settings`.
+    fn apply(&self, settings: &mut Settings) {
+        fn set<T: Clone>(to: &mut T, from: &Option<T>) {
+            if let Some(value) = from {
+                *to = value.clone();
             }
-            Err(error) => progress::warn(format_args!("left out: {error:#}")),
+        }
+        let Settings { seed, lora, objective, pictures, training, samples } = settings;
+        set(seed, &self.seed);
+        set(&mut lora.rank, &self.rank);
+        lora.alpha = self.alpha.or(lora.alpha);
+        set(&mut lora.targets, &self.targets);
+        set(&mut lora.freeze_a, &self.freeze_a);
+        set(&mut lora.text_encoders, &self.text_encoders);
+        set(&mut objective.timesteps, &self.timesteps);
+        set(&mut objective.min_snr_gamma, &self.min_snr_gamma);
+        set(&mut objective.noise_offset, &self.noise_offset);
+        set(&mut objective.prior_weight, &self.prior_weight);
+        objective.class_prompt = self.class_prompt.clone().or(objective.class_prompt.take());
+        if self.class_pictures.is_some() && objective.class_pictures == 0 {
+            objective.class_pictures = 100;
+        }
+        set(&mut objective.class_pictures, &self.num_class_pictures);
+        set(&mut pictures.class_word, &self.class_word);
+        set(&mut pictures.trigger, &self.trigger);
+        set(&mut pictures.template, &self.template);
+        set(&mut pictures.resolution, &self.resolution);
+        set(&mut pictures.crop, &self.crop);
+        set(&mut pictures.flip, &self.flip);
+        set(&mut pictures.colour, &self.colour);
+        set(&mut training.steps, &self.steps);
+        set(&mut training.batch, &self.batch);
+        set(&mut training.accumulate, &self.accumulate);
+        set(&mut training.lr, &self.lr);
+        set(&mut training.text_encoder_lr, &self.text_encoder_lr);
+        set(&mut training.schedule, &self.lr_schedule);
+        set(&mut training.warmup, &self.warmup);
+        set(&mut training.weight_decay, &self.weight_decay);
+        set(&mut training.clip, &self.clip);
+        set(&mut training.ema, &self.ema);
+        set(&mut training.dtype, &self.dtype);
+        set(&mut training.loss_scale, &self.loss_scale);
+        set(&mut training.checkpoint_every, &self.checkpoint_every);
+        set(&mut samples.every, &self.sample_every);
+        if !self.sample_prompt.is_empty() {
+            samples.prompts = self.sample_prompt.clone();
         }
     }
-    if pictures.is_empty() {
-        return Err(Failure::unusable(&args.pictures, "there is no readable picture in it"));
-    }
-    if pictures.len() < 3 {
-        progress::warn(format_args!("only {} pictures: the LoRA will learn them by heart", pictures.len()));
-    }
-    let mut latents = Vec::new();
-    for picture in &pictures {
-        let (mean, _) = model.vae.encode(&picture.unsqueeze(0)?)?;
-        latents.push(model.vae.to_latents(&mean)?);
-    }
-    let latents = Tensor::cat(&latents, 0)?.unsqueeze(0)?; // (1, M, C, h, w)
-    let told: Vec<&str> = captions.iter().map(String::as_str).collect();
-    let captions = model.text.encode_prompts(&told)?;
-    ensure!(captions.context.dim(0)? == pictures.len(), "a caption for each picture");
-    Ok((Lessons { latents, captions, size }, pictures.len()))
-}
-
-/// The text beside a picture, or the template.
-fn caption(args: &Args, picture: &Path) -> Result<String> {
-    let path = picture.with_extension("txt");
-    if path.exists() {
-        let text = std::fs::read_to_string(&path)
-            .map_err(|error| Failure::unusable(&path, format!("{error}; captions are UTF-8")))?;
-        return Ok(text.trim().to_string());
-    }
-    let called = format!("{} {}", args.trigger, args.class_word);
-    Ok(format!("a photo of a {}", called.trim()))
 }

@@ -1,5 +1,6 @@
 //! The small world: procedural people with captions, made to train small models and to judge them.
 
+pub mod augment;
 mod captions;
 pub mod judge;
 mod people;

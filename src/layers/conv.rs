@@ -20,8 +20,8 @@ pub struct Conv2d {
     pub weight: Tensor,
     /// (out)
     pub bias: Option<Tensor>,
-    /// A LoRA applied at run time: y + scale · up(down(x)); `down` (R, in, k, k) looks where the weight looks, `up`
-    /// is a matrix (out, R), or (K, out, R) for K people.
+    /// A LoRA applied at run time: y + scale · up(down(x)); `down` (R, in, k, k), or (K, R, in, k, k) for K people,
+    /// looks where the weight looks, `up` is a matrix (out, R), or (K, out, R).
     pub adapter: Option<Adapter>,
     geometry: ConvGeometry,
 }
@@ -78,7 +78,14 @@ impl Module for Conv2d {
 
 impl Adapter {
     fn forward_conv(&self, x: &Tensor, geometry: ConvGeometry) -> Result<Tensor> {
-        let h = conv2d(x, &self.down, None, geometry)?;
+        let h = if self.down.rank() == 4 {
+            conv2d(x, &self.down, None, geometry)?
+        } else {
+            let people = self.down.dim(0)?;
+            let samples = x.dim(0)? / people;
+            let own = |k| conv2d(&x.narrow(0, k * samples, samples)?, &self.down.get(k)?, None, geometry);
+            Tensor::cat(&(0..people).map(own).collect::<Result<Vec<_>>>()?, 0)?
+        };
         let (b, rank, height, width) = h.dims4()?;
         if let Ok((out, _)) = self.up.dims2() {
             let up = self.up.reshape((out, rank, 1, 1))?;

@@ -80,9 +80,9 @@ impl Adapter {
         let h = if self.down.rank() == 2 {
             linear(&x, &self.down, None)? // one `down` shared by all
         } else {
-            x.matmul(&self.down.t()?)?
+            x.matmul(&super::like(&self.down, &x)?.t()?)?
         };
-        let y = h.matmul(&self.up.t()?)?;
+        let y = h.matmul(&super::like(&self.up, &h)?.t()?)?;
         if let Some(last) = shape.last_mut() {
             *last = self.up.dim(1)?;
         }

@@ -62,8 +62,14 @@ impl TextEncoders {
 
     /// The conditioning of each prompt; a prompt that is too long is cut at the end, as in diffusers.
     pub fn encode_prompts(&self, prompts: &[&str]) -> Result<TextConditioning> {
+        let (ids, ids_2) = self.tokens(prompts)?;
+        self.encode_ids(&ids, &ids_2)
+    }
+
+    /// The token numbers of each prompt by both tokenizers, (B, N) each.
+    pub fn tokens(&self, prompts: &[&str]) -> Result<(Tensor, Tensor)> {
         let ids = |tokenizer: &ClipTokenizer| tokenizer.encode_batch(prompts, self.encoder.device());
-        self.encode_ids(&ids(&self.tokenizer)?, &ids(&self.tokenizer_2)?)
+        Ok((ids(&self.tokenizer)?, ids(&self.tokenizer_2)?))
     }
 
     /// What stands for no text at all where a model wants zeros: as [`TextEncoders::encode_prompts`] of one prompt.

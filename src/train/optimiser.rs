@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::shards::Gradients;
 
 /// AdamW over named variables, with clipping of the gradient's norm.
+///
+/// A step without a gradient for a variable leaves that variable and its moments as they are.
 pub struct AdamW {
     options: AdamWOptions,
     slots: BTreeMap<String, Slot>,

@@ -13,7 +13,7 @@ use super::ema::Ema;
 use super::log::Log;
 use super::optimiser::{AdamW, AdamWOptions};
 use super::schedule::Schedule;
-use super::shards::{self, Loss};
+use super::shards::{self, Gradients, Loss};
 use crate::progress;
 
 /// How a network is trained, whatever it is.
@@ -91,46 +91,33 @@ pub fn run<S: Serialize>(
     mut after: impl FnMut(u64, &Ema) -> Result<()>,
 ) -> Result<(End, Ema)> {
     plan.samples_a_shard()?;
-    let mut optimiser = AdamW::new(vars.clone(), plan.optimiser.clone())?;
-    let mut ema = Ema::new(vars.clone(), plan.ema)?;
+    let mut state = State::new(vars.clone(), plan.optimiser.clone(), Some(plan.ema))?;
     let path = keeping.folder.join(format!("{}.checkpoint.safetensors", keeping.name));
-    let mut step = 0;
     if keeping.resume && path.exists() {
-        let saved = checkpoint::load(&path, settings)?;
-        set(vars, &saved.part("weights"))?;
-        optimiser.set_moments(&saved.part("moments"), saved.step)?;
-        ema.set(&saved.part("average"))?;
-        step = saved.step;
+        state.load(&path, settings)?;
     }
-    let save = |step: u64, optimiser: &AdamW, ema: &Ema| -> Result<()> {
-        let weights = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-        let parts =
-            [("weights", weights), ("moments", optimiser.moments()), ("average", ema.averages().clone())];
-        checkpoint::save(&path, step, settings, &parts)
-    };
 
-    let mut log = Log::open(&keeping.folder.join(format!("{}.jsonl", keeping.name)), step)?;
+    let mut log = Log::open(&keeping.folder.join(format!("{}.jsonl", keeping.name)), state.step)?;
     let bar = progress::bar(plan.steps, keeping.name);
-    bar.set_position(step);
+    bar.set_position(state.step);
     bar.reset_eta();
     let mut recent = Recent::default();
-    let (start, first) = (Instant::now(), step);
+    let (start, first) = (Instant::now(), state.step);
     let mut saved_at = Instant::now();
-    while step < plan.steps {
+    while state.step < plan.steps {
         if progress::interrupted() {
-            save(step, &optimiser, &ema)?;
+            state.save(&path, settings)?;
             progress::check()?;
         }
         if keeping.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            save(step, &optimiser, &ema)?;
+            state.save(&path, settings)?;
             bar.finish_and_clear();
-            return Ok((End::Paused { step }, ema));
+            return Ok((End::Paused { step: state.step }, state.into_ema()?));
         }
-        let rate = plan.rate.learning_rate(step, plan.steps);
-        let sum = shards::gradients(vars, plan.shards, |shard| loss(step, shard))?;
-        let norm = optimiser.step(&sum.gradients, rate)?;
-        step += 1;
-        ema.follow(step)?;
+        let rate = plan.rate.learning_rate(state.step, plan.steps);
+        let sum = shards::gradients(vars, plan.shards, |shard| loss(state.step, shard))?;
+        let norm = state.update(&sum.gradients, rate)?;
+        let step = state.step;
         recent.add(sum.loss, norm, &sum.parts);
         bar.inc(1);
         if step % REPORT == 0 || step == plan.steps {
@@ -141,15 +128,118 @@ pub fn run<S: Serialize>(
             log.write(step, &figures)?;
             recent = Recent::default();
         }
-        after(step, &ema)?;
+        after(step, state.ema.as_ref().context("this run keeps an average")?)?;
         if saved_at.elapsed() >= keeping.save_every {
-            save(step, &optimiser, &ema)?;
+            state.save(&path, settings)?;
             saved_at = Instant::now();
         }
     }
-    save(step, &optimiser, &ema)?;
+    state.save(&path, settings)?;
     bar.finish_and_clear();
-    Ok((End::Finished, ema))
+    Ok((End::Finished, state.into_ema()?))
+}
+
+/// The figure that counts the optimiser's steps where some were left out.
+const UPDATES: &str = "updates";
+
+/// What changes as a run goes on: weights, their moments and averages, and the number of steps.
+pub struct State {
+    vars: BTreeMap<String, Var>,
+    optimiser: AdamW,
+    ema: Option<Ema>,
+    /// Figures that a run keeps beside them, by name.
+    pub figures: BTreeMap<String, f64>,
+    /// Steps made.
+    pub step: u64,
+}
+
+impl State {
+    /// At the present values of `vars`; `ema` is the decay of their average, where one is kept.
+    pub fn new(vars: BTreeMap<String, Var>, options: AdamWOptions, ema: Option<f64>) -> Result<Self> {
+        let optimiser = AdamW::new(vars.clone(), options)?;
+        let ema = ema.map(|decay| Ema::new(vars.clone(), decay)).transpose()?;
+        Ok(Self { vars, optimiser, ema, figures: BTreeMap::new(), step: 0 })
+    }
+
+    /// The optimiser, to set rates of its own for some variables.
+    pub fn optimiser(&mut self) -> &mut AdamW {
+        &mut self.optimiser
+    }
+
+    /// The variables that train.
+    pub fn vars(&self) -> &BTreeMap<String, Var> {
+        &self.vars
+    }
+
+    /// Makes one step; gives the norm of the gradient before clipping.
+    ///
+    /// # Errors
+    /// A gradient that is not finite: nothing is changed then.
+    pub fn update(&mut self, gradients: &Gradients, rate: f64) -> Result<f64> {
+        let norm = self.optimiser.step(gradients, rate)?;
+        self.step += 1;
+        if let Some(ema) = &mut self.ema {
+            ema.follow(self.step)?;
+        }
+        Ok(norm)
+    }
+
+    /// Counts a step in which nothing was changed.
+    pub fn skip(&mut self) {
+        self.step += 1;
+    }
+
+    /// The averages of the variables, or their values where no average is kept.
+    pub fn result(&self) -> BTreeMap<String, Tensor> {
+        match &self.ema {
+            Some(ema) => ema.averages().clone(),
+            None => self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().detach())).collect(),
+        }
+    }
+
+    /// Writes it all to `path`; what was there stays until the new file is whole.
+    pub fn save<S: Serialize>(&self, path: &Path, settings: &S) -> Result<()> {
+        checkpoint::save(path, self.step, settings, &self.parts()?)
+    }
+
+    /// The groups of tensors that stand for it in a checkpoint.
+    fn parts(&self) -> Result<Vec<(&'static str, BTreeMap<String, Tensor>)>> {
+        let weights = self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        let mut parts = vec![("weights", weights), ("moments", self.optimiser.moments())];
+        parts.extend(self.ema.iter().map(|ema| ("average", ema.averages().clone())));
+        let mut figures = self.figures.clone();
+        if self.optimiser.steps() != self.step {
+            figures.insert(UPDATES.into(), self.optimiser.steps() as f64);
+        }
+        if !figures.is_empty() {
+            let figure = |(name, value)| Ok((name, Tensor::new(&[value], &candle_core::Device::Cpu)?));
+            parts.push(("figures", figures.into_iter().map(figure).collect::<Result<_>>()?));
+        }
+        Ok(parts)
+    }
+
+    /// Goes back to the state that [`State::save`] wrote with the same settings.
+    ///
+    /// # Errors
+    /// See [`checkpoint::load`]; a variable that is missing.
+    pub fn load<S: Serialize>(&mut self, path: &Path, settings: &S) -> Result<()> {
+        let saved = checkpoint::load(path, settings)?;
+        set(&self.vars, &saved.part("weights"))?;
+        for (name, value) in saved.part("figures") {
+            self.figures.insert(name, value.to_vec1::<f64>()?.into_iter().sum());
+        }
+        let updates = self.figures.remove(UPDATES).map_or(saved.step, |updates| updates as u64);
+        self.optimiser.set_moments(&saved.part("moments"), updates)?;
+        if let Some(ema) = &mut self.ema {
+            ema.set(&saved.part("average"))?;
+        }
+        self.step = saved.step;
+        Ok(())
+    }
+
+    fn into_ema(self) -> Result<Ema> {
+        self.ema.context("this run keeps an average")
+    }
 }
 
 /// Steps between lines of the log.
@@ -181,7 +271,9 @@ impl Recent {
 
 fn set(vars: &BTreeMap<String, Var>, values: &std::collections::HashMap<String, Tensor>) -> Result<()> {
     for (name, var) in vars {
-        var.set(values.get(name).with_context(|| format!("weight `{name}` is missing in the checkpoint"))?)?;
+        let value =
+            values.get(name).with_context(|| format!("weight `{name}` is missing in the checkpoint"))?;
+        var.set(&value.to_device(var.device())?)?;
     }
     Ok(())
 }

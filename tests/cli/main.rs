@@ -4,6 +4,7 @@ mod drawing;
 mod face;
 mod lora;
 mod models;
+mod train_lora;
 
 /// What a run of the program left behind.
 pub struct Run {

@@ -13,4 +13,5 @@ mod samplers;
 mod sdxl_parts;
 mod single_file;
 mod train;
+mod train_lora;
 mod unet;

@@ -2,13 +2,15 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device};
+use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 
 /// A number type for weights. Where the device is a CPU they are widened as they are used: half the memory, and the
 /// arithmetic of f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Precision {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(in crate::commands) enum Precision {
     F32,
     F16,
     Bf16,
@@ -25,7 +27,7 @@ impl From<Precision> for DType {
 }
 
 /// The device that `name` stands for.
-pub(super) fn device(name: &str) -> Result<Device> {
+pub(in crate::commands) fn device(name: &str) -> Result<Device> {
     let missing =
         |what: &str| Failure::Usage(format!("this build has no {what}; build it with --features {what}"));
     match name {

@@ -1,0 +1,351 @@
+//! `difflora train-lora` as a user meets it, on painted people with the built-in base.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use difflora::lora::file;
+use difflora::lora::keys::BlockLayout;
+use difflora::lora::change::{Changes, Form};
+use difflora::picture::Picture;
+use tempfile::TempDir;
+
+use crate::{difflora, difflora_with};
+
+/// Three people with three pictures each, painted once a test.
+struct World {
+    folder: TempDir,
+}
+
+impl World {
+    fn new(people: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let run = difflora(&[
+            "portraits", "--people", &people.to_string(), "--pictures", "3", "--seed", "7", "--size", "64", "--out",
+            text(&folder.path().join("people")),
+        ]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        Self { folder }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn person(&self, number: usize) -> PathBuf {
+        self.at(&format!("people/person-{number:04}"))
+    }
+
+    /// Trains person 1 into NAME.safetensors with a few cheap steps, and `more`.
+    fn train(&self, name: &str, more: &[&str]) -> crate::Run {
+        self.train_with(&[], name, more)
+    }
+
+    fn train_with(&self, environment: &[(&str, &str)], name: &str, more: &[&str]) -> crate::Run {
+        let (person, out) = (self.person(1), self.at(&format!("{name}.safetensors")));
+        let mut arguments = vec!["train-lora", text(&person), "--out", text(&out), "--rank", "1"];
+        for (option, value) in [("--steps", "3"), ("--batch", "1")] {
+            if !more.contains(&option) {
+                arguments.extend([option, value]);
+            }
+        }
+        arguments.extend(more);
+        difflora_with(environment, &arguments)
+    }
+
+    fn lora(&self, name: &str) -> Changes {
+        // The built-in base has three levels of one layer.
+        file::read_changes(&self.at(&format!("{name}.safetensors")), &BlockLayout::uniform(3, 1)).unwrap()
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The largest difference of two LoRAs' factors, as a part of the largest factor.
+fn apart(a: &Changes, b: &Changes) -> f32 {
+    assert_eq!(a.modules.keys().collect::<Vec<_>>(), b.modules.keys().collect::<Vec<_>>());
+    let values = |changes: &Changes| -> Vec<f32> {
+        let factors = changes.modules.values().map(|change| match &change.form {
+            Form::LowRank { down, up, .. } => [down, up].map(|x| x.flatten_all().unwrap().to_vec1().unwrap()).concat(),
+            _ => panic!("a LoRA has two factors"),
+        });
+        factors.flatten().collect()
+    };
+    let (a, b) = (values(a), values(b));
+    let largest = a.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    a.iter().zip(&b).fold(0f32, |far, (a, b)| far.max((a - b).abs())) / largest
+}
+
+/// Starts a training and sends `signal` once a checkpoint is there; gives the exit code, none for a kill.
+fn stop(world: &World, name: &str, options: &[&str], signal: &str) -> Option<i32> {
+    let checkpoint = world.at(&format!("{name}.training/lora.checkpoint.safetensors"));
+    let (person, out) = (world.person(1), world.at(&format!("{name}.safetensors")));
+    let mut child: Child = Command::new(env!("CARGO_BIN_EXE_difflora"))
+        .args(["train-lora", text(&person), "--out", text(&out), "--quiet"])
+        .args(options)
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    while !checkpoint.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no checkpoint appears");
+        assert!(child.try_wait().unwrap().is_none(), "the training ended before it could be stopped");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let status = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+    let status = child.wait().unwrap();
+    assert!(!out.exists(), "it was stopped before its end");
+    status.code()
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_was_stopped_and_goes_on_ends_in_the_same_bytes() {
+    let world = World::new(1);
+    let options = [
+        "--steps", "40", "--batch", "1", "--rank", "1", "--checkpoint-every", "3", "--flip", "--colour", "0.1",
+        "--accumulate", "2", "--clip", "1", "--ema", "0.9",
+    ];
+    let whole = world.train("whole", &options[..]);
+    assert_eq!(whole.code, 0, "{}", whole.stderr);
+    for (name, signal, code) in [("killed", "-KILL", None), ("interrupted", "-INT", Some(130))] {
+        assert_eq!(stop(&world, name, &options, signal), code);
+        let more = [&options[..], &["--resume"]].concat();
+        let run = world.train(name, &more);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        // The file's name stands in its metadata.
+        let read = |name: &str| fs::read(world.at(&format!("{name}.training/lora.checkpoint.safetensors"))).unwrap();
+        assert_eq!(tensor_bytes(&read(name)), tensor_bytes(&read("whole")), "{name}");
+        assert_eq!(apart(&world.lora(name), &world.lora("whole")), 0.0);
+    }
+}
+
+/// The bytes behind the header, whose order of entries may change.
+fn tensor_bytes(file: &[u8]) -> BTreeMap<String, Vec<u8>> {
+    let tensors = safetensors::SafeTensors::deserialize(file).unwrap();
+    tensors.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())).collect()
+}
+
+#[test]
+fn many_people_at_once_are_as_each_alone() {
+    let world = World::new(3);
+    let options = ["--steps", "4", "--batch", "2", "--rank", "2", "--seed", "5", "--clip", "0.5", "--ema", "0"];
+    let (people, out) = (world.at("people"), world.at("loras"));
+    let many = |more: &[&str]| {
+        let mut arguments = vec!["train-lora", "--many", text(&people), "--out", text(&out), "--json"];
+        arguments.extend(options);
+        arguments.extend(more);
+        difflora(&arguments)
+    };
+    // Two share a pass; the third takes the first seat that is free, in a pass of its own.
+    let run = many(&["--people-per-batch", "2"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    for number in 1..=3 {
+        let (pictures, alone) = (world.person(number), world.at("alone.safetensors"));
+        let mut arguments = vec!["train-lora", text(&pictures), "--out", text(&alone)];
+        arguments.extend(options);
+        assert_eq!(difflora(&arguments).code, 0);
+        let together = file::read_changes(
+            &out.join(format!("person-{number:04}.safetensors")),
+            &BlockLayout::uniform(3, 1),
+        );
+        let far = apart(&together.unwrap(), &world.lora("alone"));
+        assert!(far <= 1e-5, "person {number} is {far} apart");
+    }
+    // What is done is not done again, and groups in threads of their own give the same.
+    let first = out.join("person-0001.safetensors");
+    let before = fs::metadata(&first).unwrap().modified().unwrap();
+    fs::remove_file(out.join("person-0002.safetensors")).unwrap();
+    fs::remove_dir_all(out.join("person-0002.training")).unwrap();
+    let run = many(&["--people-per-batch", "1", "--groups", "2", "--resume"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert_eq!(fs::metadata(&first).unwrap().modified().unwrap(), before);
+    assert!(out.join("person-0002.safetensors").exists());
+}
+
+#[test]
+fn one_of_many_who_fails_does_not_stop_the_others() {
+    let world = World::new(2);
+    fs::write(world.person(1).join("0001.txt"), b"caf\xe9").unwrap();
+    let (people, out) = (world.at("people"), world.at("loras"));
+    let run = difflora(&[
+        "train-lora", "--many", text(&people), "--out", text(&out), "--steps", "1", "--batch", "1",
+    ]);
+    assert_eq!(run.code, 1);
+    assert!(run.stderr.contains("person-0001") && run.stderr.contains("UTF-8"), "{}", run.stderr);
+    assert!(out.join("person-0002.safetensors").exists());
+}
+
+#[test]
+fn settings_come_from_flag_environment_file_and_preset_in_this_order() {
+    let world = World::new(1);
+    let config = world.at("run.toml");
+    fs::write(&config, "seed = 3\n[training]\nlr = 1e-4\nwarmup = 1\n[lora]\ntargets = \"attn+ff\"").unwrap();
+    let environment = [("DIFFLORA_LR", "2e-4"), ("DIFFLORA_SEED", "4")];
+    let run = world.train_with(&environment, "one", &["--config", text(&config), "--seed", "5"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let written = fs::read_to_string(world.at("one.training/settings.toml")).unwrap();
+    let settings: toml::Table = toml::from_str(&written).unwrap();
+    assert_eq!(settings["seed"].as_integer(), Some(5));
+    assert_eq!(settings["training"]["lr"].as_float(), Some(2e-4));
+    assert_eq!(settings["training"]["warmup"].as_integer(), Some(1));
+    assert_eq!(settings["lora"]["targets"].as_str(), Some("attn-ff"));
+    assert_eq!(settings["pictures"]["class_word"].as_str(), Some("person"));
+    fs::write(&config, "[training]\nlearning_rate = 1e-4").unwrap();
+    let run = world.train("one", &["--config", text(&config)]);
+    assert_eq!(run.code, 4);
+    assert!(run.stderr.contains("learning_rate"), "{}", run.stderr);
+    // What was written is a configuration too.
+    let run = world.train("one", &["--config", text(&world.at("one.training/settings.toml"))]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+}
+
+#[test]
+fn a_state_of_other_settings_is_refused_with_what_differs() {
+    let world = World::new(1);
+    assert_eq!(world.train("one", &[]).code, 0);
+    fs::remove_file(world.person(1).join("0002.png")).unwrap();
+    let run = world.train("one", &["--resume", "--lr", "0.5"]);
+    assert_eq!(run.code, 2);
+    for words in ["training.lr: 0.003, now 0.5", "pictures.count: 3, now 2"] {
+        assert!(run.stderr.contains(words), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn bad_input_is_named() {
+    let world = World::new(1);
+    let person = world.person(1);
+    let empty = world.at("empty");
+    fs::create_dir(&empty).unwrap();
+    let out = world.at("bad.safetensors");
+    let run = difflora(&["train-lora", text(&empty), "--out", text(&out)]);
+    assert_eq!(run.code, 4);
+    assert!(run.stderr.contains("no picture in this folder"), "{}", run.stderr);
+    for (options, words) in [
+        (&["--rank", "64"][..], "rank 64 does not fit the layer"),
+        (&["--rank", "0"], "rank is 0"),
+        (&["--lr", "-1"], "lr must be above 0"),
+        (&["--config", "no-such-preset"], "presets are tiny, sdxl-dreambooth"),
+        (&["--num-class-pictures", "2"], "--class-pictures DIR"),
+        (&["--resolution", "63"], "multiples of"),
+    ] {
+        let mut arguments = vec!["train-lora", text(&person), "--out", text(&out), "--steps", "1"];
+        arguments.extend(options);
+        let run = difflora(&arguments);
+        assert_eq!(run.code, 2, "{}", run.stderr);
+        assert!(run.stderr.contains(words), "{}", run.stderr);
+    }
+    // A picture that cannot be read is named and left out; few pictures and missing faces are warned of.
+    fs::write(person.join("0001.png"), b"no picture").unwrap();
+    Picture::filled(64, 64, [90, 120, 90]).save(&person.join("0002.png"), None).unwrap();
+    let run = world.train("poor", &["--steps", "1"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    for words in ["0001.png", "only 2 pictures", "no face is found in 1 of 2 pictures"] {
+        assert!(run.stderr.contains(words), "{words}: {}", run.stderr);
+    }
+    fs::write(person.join("0003.txt"), b"caf\xe9").unwrap();
+    let run = world.train("bad", &[]);
+    assert_eq!(run.code, 4);
+    assert!(run.stderr.contains("0003.txt") && run.stderr.contains("byte 4 is not UTF-8"), "{}", run.stderr);
+}
+
+#[test]
+fn a_learning_rate_that_explodes_stops_with_advice_and_keeps_a_good_state() {
+    let world = World::new(1);
+    let run = world.train("hot", &["--steps", "200", "--lr", "30", "--checkpoint-every", "1"]);
+    assert_eq!(run.code, 1);
+    assert!(run.stderr.contains("try a tenth of it"), "{}", run.stderr);
+    assert!(!world.at("hot.safetensors").exists());
+}
+
+#[test]
+fn class_pictures_are_drawn_once_and_count() {
+    let world = World::new(1);
+    let class = world.at("class");
+    let options = ["--class-pictures", text(&class), "--num-class-pictures", "2"];
+    assert_eq!(world.train("with", &options).code, 0);
+    let drawn = class.join("class-00001.png");
+    let before = fs::read(&drawn).unwrap();
+    fs::remove_file(class.join("class-00002.png")).unwrap();
+    assert_eq!(world.train("again", &options).code, 0);
+    assert!(fs::read(&drawn).unwrap() == before && class.join("class-00002.png").exists());
+    assert_eq!(apart(&world.lora("with"), &world.lora("again")), 0.0);
+    assert_eq!(world.train("without", &[]).code, 0);
+    assert!(apart(&world.lora("with"), &world.lora("without")) > 1e-3);
+}
+
+#[test]
+fn text_encoders_and_convolutions_are_written_with_all_that_other_programs_read() {
+    let world = World::new(1);
+    let run = world.train(
+        "all",
+        &["--targets", "conv", "--text-encoders", "--trigger", "sks", "--sample-every", "2", "--freeze-a"],
+    );
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let lora = world.lora("all");
+    let kernels = |change: &difflora::lora::change::Change| matches!(&change.form, Form::LowRank { down, .. } if down.rank() == 4);
+    assert!(lora.modules["down_blocks.0.resnets.0.conv1"].kind() == "LoCon");
+    assert!(lora.modules.values().any(kernels));
+    for part in ["text_encoder.", "text_encoder_2."] {
+        assert!(lora.modules.keys().any(|path| path.starts_with(part)), "{part}");
+    }
+    for (key, value) in [
+        ("ss_network_module", "networks.lora"),
+        ("ss_network_dim", "1"),
+        ("ss_network_args", r#"{"conv_alpha":"1","conv_dim":"1"}"#),
+        ("ss_base_model_version", "sdxl_base_v1-0"),
+        ("ss_resolution", "(64, 64)"),
+        ("ss_num_epochs", "1"),
+        ("ss_num_train_images", "3"),
+        ("ss_tag_frequency", ""),
+        ("modelspec.trigger_phrase", "sks person"),
+        ("difflora.down", "frozen"),
+        ("difflora.down_seed", "0"),
+    ] {
+        let found = lora.metadata.get(key).unwrap_or_else(|| panic!("{key} is missing"));
+        assert!(value.is_empty() || found == value, "{key} is {found}");
+    }
+    let sheet = Picture::open(&world.at("all.training/samples/step-000002.png")).unwrap();
+    assert!(sheet.width > 4 * 64 && sheet.height > 64);
+    let picture = world.at("drawn.png");
+    let file = world.at("all.safetensors");
+    let run = difflora(&[
+        "gen", "--prompt", "a photo of a person", "--lora", text(&file), "--steps", "2", "--out", text(&picture),
+    ]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    // With the same seed another person's frozen `down`s are the same.
+    assert_eq!(world.train("other", &["--targets", "attn", "--freeze-a", "--template", "a {} there"]).code, 0);
+    let other = world.lora("other");
+    let down = |changes: &Changes, path: &str| match &changes.modules[path].form {
+        Form::LowRank { down, .. } => down.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+        _ => panic!("a LoRA has two factors"),
+    };
+    for path in other.modules.keys() {
+        assert_eq!(down(&other, path), down(&lora, path), "{path}");
+    }
+}
+
+#[test]
+fn pictures_of_any_proportions_are_trained_on() {
+    let world = World::new(1);
+    let person = world.person(1);
+    let picture = Picture::open(&person.join("0001.png")).unwrap();
+    picture.crop(0, 8, 64, 48).save(&person.join("0001.png"), None).unwrap();
+    picture.crop(10, 0, 44, 64).save(&person.join("0002.png"), None).unwrap();
+    for (name, options) in [
+        ("buckets", &["--crop", "buckets", "--flip"][..]),
+        ("random", &["--crop", "random", "--flip", "--colour", "0.2"]),
+        ("center", &["--crop", "center", "--dtype", "f16", "--loss-scale", "64"]),
+        ("offset", &["--noise-offset", "0.1", "--timesteps", "uniform", "--min-snr-gamma", "5"]),
+    ] {
+        let run = world.train(name, &[options, &["--batch", "2", "--steps", "4"]].concat());
+        assert_eq!(run.code, 0, "{name}: {}", run.stderr);
+    }
+    let buckets = &world.lora("buckets").metadata["ss_bucket_info"];
+    assert!(buckets.contains("[72,56]") || buckets.contains("[76,52]"), "{buckets}");
+}
