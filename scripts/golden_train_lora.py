@@ -85,7 +85,8 @@ tensors, settings = {}, {}
 for part, model in models().items():
     for name, value in model.named_parameters():
         tensors[f"{part}.{name}"] = value.half()
-    settings[part] = model.config.to_dict() if part != "unet" else json.loads(model.to_json_string())
+    config = json.loads(model.to_json_string()) if part == "unet" else model.config.to_dict()
+    settings[part] = config if part == "unet" else config | {"architectures": [type(model).__name__]}
 
 generator = torch.Generator().manual_seed(4)
 normal = lambda *shape: torch.randn(*shape, generator=generator)

@@ -60,3 +60,25 @@ pub fn folder_of(path: &Path) -> &Path {
         _ => Path::new("."),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Error, ErrorKind};
+
+    use super::*;
+
+    #[test]
+    fn a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        write_whole(&path, b"old").unwrap();
+        let full = write_whole_by(&path, |file| {
+            file.write_all(b"half of the n")?;
+            Err(Error::new(ErrorKind::StorageFull, "no space left on device"))
+        });
+        let error = format!("{:#}", full.unwrap_err());
+        assert!(error.contains("state") && error.contains("no space left"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

@@ -26,6 +26,7 @@ use super::{r#gen, models};
 use crate::cli::Common;
 use crate::failure::Failure;
 use crate::identity::FaceEncoder;
+use crate::picture::pictures_in;
 use crate::sdxl::pipeline::Sdxl;
 use crate::sdxl::unet::UNetConfig;
 use crate::train::schedule::Decay;
@@ -96,14 +97,17 @@ struct Options {
     #[arg(long, value_enum, env = "DIFFLORA_TARGETS")]
     targets: Option<Targets>,
     /// Train `up` alone and leave `down` as the seed draws it, so that LoRAs of one seed can be compared.
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "DIFFLORA_FREEZE_A")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FREEZE_A")]
     freeze_a: Option<bool>,
     /// Train LoRAs of both text encoders too.
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "DIFFLORA_TEXT_ENCODERS")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_TEXT_ENCODERS")]
     text_encoders: Option<bool>,
     /// Steps of the optimiser.
     #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
     steps: Option<u64>,
+    /// Steps for each picture of a person, instead of the same number for all.
+    #[arg(long, value_name = "N", env = "DIFFLORA_STEPS_PER_PICTURE")]
+    steps_per_picture: Option<u64>,
     /// Samples of a forward pass.
     #[arg(long, value_name = "N", env = "DIFFLORA_BATCH")]
     batch: Option<usize>,
@@ -138,7 +142,7 @@ struct Options {
     #[arg(long, value_enum, env = "DIFFLORA_CROP")]
     crop: Option<Crop>,
     /// Mirror each picture every other time, at random.
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "DIFFLORA_FLIP")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FLIP")]
     flip: Option<bool>,
     /// Change brightness, contrast and saturation by up to this part.
     #[arg(long, value_name = "F", env = "DIFFLORA_COLOUR")]
@@ -254,6 +258,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         None => None,
     };
 
+    let weight_norm = adapters::weight_norm(&networks, &sites)?;
     let half = networks.unet.compute_dtype() == DType::F16;
     let room = Room {
         networks,
@@ -265,6 +270,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         sample_words,
         sites,
         downs,
+        weight_norm,
         layout: models::block_layout(&base_files)?,
         base,
         device,
@@ -274,8 +280,11 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         alone,
         settings,
     };
-    let count = people.len() as u64;
-    let bar = progress::bar(count * room.settings.training.steps, if alone { "lora" } else { "people" });
+    let mut steps = 0;
+    for person in &people {
+        steps += room.settings.steps(pictures_in(&person.pictures)?.len());
+    }
+    let bar = progress::bar(steps, "lora");
     let queue = Queue::new(VecDeque::from(people), encoders, FaceEncoder::builtin()?);
     let seats = if alone { 1 } else { args.people_per_batch as usize };
     let groups = if alone { 1 } else { args.groups as usize };
@@ -376,6 +385,7 @@ impl Options {
         set(&mut pictures.flip, &self.flip);
         set(&mut pictures.colour, &self.colour);
         set(&mut training.steps, &self.steps);
+        set(&mut training.steps_per_picture, &self.steps_per_picture);
         set(&mut training.batch, &self.batch);
         set(&mut training.accumulate, &self.accumulate);
         set(&mut training.lr, &self.lr);

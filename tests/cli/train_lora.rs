@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use difflora::lora::change::{Changes, Form};
 use difflora::lora::file;
 use difflora::lora::keys::BlockLayout;
-use difflora::lora::change::{Changes, Form};
 use difflora::picture::Picture;
 use tempfile::TempDir;
 
@@ -23,7 +23,16 @@ impl World {
     fn new(people: usize) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let run = difflora(&[
-            "portraits", "--people", &people.to_string(), "--pictures", "3", "--seed", "7", "--size", "64", "--out",
+            "portraits",
+            "--people",
+            &people.to_string(),
+            "--pictures",
+            "3",
+            "--seed",
+            "7",
+            "--size",
+            "64",
+            "--out",
             text(&folder.path().join("people")),
         ]);
         assert_eq!(run.code, 0, "{}", run.stderr);
@@ -45,8 +54,8 @@ impl World {
 
     fn train_with(&self, environment: &[(&str, &str)], name: &str, more: &[&str]) -> crate::Run {
         let (person, out) = (self.person(1), self.at(&format!("{name}.safetensors")));
-        let mut arguments = vec!["train-lora", text(&person), "--out", text(&out), "--rank", "1"];
-        for (option, value) in [("--steps", "3"), ("--batch", "1")] {
+        let mut arguments = vec!["train-lora", text(&person), "--out", text(&out)];
+        for (option, value) in [("--steps", "3"), ("--batch", "1"), ("--rank", "1")] {
             if !more.contains(&option) {
                 arguments.extend([option, value]);
             }
@@ -70,7 +79,9 @@ fn apart(a: &Changes, b: &Changes) -> f32 {
     assert_eq!(a.modules.keys().collect::<Vec<_>>(), b.modules.keys().collect::<Vec<_>>());
     let values = |changes: &Changes| -> Vec<f32> {
         let factors = changes.modules.values().map(|change| match &change.form {
-            Form::LowRank { down, up, .. } => [down, up].map(|x| x.flatten_all().unwrap().to_vec1().unwrap()).concat(),
+            Form::LowRank { down, up, .. } => {
+                [down, up].map(|x| x.flatten_all().unwrap().to_vec1().unwrap()).concat()
+            }
             _ => panic!("a LoRA has two factors"),
         });
         factors.flatten().collect()
@@ -107,8 +118,23 @@ fn stop(world: &World, name: &str, options: &[&str], signal: &str) -> Option<i32
 fn a_run_that_was_stopped_and_goes_on_ends_in_the_same_bytes() {
     let world = World::new(1);
     let options = [
-        "--steps", "40", "--batch", "1", "--rank", "1", "--checkpoint-every", "3", "--flip", "--colour", "0.1",
-        "--accumulate", "2", "--clip", "1", "--ema", "0.9",
+        "--steps",
+        "40",
+        "--batch",
+        "1",
+        "--rank",
+        "1",
+        "--checkpoint-every",
+        "3",
+        "--flip",
+        "--colour",
+        "0.1",
+        "--accumulate",
+        "2",
+        "--clip",
+        "1",
+        "--ema",
+        "0.9",
     ];
     let whole = world.train("whole", &options[..]);
     assert_eq!(whole.code, 0, "{}", whole.stderr);
@@ -118,10 +144,36 @@ fn a_run_that_was_stopped_and_goes_on_ends_in_the_same_bytes() {
         let run = world.train(name, &more);
         assert_eq!(run.code, 0, "{}", run.stderr);
         // The file's name stands in its metadata.
-        let read = |name: &str| fs::read(world.at(&format!("{name}.training/lora.checkpoint.safetensors"))).unwrap();
+        let read =
+            |name: &str| fs::read(world.at(&format!("{name}.training/lora.checkpoint.safetensors"))).unwrap();
         assert_eq!(tensor_bytes(&read(name)), tensor_bytes(&read("whole")), "{name}");
         assert_eq!(apart(&world.lora(name), &world.lora("whole")), 0.0);
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_the_old_checkpoint_and_does_not_end_the_run() {
+    let world = World::new(1);
+    let options = ["--steps", "40", "--batch", "1", "--rank", "4", "--checkpoint-every", "3"];
+    assert_eq!(stop(&world, "full", &options, "-KILL"), None);
+    let checkpoint = world.at("full.training/lora.checkpoint.safetensors");
+    let before = fs::read(&checkpoint).unwrap();
+    // Files may grow to half a checkpoint: a LoRA fits, a state does not. The signal is ignored, so that writing fails.
+    let blocks = before.len() / 1024 / 2;
+    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\"");
+    let (person, out) = (world.person(1), world.at("full.safetensors"));
+    let output = Command::new("bash")
+        .args(["-c", &script, "bash", env!("CARGO_BIN_EXE_difflora")])
+        .args(["train-lora", text(&person), "--out", text(&out), "--resume"])
+        .args(options)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("the checkpoint before it is kept"), "{stderr}");
+    assert!(fs::read(&checkpoint).unwrap() == before && out.exists());
+    assert_eq!(world.train("full", &[&options[..], &["--resume"]].concat()).code, 0);
 }
 
 /// The bytes behind the header, whose order of entries may change.
@@ -133,7 +185,26 @@ fn tensor_bytes(file: &[u8]) -> BTreeMap<String, Vec<u8>> {
 #[test]
 fn many_people_at_once_are_as_each_alone() {
     let world = World::new(3);
-    let options = ["--steps", "4", "--batch", "2", "--rank", "2", "--seed", "5", "--clip", "0.5", "--ema", "0"];
+    // Adam divides a gradient by its own size. Where it should be zero and is a rounding error, that would make a whole
+    // step of it, in one direction alone and in another together; an ε above such errors keeps them small.
+    let config = world.at("run.toml");
+    fs::write(&config, "[training]\neps = 1e-6").unwrap();
+    let options = [
+        "--config",
+        text(&config),
+        "--steps",
+        "4",
+        "--batch",
+        "2",
+        "--rank",
+        "2",
+        "--seed",
+        "5",
+        "--clip",
+        "0.5",
+        "--ema",
+        "0",
+    ];
     let (people, out) = (world.at("people"), world.at("loras"));
     let many = |more: &[&str]| {
         let mut arguments = vec!["train-lora", "--many", text(&people), "--out", text(&out), "--json"];
@@ -168,16 +239,29 @@ fn many_people_at_once_are_as_each_alone() {
 }
 
 #[test]
-fn one_of_many_who_fails_does_not_stop_the_others() {
-    let world = World::new(2);
+fn who_fails_does_not_stop_the_others_and_everybody_has_steps_of_its_own() {
+    let world = World::new(3);
     fs::write(world.person(1).join("0001.txt"), b"caf\xe9").unwrap();
+    fs::remove_file(world.person(3).join("0003.png")).unwrap();
     let (people, out) = (world.at("people"), world.at("loras"));
     let run = difflora(&[
-        "train-lora", "--many", text(&people), "--out", text(&out), "--steps", "1", "--batch", "1",
+        "train-lora",
+        "--many",
+        text(&people),
+        "--out",
+        text(&out),
+        "--steps-per-picture",
+        "2",
+        "--batch",
+        "1",
     ]);
     assert_eq!(run.code, 1);
     assert!(run.stderr.contains("person-0001") && run.stderr.contains("UTF-8"), "{}", run.stderr);
-    assert!(out.join("person-0002.safetensors").exists());
+    for (person, steps) in [("person-0002", "6"), ("person-0003", "4")] {
+        let lora =
+            file::read_changes(&out.join(format!("{person}.safetensors")), &BlockLayout::uniform(3, 1));
+        assert_eq!(lora.unwrap().metadata["ss_steps"], steps);
+    }
 }
 
 #[test]
@@ -227,9 +311,9 @@ fn bad_input_is_named() {
     assert_eq!(run.code, 4);
     assert!(run.stderr.contains("no picture in this folder"), "{}", run.stderr);
     for (options, words) in [
-        (&["--rank", "64"][..], "rank 64 does not fit the layer"),
+        (&["--rank", "100"][..], "rank 100 does not fit the layer"),
         (&["--rank", "0"], "rank is 0"),
-        (&["--lr", "-1"], "lr must be above 0"),
+        (&["--lr=-1"], "lr must be above 0"),
         (&["--config", "no-such-preset"], "presets are tiny, sdxl-dreambooth"),
         (&["--num-class-pictures", "2"], "--class-pictures DIR"),
         (&["--resolution", "63"], "multiples of"),
@@ -245,7 +329,7 @@ fn bad_input_is_named() {
     Picture::filled(64, 64, [90, 120, 90]).save(&person.join("0002.png"), None).unwrap();
     let run = world.train("poor", &["--steps", "1"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    for words in ["0001.png", "only 2 pictures", "no face is found in 1 of 2 pictures"] {
+    for words in ["0001.png", "only 2 pictures", "no face is found in"] {
         assert!(run.stderr.contains(words), "{words}: {}", run.stderr);
     }
     fs::write(person.join("0003.txt"), b"caf\xe9").unwrap();
@@ -257,10 +341,20 @@ fn bad_input_is_named() {
 #[test]
 fn a_learning_rate_that_explodes_stops_with_advice_and_keeps_a_good_state() {
     let world = World::new(1);
-    let run = world.train("hot", &["--steps", "200", "--lr", "30", "--checkpoint-every", "1"]);
+    let options = ["--steps", "200", "--lr", "50", "--warmup", "200", "--checkpoint-every", "1"];
+    let run = world.train("hot", &options);
     assert_eq!(run.code, 1);
-    assert!(run.stderr.contains("try a tenth of it"), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("times the weights") && run.stderr.contains("try a tenth of it"),
+        "{}",
+        run.stderr
+    );
     assert!(!world.at("hot.safetensors").exists());
+    // The state before is there and is taken up; it runs away again.
+    assert!(run.stderr.contains("the last good state is kept in"), "{}", run.stderr);
+    let again = world.train("hot", &[&options[..], &["--resume"]].concat());
+    assert_eq!(again.code, 1);
+    assert_eq!(again.stderr, run.stderr);
 }
 
 #[test]
@@ -315,11 +409,22 @@ fn text_encoders_and_convolutions_are_written_with_all_that_other_programs_read(
     let picture = world.at("drawn.png");
     let file = world.at("all.safetensors");
     let run = difflora(&[
-        "gen", "--prompt", "a photo of a person", "--lora", text(&file), "--steps", "2", "--out", text(&picture),
+        "gen",
+        "--prompt",
+        "a photo of a person",
+        "--lora",
+        text(&file),
+        "--steps",
+        "2",
+        "--out",
+        text(&picture),
     ]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     // With the same seed another person's frozen `down`s are the same.
-    assert_eq!(world.train("other", &["--targets", "attn", "--freeze-a", "--template", "a {} there"]).code, 0);
+    assert_eq!(
+        world.train("other", &["--targets", "attn", "--freeze-a", "--template", "a {} there"]).code,
+        0
+    );
     let other = world.lora("other");
     let down = |changes: &Changes, path: &str| match &changes.modules[path].form {
         Form::LowRank { down, .. } => down.flatten_all().unwrap().to_vec1::<f32>().unwrap(),

@@ -20,8 +20,8 @@ use serde_json::Value;
 
 use crate::golden::{Golden, assert_close};
 
-/// 1e-4 of the largest value of each tensor, the aim; measured: 2e-6 for gradients, 2e-5 after ten steps of Adam, which
-/// divides small gradients by their own size.
+/// 1e-4 of the largest value of each tensor, or of a loss. After ten steps the LoRA has ten times as much room: Adam divides
+/// gradients by their own size, so that the rounding of small ones counts as much as that of large ones.
 const TOLERANCE: f64 = 1e-4;
 
 fn networks(golden: &Golden, text: bool) -> (Networks, TextEncoders) {
@@ -67,10 +67,12 @@ fn train(golden: &Golden, case: &str, people: usize) -> (BTreeMap<String, Tensor
         state.optimiser().scale_rate("down.text_encoder", 0.2);
         states.push(state);
     }
-    let velocity = options["prediction"] == "v_prediction";
-    let scheduler =
-        if velocity { r#"{"prediction_type": "v_prediction"}"# } else { r#"{"prediction_type": "epsilon"}"# };
-    let schedule = NoiseSchedule::new(&SchedulerConfig::from_json(scheduler).unwrap()).unwrap();
+    let prediction = options["prediction"].as_str().unwrap_or("epsilon");
+    let scheduler = serde_json::json!({
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+        "prediction_type": prediction,
+    });
+    let schedule = NoiseSchedule::new(&SchedulerConfig::from_json(&scheduler.to_string()).unwrap()).unwrap();
     let objective = Objective {
         min_snr_gamma: options["gamma"].as_f64().unwrap_or(0.0),
         prior_weight: options["prior"].as_f64().unwrap_or(1.0),
@@ -125,7 +127,10 @@ fn check(case: &str, people: usize) {
     assert!(reached.is_empty() && !theirs.is_empty(), "{case}: no gradient reaches {reached:?}");
     for (name, ours) in &gradients {
         match theirs.get(name) {
-            Some(theirs) => assert_close(ours, theirs, TOLERANCE, &format!("{case}: gradient of {name}")),
+            Some(theirs) => {
+                let ours = ours.reshape(theirs.shape()).unwrap(); // `up` of a convolution is a matrix here
+                assert_close(&ours, theirs, TOLERANCE, &format!("{case}: gradient of {name}"));
+            }
             None => panic!("{case}: peft has no gradient for {name}"),
         }
     }

@@ -1,6 +1,6 @@
 //! Which layers get a LoRA, its factors as variables, and the factors of several people beside one frozen model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
@@ -145,6 +145,22 @@ pub fn sites(networks: &Networks, targets: Targets, rank: usize) -> Result<Vec<S
     Ok(sites)
 }
 
+/// Length of the weights of all `sites` together.
+pub fn weight_norm(networks: &Networks, sites: &[Site]) -> Result<f64> {
+    let paths: BTreeSet<&str> = sites.iter().map(|site| site.path.as_str()).collect();
+    let mut squares = Ok(0.0);
+    networks.clone().visit_layers(&mut |path, layer| {
+        if let (true, Ok(sum)) = (paths.contains(path), &mut squares) {
+            let square = || layer.weight().to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>();
+            match square() {
+                Ok(square) => *sum += f64::from(square),
+                Err(error) => squares = Err(error),
+            }
+        }
+    });
+    Ok(squares?.sqrt())
+}
+
 impl Site {
     /// A random `down` (R, in) or (R, in, k, k), U(−1/√n, 1/√n) over the n inputs of a value, as kohya's and peft's
     /// initialisation. It depends on the seed and the path alone, so that all people of a seed start alike.
@@ -236,6 +252,19 @@ impl Student {
             vars: BTreeMap::new(),
             ..*self
         }
+    }
+
+    /// Length of ΔW of all layers together: √Σ ‖alpha / R · B·A‖².
+    pub fn delta_norm(&self) -> Result<f64> {
+        let scale = self.alpha / self.rank as f64;
+        let mut squares = 0.0;
+        for (path, up) in &self.ups {
+            let (down, up) = (self.downs[path].detach().flatten_from(1)?, up.detach());
+            // ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ), both (R, R).
+            let product = (up.t()?.matmul(&up)? * down.matmul(&down.t()?)?)?;
+            squares += f64::from(product.sum_all()?.to_scalar::<f32>()?) * scale * scale;
+        }
+        Ok(squares.max(0.0).sqrt())
     }
 
     /// The LoRA file that it stands for, with its present values, on the CPU.

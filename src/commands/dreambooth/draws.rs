@@ -57,7 +57,7 @@ pub fn in_turn_by_group(seed: u64, pass: u64, batch: usize, groups: &[usize]) ->
     let (round, place) = (pass / passes as u64, pass % passes as u64);
     let mut all = Vec::new();
     for (number, group) in members.iter().enumerate() {
-        let order = order(seed ^ (number as u64 + 1) << 32, round, group.len());
+        let order = order(seed ^ ((number as u64 + 1) << 32), round, group.len());
         for first in (0..group.len()).step_by(batch) {
             all.push((first..first + batch).map(|i| group[order[i % group.len()]]).collect::<Vec<_>>());
         }

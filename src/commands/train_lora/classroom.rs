@@ -47,6 +47,8 @@ pub struct Room {
     pub sites: Vec<Site>,
     /// `down` of each at the start.
     pub downs: Downs,
+    /// Length of the weights of these layers.
+    pub weight_norm: f64,
     /// For the spelling of layers in files.
     pub layout: BlockLayout,
     /// The base.
@@ -130,7 +132,10 @@ impl Room {
             {
                 let name = person.name.clone();
                 match self.seat(person, &encoders.0, &encoders.1, queue) {
-                    Ok(learner) => learners.extend(learner),
+                    Ok(learner) => {
+                        bar.inc(learner.as_ref().map_or(0, Learner::step));
+                        learners.extend(learner);
+                    }
                     Err(error) => self.give_up(&name, error, queue)?,
                 }
                 bar.reset_eta();
@@ -142,9 +147,7 @@ impl Room {
                 learners.iter().try_for_each(Learner::save)?;
                 progress::check()?;
             }
-            let steps = self.settings.training.steps;
-            let unfinished = learners.iter().filter(|learner| learner.step() < steps).count();
-            if unfinished == learners.len() {
+            if !learners.iter().any(Learner::is_done) {
                 let outcomes = self.step(&mut learners)?;
                 bar.inc(outcomes.len() as u64);
                 let mut still = Vec::new();
@@ -158,7 +161,7 @@ impl Room {
                 let loss = learners.iter().map(Learner::loss).sum::<f64>() / learners.len().max(1) as f64;
                 bar.set_message(format!("loss {loss:.4}"));
             }
-            let (done, still): (Vec<_>, Vec<_>) = learners.into_iter().partition(|one| one.step() >= steps);
+            let (done, still): (Vec<_>, Vec<_>) = learners.into_iter().partition(Learner::is_done);
             learners = still;
             for learner in done {
                 self.write(&learner)?;
@@ -197,7 +200,7 @@ impl Room {
             person.out,
             person.folder,
             lessons,
-            (&self.sites, &self.downs),
+            (&self.sites, &self.downs, self.weight_norm),
             settings,
             stamp,
             self.resume,
@@ -270,7 +273,13 @@ impl Room {
         let mut changes = learner.result().changes()?;
         changes.metadata = metadata::of(self, learner);
         file::write_changes(&learner.out, &changes, Format::Kohya, &self.layout)?;
-        learner.save().context("the LoRA is written, but not its state")
+        if let Err(error) = learner.save() {
+            progress::warn(format_args!(
+                "{}: the LoRA is written, but not its state: {error:#}",
+                learner.name
+            ));
+        }
+        Ok(())
     }
 
     /// The stamp of a learner's settings, for the LoRA's metadata.

@@ -38,7 +38,17 @@ pub struct Learner {
     /// Sums since the last line of the log: loss, norm of the gradient, steps.
     recent: [f64; 3],
     scaled: Option<ScaleRule>,
+    /// Length of the weights beside which it trains.
+    weight_norm: f64,
+    /// Steps from the first to the last.
+    pub steps: u64,
 }
+
+/// A LoRA so many times as heavy as the weights that it changes has destroyed them: usual ones stay below 1.
+const TOO_HEAVY: f64 = 3.0;
+
+/// Steps between looks at the LoRA's weight.
+const WEIGH: u64 = 10;
 
 /// Steps between lines of the log.
 const REPORT: u64 = 20;
@@ -58,7 +68,7 @@ impl Learner {
         out: PathBuf,
         folder: PathBuf,
         lessons: Lessons,
-        (sites, downs): (&[Site], &Downs),
+        (sites, downs, weight_norm): (&[Site], &Downs, f64),
         settings: &Settings,
         stamp: Value,
         resume: bool,
@@ -92,12 +102,33 @@ impl Learner {
         }
         let log = Log::open(&folder.join("lora.jsonl"), state.step)?;
         let health = Health::default();
-        Ok(Self { name, out, folder, lessons, student, state, stamp, log, health, recent: [0.0; 3], scaled })
+        let recent = [0.0; 3];
+        let steps = settings.steps(lessons.len());
+        Ok(Self {
+            name,
+            out,
+            folder,
+            lessons,
+            student,
+            state,
+            stamp,
+            log,
+            health,
+            recent,
+            scaled,
+            weight_norm,
+            steps,
+        })
     }
 
     /// Steps made.
     pub fn step(&self) -> u64 {
         self.state.step
+    }
+
+    /// Whether all steps are made.
+    pub fn is_done(&self) -> bool {
+        self.state.step >= self.steps
     }
 
     /// The mean loss of the last steps.
@@ -153,8 +184,8 @@ impl Learner {
     /// Makes a step with the gradients of the scaled loss.
     ///
     /// # Errors
-    /// A loss or a gradient that is not finite, and a loss that runs away: the LoRA is then what it was before, and the
-    /// last checkpoint is left alone.
+    /// A loss or a gradient that is not finite, a loss that runs away, a LoRA that grows beyond measure: the last
+    /// checkpoint is left alone then.
     pub fn learn(&mut self, mut gradients: Gradients, loss: f64, settings: &Settings) -> Result<()> {
         let scale = self.scale();
         if scale != 1.0 {
@@ -162,7 +193,7 @@ impl Learner {
                 *gradient = (gradient.to_dtype(DType::F32)? / scale)?;
             }
         }
-        let rate = settings.rate().learning_rate(self.state.step, settings.training.steps);
+        let rate = settings.rate().learning_rate(self.state.step, self.steps);
         if !loss.is_finite() {
             return self.stop("the loss is NaN or infinite", settings);
         }
@@ -192,13 +223,20 @@ impl Learner {
         }
         let step = self.state.step;
         self.recent = [self.recent[0] + loss, self.recent[1] + norm, self.recent[2] + 1.0];
-        if step.is_multiple_of(REPORT) || step == settings.training.steps {
+        if step.is_multiple_of(REPORT) || step == self.steps {
             let [loss, norm, count] = self.recent;
             let figures = [("rate", rate), ("loss", loss / count), ("gradient_norm", norm / count)];
             self.log.write(step, &figures)?;
             self.recent = [0.0; 3];
         }
-        if step.is_multiple_of(settings.training.checkpoint_every) && self.health.is_good() {
+        let keep = step.is_multiple_of(settings.training.checkpoint_every);
+        if keep || step.is_multiple_of(WEIGH) {
+            let times = self.student.delta_norm()? / self.weight_norm;
+            if !times.is_finite() || times > TOO_HEAVY {
+                return self.stop(&format!("the LoRA has grown to {times:.1} times the weights"), settings);
+            }
+        }
+        if keep && self.health.is_good() {
             // A full disk is no reason to lose the run: the old checkpoint is whole, and the next may fit.
             if let Err(error) = self.save() {
                 progress::warn(format_args!("{}: {error:#}; the checkpoint before it is kept", self.name));
@@ -213,9 +251,9 @@ impl Learner {
             _ => "there is no checkpoint yet".to_string(),
         };
         bail!(
-            "{}: {what} in step {}; the learning rate {:e} may be too high, try a tenth of it{}; {kept}",
+            "{}: {what} after {} steps; the learning rate {:e} may be too high, try a tenth of it{}; {kept}",
             self.name,
-            self.state.step + 1,
+            self.state.step,
             settings.training.lr,
             if settings.training.clip == 0.0 { " or --clip 1" } else { "" }
         )

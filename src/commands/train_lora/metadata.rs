@@ -33,7 +33,7 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
     let or_none = |value: f64| if value == 0.0 { "None".to_string() } else { value.to_string() };
     let images = learner.lessons.len();
     let batches = images.div_ceil(training.batch).max(1) as u64;
-    let epochs = (training.steps * training.accumulate).div_ceil(batches);
+    let epochs = (learner.steps * training.accumulate).div_ceil(batches);
     let arguments = match lora.targets {
         Targets::Conv => {
             json!({ "conv_dim": lora.rank.to_string(), "conv_alpha": settings.alpha().to_string() })
@@ -74,7 +74,7 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
         ),
         ("ss_lr_scheduler", json!(training.schedule).as_str().unwrap_or_default().to_string()),
         ("ss_lr_warmup_steps", training.warmup.to_string()),
-        ("ss_max_train_steps", training.steps.to_string()),
+        ("ss_max_train_steps", learner.steps.to_string()),
         ("ss_steps", learner.step().to_string()),
         ("ss_num_epochs", epochs.to_string()),
         ("ss_epoch", epochs.to_string()),

@@ -134,6 +134,8 @@ pub enum ToldSizes {
 pub struct Training {
     /// Steps of the optimiser.
     pub steps: u64,
+    /// Where it is not 0, each person has so many steps for each of the person's pictures instead.
+    pub steps_per_picture: u64,
     /// Samples of a forward pass.
     pub batch: usize,
     /// Forward passes of a step.
@@ -266,6 +268,14 @@ impl Settings {
         let mut whole: toml::Table = toml::from_str(below)?;
         lay_over(&mut whole, file);
         whole.try_into().map_err(|error| Failure::unusable(path, error))
+    }
+
+    /// Steps for somebody with so many pictures.
+    pub fn steps(&self, pictures: usize) -> u64 {
+        match self.training.steps_per_picture {
+            0 => self.training.steps,
+            each => each * pictures as u64,
+        }
     }
 
     /// α.
