@@ -6,7 +6,7 @@ mod learner;
 mod lessons;
 mod metadata;
 mod samples;
-pub mod settings;
+mod settings;
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -18,11 +18,12 @@ use serde_json::json;
 use self::classroom::{Person, Queue, Room};
 use self::lessons::{Encoders, Lessons, Scaling};
 use self::samples::Easel;
-use self::settings::{Crop, LossScale, Precision, Settings};
+use self::settings::{Crop, LossScale, Settings};
 use super::dreambooth::adapters;
 use super::dreambooth::draws::Timesteps;
 use super::dreambooth::{Networks, Targets};
-use super::{r#gen, models};
+use super::r#gen::device::{self, Precision};
+use super::models;
 use crate::cli::Common;
 use crate::failure::Failure;
 use crate::identity::FaceEncoder;
@@ -216,7 +217,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         return Err(usage("class pictures are squares: use --crop center or random with them".into()));
     }
 
-    let device = r#gen::device(&args.device)?;
+    let device = device::device(&args.device)?;
     let model = Sdxl::open(&base_files, settings.training.dtype.into(), &device)?;
     let side =
         if settings.pictures.resolution == 0 { model.native_size() } else { settings.pictures.resolution };

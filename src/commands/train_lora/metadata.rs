@@ -10,8 +10,9 @@ use sha2::{Digest, Sha256};
 
 use super::classroom::Room;
 use super::learner::Learner;
-use super::settings::{Crop, Precision};
+use super::settings::Crop;
 use crate::commands::dreambooth::Targets;
+use crate::commands::r#gen::device::Precision;
 use crate::diffusion::schedule::Prediction;
 use crate::lora::TRIGGER_PHRASE;
 
@@ -84,7 +85,7 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
         ("ss_batch_size_per_device", training.batch.to_string()),
         ("ss_total_batch_size", (training.batch as u64 * training.accumulate).to_string()),
         ("ss_gradient_accumulation_steps", training.accumulate.to_string()),
-        ("ss_gradient_checkpointing", "False".into()),
+        ("ss_gradient_checkpointing", python(room.networks.unet.recompute)),
         ("ss_max_grad_norm", training.clip.to_string()),
         ("ss_prior_loss_weight", objective.prior_weight.to_string()),
         ("ss_min_snr_gamma", or_none(objective.min_snr_gamma)),

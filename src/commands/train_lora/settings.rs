@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::commands::dreambooth::Targets;
 use crate::commands::dreambooth::draws::Timesteps;
+use crate::commands::r#gen::device::Precision;
 use crate::failure::Failure;
 use crate::train::optimiser::AdamWOptions;
 use crate::train::schedule::{Decay, Schedule};
@@ -166,28 +166,6 @@ pub struct Training {
     pub loss_scale: LossScale,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
-}
-
-/// A number type of frozen weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Precision {
-    /// 32 bits.
-    F32,
-    /// 16 bits, 5 of them for the exponent.
-    F16,
-    /// 16 bits, 8 of them for the exponent.
-    Bf16,
-}
-
-impl From<Precision> for DType {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => DType::F32,
-            Precision::F16 => DType::F16,
-            Precision::Bf16 => DType::BF16,
-        }
-    }
 }
 
 /// Factor on the loss. It counts where f16 is computed in, on GPUs; on the CPU 16-bit weights are widened.
