@@ -72,9 +72,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
         write_whole(&path, b"old").unwrap();
-        let full = write_whole_by(&path, |file| {
+        let full = write_with(&path, |file| {
             file.write_all(b"half of the n")?;
-            Err(Error::new(ErrorKind::StorageFull, "no space left on device"))
+            Err(Error::new(ErrorKind::StorageFull, "no space left on device").into())
         });
         let error = format!("{:#}", full.unwrap_err());
         assert!(error.contains("state") && error.contains("no space left"), "{error}");
