@@ -110,7 +110,6 @@ impl Stored {
     ) -> Result<Tensor> {
         let place = self.header.place(entry);
         let width = if entry.storage == Storage::F32 { 4 } else { 2 };
-        in_huge_pages(&mut numbers);
         let room = || (vec![0u8; width * PIECE], vec![0f32; PIECE]);
         numbers.par_chunks_mut(PIECE).enumerate().try_for_each_init(room, |(bytes, wide), (i, piece)| {
             let bytes = &mut bytes[..width * piece.len()];
@@ -144,26 +143,6 @@ impl Stored {
         dtype.map_or(Ok(tensor.clone()), |dtype| tensor.to_dtype(dtype))
     }
 }
-
-/// Asks for pages of 2 MiB under a large tensor that has not been written to yet: ten gigabytes have five thousand of
-/// them, and two and a half million small ones, each of which costs a fault.
-#[cfg(target_os = "linux")]
-fn in_huge_pages<T>(numbers: &mut [T]) {
-    const PAGE: usize = 2 << 20;
-    let bytes = size_of_val(numbers);
-    let start = numbers.as_mut_ptr().cast::<u8>();
-    let before = start.align_offset(PAGE);
-    if bytes < before.saturating_add(PAGE) {
-        return;
-    }
-    let whole = (bytes - before) / PAGE * PAGE;
-    // SAFETY: the range lies inside `numbers`; the advice changes no content. Where the system does not take it, nothing
-    // is lost but time.
-    unsafe { libc::madvise(start.add(before).cast(), whole, libc::MADV_HUGEPAGE) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn in_huge_pages<T>(_: &mut [T]) {}
 
 fn not_finite(entry: &Entry) -> candle_core::Error {
     candle_core::Error::Msg(format!(
