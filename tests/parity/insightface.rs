@@ -36,16 +36,16 @@ fn face() -> Face {
 
 #[test]
 fn scrfd_finds_what_the_independent_decoding_finds() {
-    // The decoding resizes in f64, OpenCV in fixed point.
-    compare_scrfd("insightface", 0.1);
+    compare_scrfd("insightface", 0.1, 1e-3);
 }
 
 #[test]
 fn scrfd_finds_what_the_insightface_package_finds() {
-    compare_scrfd("insightface_package", 0.5);
+    // OpenCV resizes in fixed point; the random scores are steep, so that one grey level moves them by 1e-3.
+    compare_scrfd("insightface_package", 0.5, 5e-3);
 }
 
-fn compare_scrfd(golden: &str, pixels: f32) {
+fn compare_scrfd(golden: &str, pixels: f32, scores_apart: f32) {
     let golden = Golden::open(golden);
     let detector = Detector::scrfd("scrfd", Path::new(SCRFD)).unwrap();
     for (name, picture) in
@@ -72,7 +72,7 @@ fn compare_scrfd(golden: &str, pixels: f32) {
                 ours.zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
             };
             let face = search.faces.iter().min_by(|a, b| apart(a).total_cmp(&apart(b))).unwrap();
-            assert!((face.score - score).abs() < 1e-3, "{name} {i}: {} {score}", face.score);
+            assert!((face.score - score).abs() < scores_apart, "{name} {i}: {} {score}", face.score);
             worst = worst.max(apart(&face));
         }
         println!("{name}: {} faces, {worst} px apart at most", search.faces.len());
