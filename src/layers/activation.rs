@@ -100,12 +100,15 @@ impl CustomOp1 for PointwiseOp {
         let values = slices::with_values(x, |x| {
             slices::with_values(&grad, |grad| {
                 let mut out = vec![0f32; x.len()];
-                match self.0 {
-                    Activation::Silu => silu_slope(x, grad, &mut out),
-                    Activation::Gelu => gelu_slope(x, grad, &mut out),
-                    Activation::GeluTanh => gelu_tanh_slope(x, grad, &mut out),
-                    Activation::QuickGelu => quick_gelu_slope(x, grad, &mut out),
-                }
+                slices::for_chunks(&mut out, CHUNK, |i, out| {
+                    let (x, grad) = (&x[i * CHUNK..], &grad[i * CHUNK..]);
+                    match self.0 {
+                        Activation::Silu => silu_slope(x, grad, out),
+                        Activation::Gelu => gelu_slope(x, grad, out),
+                        Activation::GeluTanh => gelu_tanh_slope(x, grad, out),
+                        Activation::QuickGelu => quick_gelu_slope(x, grad, out),
+                    }
+                });
                 out
             })
         })??;
@@ -150,7 +153,9 @@ impl CustomOp1 for GegluOp {
         let values = slices::with_values(x, |x| {
             slices::with_values(&grad, |grad| {
                 let mut out = vec![0f32; x.len()];
-                geglu_slope(x, grad, width, &mut out);
+                slices::for_chunks(&mut out, 2 * width, |i, out| {
+                    geglu_slope(&x[i * 2 * width..], &grad[i * width..], width, out);
+                });
                 out
             })
         })??;
@@ -192,7 +197,8 @@ impl CustomOp1 for UpsampleOp {
         let (grad, w) = (grad.contiguous()?, x.dim(D::Minus1)?);
         let values = slices::with_values(&grad, |grad| {
             let mut out = vec![0f32; x.elem_count()];
-            add_fours(grad, w, &mut out);
+            let together = (CHUNK / w).max(1) * w;
+            slices::for_chunks(&mut out, together, |i, out| add_fours(&grad[4 * i * together..], w, out));
             out
         })?;
         Ok(Some(Tensor::from_vec(values, x.shape(), x.device())?))

@@ -124,35 +124,44 @@ impl AttentionOp {
     fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32], size: [usize; 4]) -> [Vec<f32>; 3] {
         let [b, n, m, width] = size;
         let d = width / self.heads;
-        let scale = 1.0 / (d as f32).sqrt();
-        let mut grad_q = vec![0f32; q.len()];
-        let mut grad_k = vec![0f32; k.len()];
-        let mut grad_v = vec![0f32; v.len()];
-        let rows_max = ROWS.min(n);
-        let (mut p, mut dp) = (vec![0f32; rows_max * m], vec![0f32; rows_max * m]);
-        let product = |m, n, k, scale, add| Product { m, n, k, scale, add, parallelism: Parallelism::None };
-        for sample in 0..b {
-            for head in 0..self.heads {
-                let key = sample * m * width + head * d;
-                let k = Matrix { values: &k[key..], row: width, column: 1 };
-                let v = Matrix { values: &v[key..], row: width, column: 1 };
-                for first in (0..n).step_by(ROWS) {
-                    let rows = ROWS.min(n - first);
-                    let query = (sample * n + first) * width + head * d;
-                    let q = Matrix { values: &q[query..], row: width, column: 1 };
-                    let g = Matrix { values: &grad[query..], row: width, column: 1 };
-                    self.weights(q, k, first, [rows, m, d], &mut p);
-                    let weights_t = Matrix { values: &p, row: 1, column: m };
-                    product(m, d, rows, 1.0, true).write(weights_t, g, &mut grad_v[key..], width);
-                    let v_t = Matrix { row: 1, column: width, ..v };
-                    product(rows, m, d, 1.0, false).write(g, v_t, &mut dp, m);
-                    softmax_slope(&p[..rows * m], m, &mut dp);
-                    let ds = Matrix { values: &dp, row: m, column: 1 };
-                    product(rows, d, m, scale, false).write(ds, k, &mut grad_q[query..], width);
-                    let ds_t = Matrix { values: &dp, row: 1, column: m };
-                    product(m, d, rows, scale, true).write(ds_t, q, &mut grad_k[key..], width);
+        let heads = slices::map_indices(b * self.heads, |i| {
+            let (sample, column) = (i / self.heads, i % self.heads * d);
+            let part = |x, row: usize| head_of(x, row, column, width);
+            let [q, grad] = [q, grad].map(|x| part(x, sample * n));
+            let [k, v] = [k, v].map(|x| part(x, sample * m));
+            self.backward_head([q, k, v, grad], [n, m, d])
+        });
+        let join = |which: usize, rows: usize| {
+            let mut whole = vec![0f32; b * rows * width];
+            slices::for_chunks(&mut whole, rows * width, |sample, whole| {
+                for (head, parts) in heads[sample * self.heads..][..self.heads].iter().enumerate() {
+                    let rows = whole.chunks_exact_mut(width).zip(parts[which].chunks_exact(d));
+                    rows.for_each(|(row, part)| row[head * d..][..d].copy_from_slice(part));
                 }
-            }
+            });
+            whole
+        };
+        [join(0, n), join(1, m), join(2, m)]
+    }
+
+    /// The same for one head, each gradient as (rows, d).
+    fn backward_head(&self, [q, k, v, grad]: [Matrix; 4], [n, m, d]: [usize; 3]) -> [Vec<f32>; 3] {
+        let scale = 1.0 / (d as f32).sqrt();
+        let [mut grad_q, mut grad_k, mut grad_v] = [n, m, m].map(|rows| vec![0f32; rows * d]);
+        let [mut p, mut dp] = [(); 2].map(|()| vec![0f32; ROWS.min(n) * m]);
+        let product = |m, n, k, scale, add| Product { m, n, k, scale, add, parallelism: Parallelism::None };
+        let v_t = Matrix { row: v.column, column: v.row, ..v };
+        for first in (0..n).step_by(ROWS) {
+            let rows = ROWS.min(n - first);
+            let [q, g] = [q, grad].map(|x| Matrix { values: &x.values[first * x.row..], ..x });
+            self.weights(q, k, first, [rows, m, d], &mut p);
+            product(m, d, rows, 1.0, true).write(Matrix { values: &p, row: 1, column: m }, g, &mut grad_v, d);
+            product(rows, m, d, 1.0, false).write(g, v_t, &mut dp, m);
+            softmax_slope(&p[..rows * m], m, &mut dp);
+            let ds = Matrix { values: &dp, row: m, column: 1 };
+            product(rows, d, m, scale, false).write(ds, k, &mut grad_q[first * d..], d);
+            let ds_t = Matrix { row: 1, column: m, ..ds };
+            product(m, d, rows, scale, true).write(ds_t, q, &mut grad_k, d);
         }
         [grad_q, grad_k, grad_v]
     }
@@ -195,7 +204,7 @@ impl Head<'_> {
         let (depths, columns) = (d.div_ceil(tile::DEPTH), d.div_ceil(tile::COLUMNS));
         let key_panels = KEYS / tile::COLUMNS;
         let keys = Along::new(Weight::F32(self.k), width, self.keys, d);
-        let values = Across::new(self.v, width, d, self.keys);
+        let values = Across::new(Weight::F32(self.v), width, d, self.keys);
         let q = Along::new(Weight::F32(self.q), width, queries.end, d);
         let mut packed_k = vec![0u32; depths * key_panels * panel];
         let mut packed_v = vec![0u32; columns * panel];

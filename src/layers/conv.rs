@@ -9,9 +9,9 @@ use candle_nn::VarBuilder;
 use gemm::Parallelism;
 
 use super::linear::{Adapter, uniform};
-use super::product::{Along, Place, Right, Size, Start, multiplied};
+use super::product::{Along, Left, Place, Right, Size, Start, multiplied};
 use super::slices::{self, Matrix, Product, Weight};
-use super::tile::{COLUMNS, Words, pack_gathered};
+use super::tile::{COLUMNS, STRIDE, Words, pack_along, pack_gathered};
 
 /// A convolution; `weight` (out, in, k, k), `bias` (out).
 #[derive(Clone, Debug)]
@@ -206,7 +206,33 @@ impl Sizes {
         }
     }
 
-    fn grad_input(&self, weight: &[f32], grad: &[f32]) -> Vec<f32> {
+    fn grad_input(&self, weight: Weight, grad: &[f32]) -> Vec<f32> {
+        let ConvGeometry { kernel, stride, pad_before, pad_after } = self.g;
+        if stride == 1 && pad_before < kernel && pad_after < kernel {
+            // The convolution of the output's gradient with the kernel turned around.
+            let around = ConvGeometry {
+                pad_before: kernel - 1 - pad_before,
+                pad_after: kernel - 1 - pad_after,
+                ..self.g
+            };
+            let Self { b, c_in, c_out, h, w, h_out, w_out, .. } = *self;
+            let back =
+                Self { g: around, b, c_in: c_out, c_out: c_in, h: h_out, w: w_out, h_out: h, w_out: w };
+            let left = Turned { weight, taps: kernel * kernel, c_in };
+            let size = Size { m: c_in, n: b * h * w, k: back.patch() };
+            let place = Place { row: h * w, part: h * w, part_step: self.sample_in() };
+            return multiplied(
+                weight.words(),
+                size,
+                &left,
+                &Patches { x: grad, s: back },
+                Start::Zero,
+                place,
+            );
+        }
+        let mut wide = vec![0f32; weight.len()];
+        weight.widen(0..weight.len(), &mut wide);
+        let weight = &wide[..];
         let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
         let parallelism = self.inner_parallelism();
         let mut grad_x = vec![0f32; self.b * self.sample_in()];
@@ -221,8 +247,15 @@ impl Sizes {
                     patches,
                     columns,
                 );
+                if count == 1 {
+                    let patches = &*patches;
+                    slices::for_chunks(grad_x, self.h * self.w, |channel, grad_x| {
+                        scatter(self, patches, columns, 0, channel, grad_x);
+                    });
+                    return;
+                }
                 for (s, grad_x) in grad_x.chunks_exact_mut(self.sample_in()).enumerate() {
-                    scatter(self, patches, columns, s * pixels, grad_x);
+                    scatter(self, patches, columns, s * pixels, 0, grad_x);
                 }
             });
         });
@@ -363,6 +396,42 @@ impl Right for Patches<'_> {
     }
 }
 
+/// A kernel (out, in, k, k) turned around, as the left operand that brings gradients from outputs to inputs: a row for
+/// each input channel, (out, k, k) along the depth.
+struct Turned<'a> {
+    weight: Weight<'a>,
+    taps: usize,
+    c_in: usize,
+}
+
+impl Left for Turned<'_> {
+    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32]) {
+        thread_local! {
+            static TURNED: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+        }
+        let (taps, length) = (self.taps, depth.len());
+        let [mut lines, mut kernels] = TURNED.take();
+        lines.resize(rows.len() * length, 0.0);
+        kernels.resize(rows.len() * taps, 0.0);
+        for o in depth.start / taps..depth.end.div_ceil(taps) {
+            let start = (o * self.c_in + rows.start) * taps;
+            self.weight.widen(start..start + kernels.len(), &mut kernels);
+            let here = depth.start.max(o * taps)..depth.end.min((o + 1) * taps);
+            for (line, kernel) in lines.chunks_exact_mut(length).zip(kernels.chunks_exact(taps)) {
+                let line = &mut line[here.start - depth.start..here.end - depth.start];
+                let turned = kernel.iter().rev().skip(here.start - o * taps);
+                line.iter_mut().zip(turned).for_each(|(value, weight)| *value = *weight);
+            }
+        }
+        // SAFETY: every line has `length` values.
+        unsafe {
+            let line = |i: usize| lines[i * length..].as_ptr();
+            pack_along(words, rows.len(), length, line, to, STRIDE);
+        }
+        TURNED.set([lines, kernels]);
+    }
+}
+
 /// Runs `work` on two buffers of this thread that keep their memory from call to call; their content is arbitrary.
 fn with_scratch(first: usize, second: usize, work: impl FnOnce(&mut [f32], &mut [f32])) {
     thread_local! {
@@ -409,13 +478,14 @@ slices::vectorised! {
 }
 
 slices::vectorised! {
-    /// Adds columns `at..` of `patches` back to the pixels they came from.
-    fn scatter(s: &Sizes, patches: &[f32], columns: usize, at: usize, sample: &mut [f32]) {
+    /// Adds columns `at..` of `patches` back to the pixels they came from, in the channels of `sample` from `first` on.
+    fn scatter(s: &Sizes, patches: &[f32], columns: usize, at: usize, first: usize, sample: &mut [f32]) {
         let ConvGeometry { kernel, stride, pad_before, .. } = s.g;
-        for row in 0..s.patch() {
-            let (c, ky, kx) = (row / (kernel * kernel), row / kernel % kernel, row % kernel);
+        let taps = kernel * kernel;
+        for row in 0..sample.len() / (s.h * s.w) * taps {
+            let (c, ky, kx) = (row / taps, row / kernel % kernel, row % kernel);
             let inside = s.inside(kx);
-            let source = &patches[row * columns + at..][..s.pixels_out()];
+            let source = &patches[(first * taps + row) * columns + at..][..s.pixels_out()];
             for (y, source) in source.chunks_exact(s.w_out).enumerate() {
                 let from = (y * stride + ky).wrapping_sub(pad_before);
                 if from >= s.h || inside.is_empty() {
@@ -473,8 +543,7 @@ impl CustomOp3 for ConvOp {
         slices::with_values(&grad, |grad| {
             let device = x.device();
             let grad_x = if x.track_op() {
-                let w = super::like(w, x)?;
-                let values = slices::with_values(&w, |w| s.grad_input(w, grad))?;
+                let values = slices::with_weight(w, |w| s.grad_input(w, grad))?;
                 Some(Tensor::from_vec(values, x.shape(), device)?)
             } else {
                 None

@@ -3,7 +3,8 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
-use super::product::{Along, Place, Size, Start, multiplied};
+use super::adapted::adapted;
+use super::product::{Across, Along, Place, Size, Start, multiplied};
 use super::slices::{self, Weight};
 
 /// A linear layer; `weight` (out, in), `bias` (out).
@@ -59,10 +60,10 @@ pub(super) fn uniform(fan_in: usize) -> candle_nn::Init {
 impl Module for Linear {
     /// `x` (…, in) → (…, out); with an adapter of K people the first axis is K · samples.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = linear(x, &self.weight, self.bias.as_ref())?;
-        match &self.adapter {
-            Some(adapter) => y + adapter.forward(x)?,
-            None => Ok(y),
+        let Some(adapter) = &self.adapter else { return linear(x, &self.weight, self.bias.as_ref()) };
+        match adapted(x, &self.weight, self.bias.as_ref(), adapter)? {
+            Some(y) => Ok(y),
+            None => linear(x, &self.weight, self.bias.as_ref())? + adapter.forward(x)?,
         }
     }
 }
@@ -133,11 +134,7 @@ impl CustomOp3 for LinearOp {
         let (rows, k) = x_layout.shape().dims2()?;
         let n = w_layout.shape().dims()[0];
         let (x, b) = (slices::operand(x, x_layout)?, slices::operand(b, b_layout)?);
-        let start = if b.is_empty() { Start::Zero } else { Start::Columns(b) };
-        let (size, place) = (Size { m: rows, n, k }, Place::matrix(n));
-        let w = Weight::operand(w, w_layout)?;
-        let (left, right) = (Along::new(Weight::F32(x), k, rows, k), Along::new(w, k, n, k));
-        let y = multiplied(w.words(), size, &left, &right, start, place);
+        let y = product(x, Weight::operand(w, w_layout)?, b, [rows, n, k]);
         Ok((CpuStorage::F32(y), (rows, n).into()))
     }
 
@@ -150,11 +147,31 @@ impl CustomOp3 for LinearOp {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let grad_x = if x.track_op() { Some(grad.matmul(&super::like(w, &grad)?)?) } else { None };
+        let sizes = [x.dim(0)?, w.dim(0)?, w.dim(1)?];
+        let grad_x = if x.track_op() {
+            let values =
+                slices::with_weight(w, |w| slices::with_values(&grad, |grad| grad_input(grad, w, sizes)))??;
+            Some(Tensor::from_vec(values, x.shape(), x.device())?)
+        } else {
+            None
+        };
         let grad_w = if w.track_op() { Some(grad.t()?.matmul(x)?) } else { None };
         let grad_b = if b.track_op() { Some(column_sums(&grad)?) } else { None };
         Ok((grad_x, grad_w, grad_b))
     }
+}
+
+/// x·Wᵀ + b of `rows` rows, k → n; an empty `bias` is none.
+pub(super) fn product(x: &[f32], weight: Weight, bias: &[f32], [rows, n, k]: [usize; 3]) -> Vec<f32> {
+    let start = if bias.is_empty() { Start::Zero } else { Start::Columns(bias) };
+    let (left, right) = (Along::new(Weight::F32(x), k, rows, k), Along::new(weight, k, n, k));
+    multiplied(weight.words(), Size { m: rows, n, k }, &left, &right, start, Place::matrix(n))
+}
+
+/// Its gradient with respect to x: grad (rows, n) · W (n, k).
+pub(super) fn grad_input(grad: &[f32], weight: Weight, [rows, n, k]: [usize; 3]) -> Vec<f32> {
+    let (left, right) = (Along::new(Weight::F32(grad), n, rows, n), Across::new(weight, k, k, n));
+    multiplied(weight.words(), Size { m: rows, n: k, k: n }, &left, &right, Start::Zero, Place::matrix(k))
 }
 
 /// Sums over the rows of (rows, n) → (n).

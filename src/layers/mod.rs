@@ -13,6 +13,7 @@
 //! the speed. Elsewhere activations have 16 bits as well; statistics of norms and softmax are kept in f32.
 
 mod activation;
+mod adapted;
 mod attention;
 mod clip_transformer;
 mod conv;

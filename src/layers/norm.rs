@@ -78,7 +78,6 @@ impl GroupNorm {
             let (weight, bias) = (super::like(&self.weight, x)?, super::like(&self.bias, x)?);
             let inner = x.elem_count() / (b * c);
             let op = NormOp {
-                rows: b * self.groups,
                 length: x.elem_count() / (b * self.groups),
                 scale: Scale::Channels { per_group: c / self.groups, inner },
                 eps: self.eps as f32,
@@ -152,8 +151,7 @@ fn normalise_last(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     let width = x.dim(D::Minus1)?;
     if slices::is_cpu_f32(x) {
         let (weight, bias) = (super::like(weight, x)?, super::like(bias, x)?);
-        let rows = x.elem_count() / width;
-        let op = NormOp { rows, length: width, scale: Scale::Last, eps: eps as f32, silu: false };
+        let op = NormOp { length: width, scale: Scale::Last, eps: eps as f32, silu: false };
         return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
     }
     composite(&x.to_dtype(DType::F32)?, eps)?
@@ -169,9 +167,8 @@ fn composite(x: &Tensor, eps: f64) -> Result<Tensor> {
     centred.broadcast_div(&(variance + eps)?.sqrt()?)
 }
 
-/// Both norms: `rows` runs of `length` values, each normalised by itself.
+/// Both norms: runs of `length` values, each normalised by itself.
 struct NormOp {
-    rows: usize,
     length: usize,
     scale: Scale,
     eps: f32,
@@ -206,12 +203,20 @@ impl NormOp {
         y
     }
 
-    /// Gradients of x, weight and bias.
-    fn backward(&self, x: &[f32], weight: &[f32], bias: &[f32], grad: &[f32]) -> [Vec<f32>; 3] {
-        let mut out = [vec![0f32; x.len()], vec![0f32; weight.len()], vec![0f32; weight.len()]];
-        let [grad_x, grad_w, grad_b] = &mut out;
-        backward_rows(self, [x, weight, bias, grad], grad_x, grad_w, grad_b);
-        out
+    /// Gradients of x, weight and bias; the last two are empty unless they are wanted.
+    fn backward(&self, inputs: [&[f32]; 4], trained: bool) -> [Vec<f32>; 3] {
+        let [x, weight, ..] = inputs;
+        let mut grad_x = vec![0f32; x.len()];
+        if trained {
+            let (mut grad_w, mut grad_b) = (vec![0f32; weight.len()], vec![0f32; weight.len()]);
+            backward_rows(self, inputs, 0, &mut grad_x, Some([&mut grad_w, &mut grad_b]));
+            return [grad_x, grad_w, grad_b];
+        }
+        let together = (16_384 / self.length).max(1);
+        slices::for_chunks(&mut grad_x, together * self.length, |i, grad_x| {
+            backward_rows(self, inputs, i * together, grad_x, None);
+        });
+        [grad_x, Vec::new(), Vec::new()]
     }
 }
 
@@ -248,23 +253,26 @@ slices::vectorised! {
 
 slices::vectorised! {
     /// Per row: g = dL/d(normalised value); dx = (g − mean(g) − x̂ · mean(g · x̂)) / std.
-    fn backward_rows(op: &NormOp, inputs: [&[f32]; 4], grad_x: &mut [f32], grad_w: &mut [f32], grad_b: &mut [f32]) {
+    /// `grad_x` begins at row `first`; `sums` are the gradients of weight and bias.
+    fn backward_rows(op: &NormOp, inputs: [&[f32]; 4], first: usize, grad_x: &mut [f32], sums: Option<[&mut [f32]; 2]>) {
         let [x, weight, bias, grad] = inputs;
         let n = op.length as f32;
         let mut g = vec![0f32; op.length];
-        for r in 0..op.rows {
+        let mut sums = sums;
+        for (i, grad_x) in grad_x.chunks_exact_mut(op.length).enumerate() {
+            let r = first + i;
             let x = &x[r * op.length..][..op.length];
             let grad = &grad[r * op.length..][..op.length];
             let (mean, inverse) = op.statistics(x);
             match op.scale {
                 Scale::Last => {
-                    let (grad_w, grad_b) = (&mut grad_w[..op.length], &mut grad_b[..op.length]);
-                    let (g, weight) = (&mut g[..op.length], &weight[..op.length]);
-                    for i in 0..op.length {
-                        grad_w[i] += grad[i] * (x[i] - mean) * inverse;
-                        grad_b[i] += grad[i];
-                        g[i] = grad[i] * weight[i];
+                    if let Some([grad_w, grad_b]) = &mut sums {
+                        for ((sum, grad), x) in grad_w.iter_mut().zip(grad).zip(x) {
+                            *sum += grad * (x - mean) * inverse;
+                        }
+                        grad_b.iter_mut().zip(grad).for_each(|(sum, grad)| *sum += grad);
                     }
+                    g.iter_mut().zip(grad).zip(weight).for_each(|((g, grad), weight)| *g = grad * weight);
                 }
                 Scale::Channels { per_group, inner } => {
                     let first = r * per_group % weight.len();
@@ -282,15 +290,17 @@ slices::vectorised! {
                         } else {
                             g.copy_from_slice(grad);
                         }
-                        grad_b[first + c] += lanes_sum(g, |g| g);
-                        grad_w[first + c] += lanes_dot(g, x, mean) * inverse;
+                        if let Some([grad_w, grad_b]) = &mut sums {
+                            grad_b[first + c] += lanes_sum(g, |g| g);
+                            grad_w[first + c] += lanes_dot(g, x, mean) * inverse;
+                        }
                         g.iter_mut().for_each(|g| *g *= w);
                     }
                 }
             }
             let mean_g = lanes_sum(&g, |g| g) / n;
             let mean_gx = lanes_dot(&g, x, mean) * inverse / n;
-            for ((out, g), x) in grad_x[r * op.length..].iter_mut().zip(&g).zip(x) {
+            for ((out, g), x) in grad_x.iter_mut().zip(&g).zip(x) {
                 *out = inverse * (g - mean_g - (x - mean) * inverse * mean_gx);
             }
         }
@@ -328,9 +338,12 @@ impl CustomOp3 for NormOp {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
+        let trained = w.track_op() || b.track_op();
         let [grad_x, grad_w, grad_b] = slices::with_values(x, |x| {
             slices::with_values(w, |w| {
-                slices::with_values(b, |b| slices::with_values(&grad, |grad| self.backward(x, w, b, grad)))
+                slices::with_values(b, |b| {
+                    slices::with_values(&grad, |grad| self.backward([x, w, b, grad], trained))
+                })
             })
         })????;
         let wanted = |input: &Tensor, values: Vec<f32>| {

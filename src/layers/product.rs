@@ -292,7 +292,7 @@ pub(super) struct Along<'a> {
 
 /// Lines that run across the depth: columns of the left operand, rows of the right one.
 pub(super) struct Across<'a> {
-    values: &'a [f32],
+    values: Weight<'a>,
     step: usize,
 }
 
@@ -311,7 +311,7 @@ impl<'a> Along<'a> {
 
 impl<'a> Across<'a> {
     /// `depth` lines of `count` values, `step` apart.
-    pub(super) fn new(values: &'a [f32], step: usize, count: usize, depth: usize) -> Self {
+    pub(super) fn new(values: Weight<'a>, step: usize, count: usize, depth: usize) -> Self {
         assert!(fit(depth, count, step, values.len()));
         Self { values, step }
     }
@@ -368,17 +368,33 @@ impl Right for Across<'_> {
         to: &mut [u32],
         step: usize,
     ) {
+        thread_local! {
+            static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        }
+        let mut wide = WIDE.take();
+        // Where the first line begins, from one line to the next, and the first column that is there.
+        let (from, apart, first) = match self.values {
+            Weight::F32(values) => (values[depth.start * self.step..].as_ptr(), self.step, 0),
+            values => {
+                wide.resize(depth.len() * columns.len(), 0.0);
+                for (k, line) in depth.clone().zip(wide.chunks_exact_mut(columns.len())) {
+                    let start = k * self.step + columns.start;
+                    values.widen(start..start + columns.len(), line);
+                }
+                (wide.as_ptr(), columns.len(), columns.start)
+            }
+        };
         let mut offsets = [0usize; 2 * DEPTH];
         let offsets = &mut offsets[..depth.len()];
-        offsets.iter_mut().enumerate().for_each(|(k, offset)| *offset = k * self.step);
-        let from = self.values[depth.start * self.step..].as_ptr();
+        offsets.iter_mut().enumerate().for_each(|(k, offset)| *offset = k * apart);
         for (half, j) in columns.clone().step_by(16).enumerate() {
             // The last column once more where there are less than 16: its sums are not written.
-            let places = std::array::from_fn(|c| (j + c).min(columns.end - 1) as u32);
+            let places = std::array::from_fn(|c| ((j + c).min(columns.end - 1) - first) as u32);
             let to = &mut to[half / 2 * step + half % 2 * 16..];
             // SAFETY: `new` has checked that all lines are there.
             unsafe { pack_gathered(words, from, offsets, &places, to, COLUMNS) }
         }
+        WIDE.set(wide);
     }
 }
 
@@ -419,7 +435,8 @@ mod tests {
                 let left = Along::new(Weight::F32(&a), k, m, k);
                 let (start, place) = (Start::Columns(&bias), Place::matrix(n));
                 let one = multiplied(words, size, &left, &Along::new(Weight::F32(&b), k, n, k), start, place);
-                let two = multiplied(words, size, &left, &Across::new(&across, n, n, k), start, place);
+                let two =
+                    multiplied(words, size, &left, &Across::new(Weight::F32(&across), n, n, k), start, place);
                 // bf16 products of these values are exact; sums of 1029 of them are not.
                 assert!(apart(&one, &expected) < 2e-4, "{words:?} {m}×{n}×{k}: {}", apart(&one, &expected));
                 assert_eq!(one, two, "{words:?} {m}×{n}×{k}");

@@ -1,7 +1,10 @@
 //! Plain slices of tensors, and the loops that run over them.
 
+use std::ops::Range;
+
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use gemm::Parallelism;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -55,6 +58,15 @@ impl<'a> Weight<'a> {
         })
     }
 
+    /// The values in `range`, as f32, into `out`.
+    pub(super) fn widen(&self, range: Range<usize>, out: &mut [f32]) {
+        match self {
+            Self::F32(values) => out.copy_from_slice(&values[range]),
+            Self::F16(values) => values[range].convert_to_f32_slice(out),
+            Self::Bf16(values) => values[range].convert_to_f32_slice(out),
+        }
+    }
+
     pub(super) fn len(&self) -> usize {
         match self {
             Self::F32(values) => values.len(),
@@ -69,6 +81,15 @@ impl<'a> Weight<'a> {
             Self::Bf16(_) => Words::for_bf16(),
             _ => Words::F32,
         }
+    }
+}
+
+/// Runs `work` on a contiguous weight on the CPU.
+pub(super) fn with_weight<T>(weight: &Tensor, work: impl FnOnce(Weight) -> T) -> Result<T> {
+    let (storage, layout) = weight.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(work(Weight::operand(storage, layout)?)),
+        _ => candle_core::bail!("a CPU kernel was given a weight on another device"),
     }
 }
 
@@ -102,6 +123,15 @@ pub(super) fn for_each(count: usize, work: impl Fn(usize) + Sync + Send) {
         (0..count).for_each(work);
     } else {
         (0..count).into_par_iter().with_max_len(1).for_each(work);
+    }
+}
+
+/// `work(0)`, …, `work(count − 1)` on all threads, in order.
+pub(super) fn map_indices<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+    if threads() == 1 || count == 1 {
+        (0..count).map(work).collect()
+    } else {
+        (0..count).into_par_iter().with_max_len(1).map(work).collect()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use difflora::layers::Adapter;
 use difflora::sdxl::unet::{UNet, UNetConfig};
 use difflora::train::optimiser::{AdamW, AdamWOptions};
@@ -94,4 +94,52 @@ fn ten_steps_of_lora(dtype: DType, recompute: bool, tolerance: f64) {
 fn ten_steps_of_lora_training_are_diffusers_and_pefts() {
     ten_steps_of_lora(DType::F32, false, 1e-4);
     ten_steps_of_lora(DType::F32, true, 1e-4);
+}
+
+/// The gradient of every LoRA factor and of the text at the golden's first step.
+fn first_gradients(dtype: DType, recompute: bool) -> BTreeMap<String, Tensor> {
+    let (golden, base) = (Golden::open("unet_lora"), Golden::open("unet"));
+    let config: UNetConfig = base.json("sdxl");
+    let vb = weights::frozen(base.under("sdxl.model."), dtype, &Device::Cpu);
+    let mut unet = UNet::new(&config, vb).unwrap();
+    unet.recompute = recompute;
+    let mut vars: BTreeMap<String, Var> = golden
+        .under("start.")
+        .into_iter()
+        .map(|(name, tensor)| (name, Var::from_tensor(&tensor).unwrap()))
+        .collect();
+    adapt(&mut unet, &vars, golden.json("scale"));
+    let input = |key: &str| golden.get(&format!("in.0.{key}"));
+    let context = Var::from_tensor(&input("context")).unwrap();
+    let out = unet
+        .forward(&input("latents"), &input("timesteps"), &context, &input("pooled"), &input("time_ids"))
+        .unwrap();
+    let grads = (out - input("target")).and_then(|error| error.sqr()?.mean_all()?.backward()).unwrap();
+    vars.insert("context".into(), context);
+    vars.iter().map(|(name, var)| (name.clone(), grads.get(var).unwrap().clone())).collect()
+}
+
+#[test]
+fn recomputation_changes_no_gradient_whatever_the_type_of_the_frozen_weights() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let kept = first_gradients(dtype, false);
+        for (name, gradient) in first_gradients(dtype, true) {
+            // Gradients that meet in one tensor are added in another order.
+            assert_close(&gradient, &kept[&name], 1e-5, &name);
+        }
+    }
+}
+
+#[test]
+fn frozen_weights_of_sixteen_bits_give_about_the_gradients_of_thirty_two() {
+    let wide = first_gradients(DType::F32, true);
+    let square = |x: &Tensor| f64::from(x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
+    let length: f64 = wide.values().map(square).sum();
+    // 11 and 8 bits of mantissa.
+    for (dtype, tolerance) in [(DType::F16, 1e-2), (DType::BF16, 6e-2)] {
+        let narrow = first_gradients(dtype, true);
+        assert!(narrow.values().all(|gradient| gradient.dtype() == DType::F32));
+        let apart: f64 = narrow.iter().map(|(name, x)| square(&(x - &wide[name]).unwrap())).sum();
+        assert!((apart / length).sqrt() < tolerance, "{dtype:?}: {}", (apart / length).sqrt());
+    }
 }
