@@ -1,8 +1,8 @@
 //! LoRA: a small change ΔW = (alpha / R) · up · down to the linear layers of a model (Hu et al. 2021).
 //!
 //! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`change`]
-//! every kind of adapter that they hold, [`layout`] turns a LoRA into the flat vector that the hypernetwork learns
-//! and back, [`apply`] puts all of them into a model, [`edit`] adds, shortens and compares them.
+//! every kind of adapter that they hold, [`canonical`] brings its factors to one form, [`layout`] turns a
+//! LoRA into the flat vector that the hypernetwork learns and back, [`apply`] puts all of them into a model, [`edit`] adds, shortens and compares them.
 
 use std::collections::BTreeMap;
 
@@ -14,6 +14,7 @@ pub mod keys;
 
 pub mod change;
 
+pub mod canonical;
 pub mod layout;
 
 pub mod apply;

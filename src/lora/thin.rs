@@ -54,7 +54,7 @@ impl Thin {
         // core[i][j] = Σ over r of left_core[i][r] · right_core[j][r]
         let core: Vec<Vec<f64>> =
             left_core.iter().map(|a| right_core.iter().map(|b| dot(a, b)).collect()).collect();
-        let (u, values, v) = jacobi_svd(core);
+        let (u, values, v) = small_svd(core);
         let keep = values.len().min(self.up.dim(0)?).min(self.down.dim(1)?);
         let combine = |weights: &[Vec<f64>], basis: &[Vec<f64>]| -> Vec<Vec<f64>> {
             weights.iter().take(keep).map(|weights| combination(weights, basis)).collect()
@@ -159,7 +159,7 @@ fn basis_of(rows: &Tensor) -> Result<Tensor> {
 /// Rows u, values and rows v with matrix = Σ value · u vᵀ, values falling.
 ///
 /// The rows are turned in pairs until all are orthogonal; their lengths are then the values.
-fn jacobi_svd(mut rows: Vec<Vec<f64>>) -> (Vec<Vec<f64>>, Vec<f64>, Vec<Vec<f64>>) {
+pub(super) fn small_svd(mut rows: Vec<Vec<f64>>) -> (Vec<Vec<f64>>, Vec<f64>, Vec<Vec<f64>>) {
     let n = rows.len();
     let mut turns: Vec<Vec<f64>> =
         (0..n).map(|i| (0..n).map(|j| if i == j { 1.0 } else { 0.0 }).collect()).collect();
