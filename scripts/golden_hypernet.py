@@ -1,6 +1,7 @@
-"""Golden values for the hypernetwork: autoencoders, mixer and diffusion transformer written in PyTorch.
+"""Golden values for the hypernetwork: mixer and diffusion transformer written in PyTorch (golden_lae.py has the
+autoencoders).
 
-Writes tests/data/golden/hypernet_{lae,conv1d,mixer,dit,ridge}.safetensors. Each file holds `weight.NAME`, the
+Writes tests/data/golden/hypernet_{mixer,dit,ridge}.safetensors. Each file holds `weight.NAME`, the
 inputs, the outputs, `grad.NAME` of every weight for the loss, and `losses` of ten AdamW steps (the loss before
 each step). Only torch, numpy and safetensors are needed:
 
@@ -17,69 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 OUT = Path(__file__).parent.parent / "tests/data/golden"
-
-
-class Correction(nn.Module):
-    """x + conv_transposed(gelu(conv(x) + position)); torch's convolutions, to prove that ours are those."""
-
-    def __init__(self, p, patch, channels):
-        super().__init__()
-        self.p, self.patch = p, patch
-        patches = math.ceil(p / patch)
-        self.narrow = nn.Linear(patch, channels)
-        self.widen = nn.Linear(channels, patch)
-        self.position = nn.Parameter(torch.randn(patches, channels) * 0.5)
-
-    def forward(self, x):
-        patches = self.position.shape[0]
-        padded = F.pad(x, (0, patches * self.patch - self.p)).unsqueeze(1)
-        h = F.conv1d(padded, self.narrow.weight.unsqueeze(1), self.narrow.bias, stride=self.patch)
-        h = F.gelu(h + self.position.T, approximate="tanh")
-        y = F.conv_transpose1d(h, self.widen.weight.T.unsqueeze(1), stride=self.patch).squeeze(1)
-        y = y + self.widen.bias.repeat(patches)
-        return x + y[:, : self.p]
-
-
-class DenseLae(nn.Module):
-    def __init__(self, p, latent, patch, channels):
-        super().__init__()
-        self.basis = nn.Parameter(torch.randn(latent, p) / math.sqrt(p))
-        self.before = Correction(p, patch, channels)
-        self.after = Correction(p, patch, channels)
-
-    def encode(self, x):
-        return self.before(x) @ self.basis.T
-
-    def decode(self, z):
-        return self.after(z @ self.basis)
-
-
-class PlainLae(nn.Module):
-    def __init__(self, p, folds, channels):
-        super().__init__()
-        self.p, self.stride = p, math.prod(folds)
-        inputs = [1, *channels[:-1]]
-        stages = list(zip(inputs, channels, folds))
-        self.down = nn.ModuleList(nn.Conv1d(i, o, f, stride=f) for i, o, f in stages)
-        self.up = nn.ModuleList(nn.ConvTranspose1d(o, i, f, stride=f) for i, o, f in reversed(stages))
-
-    @staticmethod
-    def through(stages, x):
-        for i, stage in enumerate(stages):
-            x = stage(x if i == 0 else F.silu(x))
-        return x
-
-    def encode(self, x):
-        return self.through(self.down, F.pad(x, (0, -self.p % self.stride)).unsqueeze(1)).flatten(1)
-
-    def decode(self, z):
-        x = z.reshape(z.shape[0], self.up[0].in_channels, -1)
-        return self.through(self.up, x).squeeze(1)[:, : self.p]
-
-
-def lae_loss(model, x, lam):
-    error = x - model.decode(model.encode(x))
-    return (error**2).mean() + lam * (x.abs() * error.abs()).mean()
 
 
 class Mlp(nn.Sequential):
@@ -186,15 +124,6 @@ def golden(name, model, loss, tensors):
 def main():
     torch.manual_seed(0)
     OUT.mkdir(parents=True, exist_ok=True)
-
-    for name, model in [
-        ("lae", DenseLae(p=50, latent=6, patch=8, channels=12)),
-        ("conv1d", PlainLae(p=50, folds=[2, 3], channels=[6, 4])),
-    ]:
-        x = torch.randn(5, 50)
-        z = model.encode(x)
-        tensors = {"x": x, "z": z, "x_hat": model.decode(z)}
-        golden(name, model, lambda: lae_loss(model, x, 0.5), tensors)
 
     mixer = Mixer(face=10, image=14, width=16)
     face, image, target = torch.randn(6, 10), torch.randn(6, 14), torch.randn(6, 16)

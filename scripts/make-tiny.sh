@@ -30,6 +30,7 @@ if [ ! -d "$configs" ]; then
     # Few people and few steps; the networks keep their sizes.
     sed -i -E 's/^people = 6000/people = 300/; s/^steps = [0-9]+/steps = 40/' "$configs/base-tiny.toml"
     sed -i -E 's/^steps = [0-9]+/steps = 20/' "$configs/encoder-tiny.toml" "$configs/hypernet-tiny.toml"
+    sed -i -E 's/^batch = 64/batch = 32/' "$configs/hypernet-tiny.toml" # at most half the people
     sed -i -E 's/^train = .*/train = 80/; s/^held_out = .*/held_out = 4/; s/^steps = [0-9]+/steps = 3/' "$configs/dataset-tiny.toml"
   fi
 fi

@@ -9,7 +9,7 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::lora_set::{Agreement, LoraSet};
+use super::lora_set::{Agreement, FormWanted, LoraSet, Reading};
 use super::models;
 use super::train_lae::Settings;
 use crate::cli::Common;
@@ -18,6 +18,7 @@ use crate::failure::Failure;
 use crate::hypernet::dit::{Dit, DitConfig};
 use crate::hypernet::mixer::{Mixer, MixerConfig};
 use crate::hypernet::ridge::Ridge;
+use crate::hypernet::rows::Rows;
 use crate::hypernet::stats::{Standardise, unit_power};
 use crate::hypernet::{
     Denoiser, DenoiserConfig, DenoiserStats, Hypernet, LoraCodec, ModelId, SampleOptions,
@@ -97,7 +98,8 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let lae_files = ModelFiles::folder(&args.lae)?;
     let codec = LoraCodec::open(&lae_files, &Device::Cpu)?;
     let lae = models::identify(&lae_files, &args.lae.display().to_string(), "lae.safetensors")?;
-    let set = LoraSet::read(&args.dataset)?;
+    let form = FormWanted::Of(codec.form.clone());
+    let set = LoraSet::open(&args.dataset, &Reading { form, ..Reading::default() })?;
     check(&codec, &set)?;
     let keeping = Keeping {
         folder: &training,
@@ -167,7 +169,7 @@ impl Lessons {
             image: Standardise::fit_whole(&train.images)?,
             scale: 1.0,
         };
-        let z = train.per_reference(&codec.encode(&train.vectors)?)?; // (R, L)
+        let z = train.per_reference(&codec.encode_all(&train.vectors)?)?; // (R, L)
         let x = stats.together(&train.faces, &train.images)?;
         // The photos of one person are alike: in another fold they would give the answer away.
         let folds: Vec<usize> = train.owners.iter().map(|owner| owner % recipe.folds.max(1)).collect();
@@ -259,7 +261,8 @@ fn train(
 fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -> Result<Value> {
     let Hypernet { codec, denoiser } = hypernet;
     let new = &set.held_out;
-    let truth = codec.standardise.apply(&new.vectors)?; // (M, P)
+    let vectors = new.vectors.all()?;
+    let truth = codec.standardise.apply(&vectors)?; // (M, P)
     let truths = new.per_reference(&truth)?; // (R, P)
     let mut table = Vec::new();
     let mut add = |name: &str, guess: &Tensor, truth: &Tensor| -> Result<()> {
@@ -290,15 +293,14 @@ fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -> Re
     let next: Vec<u32> = (0..people).map(|person| ((person + 1) % people) as u32).collect();
     let others = new.per_reference(&truth.index_select(&Tensor::new(next, &Device::Cpu)?, 0)?)?;
     add(&format!("{name}, shuffled"), &decode(&z)?, &others)?;
-    add("own LoRA through the autoencoder", &decode(&codec.encode(&new.vectors)?)?, &truth)?;
+    add("own LoRA through the autoencoder", &decode(&codec.encode(&vectors)?)?, &truth)?;
 
     // As many photos as there are of new people: all would fill the memory and tell no more.
     let learnt = &set.train;
     let photos = learnt.owners.len().min(new.owners.len());
     let options = SampleOptions { steps: denoiser.config.steps, ..hypernet.options() };
     let (faces, images) = (learnt.faces.narrow(0, 0, photos)?, learnt.images.narrow(0, 0, photos)?);
-    let owners: Vec<u32> = learnt.owners[..photos].iter().map(|owner| *owner as u32).collect();
-    let owned = learnt.vectors.index_select(&Tensor::new(owners, &Device::Cpu)?, 0)?;
+    let owned = learnt.vectors.batch(&learnt.owners[..photos])?;
     let seen = decode(&denoiser.sample(&faces, &images, &options)?)?;
     add("people learnt from", &seen, &codec.standardise.apply(&owned)?)?;
 
@@ -318,8 +320,9 @@ fn nearest(codec: &LoraCodec, set: &LoraSet) -> Result<Tensor> {
     let known = set.train.mean_per_person(&set.train.faces)?;
     let unit = |x: &Tensor| x.broadcast_div(&x.sqr()?.sum_keepdim(1)?.sqrt()?);
     let likeness = unit(&set.held_out.faces)?.matmul(&unit(&known)?.t()?)?;
-    let vectors = set.train.vectors.index_select(&likeness.argmax(1)?, 0)?;
-    Ok(codec.standardise.apply(&vectors)?)
+    let places: Vec<usize> =
+        likeness.argmax(1)?.to_vec1::<u32>()?.into_iter().map(|place| place as usize).collect();
+    Ok(codec.standardise.apply(&set.train.vectors.batch(&places)?)?)
 }
 
 fn print_report(report: &Value) {

@@ -1,4 +1,4 @@
-//! `difflora train-lae`: LoRAs → their autoencoder.
+//! `difflora train-lae`: LoRAs → their autoencoder, or several to compare.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,14 +9,18 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::lora_set::{Agreement, LoraSet};
+use super::lora_set::{FormWanted, LoraSet, Reading};
 use super::train_dit;
 use crate::cli::Common;
 use crate::failure::Failure;
 use crate::hypernet::codec::{LoraCodec, blocks};
-use crate::hypernet::lae::{self, Lae, LaeConfig};
-use crate::hypernet::pca::Pca;
-use crate::hypernet::stats::{Standardise, unit_power};
+use crate::hypernet::delta::DeltaSpace;
+use crate::hypernet::lae::{self, CorrectionConfig, Distance, Lae, LaeConfig, Stage};
+use crate::hypernet::pca::{EXACT, Pca};
+use crate::hypernet::rows::{Rows, Standardised};
+use crate::hypernet::stats::{Scaling, Standardise};
+use crate::lora::canonical::Canonical;
+use crate::metrics::Mean;
 use crate::model_files::save_json;
 use crate::train::run::{self, End, Keeping, Plan};
 use crate::train::shards::Loss;
@@ -26,8 +30,8 @@ use crate::{progress, train};
 /// Arguments of `difflora train-lae`.
 ///
 /// Learns to write the LoRAs of a dataset as short latents. OUT holds the autoencoder for `train-dit`; checkpoint,
-/// log and report.json (its errors on the people held out, beside those of plain principal components) go to
-/// OUT/training.
+/// log and report.json (what is left of the LoRAs of people held out) go to OUT/training. With --sweep, one autoencoder
+/// for each entry of a list, OUT/NAME each, and a table of them.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Folder that `build-dataset` wrote.
@@ -39,6 +43,15 @@ pub struct Args {
     /// Sizes and recipe, as in configs/hypernet-tiny.toml.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     config: PathBuf,
+    /// A list of [[variant]]s, each with a `name` and what it changes in [lae], as in configs/lae-sweep-tiny.toml.
+    #[arg(long, value_name = "FILE", env = "DIFFLORA_SWEEP")]
+    sweep: Option<PathBuf>,
+    /// Leave out people whose files are missing.
+    #[arg(long, env = "DIFFLORA_SKIP_MISSING")]
+    skip_missing: bool,
+    /// Gigabytes of LoRAs that are kept in memory; the rest of a larger dataset is read again in each step.
+    #[arg(long, value_name = "GB", default_value_t = 2.0, env = "DIFFLORA_MEMORY")]
+    memory: f64,
     /// Go on from the last checkpoint of the same settings.
     #[arg(long, env = "DIFFLORA_RESUME")]
     resume: bool,
@@ -71,11 +84,26 @@ impl Settings {
 pub struct Recipe {
     /// Of weights, batches and noise.
     seed: u64,
+    /// The form that the factors of each LoRA are brought to.
+    #[serde(default)]
+    canonical: Canonical,
+    /// What is taken off and divided by before the network sees a LoRA.
+    #[serde(default)]
+    scaling: Scaling,
     /// Which network.
     network: Network,
+    /// What the reconstruction pays for.
+    #[serde(default)]
+    distance: Distance,
     /// λ of L_WP.
     weight_preserved: f64,
-    /// Noise added to the latents, as a part of their RMS at the start: near latents decode to near LoRAs.
+    /// Weight of 1 − cos(ΔŴ, ΔW).
+    #[serde(default)]
+    angle: f64,
+    /// σ of the noise added to the standardised weights: the encoder must not lean on single ones.
+    #[serde(default)]
+    input_noise: f64,
+    /// Noise added to the latents, as a part of their RMS: near latents decode to near LoRAs.
     latent_noise: f64,
     /// Steps, batch, rate.
     plan: Plan,
@@ -89,8 +117,21 @@ enum Network {
     Pca { latent: usize },
     /// The paper's convolutions with a dense bottleneck.
     Conv1dDense { latent: usize, patch: usize, channels: usize },
-    /// The paper's convolutions alone.
-    Conv1d { folds: Vec<usize>, channels: Vec<usize> },
+    /// Kernels of their own for each long patch.
+    Conv1dLocal {
+        patch: usize,
+        components: usize,
+        #[serde(default)]
+        correction: Option<CorrectionConfig>,
+    },
+    /// The paper's convolutions alone, or around a dense stage.
+    Conv1d {
+        stages: Vec<Stage>,
+        #[serde(default)]
+        position: bool,
+        #[serde(default)]
+        dense: Option<usize>,
+    },
 }
 
 impl Network {
@@ -100,7 +141,51 @@ impl Network {
             Self::Conv1dDense { latent, patch, channels } => {
                 LaeConfig::Conv1dDense { input, latent, patch, channels }
             }
-            Self::Conv1d { folds, channels } => LaeConfig::Conv1d { input, folds, channels },
+            Self::Conv1dLocal { patch, components, correction } => {
+                LaeConfig::Conv1dLocal { input, patch, components, correction }
+            }
+            Self::Conv1d { stages, position, dense } => LaeConfig::Conv1d { input, stages, position, dense },
+        }
+    }
+}
+
+/// The file given by `--sweep`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sweep {
+    variant: Vec<Variant>,
+}
+
+/// One autoencoder of a comparison.
+#[derive(Deserialize)]
+struct Variant {
+    /// Its folder, and its row in the table.
+    name: String,
+    /// Keys of `[lae]` with other values; tables are merged key by key, except `network`.
+    #[serde(flatten)]
+    changes: toml::Table,
+}
+
+impl Variant {
+    /// `recipe` with the changes.
+    fn recipe(&self, recipe: &Recipe) -> Result<Recipe> {
+        let mut table = toml::Table::try_from(recipe)?;
+        merge(&mut table, &self.changes);
+        let wrong = |error| Failure::Usage(format!("variant `{}` of the sweep: {error}", self.name));
+        Ok(table.try_into().map_err(wrong)?)
+    }
+}
+
+fn merge(table: &mut toml::Table, changes: &toml::Table) {
+    for (key, change) in changes {
+        match (table.get_mut(key), change) {
+            // A network of another kind has other keys.
+            (Some(toml::Value::Table(inner)), toml::Value::Table(changes)) if key != "network" => {
+                merge(inner, changes);
+            }
+            _ => {
+                table.insert(key.clone(), change.clone());
+            }
         }
     }
 }
@@ -108,122 +193,275 @@ impl Network {
 /// Trains, saves and reports.
 pub fn run(args: Args, common: &Common) -> Result<()> {
     let recipe = Settings::read(&args.config)?.lae;
-    let training = args.out.join("training");
-    std::fs::create_dir_all(&training)
-        .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
-    let set = LoraSet::read(&args.dataset)?;
-    let keeping = Keeping {
-        folder: &training,
-        name: "lae",
-        resume: args.resume,
-        deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
-        save_every: Duration::from_secs(120),
+    let deadline = args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes));
+    let open = |recipe: &Recipe| {
+        let memory = (args.memory.max(0.0) * (1u64 << 30) as f64) as usize;
+        let form = FormWanted::New(recipe.canonical);
+        LoraSet::open(&args.dataset, &Reading { skip_missing: args.skip_missing, memory, form })
     };
-    let (codec, pca, end) = train(&recipe, &set, &keeping)?;
-    // Half precision: its error is a thousandth of what the autoencoder leaves out.
-    codec.save(&args.out, DType::F16)?;
-    let report = report(&codec, &pca, &set, end)?;
-    save_json(&training.join("report.json"), &report)?;
-    if let End::Paused { step } = end {
-        progress::note(format_args!("lae stops at step {step}; --resume goes on"));
+    let Some(path) = &args.sweep else {
+        let report = make(&recipe, &open(&recipe)?, &args.out, args.resume, deadline)?;
+        if common.json {
+            println!("{report}");
+        } else {
+            print_report(&report);
+        }
+        return Ok(());
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error))?;
+    let sweep: Sweep = toml::from_str(&text).map_err(|error| Failure::unusable(path, error))?;
+    // All recipes first: a mistake in the last one should not cost the time of the others.
+    let variants = sweep.variant.iter().map(|variant| Ok((&variant.name, variant.recipe(&recipe)?)));
+    let variants: Vec<_> = variants.collect::<Result<_>>()?;
+    let mut reports = Vec::new();
+    let mut set: Option<LoraSet> = None;
+    for (name, recipe) in variants {
+        progress::note(format_args!("sweep: {name}"));
+        let out = args.out.join(name);
+        if let Some(report) = args.resume.then(|| finished(&out, &recipe)).flatten() {
+            reports.push((name.clone(), report));
+            continue;
+        }
+        // Read again only for another form.
+        let fits = set.take().filter(|set| set.form.kind() == recipe.canonical);
+        let opened = fits.map_or_else(|| open(&recipe), Ok)?;
+        let report = make(&recipe, &opened, &out, args.resume, deadline)
+            .with_context(|| format!("variant `{name}` of the sweep"))?;
+        set = Some(opened);
+        reports.push((name.clone(), report));
     }
+    let table: Value =
+        reports.iter().map(|(name, report)| json!({ "name": name, "report": report })).collect();
+    save_json(&args.out.join("sweep.json"), &table)?;
     if common.json {
-        println!("{report}");
+        println!("{table}");
     } else {
-        print_report(&report);
+        print_table(&reports);
     }
     Ok(())
 }
 
-/// The autoencoder with averaged weights, and the principal components that it is compared with.
-fn train(recipe: &Recipe, set: &LoraSet, keeping: &Keeping) -> Result<(LoraCodec, Pca, End)> {
-    let vectors = &set.train.vectors; // (M, P)
-    let config = recipe.network.config(vectors.dim(1)?);
-    let standardise = Standardise::fit(vectors, &blocks(&set.layout))?;
-    let x = standardise.apply(vectors)?;
-    let components = config.latent().min(set.train.people() - 1);
-    if components < config.latent() && !matches!(config, LaeConfig::Conv1d { .. }) {
+/// The report of a variant that was finished with the same recipe.
+fn finished(out: &Path, recipe: &Recipe) -> Option<Value> {
+    let report: Value = serde_json::from_slice(&std::fs::read(out.join("training/report.json")).ok()?).ok()?;
+    (report["finished"] == true && report["recipe"] == serde_json::to_value(recipe).ok()?).then_some(report)
+}
+
+/// One autoencoder in `out`, and its report.
+fn make(
+    recipe: &Recipe,
+    set: &LoraSet,
+    out: &Path,
+    resume: bool,
+    deadline: Option<Instant>,
+) -> Result<Value> {
+    let training = out.join("training");
+    std::fs::create_dir_all(&training)
+        .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
+    let keeping =
+        Keeping { folder: &training, name: "lae", resume, deadline, save_every: Duration::from_secs(120) };
+    let start = Instant::now();
+    let (codec, end) = train(recipe, set, &keeping)?;
+    let seconds = start.elapsed().as_secs_f64();
+    // Half precision: its error is a thousandth of what the autoencoder leaves out.
+    codec.save(out, DType::F16)?;
+    let mut report = report(&codec, set, end, seconds)?;
+    report["recipe"] = serde_json::to_value(recipe)?;
+    save_json(&training.join("report.json"), &report)?;
+    if let End::Paused { step } = end {
+        progress::note(format_args!("lae stops at step {step}; --resume goes on"));
+    }
+    Ok(report)
+}
+
+/// The autoencoder with averaged weights.
+fn train(recipe: &Recipe, set: &LoraSet, keeping: &Keeping) -> Result<(LoraCodec, End)> {
+    let vectors = &set.train.vectors;
+    let config = recipe.network.config(vectors.width());
+    check_people(recipe, &config, vectors.count())?;
+    let standardise = Standardise::of(vectors, &blocks(&set.layout), recipe.scaling)?;
+    let x = Standardised { rows: vectors, standardise: &standardise };
+    progress::note(format_args!(
+        "{} values in {}: {:.0} times smaller",
+        config.input(),
+        config.latent(),
+        config.compression()
+    ));
+    let pca = match config.start() {
+        Some((patch, components)) => Some(Pca::fit_patches(&x, patch, components, EXACT)?),
+        None => None,
+    };
+    let (weights, end) = match &pca {
+        Some(pca) if config.closed_form() => (Lae::pca_tensors(pca).into_iter().collect(), End::Finished),
+        _ => descend(recipe, &config, set, &x, pca.as_ref(), keeping)?,
+    };
+    let (base, layout) = (set.header.base.clone(), set.layout.clone());
+    let codec = LoraCodec::new(base, layout, set.form.clone(), standardise, &config, weights, &Device::Cpu)?;
+    Ok((codec, end))
+}
+
+/// Refuses a dataset that is too small for the recipe.
+fn check_people(recipe: &Recipe, config: &LaeConfig, people: usize) -> Result<()> {
+    if let Some((patch, components)) = config.start()
+        && components >= people
+    {
+        let what = if patch == config.input() { "latent" } else { "components" };
         return Err(Failure::Usage(format!(
-            "a latent of {} values needs more LoRAs than the {} of the dataset; make `latent` smaller",
-            config.latent(),
-            set.train.people()
+            "{components} principal components need more LoRAs than the {people} of the dataset; make `{what}` smaller"
         ))
         .into());
     }
-    let pca = Pca::fit(&x, components)?;
-    let trainable = Trainable::new(recipe.seed);
-    let lae = Lae::new(&config, trainable.builder(&Device::Cpu))?;
-    let (weights, end) = if matches!(config, LaeConfig::Pca { .. }) {
-        (Lae::pca_tensors(&pca).into_iter().collect(), End::Finished)
-    } else {
-        let vars = trainable.vars();
-        let mut noise = 0.0;
-        if matches!(config, LaeConfig::Conv1dDense { .. }) {
-            lae.start_from(&pca, &vars)?;
-            noise = recipe.latent_noise / unit_power(&lae.encode(&x)?)?;
-        }
-        let plan = &recipe.plan;
-        let (batch, shards) = (plan.samples_a_shard()?, plan.shards as u64);
-        let people = set.train.people();
-        let loss = |step: u64, shard: usize| -> Result<Loss> {
-            let mut rng = train::rng(recipe.seed, step * shards + shard as u64);
-            let rows: Vec<u32> = (0..batch).map(|_| rng.random_range(0..people as u32)).collect();
-            let x = x.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
-            let z = lae.encode(&x)?;
-            let z = (&z + (train::normal(&mut rng, z.shape())? * noise)?)?;
-            let loss = lae::loss(&x, &lae.decode(&z)?, recipe.weight_preserved)?;
-            let part = |x: &Tensor| -> Result<f64> { Ok(f64::from(x.to_scalar::<f32>()?)) };
-            let parts = vec![
-                ("reconstruction", part(&loss.reconstruction)?),
-                ("weight_preserved", part(&loss.weight_preserved)?),
-            ];
-            Ok(Loss { value: loss.total, parts })
-        };
-        let settings = json!({ "lae": recipe, "dataset": set.stamp, "people": people });
-        let (end, ema) = run::run(plan, &settings, keeping, &vars, loss, |_, _| Ok(()))?;
-        (ema.averages().clone(), end)
-    };
-    let base = set.header.base.clone();
-    let codec = LoraCodec::new(base, set.layout.clone(), standardise, &config, weights, &Device::Cpu)?;
-    Ok((codec, pca, end))
+    if !config.closed_form() && people < 2 * recipe.plan.batch {
+        return Err(Failure::Usage(format!(
+            "{people} people to learn from are too few for a batch of {}; at least twice the batch is needed: make \
+             `batch` smaller, or the dataset larger",
+            recipe.plan.batch
+        ))
+        .into());
+    }
+    Ok(())
 }
 
-/// Errors on the people held out, of the autoencoder and of as many principal components.
-fn report(codec: &LoraCodec, pca: &Pca, set: &LoraSet, end: End) -> Result<Value> {
-    let x = codec.standardise.apply(&set.held_out.vectors)?;
-    let by_lae = codec.lae.decode(&codec.lae.encode(&x)?)?;
-    let by_pca = x.matmul(&pca.basis.t()?)?.matmul(&pca.basis)?;
-    let figures = |guess: &Tensor| -> Result<Value> {
-        let Agreement { relative_error, cosine } = Agreement::of(guess, &x)?;
-        Ok(json!({
-            "relative_error": relative_error,
-            "cosine": cosine,
-            "relative_error_by_magnitude": by_magnitude(guess, &x)?,
-        }))
+/// Gradient descent from the start that the network has.
+fn descend(
+    recipe: &Recipe,
+    config: &LaeConfig,
+    set: &LoraSet,
+    x: &Standardised,
+    pca: Option<&Pca>,
+    keeping: &Keeping,
+) -> Result<(std::collections::BTreeMap<String, Tensor>, End)> {
+    let trainable = Trainable::new(recipe.seed);
+    let lae = Lae::new(config, trainable.builder(&Device::Cpu))?;
+    let vars = trainable.vars();
+    if let Some(pca) = pca {
+        lae.start_from(pca, &vars)?;
+    }
+    let space = DeltaSpace::new(&set.layout, &Device::Cpu)?;
+    let plan = &recipe.plan;
+    let (batch, shards) = (plan.samples_a_shard()?, plan.shards as u64);
+    let loss = |step: u64, shard: usize| -> Result<Loss> {
+        let mut rng = train::rng(recipe.seed, step * shards + shard as u64);
+        let places: Vec<usize> = (0..batch).map(|_| rng.random_range(0..x.count())).collect();
+        let x0 = x.batch(&places)?;
+        let mut noisy = |x: &Tensor, sigma: f64| -> Result<Tensor> {
+            if sigma == 0.0 {
+                return Ok(x.clone());
+            }
+            Ok((x + (train::normal(&mut rng, x.shape())? * sigma)?)?)
+        };
+        let z = lae.encode(&noisy(&x0, recipe.input_noise)?)?;
+        let size = f64::from(z.detach().sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
+        let guess = lae.decode(&noisy(&z, recipe.latent_noise * size)?)?;
+        let loss = lae::loss(&x0, &guess, recipe.distance, recipe.weight_preserved)?;
+        let part = |x: &Tensor| -> Result<f64> { Ok(f64::from(x.to_scalar::<f32>()?)) };
+        let mut parts = vec![
+            ("reconstruction", part(&loss.reconstruction)?),
+            ("weight_preserved", part(&loss.weight_preserved)?),
+            ("latent_rms", size),
+        ];
+        let mut total = loss.total;
+        if recipe.angle > 0.0 {
+            let angle = space.angle(&x.standardise.undo(&guess)?, &x.standardise.undo(&x0)?)?;
+            parts.push(("angle", part(&angle)?));
+            total = (total + (angle * recipe.angle)?)?;
+        }
+        Ok(Loss { value: total, parts })
+    };
+    let settings = json!({ "lae": recipe, "dataset": set.stamp, "people": x.count() });
+    let (end, ema) = run::run(plan, &settings, keeping, &vars, loss, |_, _| Ok(()))?;
+    Ok((ema.averages().clone(), end))
+}
+
+/// What the autoencoder keeps of the LoRAs of people held out, in ΔW and in the weights.
+fn report(codec: &LoraCodec, set: &LoraSet, end: End, seconds: f64) -> Result<Value> {
+    let space = DeltaSpace::new(&codec.layout, &Device::Cpu)?;
+    let mean = mean_row(codec, set)?;
+    let mut alike = Vec::new();
+    let mut quarters = Quarters::default();
+    set.held_out.vectors.each(&mut |_, vectors| {
+        let guess = codec.decode(&codec.encode(vectors)?)?;
+        alike.extend(space.agreement(&guess, vectors, &mean)?);
+        let standard = |x: &Tensor| codec.standardise.apply(x);
+        quarters.add(&standard(&guess)?, &standard(vectors)?)
+    })?;
+    let (z, start) =
+        (Tensor::zeros((1, codec.lae.config().latent()), DType::F32, &Device::Cpu)?, Instant::now());
+    codec.lora(&z)?;
+    let decode = start.elapsed().as_secs_f64();
+    let over_people = |of: &dyn Fn(&crate::hypernet::delta::Alike) -> f64| {
+        Mean::of(&alike.iter().map(of).collect::<Vec<_>>())
     };
     let config = codec.lae.config();
     Ok(json!({
         "finished": end == End::Finished,
+        "seconds": seconds,
+        "decode_seconds": decode,
         "people": { "train": set.train.people(), "held_out": set.held_out.people() },
         "parameters": config.input(),
         "latent": config.latent(),
         "compression": config.compression(),
-        "lae": figures(&by_lae)?,
-        "pca": figures(&by_pca)?,
+        "delta_cosine": over_people(&|alike| alike.cosine),
+        "delta_relative_error": over_people(&|alike| alike.relative_error),
+        "own_cosine": over_people(&|alike| alike.own_cosine),
+        "own_relative_error": over_people(&|alike| alike.own_relative_error),
+        "relative_error": quarters.relative_error(),
+        "relative_error_by_magnitude": quarters.by_magnitude(),
     }))
 }
 
-/// Relative error among the smallest quarter of the standardised weights, the next, and so on.
-fn by_magnitude(guess: &Tensor, truth: &Tensor) -> Result<Vec<f64>> {
-    let flat = |x: &Tensor| -> Result<Vec<f32>> { Ok(x.flatten_all()?.to_vec1()?) };
-    let mut pairs: Vec<(f32, f32)> = flat(truth)?.into_iter().zip(flat(guess)?).collect();
-    pairs.sort_unstable_by(|a, b| a.0.abs().total_cmp(&b.0.abs()));
-    let quarter = pairs.len().div_ceil(4).max(1);
-    let relative = |pairs: &[(f32, f32)]| {
-        let sum = |f: &dyn Fn(&(f32, f32)) -> f32| pairs.iter().map(|pair| f64::from(f(pair))).sum::<f64>();
-        sum(&|(x, guess)| (x - guess).powi(2)) / sum(&|(x, _)| x.powi(2)).max(f64::MIN_POSITIVE)
-    };
-    Ok(pairs.chunks(quarter).map(relative).collect())
+/// The mean LoRA (1, P), whatever the scaling takes off.
+fn mean_row(codec: &LoraCodec, set: &LoraSet) -> Result<Tensor> {
+    let whole = Standardise::of(&set.train.vectors, &[codec.lae.config().input()], Scaling::Element)?;
+    Ok(whole.mean().unsqueeze(0)?)
+}
+
+/// Errors among the smallest quarter of the standardised weights of each person, the next, and so on.
+#[derive(Default)]
+struct Quarters {
+    /// Σ (x − x̂)² and Σ x².
+    sums: [(f64, f64); 4],
+}
+
+impl Quarters {
+    fn add(&mut self, guess: &Tensor, truth: &Tensor) -> Result<()> {
+        for (guess, truth) in guess.to_vec2::<f32>()?.iter().zip(truth.to_vec2::<f32>()?) {
+            let mut pairs: Vec<(f32, f32)> = truth.into_iter().zip(guess.iter().copied()).collect();
+            pairs.sort_unstable_by(|a, b| a.0.abs().total_cmp(&b.0.abs()));
+            let quarter = pairs.len().div_ceil(4).max(1);
+            for (sum, pairs) in self.sums.iter_mut().zip(pairs.chunks(quarter)) {
+                for (x, guess) in pairs {
+                    let (x, guess) = (f64::from(*x), f64::from(*guess));
+                    *sum = (sum.0 + (x - guess).powi(2), sum.1 + x * x);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn by_magnitude(&self) -> Vec<f64> {
+        self.sums.iter().map(|(error, power)| error / power.max(f64::MIN_POSITIVE)).collect()
+    }
+
+    /// Σ‖x̂ − x‖² / Σ‖x‖² over all weights.
+    fn relative_error(&self) -> f64 {
+        let (error, power) = self.sums.iter().fold((0.0, 0.0), |all, one| (all.0 + one.0, all.1 + one.1));
+        error / f64::max(power, f64::MIN_POSITIVE)
+    }
+}
+
+/// `mean ± half of the interval`.
+fn interval(value: &Value) -> String {
+    let mean = value["mean"].as_f64().unwrap_or(f64::NAN);
+    match value["half_width"].as_f64() {
+        Some(half) => format!("{mean:.3} ± {half:.3}"),
+        None => format!("{mean:.3}"),
+    }
+}
+
+fn quarters(report: &Value) -> String {
+    let numbers = report["relative_error_by_magnitude"].as_array().into_iter().flatten();
+    numbers.map(|value| format!("{:.2}", value.as_f64().unwrap_or(f64::NAN))).collect::<Vec<_>>().join(" ")
 }
 
 fn print_report(report: &Value) {
@@ -235,19 +473,48 @@ fn print_report(report: &Value) {
         report["people"]["train"],
         report["people"]["held_out"]
     );
-    println!("{:>6} {:>14} {:>10}  error by magnitude of the weights", "", "relative error", "1 - cosine");
-    for name in ["lae", "pca"] {
-        let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-        let figures = &report[name];
-        let quarters: Vec<String> = figures["relative_error_by_magnitude"]
-            .as_array()
-            .map(|list| list.iter().map(|value| format!("{:.3}", number(value))).collect())
-            .unwrap_or_default();
+    println!(
+        "ΔW: cosine {}, relative error {}",
+        interval(&report["delta_cosine"]),
+        interval(&report["delta_relative_error"])
+    );
+    println!(
+        "beyond the mean LoRA: cosine {}, relative error {}",
+        interval(&report["own_cosine"]),
+        interval(&report["own_relative_error"])
+    );
+    println!(
+        "weights: relative error {:.3}; by magnitude, from the smallest quarter: {}",
+        report["relative_error"].as_f64().unwrap_or(f64::NAN),
+        quarters(report)
+    );
+}
+
+fn print_table(reports: &[(String, Value)]) {
+    let widest = reports.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    println!(
+        "{:widest$}  {:>6}  {:>7}  {:>15}  {:>15}  {:>15}  {:>15}  {:>23}  {:>7}",
+        "",
+        "latent",
+        "smaller",
+        "ΔW cosine",
+        "ΔW rel. error",
+        "own cosine",
+        "own rel. error",
+        "error by magnitude",
+        "seconds"
+    );
+    for (name, report) in reports {
         println!(
-            "{name:>6} {:>14.4} {:>10.4}  {}",
-            number(&figures["relative_error"]),
-            1.0 - number(&figures["cosine"]),
-            quarters.join(" ")
+            "{name:widest$}  {:>6}  {:>6.0}×  {:>15}  {:>15}  {:>15}  {:>15}  {:>23}  {:>7.0}",
+            report["latent"],
+            report["compression"].as_f64().unwrap_or(f64::NAN),
+            interval(&report["delta_cosine"]),
+            interval(&report["delta_relative_error"]),
+            interval(&report["own_cosine"]),
+            interval(&report["own_relative_error"]),
+            quarters(report),
+            report["seconds"].as_f64().unwrap_or(f64::NAN)
         );
     }
 }
@@ -291,6 +558,9 @@ pub(super) mod tests {
             config: folder.join("settings.toml"),
             resume: false,
             minutes: None,
+            sweep: None,
+            skip_missing: false,
+            memory: 1.0,
         }
     }
 
@@ -306,10 +576,10 @@ pub(super) mod tests {
         let files = ModelFiles::folder(folder.path().join("lae")).unwrap();
         let report: Value = files.json("training/report.json").unwrap();
         // Four dimensions in four values: nothing but rounding and the noise of the latents is lost.
-        for name in ["lae", "pca"] {
-            assert!(report[name]["relative_error"].as_f64().unwrap() < 0.01, "{report}");
-            assert_eq!(report[name]["relative_error_by_magnitude"].as_array().unwrap().len(), 4);
-        }
+        assert!(report["relative_error"].as_f64().unwrap() < 0.01, "{report}");
+        assert!(report["own_relative_error"]["mean"].as_f64().unwrap() < 0.01, "{report}");
+        assert!(report["delta_cosine"]["mean"].as_f64().unwrap() > 0.995, "{report}");
+        assert_eq!(report["relative_error_by_magnitude"].as_array().unwrap().len(), 4);
         assert_eq!(report["compression"], 8.0);
         assert!(LoraCodec::open(&files, &Device::Cpu).is_ok());
     }
@@ -328,6 +598,96 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_dataset_larger_than_the_memory_gives_the_same_autoencoder() {
+        let folder = tempfile::tempdir().unwrap();
+        write_dataset(&folder.path().join("dataset"), 40);
+        let weights = |memory| {
+            run(Args { memory, ..args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+            std::fs::read(folder.path().join("lae/lae.safetensors")).unwrap()
+        };
+        assert_eq!(weights(0.0), weights(1.0));
+    }
+
+    #[test]
+    fn every_option_of_the_recipe_trains_and_opens_again() {
+        let folder = tempfile::tempdir().unwrap();
+        write_dataset(&folder.path().join("dataset"), 40);
+        let settings = SETTINGS.replacen(
+            "seed = 1",
+            "seed = 1\nscaling = \"rms\"\ndistance = \"l1\"\nangle = 0.5\ninput_noise = 0.1",
+            1,
+        );
+        let local = "{ kind = \"conv1d_local\", patch = 16, components = 3 }";
+        let staged = "{ kind = \"conv1d\", position = true, dense = 4, stages = [{ channels = 3, fold = 4, kernel = 3 }, \
+                      { channels = 4, fold = 2, norm = \"instance\", activation = \"leaky_relu\" }] }";
+        let dense = "{ kind = \"conv1d_dense\", latent = 4, patch = 8, channels = 2 }";
+        for network in [local, staged] {
+            assert!(settings.contains(dense));
+            run(args(folder.path(), &settings.replace(dense, network)), &quiet()).unwrap();
+            let files = ModelFiles::folder(folder.path().join("lae")).unwrap();
+            let codec = LoraCodec::open(&files, &Device::Cpu).unwrap();
+            let z = Tensor::zeros((1, codec.lae.config().latent()), DType::F32, &Device::Cpu).unwrap();
+            assert_eq!(codec.lora(&z).unwrap().layers.len(), 2);
+            let log = std::fs::read_to_string(folder.path().join("lae/training/lae.jsonl")).unwrap();
+            assert!(log.contains("\"angle\"") && log.contains("latent_rms"), "{log}");
+        }
+    }
+
+    #[test]
+    fn a_sweep_makes_all_variants_and_a_table() {
+        let folder = tempfile::tempdir().unwrap();
+        write_dataset(&folder.path().join("dataset"), 40);
+        let sweep = folder.path().join("sweep.toml");
+        let list = r#"
+            [[variant]]
+            name = "pca"
+            network = { kind = "pca", latent = 2 }
+            [[variant]]
+            name = "short"
+            network = { kind = "conv1d", stages = [{ channels = 2, fold = 8 }] }
+            plan = { steps = 3, rate = { peak = 1e-2 } }
+        "#;
+        std::fs::write(&sweep, list).unwrap();
+        let with_sweep = || Args { sweep: Some(sweep.clone()), ..args(folder.path(), SETTINGS) };
+        run(with_sweep(), &quiet()).unwrap();
+        let files = ModelFiles::folder(folder.path().join("lae")).unwrap();
+        let table: Value = files.json("sweep.json").unwrap();
+        assert_eq!(table[0]["name"], "pca");
+        assert_eq!((&table[0]["report"]["latent"], &table[1]["report"]["latent"]), (&json!(2), &json!(8)));
+        assert_eq!(table[1]["report"]["delta_cosine"]["n"], 12);
+        for name in ["pca", "short"] {
+            assert!(
+                LoraCodec::open(
+                    &ModelFiles::folder(folder.path().join("lae").join(name)).unwrap(),
+                    &Device::Cpu
+                )
+                .is_ok()
+            );
+        }
+        std::fs::write(&sweep, list.replace("steps = 3", "stepz = 3")).unwrap();
+        let message = format!("{:#}", run(with_sweep(), &quiet()).unwrap_err());
+        assert!(message.contains("`short`") && message.contains("stepz"), "{message}");
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_recipe_is_refused_with_what_differs() {
+        let folder = tempfile::tempdir().unwrap();
+        write_dataset(&folder.path().join("dataset"), 40);
+        run(Args { minutes: Some(0.0), ..args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+        let other = SETTINGS.replace("latent = 4, patch = 8", "latent = 3, patch = 8");
+        let error = run(Args { resume: true, ..args(folder.path(), &other) }, &quiet()).unwrap_err();
+        assert!(format!("{error:#}").contains("lae.network.latent: 4, now 3"), "{error:#}");
+    }
+
+    #[test]
+    fn too_few_people_for_the_batch_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        write_dataset(&folder.path().join("dataset"), 20);
+        let error = run(args(folder.path(), SETTINGS), &quiet()).unwrap_err();
+        assert!(format!("{error:#}").contains("at least twice the batch"), "{error:#}");
+    }
+
+    #[test]
     fn latents_longer_than_the_dataset_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 20);
@@ -339,5 +699,12 @@ pub(super) mod tests {
     fn the_settings_in_the_repository_are_read() {
         let settings: Settings = toml::from_str(include_str!("../../configs/hypernet-tiny.toml")).unwrap();
         settings.lae.plan.samples_a_shard().unwrap();
+        let sweep: Sweep = toml::from_str(include_str!("../../configs/lae-sweep-tiny.toml")).unwrap();
+        let sdxl: Settings = toml::from_str(include_str!("../../configs/hypernet-sdxl.toml")).unwrap();
+        let config = sdxl.lae.network.config(11_612_160);
+        assert_eq!((config.latent(), config.compression().round()), (38_556, 301.0));
+        for variant in sweep.variant {
+            variant.recipe(&settings.lae).unwrap().network.config(47_872);
+        }
     }
 }

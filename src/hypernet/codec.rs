@@ -7,9 +7,11 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use super::lae::{Lae, LaeConfig};
+use super::rows::Rows;
 use super::stats::Standardise;
 use super::{Config, FORMAT, ModelId, write_tensors};
 use crate::lora::Lora;
+use crate::lora::canonical::{Canonical, Form};
 use crate::lora::layout::LoraLayout;
 use crate::model_files::{ModelFiles, save_json};
 use crate::weights::frozen;
@@ -21,6 +23,8 @@ pub struct LoraCodec {
     pub base: ModelId,
     /// Which modules the vector holds, in order.
     pub layout: LoraLayout,
+    /// The form that a LoRA's factors are brought to before they become a vector.
+    pub form: Form,
     /// Of vectors (B, P).
     pub standardise: Standardise,
     /// The network.
@@ -34,6 +38,7 @@ impl LoraCodec {
     pub fn new(
         base: ModelId,
         layout: LoraLayout,
+        form: Form,
         standardise: Standardise,
         config: &LaeConfig,
         weights: BTreeMap<String, Tensor>,
@@ -41,7 +46,7 @@ impl LoraCodec {
     ) -> Result<Self> {
         let named: HashMap<String, Tensor> = weights.clone().into_iter().collect();
         let lae = Lae::new(config, frozen(named, DType::F32, device))?;
-        let codec = Self { base, layout, standardise, lae, weights };
+        let codec = Self { base, layout, form, standardise, lae, weights };
         codec.check()?;
         Ok(codec)
     }
@@ -58,8 +63,10 @@ impl LoraCodec {
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
         let layout = with_shared_down(&config.layout, &stats)
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
+        let form = form(config.canonical, &layout, &stats)
+            .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
         let weights = files.tensors("", "lae")?.into_iter().collect();
-        let codec = Self { base: config.base.clone(), layout, standardise, lae, weights };
+        let codec = Self { base: config.base.clone(), layout, form, standardise, lae, weights };
         codec.check().map_err(|error| files.unusable("config.json", format!("{error:#}")))?;
         Ok(codec)
     }
@@ -91,6 +98,10 @@ impl LoraCodec {
         let mut stats: BTreeMap<String, Tensor> = self.standardise.tensors("vector")?.into_iter().collect();
         let down = self.layout.shared_tensors();
         stats.extend(down.iter().map(|(module, down)| (format!("{DOWN}{module}"), down.clone())));
+        if let Some(reference) = self.form.reference() {
+            let reference = self.layout.to_vector(&reference)?;
+            stats.insert(REFERENCE.into(), Tensor::new(reference, &Device::Cpu)?);
+        }
         Ok(stats)
     }
 
@@ -99,14 +110,34 @@ impl LoraCodec {
             format: FORMAT,
             base: self.base.clone(),
             layout: self.layout.clone(),
+            canonical: self.form.kind(),
             lae: self.lae.config().clone(),
             denoiser: None,
         }
     }
 
+    /// A LoRA as the vector (1, P) that [`LoraCodec::encode`] reads, in canonical form.
+    ///
+    /// # Errors
+    /// A LoRA of another layout.
+    pub fn vector(&self, lora: &Lora) -> Result<Tensor> {
+        let vector = self.layout.to_vector(&self.form.apply(lora)?)?;
+        Ok(Tensor::from_vec(vector, (1, self.layout.parameters()), &Device::Cpu)?)
+    }
+
     /// LoRA vectors (B, P) → z (B, L).
     pub fn encode(&self, vectors: &Tensor) -> Result<Tensor> {
         Ok(self.lae.encode(&self.standardise.apply(vectors)?)?)
+    }
+
+    /// All LoRA vectors of a dataset, read a few at a time → z (M, L).
+    pub fn encode_all(&self, vectors: &dyn Rows) -> Result<Tensor> {
+        let mut latents = Vec::new();
+        vectors.each(&mut |_, batch| {
+            latents.push(self.encode(batch)?);
+            Ok(())
+        })?;
+        Ok(Tensor::cat(&latents, 0)?)
     }
 
     /// z (B, L) → LoRA vectors (B, P).
@@ -135,6 +166,21 @@ impl LoraCodec {
 
 /// Before the names of shared `A`s in `stats.safetensors`.
 const DOWN: &str = "down.";
+
+/// The name of the LoRA that others are turned to, as a vector.
+const REFERENCE: &str = "reference";
+
+fn form(kind: Canonical, layout: &LoraLayout, stats: &HashMap<String, Tensor>) -> Result<Form> {
+    let reference = match kind {
+        Canonical::None | Canonical::Svd => Lora::default(),
+        Canonical::Procrustes => {
+            let reference =
+                stats.get(REFERENCE).with_context(|| format!("tensor `{REFERENCE}` is missing"))?;
+            layout.from_vector(&reference.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)?
+        }
+    };
+    Ok(Form::restored(kind, reference))
+}
 
 /// The layout with its shared `A`s, where it has them.
 fn with_shared_down(layout: &LoraLayout, stats: &HashMap<String, Tensor>) -> Result<LoraLayout> {

@@ -1,24 +1,29 @@
 //! LoRA weight autoencoder (LAE): a flat LoRA vector ↔ a short latent.
 //!
 //! Wu et al. 2024 (arXiv 2408.06740): 1-D convolutions, trained with reconstruction + weight-preserved loss,
-//! L_WP = mean(|x|·|x − x̂|). Vectors are standardised first ([`crate::hypernet::stats`]).
+//! L_WP = mean(|x|·|x − x̂|). Vectors are standardised first ([`crate::hypernet::stats`]). The paper gives no table of
+//! layers; the stages of [`LaeConfig::Conv1d`] are those of p-diff (NUS-HPC-AI-Lab/Neural-Network-Diffusion,
+//! `core/module/modules/encoder.py`): norm, activation, convolution, and a convolution that folds.
 //!
-//! We differ where the paper's form fails at our size. Neighbouring LoRA weights are nearly white; what people
-//! have in common is spread over the whole vector, so short shared kernels cannot compress it, and the plain
-//! strided stack ([`LaeConfig::Conv1d`], kept to compare) collapses to the mean. [`LaeConfig::Conv1dDense`] mixes
-//! the whole vector in one dense stage, which starts as the principal components, and corrects it by convolutions
-//! whose last kernel starts at zero: the start is exactly the PCA ([`LaeConfig::Pca`]), and training goes on
-//! from there.
+//! We differ where the paper's form fails at our size. Neighbouring LoRA weights are nearly white; what people have in
+//! common is spread over the whole vector, so kernels that all places share cannot compress it, and the plain stack
+//! collapses to the mean. What helps is weights that know their place: a dense stage
+//! ([`LaeConfig::Conv1dDense`]), or, where the vector is too long for one, kernels of their own for each long patch
+//! ([`LaeConfig::Conv1dLocal`]). Both start as principal components ([`LaeConfig::Pca`]), and training goes on from
+//! there through convolutions whose last kernel starts at zero.
+//!
+//! Inside, values lie as (B, N, C): a fold is then a reshape and a matrix product. Kernels are stored as PyTorch has
+//! them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Module, Tensor, Var};
-use candle_nn::VarBuilder;
+use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::pca::Pca;
-use crate::layers::{Activation, Linear, linear};
+use crate::layers::{Activation, GroupNorm, LayerNorm, Linear, linear};
 
 /// Which autoencoder, and its sizes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,22 +47,112 @@ pub enum LaeConfig {
         /// Their channels.
         channels: usize,
     },
-    /// The paper's plain form: strided convolutions, mirrored.
+    /// A convolution that folds long patches, each by kernels of its own, which start as the principal components
+    /// of that patch; with convolutional corrections on both sides.
+    Conv1dLocal {
+        /// P
+        input: usize,
+        /// Values in a patch; the last one is filled up with zeros.
+        patch: usize,
+        /// Values of the latent for each patch.
+        components: usize,
+        /// The correcting convolutions, if any.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        correction: Option<CorrectionConfig>,
+    },
+    /// The paper's form: stages of convolutions that all places share, mirrored.
     Conv1d {
         /// P
         input: usize,
-        /// Stride, and kernel, of each stage.
-        folds: Vec<usize>,
-        /// Channels after each stage; the last are those of the latent.
-        channels: Vec<usize>,
+        /// From the vector to the latent.
+        stages: Vec<Stage>,
+        /// Whether each place has a learned offset in every channel, so that shared kernels can tell where they are.
+        #[serde(default)]
+        position: bool,
+        /// L of a dense stage between the last fold and its mirror; without it the folded channels are the latent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        dense: Option<usize>,
     },
+}
+
+/// Kernel and channels of the convolutions that correct a linear autoencoder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CorrectionConfig {
+    /// Kernel and stride.
+    pub patch: usize,
+    /// Channels.
+    pub channels: usize,
+}
+
+/// One stage of [`LaeConfig::Conv1d`]: norm, activation, convolution, activation, fold. The decoder's is the mirror
+/// of it: unfold, activation, convolution, norm, activation. The first stage has no norm and no activation at its
+/// outer side, since the vector has signs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    /// Before the convolution.
+    #[serde(default)]
+    pub norm: Norm,
+    /// Before the convolution, and between it and the fold.
+    #[serde(default)]
+    pub activation: Nonlinearity,
+    /// Odd length of the convolution that keeps the length; 0 for none.
+    #[serde(default)]
+    pub kernel: usize,
+    /// Channels after the stage; those of the last are the latent's.
+    pub channels: usize,
+    /// Kernel and stride of the strided convolution.
+    pub fold: usize,
+}
+
+/// What a stage normalises.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Norm {
+    /// Nothing.
+    #[default]
+    None,
+    /// Each channel over the whole length (InstanceNorm1d); what p-diff does. The length of a LoRA is lost there.
+    Instance,
+    /// The channels of each place.
+    Layer,
+}
+
+/// What a stage bends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Nonlinearity {
+    /// Nothing: a linear autoencoder.
+    None,
+    /// x · σ(x)
+    #[default]
+    Silu,
+    /// x · Φ(x)
+    Gelu,
+    /// x, or x / 100 below zero; what p-diff has.
+    LeakyRelu,
+}
+
+impl Nonlinearity {
+    fn apply(self, x: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::None => Ok(x.clone()),
+            Self::Silu => Activation::Silu.apply(x),
+            Self::Gelu => Activation::Gelu.apply(x),
+            Self::LeakyRelu => (x.relu()? * 0.99)? + (x * 0.01)?,
+        }
+    }
 }
 
 impl LaeConfig {
     /// P: values in a LoRA vector.
     pub fn input(&self) -> usize {
         match self {
-            Self::Pca { input, .. } | Self::Conv1dDense { input, .. } | Self::Conv1d { input, .. } => *input,
+            Self::Pca { input, .. }
+            | Self::Conv1dDense { input, .. }
+            | Self::Conv1dLocal { input, .. }
+            | Self::Conv1d { input, .. } => *input,
         }
     }
 
@@ -65,9 +160,11 @@ impl LaeConfig {
     pub fn latent(&self) -> usize {
         match self {
             Self::Pca { latent, .. } | Self::Conv1dDense { latent, .. } => *latent,
-            Self::Conv1d { input, folds, channels } => {
-                input.div_ceil(folds.iter().product::<usize>().max(1))
-                    * channels.last().copied().unwrap_or_default()
+            Self::Conv1dLocal { input, patch, components, .. } => input.div_ceil(*patch) * components,
+            Self::Conv1d { dense: Some(latent), .. } => *latent,
+            Self::Conv1d { input, stages, .. } => {
+                let fold: usize = stages.iter().map(|stage| stage.fold).product();
+                input.div_ceil(fold.max(1)) * stages.last().map_or(0, |stage| stage.channels)
             }
         }
     }
@@ -77,18 +174,61 @@ impl LaeConfig {
         self.input() as f64 / self.latent() as f64
     }
 
+    /// The patches whose principal components it starts from: their length and how many components each; none where
+    /// it starts at random.
+    pub fn start(&self) -> Option<(usize, usize)> {
+        match self {
+            Self::Pca { input, latent } | Self::Conv1dDense { input, latent, .. } => Some((*input, *latent)),
+            Self::Conv1dLocal { patch, components, .. } => Some((*patch, *components)),
+            Self::Conv1d { .. } => None,
+        }
+    }
+
+    /// Whether nothing is left to train after the start.
+    pub fn closed_form(&self) -> bool {
+        matches!(self, Self::Pca { .. })
+    }
+
+    /// The same as a format 1 folder has it: its `conv1d` was `folds` and `channels`, with SiLU in between.
+    pub(super) fn from_format_1(mut config: serde_json::Value) -> serde_json::Value {
+        let list = |name: &str| config.get(name).and_then(|list| list.as_array()).cloned();
+        if let (Some(folds), Some(channels)) = (list("folds"), list("channels"))
+            && config.get("kind").is_some_and(|kind| kind == "conv1d")
+        {
+            let stage = |(fold, channels)| serde_json::json!({ "fold": fold, "channels": channels });
+            let stages: Vec<_> = folds.into_iter().zip(channels).map(stage).collect();
+            config = serde_json::json!({ "kind": "conv1d", "input": config["input"], "stages": stages });
+        }
+        config
+    }
+
     fn check(&self) -> Result<()> {
-        ensure!(self.input() > 0 && self.latent() > 0, "an autoencoder of size zero: {self:?}");
         match self {
             Self::Pca { .. } => {}
             Self::Conv1dDense { patch, channels, .. } => {
                 ensure!(*patch > 0 && *channels > 0, "patch and channels are at least 1: {self:?}");
             }
-            Self::Conv1d { folds, channels, .. } => ensure!(
-                folds.len() == channels.len() && folds.iter().chain(channels).all(|n| *n > 0),
-                "as many folds as channels, each at least 1: {self:?}"
-            ),
+            Self::Conv1dLocal { patch, components, correction, .. } => {
+                ensure!(
+                    *patch > 0 && components <= patch,
+                    "a patch has at least as many values as components: {self:?}"
+                );
+                ensure!(
+                    correction.as_ref().is_none_or(|c| c.patch > 0 && c.channels > 0),
+                    "patch and channels are at least 1: {self:?}"
+                );
+            }
+            Self::Conv1d { stages, .. } => {
+                let good = |stage: &Stage| {
+                    stage.fold > 0 && stage.channels > 0 && (stage.kernel == 0 || stage.kernel % 2 == 1)
+                };
+                ensure!(
+                    !stages.is_empty() && stages.iter().all(good),
+                    "each stage has a fold and channels of at least 1 and a kernel that is odd, or 0 for none: {self:?}"
+                );
+            }
         }
+        ensure!(self.input() > 0 && self.latent() > 0, "an autoencoder of size zero: {self:?}");
         Ok(())
     }
 }
@@ -102,9 +242,17 @@ pub struct Lae {
 
 #[derive(Clone, Debug)]
 enum Net {
-    Pca { basis: Tensor },
-    Conv1dDense { basis: Tensor, before: Correction, after: Correction },
-    Conv1d { down: Vec<Fold>, up: Vec<Fold> },
+    /// A linear map of patches, one patch where it is dense, between corrections.
+    Linear {
+        /// (L, patch): the rows of the first patch, of the second, and so on.
+        basis: Tensor,
+        corrections: Option<(Correction, Correction)>,
+    },
+    Conv1d {
+        down: Vec<Folding>,
+        up: Vec<Folding>,
+        dense: Option<(Linear, Linear)>,
+    },
 }
 
 /// The parts of the training loss, each a scalar.
@@ -112,55 +260,85 @@ enum Net {
 pub struct LaeLoss {
     /// reconstruction + λ · weight_preserved
     pub total: Tensor,
-    /// mean((x − x̂)²)
+    /// mean((x − x̂)²), or mean(|x − x̂|)
     pub reconstruction: Tensor,
     /// L_WP = mean(|x|·|x − x̂|)
     pub weight_preserved: Tensor,
 }
 
+/// What the reconstruction pays for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Distance {
+    /// Squares.
+    #[default]
+    Mse,
+    /// Absolute values.
+    L1,
+}
+
 impl Lae {
-    /// Builds the networks; `basis` (L, P) is the dense stage of both directions.
+    /// Builds the networks.
+    ///
+    /// `basis` (L, patch) is the linear stage of both directions.
     pub fn new(config: &LaeConfig, vb: VarBuilder) -> Result<Self> {
         config.check()?;
-        let (p, l) = (config.input(), config.latent());
+        let p = config.input();
         // Before the PCA is put in its place, a random basis of rows with length 1.
-        let basis = || {
-            let init = candle_nn::Init::Randn { mean: 0.0, stdev: 1.0 / (p as f64).sqrt() };
-            vb.get_with_hints((l, p), "basis", init)
+        let random = |width: usize| Init::Randn { mean: 0.0, stdev: 1.0 / (width as f64).sqrt() };
+        let corrections = |patch, channels| -> candle_core::Result<_> {
+            let part = |name| Correction::new(p, patch, channels, vb.pp(name));
+            Ok(Some((part("before")?, part("after")?)))
         };
         let net = match config {
-            LaeConfig::Pca { .. } => Net::Pca { basis: basis()? },
-            LaeConfig::Conv1dDense { patch, channels, .. } => Net::Conv1dDense {
-                basis: basis()?,
-                before: Correction::new(p, *patch, *channels, vb.pp("before"))?,
-                after: Correction::new(p, *patch, *channels, vb.pp("after"))?,
+            LaeConfig::Pca { latent, .. } => {
+                Net::Linear { basis: vb.get_with_hints((*latent, p), "basis", random(p))?, corrections: None }
+            }
+            LaeConfig::Conv1dDense { latent, patch, channels, .. } => Net::Linear {
+                basis: vb.get_with_hints((*latent, p), "basis", random(p))?,
+                corrections: corrections(*patch, *channels)?,
             },
-            LaeConfig::Conv1d { folds, channels, .. } => {
-                let inputs = std::iter::once(1).chain(channels.iter().copied());
-                let stages: Vec<_> = inputs.zip(channels).zip(folds).collect();
-                let down = stages
-                    .iter()
-                    .enumerate()
-                    .map(|(i, ((from, to), fold))| Fold::down(*from, **to, **fold, vb.pp("down").pp(i)));
-                let up = stages
-                    .iter()
-                    .rev()
-                    .enumerate()
-                    .map(|(i, ((from, to), fold))| Fold::up(**to, *from, **fold, vb.pp("up").pp(i)));
-                Net::Conv1d {
-                    down: down.collect::<candle_core::Result<_>>()?,
-                    up: up.collect::<candle_core::Result<_>>()?,
+            LaeConfig::Conv1dLocal { patch, correction, .. } => Net::Linear {
+                basis: vb.get_with_hints((config.latent(), *patch), "basis", random(*patch))?,
+                corrections: match correction {
+                    Some(CorrectionConfig { patch, channels }) => corrections(*patch, *channels)?,
+                    None => None,
+                },
+            },
+            LaeConfig::Conv1d { stages, position, dense, .. } => {
+                let total: usize = stages.iter().map(|stage| stage.fold).product();
+                let mut length = p.div_ceil(total) * total;
+                let mut channels = 1;
+                let (mut down, mut up) = (Vec::new(), Vec::new());
+                for (i, stage) in stages.iter().enumerate() {
+                    let last = i + 1 == stages.len();
+                    let centred = stages.get(i + 1).is_some_and(|next| next.norm == Norm::Instance);
+                    let shape =
+                        FoldingShape { length, channels, outermost: i == 0, position: *position, centred };
+                    down.push(Folding::down(stage, &shape, last && dense.is_none(), vb.pp("down").pp(i))?);
+                    let mirror = stages.len() - 1 - i;
+                    up.push(Folding::up(stage, &shape, vb.pp("up").pp(mirror))?);
+                    (length, channels) = (length / stage.fold, stage.channels);
                 }
+                up.reverse();
+                let dense = match dense {
+                    Some(latent) => Some((
+                        Linear::new(length * channels, *latent, vb.pp("narrow"))?,
+                        Linear::new(*latent, length * channels, vb.pp("widen"))?,
+                    )),
+                    None => None,
+                };
+                Net::Conv1d { down, up, dense }
             }
         };
         Ok(Self { config: config.clone(), net })
     }
 
-    /// Puts the principal components in the dense stage of a network that was built with `vars`.
+    /// Puts the principal components in the linear stage of a network that was built with `vars`.
     ///
     /// The plain convolutional variant has no such stage and is refused.
-    pub fn start_from(&self, pca: &Pca, vars: &std::collections::BTreeMap<String, Var>) -> Result<()> {
-        let (Net::Pca { basis } | Net::Conv1dDense { basis, .. }) = &self.net else {
+    pub fn start_from(&self, pca: &Pca, vars: &BTreeMap<String, Var>) -> Result<()> {
+        let Net::Linear { basis, .. } = &self.net else {
             anyhow::bail!("the plain conv1d autoencoder has no stage that could start from a PCA");
         };
         let var = vars
@@ -182,47 +360,97 @@ impl Lae {
 
     /// `x` (B, P), standardised → z (B, L).
     pub fn encode(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let (b, p) = x.dims2()?;
         match &self.net {
-            Net::Pca { basis } => linear(x, basis, None),
-            Net::Conv1dDense { basis, before, .. } => linear(&before.forward(x)?, basis, None),
-            Net::Conv1d { down, .. } => {
-                let (b, p) = x.dims2()?;
-                let stride: usize = down.iter().map(|stage| stage.fold).product();
-                let x = x.pad_with_zeros(1, 0, p.next_multiple_of(stride) - p)?;
-                through(down, x.unsqueeze(1)?)?.reshape((b, self.config.latent()))
+            Net::Linear { basis, corrections } => {
+                let x = match corrections {
+                    Some((before, _)) => before.forward(x)?,
+                    None => x.clone(),
+                };
+                project(&x, basis)
+            }
+            Net::Conv1d { down, dense, .. } => {
+                let fold: usize = down.iter().map(|stage| stage.fold).product();
+                let x = x.pad_with_zeros(1, 0, p.next_multiple_of(fold) - p)?.unsqueeze(2)?; // (B, N, 1)
+                let h = down.iter().try_fold(x, |x, stage| stage.forward(&x))?; // (B, N / fold, C)
+                match dense {
+                    Some((narrow, _)) => narrow.forward(&h.flatten_from(1)?),
+                    // As PyTorch's (B, C, N) would be flattened.
+                    None => h.transpose(1, 2)?.contiguous()?.reshape((b, self.config.latent())),
+                }
             }
         }
     }
 
     /// `z` (B, L) → x̂ (B, P), standardised.
     pub fn decode(&self, z: &Tensor) -> candle_core::Result<Tensor> {
+        let p = self.config.input();
         match &self.net {
-            Net::Pca { basis } => z.matmul(basis),
-            Net::Conv1dDense { basis, after, .. } => after.forward(&z.matmul(basis)?),
-            Net::Conv1d { up, .. } => {
+            Net::Linear { basis, corrections } => {
+                let x = expand(z, basis, p)?;
+                match corrections {
+                    Some((_, after)) => after.forward(&x),
+                    None => Ok(x),
+                }
+            }
+            Net::Conv1d { up, dense, .. } => {
                 let b = z.dim(0)?;
-                let channels = up.first().map_or(1, |stage| stage.input);
-                let x = through(up, z.reshape((b, channels, ()))?)?;
-                x.squeeze(1)?.narrow(1, 0, self.config.input())
+                let channels = up.first().map_or(1, |stage| stage.inner);
+                let h = match dense {
+                    Some((_, widen)) => widen.forward(z)?.reshape((b, (), channels))?,
+                    None => z.reshape((b, channels, ()))?.transpose(1, 2)?.contiguous()?,
+                };
+                let x = up.iter().try_fold(h, |x, stage| stage.forward(&x))?; // (B, N, 1)
+                x.squeeze(2)?.narrow(1, 0, p)
             }
         }
     }
 
     /// The training loss of a batch `x` (B, P); `lambda` weighs L_WP.
     pub fn loss(&self, x: &Tensor, lambda: f64) -> candle_core::Result<LaeLoss> {
-        loss(x, &self.decode(&self.encode(x)?)?, lambda)
+        loss(x, &self.decode(&self.encode(x)?)?, Distance::Mse, lambda)
     }
 }
 
 /// The loss between a batch `x` (B, P) and its reconstruction `x_hat`.
 ///
 /// Apart from [`Lae::loss`] for a training loop that adds noise to the latents in between.
-pub fn loss(x: &Tensor, x_hat: &Tensor, lambda: f64) -> candle_core::Result<LaeLoss> {
+pub fn loss(x: &Tensor, x_hat: &Tensor, distance: Distance, lambda: f64) -> candle_core::Result<LaeLoss> {
     let error = (x - x_hat)?;
-    let reconstruction = error.sqr()?.mean_all()?;
+    let reconstruction = match distance {
+        Distance::Mse => error.sqr()?.mean_all()?,
+        Distance::L1 => error.abs()?.mean_all()?,
+    };
     let weight_preserved = (x.abs()? * error.abs()?)?.mean_all()?;
     let total = (&reconstruction + (&weight_preserved * lambda)?)?;
     Ok(LaeLoss { total, reconstruction, weight_preserved })
+}
+
+/// `x` (B, P) along `basis` (L, patch), each patch by its own rows → (B, L).
+fn project(x: &Tensor, basis: &Tensor) -> candle_core::Result<Tensor> {
+    let (b, p) = x.dims2()?;
+    let (l, patch) = basis.dims2()?;
+    let patches = p.div_ceil(patch);
+    if patches == 1 && patch == p {
+        return linear(x, basis, None);
+    }
+    let x = x.pad_with_zeros(1, 0, patches * patch - p)?.reshape((b, patches, patch))?;
+    let kernels = basis.reshape((patches, l / patches, patch))?.transpose(1, 2)?;
+    let z = x.transpose(0, 1)?.contiguous()?.matmul(&kernels)?; // (patches, B, L / patches)
+    z.transpose(0, 1)?.contiguous()?.reshape((b, l))
+}
+
+/// The transposed map: `z` (B, L) → (B, `p`).
+fn expand(z: &Tensor, basis: &Tensor, p: usize) -> candle_core::Result<Tensor> {
+    let (l, patch) = basis.dims2()?;
+    let patches = p.div_ceil(patch);
+    if patches == 1 && patch == p {
+        return z.matmul(basis);
+    }
+    let b = z.dim(0)?;
+    let z = z.reshape((b, patches, l / patches))?.transpose(0, 1)?.contiguous()?;
+    let x = z.matmul(&basis.reshape((patches, l / patches, patch))?)?; // (patches, B, patch)
+    x.transpose(0, 1)?.contiguous()?.reshape((b, patches * patch))?.narrow(1, 0, p)
 }
 
 /// x + conv_transposed(GELU(conv(x) + position)), kernel = stride = one patch.
@@ -260,56 +488,215 @@ impl Correction {
     }
 }
 
-/// A strided convolution whose kernel is as long as its stride, or the transposed one.
+/// One stage, downwards or upwards.
 #[derive(Clone, Debug)]
-struct Fold {
-    /// Down: (out, in · fold). Up: (in, out · fold). Flattened from PyTorch's (out, in, k) and (in, out, k).
+struct Folding {
+    up: bool,
+    fold: usize,
+    /// Channels at the side of the latent.
+    inner: usize,
+    /// Channels at the side of the vector.
+    outer: usize,
+    /// Kernel of the fold: (inner, outer · fold) downwards, (inner, outer · fold) upwards as well, flattened from
+    /// PyTorch's (out, in, k) and (in, out, k).
+    weight: Tensor,
+    /// (inner) downwards, (outer) upwards; none where an instance norm follows, which would take it away.
+    bias: Option<Tensor>,
+    convolution: Option<Same>,
+    norm: StageNorm,
+    /// At the side of the vector; none for the outermost stage.
+    activation: Nonlinearity,
+    /// Between fold and convolution.
+    between: Nonlinearity,
+    /// (places, inner), added at the side of the latent.
+    position: Option<Tensor>,
+}
+
+#[derive(Clone, Debug)]
+enum StageNorm {
+    None,
+    Instance(GroupNorm),
+    Layer(LayerNorm),
+}
+
+/// Where a stage stands.
+struct FoldingShape {
+    /// Places at the side of the vector.
+    length: usize,
+    /// Channels there.
+    channels: usize,
+    outermost: bool,
+    position: bool,
+    /// Whether an instance norm follows, which takes away what all places share.
+    centred: bool,
+}
+
+impl Folding {
+    /// From the vector towards the latent; `last` gives the latent itself, which gets no offsets.
+    fn down(stage: &Stage, shape: &FoldingShape, last: bool, vb: VarBuilder) -> candle_core::Result<Self> {
+        let FoldingShape { length, channels: outer, position, centred, .. } = *shape;
+        // The convolution widens, so that the fold has something to choose from.
+        let wide = if stage.kernel > 0 { stage.channels } else { outer };
+        let init = uniform(wide * stage.fold);
+        Ok(Self {
+            up: false,
+            fold: stage.fold,
+            inner: stage.channels,
+            outer: wide,
+            weight: vb.get_with_hints((stage.channels, wide * stage.fold), "weight", init)?,
+            bias: bias(!centred, stage.channels, init, &vb)?,
+            convolution: Same::new(outer, wide, stage.kernel, true, vb.pp("conv"))?,
+            norm: StageNorm::new(stage, shape, vb.pp("norm"))?,
+            activation: if shape.outermost { Nonlinearity::None } else { stage.activation },
+            between: stage.activation,
+            position: offsets(position && !last, length / stage.fold, stage.channels, &vb)?,
+        })
+    }
+
+    /// From the latent towards the vector.
+    fn up(stage: &Stage, shape: &FoldingShape, vb: VarBuilder) -> candle_core::Result<Self> {
+        let FoldingShape { length, channels: outer, position, outermost, .. } = *shape;
+        let wide = if stage.kernel > 0 { stage.channels } else { outer };
+        let init = uniform(wide * stage.fold);
+        let centred = stage.norm == Norm::Instance && !outermost;
+        Ok(Self {
+            up: true,
+            fold: stage.fold,
+            inner: stage.channels,
+            outer: wide,
+            weight: vb.get_with_hints((stage.channels, wide * stage.fold), "weight", init)?,
+            bias: bias(!centred || stage.kernel > 0, wide, init, &vb)?,
+            convolution: Same::new(wide, outer, stage.kernel, !centred, vb.pp("conv"))?,
+            norm: StageNorm::new(stage, shape, vb.pp("norm"))?,
+            activation: if shape.outermost { Nonlinearity::None } else { stage.activation },
+            between: stage.activation,
+            position: offsets(position, length / stage.fold, stage.channels, &vb)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        if self.up { self.unfold(x) } else { self.fold(x) }
+    }
+
+    /// `x` (B, N, C) → (B, N / fold, inner).
+    fn fold(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let x = self.activation.apply(&self.norm.forward(x)?)?;
+        let x = match &self.convolution {
+            Some(convolution) => self.between.apply(&convolution.forward(&x)?)?,
+            None => x,
+        };
+        let (b, n, _) = x.dims3()?;
+        let rows = x.reshape((b, n / self.fold, self.fold * self.outer))?;
+        let kernel =
+            self.weight.reshape((self.inner, self.outer, self.fold))?.transpose(1, 2)?.contiguous()?;
+        let y = linear(&rows, &kernel.reshape((self.inner, ()))?, self.bias.as_ref())?;
+        match &self.position {
+            Some(position) => y.broadcast_add(position),
+            None => Ok(y),
+        }
+    }
+
+    /// `x` (B, N, inner) → (B, N · fold, C).
+    fn unfold(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let x = match &self.position {
+            Some(position) => x.broadcast_add(position)?,
+            None => x.clone(),
+        };
+        let (b, n, inner) = x.dims3()?;
+        let kernel = self.weight.reshape((inner, self.outer, self.fold))?.permute((2, 1, 0))?.contiguous()?;
+        let kernel = kernel.reshape((self.fold * self.outer, inner))?; // (fold · out, in)
+        let bias = self.bias.as_ref().map(|bias| bias.repeat(self.fold)).transpose()?;
+        let y = linear(&x, &kernel, bias.as_ref())?.reshape((b, n * self.fold, self.outer))?;
+        let y = match &self.convolution {
+            Some(convolution) => convolution.forward(&self.between.apply(&y)?)?,
+            None => y,
+        };
+        self.activation.apply(&self.norm.forward(&y)?)
+    }
+}
+
+/// U(−1/√fan, 1/√fan), as PyTorch starts its convolutions.
+fn uniform(fan: usize) -> Init {
+    let bound = 1.0 / (fan as f64).sqrt();
+    Init::Uniform { lo: -bound, up: bound }
+}
+
+fn bias(wanted: bool, channels: usize, init: Init, vb: &VarBuilder) -> candle_core::Result<Option<Tensor>> {
+    wanted.then(|| vb.get_with_hints(channels, "bias", init)).transpose()
+}
+
+fn offsets(
+    wanted: bool,
+    places: usize,
+    channels: usize,
+    vb: &VarBuilder,
+) -> candle_core::Result<Option<Tensor>> {
+    let init = Init::Randn { mean: 0.0, stdev: 0.02 };
+    wanted.then(|| vb.get_with_hints((places, channels), "position", init)).transpose()
+}
+
+impl StageNorm {
+    /// ε of torch.nn.InstanceNorm1d and LayerNorm.
+    const EPS: f64 = 1e-5;
+
+    fn new(stage: &Stage, shape: &FoldingShape, vb: VarBuilder) -> candle_core::Result<Self> {
+        Ok(match stage.norm {
+            _ if shape.outermost => Self::None,
+            Norm::None => Self::None,
+            Norm::Instance => Self::Instance(GroupNorm::new(shape.channels, shape.channels, Self::EPS, vb)?),
+            Norm::Layer => Self::Layer(LayerNorm::new(shape.channels, Self::EPS, vb)?),
+        })
+    }
+
+    /// `x` (B, N, C) → same.
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::None => Ok(x.clone()),
+            Self::Instance(norm) => {
+                norm.forward(&x.transpose(1, 2)?.contiguous()?)?.transpose(1, 2)?.contiguous()
+            }
+            Self::Layer(norm) => norm.forward(x),
+        }
+    }
+}
+
+/// A convolution that keeps the length, with zeros beyond both ends.
+#[derive(Clone, Debug)]
+struct Same {
+    /// (out, in · k), flattened from PyTorch's (out, in, k).
     weight: Tensor,
     /// (out)
-    bias: Tensor,
-    input: usize,
-    output: usize,
-    fold: usize,
-    up: bool,
+    bias: Option<Tensor>,
+    kernel: usize,
 }
 
-impl Fold {
-    fn down(input: usize, output: usize, fold: usize, vb: VarBuilder) -> candle_core::Result<Self> {
-        let bound = 1.0 / ((input * fold) as f64).sqrt();
-        let init = candle_nn::Init::Uniform { lo: -bound, up: bound };
-        let weight = vb.get_with_hints((output, input * fold), "weight", init)?;
-        Ok(Self { weight, bias: vb.get_with_hints(output, "bias", init)?, input, output, fold, up: false })
-    }
-
-    fn up(input: usize, output: usize, fold: usize, vb: VarBuilder) -> candle_core::Result<Self> {
-        let bound = 1.0 / ((output * fold) as f64).sqrt();
-        let init = candle_nn::Init::Uniform { lo: -bound, up: bound };
-        let weight = vb.get_with_hints((input, output * fold), "weight", init)?;
-        Ok(Self { weight, bias: vb.get_with_hints(output, "bias", init)?, input, output, fold, up: true })
-    }
-
-    /// `x` (B, in, N) → (B, out, N / fold), or (B, out, N · fold) upwards.
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (b, c, n) = x.dims3()?;
-        let f = self.fold;
-        if self.up {
-            let rows = x.transpose(1, 2)?.contiguous()?.reshape((b * n, c))?; // (B·N, in)
-            let y = rows.matmul(&self.weight)?.reshape((b, n, self.output, f))?;
-            let y = y.transpose(1, 2)?.contiguous()?.reshape((b, self.output, n * f))?;
-            return y.broadcast_add(&self.bias.reshape((1, self.output, 1))?);
+impl Same {
+    fn new(
+        input: usize,
+        output: usize,
+        kernel: usize,
+        with_bias: bool,
+        vb: VarBuilder,
+    ) -> candle_core::Result<Option<Self>> {
+        if kernel == 0 {
+            return Ok(None);
         }
-        let patches = x.reshape((b, c, n / f, f))?.transpose(1, 2)?.contiguous()?; // (B, N/f, in, f)
-        let y = linear(&patches.reshape((b, n / f, c * f))?, &self.weight, Some(&self.bias))?;
-        y.transpose(1, 2)?.contiguous()
+        let init = uniform(input * kernel);
+        let weight = vb.get_with_hints((output, input * kernel), "weight", init)?;
+        Ok(Some(Self { weight, bias: bias(with_bias, output, init, &vb)?, kernel }))
     }
-}
 
-/// The stages one after the other, with SiLU between them.
-fn through(stages: &[Fold], x: Tensor) -> candle_core::Result<Tensor> {
-    stages.iter().enumerate().try_fold(x, |x, (i, stage)| {
-        let x = if i == 0 { x } else { Activation::Silu.apply(&x)? };
-        stage.forward(&x)
-    })
+    /// `x` (B, N, in) → (B, N, out).
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let (_, n, input) = x.dims3()?;
+        let output = self.weight.dim(0)?;
+        let padded = x.pad_with_zeros(1, self.kernel / 2, self.kernel / 2)?;
+        let shifted =
+            (0..self.kernel).map(|k| padded.narrow(1, k, n)).collect::<candle_core::Result<Vec<_>>>()?;
+        let rows = Tensor::cat(&shifted, 2)?; // (B, N, k · in)
+        let kernel = self.weight.reshape((output, input, self.kernel))?.transpose(1, 2)?.contiguous()?;
+        linear(&rows, &kernel.reshape((output, ()))?, self.bias.as_ref())
+    }
 }
 
 #[cfg(test)]
@@ -323,6 +710,17 @@ mod tests {
         let values: Vec<f32> = (0..count * width).map(|i| ((i * 7919 % 1013) as f32 / 506.5) - 1.0).collect();
         let rows = Tensor::from_vec(values, (count, width), &Device::Cpu).unwrap();
         rows.broadcast_sub(&rows.mean(0).unwrap()).unwrap()
+    }
+
+    /// Every option once.
+    fn stages() -> Vec<Stage> {
+        let stage =
+            |norm, activation, kernel, channels, fold| Stage { norm, activation, kernel, channels, fold };
+        vec![
+            stage(Norm::None, Nonlinearity::LeakyRelu, 3, 5, 3),
+            stage(Norm::Instance, Nonlinearity::Silu, 0, 4, 2),
+            stage(Norm::Layer, Nonlinearity::Gelu, 5, 3, 2),
+        ]
     }
 
     fn worst(x: &Tensor) -> f32 {
@@ -359,7 +757,14 @@ mod tests {
     fn every_variable_of_every_variant_gets_a_gradient_in_the_end() {
         for config in [
             LaeConfig::Conv1dDense { input: 50, latent: 4, patch: 8, channels: 6 },
-            LaeConfig::Conv1d { input: 50, folds: vec![3, 4], channels: vec![5, 2] },
+            LaeConfig::Conv1dLocal {
+                input: 50,
+                patch: 16,
+                components: 3,
+                correction: Some(CorrectionConfig { patch: 8, channels: 6 }),
+            },
+            LaeConfig::Conv1d { input: 50, stages: stages(), position: true, dense: None },
+            LaeConfig::Conv1d { input: 50, stages: stages(), position: false, dense: Some(7) },
         ] {
             let trainable = Trainable::new(2);
             let lae = Lae::new(&config, trainable.builder(&Device::Cpu)).unwrap();

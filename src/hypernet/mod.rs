@@ -9,12 +9,14 @@
 //! included), `stats.safetensors`.
 
 pub mod codec;
+pub mod delta;
 pub mod denoiser;
 pub mod dit;
 pub mod lae;
 pub mod mixer;
 pub mod pca;
 pub mod ridge;
+pub mod rows;
 pub mod stats;
 
 use std::collections::BTreeMap;
@@ -33,6 +35,7 @@ use crate::failure::Failure;
 use crate::files::write_whole;
 use crate::identity::Identity;
 use crate::lora::Lora;
+use crate::lora::canonical::Canonical;
 use crate::lora::layout::LoraLayout;
 use crate::model_files::{ModelFiles, save_json};
 
@@ -55,6 +58,9 @@ pub struct Config {
     pub base: ModelId,
     /// Modules of the vector, in order.
     pub layout: LoraLayout,
+    /// The form that the factors of a LoRA are brought to before they become a vector.
+    #[serde(default)]
+    pub canonical: Canonical,
     /// Sizes of the autoencoder.
     pub lae: LaeConfig,
     /// Sizes and settings of the rest.
@@ -62,8 +68,8 @@ pub struct Config {
     pub denoiser: Option<DenoiserConfig>,
 }
 
-/// The format that this program writes.
-pub const FORMAT: u32 = 1;
+/// The format that this program writes. Format 1, which it reads too, had other keys for `conv1d` autoencoders.
+pub const FORMAT: u32 = 2;
 
 /// Another model that this one was made with.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,11 +110,18 @@ impl Config {
         }
         // The version first: keys of a newer one would only be called unknown.
         let Version { format } = files.json("config.json")?;
-        if format != FORMAT {
-            let why = format!("it has format {format}, this program reads {FORMAT}; use a newer difflora");
+        if !(1..=FORMAT).contains(&format) {
+            let why =
+                format!("it has format {format}, this program reads 1 to {FORMAT}; use a newer difflora");
             return Err(files.unusable("config.json", why));
         }
-        files.json("config.json")
+        let mut config: serde_json::Value = files.json("config.json")?;
+        if format == 1
+            && let Some(lae) = config.get_mut("lae")
+        {
+            *lae = LaeConfig::from_format_1(lae.take());
+        }
+        serde_json::from_value(config).map_err(|error| files.unusable("config.json", error))
     }
 }
 
@@ -188,6 +201,7 @@ mod tests {
     use super::*;
     use crate::diffusion::noise::normal;
     use crate::lora::LoraLayer;
+    use crate::lora::canonical::Form;
     use crate::weights::Trainable;
 
     const PEOPLE: usize = 24;
@@ -231,7 +245,9 @@ mod tests {
         let pca = Pca::fit(&standardise.apply(&vectors).unwrap(), LATENT).unwrap();
         let lae = LaeConfig::Pca { input: layout.parameters(), latent: LATENT };
         let weights = Lae::pca_tensors(&pca).into_iter().collect();
-        let codec = LoraCodec::new(id("base"), layout, standardise, &lae, weights, &Device::Cpu).unwrap();
+        let codec =
+            LoraCodec::new(id("base"), layout, Form::default(), standardise, &lae, weights, &Device::Cpu)
+                .unwrap();
 
         let z = codec.encode(&vectors).unwrap();
         let mut stats = DenoiserStats {
@@ -350,6 +366,36 @@ mod tests {
     }
 
     #[test]
+    fn the_convolutions_of_a_format_1_folder_are_read_as_stages() {
+        let Hypernet { codec, .. } = untrained();
+        let folder = tempfile::tempdir().unwrap();
+        let stage = |channels, fold| -> lae::Stage {
+            serde_json::from_value(serde_json::json!({ "channels": channels, "fold": fold })).unwrap()
+        };
+        let input = codec.layout.parameters();
+        let config =
+            LaeConfig::Conv1d { input, stages: vec![stage(4, 3), stage(2, 5)], position: false, dense: None };
+        let trainable = Trainable::new(1);
+        Lae::new(&config, trainable.builder(&Device::Cpu)).unwrap();
+        let weights: BTreeMap<_, _> =
+            trainable.vars().into_iter().map(|(name, var)| (name, var.as_tensor().detach())).collect();
+        let LoraCodec { base, layout, form, standardise, .. } = codec;
+        let codec = LoraCodec::new(base, layout, form, standardise, &config, weights, &Device::Cpu).unwrap();
+        codec.save(folder.path(), DType::F32).unwrap();
+        // As the first version wrote it.
+        let path = folder.path().join("config.json");
+        let mut written: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        written["format"] = 1.into();
+        written.as_object_mut().unwrap().remove("canonical");
+        written["lae"] =
+            serde_json::json!({ "kind": "conv1d", "input": input, "folds": [3, 5], "channels": [4, 2] });
+        std::fs::write(&path, serde_json::to_vec(&written).unwrap()).unwrap();
+        let again = LoraCodec::open(&ModelFiles::folder(folder.path()).unwrap(), &Device::Cpu).unwrap();
+        let x = normal(1, 9, (2, input), &Device::Cpu).unwrap();
+        assert_eq!(worst(&codec.encode(&x).unwrap(), &again.encode(&x).unwrap()), 0.0);
+    }
+
+    #[test]
     fn folders_that_cannot_be_used_say_why() {
         let hypernet = untrained();
         let folder = tempfile::tempdir().unwrap();
@@ -362,7 +408,7 @@ mod tests {
         hypernet.save(folder.path(), DType::F32).unwrap();
         let config = folder.path().join("config.json");
         let text = std::fs::read_to_string(&config).unwrap();
-        std::fs::write(&config, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+        std::fs::write(&config, text.replace("\"format\": 2", "\"format\": 3")).unwrap();
         assert!(message().contains("newer"), "{}", message());
         std::fs::write(&config, text.replace("\"depth\": 1", "\"depth\": 2")).unwrap();
         assert!(message().contains("missing"), "{}", message());

@@ -1,4 +1,4 @@
-//! Principal components of many long vectors, in closed form by the Gram matrix.
+//! Principal components of many long vectors, in closed form by the Gram matrix where they fit in memory.
 //!
 //! With M samples of P ≫ M values the M×M matrix X·Xᵀ has the same eigenvalues as XᵀX, and its eigenvectors u
 //! give the components Xᵀu/√λ. The eigenvectors come from orthogonal iteration with Rayleigh–Ritz steps, whose
@@ -11,10 +11,13 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
-/// The first L principal components of centred rows.
+use super::rows::Rows;
+
+/// The first principal components of centred rows, of the whole or of each patch by itself.
 #[derive(Clone, Debug)]
 pub struct Pca {
-    /// (L, P), orthonormal rows in the order of falling variance; the largest value of each is positive.
+    /// (L, patch): for one patch after the other its orthonormal rows, in the order of falling variance; the largest
+    /// value of each is positive. The last patch is filled up with zeros.
     pub basis: Tensor,
     /// Variance along each component (L).
     pub variances: Vec<f64>,
@@ -22,56 +25,176 @@ pub struct Pca {
     pub total: f64,
 }
 
+/// Rows that take no more than so many bytes together are read once and solved exactly; others are streamed.
+pub const EXACT: usize = 2 << 30;
+
 impl Pca {
     /// The first `components` of `rows` (M, P), which are centred already.
     ///
     /// # Errors
     /// Rows that span fewer dimensions than asked for.
-    pub fn fit(rows: &Tensor, components: usize) -> Result<Self> {
-        let (count, width) = rows.dims2()?;
-        let rows = rows.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+    pub fn fit(rows: &dyn Rows, components: usize) -> Result<Self> {
+        Self::fit_patches(rows, rows.width(), components, EXACT)
+    }
+
+    /// The first `components` of each run of `patch` values.
+    ///
+    /// Rows of at most `exact` bytes are taken into memory and solved by their Gram matrices. Of more rows nothing is
+    /// kept but the components searched for: subspace iteration (Halko et al. 2011, algorithm 4.4), each of whose
+    /// seven rounds reads all rows once.
+    ///
+    /// # Errors
+    /// As [`Pca::fit`], for a patch.
+    pub fn fit_patches(rows: &dyn Rows, patch: usize, components: usize, exact: usize) -> Result<Self> {
+        let (count, width) = (rows.count(), rows.width());
         ensure!(
-            components >= 1 && components <= count && components <= width,
-            "{components} components need at least as many LoRAs and values, there are {count} and {width}"
+            components >= 1 && components <= count && components <= patch,
+            "{components} components need at least as many LoRAs and values, there are {count} and {patch}"
         );
-        let by_rows = count <= width;
-        let gram = if by_rows { rows.matmul(&rows.t()?)? } else { rows.t()?.contiguous()?.matmul(&rows)? };
-        let gram = gram.to_dtype(DType::F64)?;
-        let total = (0..gram.dim(0)?)
-            .try_fold(0.0, |sum, i| -> Result<f64> { Ok(sum + gram.get(i)?.get(i)?.to_scalar::<f64>()?) })?;
-        let (values, vectors) = largest_eigenpairs(&gram, components)?;
-        let (first, last) = (values[0], values[components - 1]);
-        // The Gram matrix is in f32: smaller eigenvalues are rounding.
-        ensure!(
-            last > 1e-6 * first,
-            "{count} LoRAs span fewer than {components} dimensions; take a shorter latent or more LoRAs"
-        );
-        let mut basis: Vec<Vec<f64>> = if by_rows {
-            let directions = vectors.to_dtype(DType::F32)?.matmul(&rows)?; // (L, P)
-            directions.to_dtype(DType::F64)?.to_vec2()?
+        let patches: Vec<Span> = (0..width.div_ceil(patch))
+            .map(|i| Span { begin: i * patch, length: patch.min(width - i * patch), components })
+            .collect();
+        let found = if count.saturating_mul(width).saturating_mul(4) <= exact {
+            let rows = rows.all()?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+            let solve = |span: &Span| span.by_gram(&rows.narrow(1, span.begin, span.length)?.contiguous()?);
+            patches.iter().map(solve).collect::<Result<Vec<_>>>()?
         } else {
-            vectors.to_vec2()?
+            by_iteration(rows, &patches)?
         };
-        // In f32 the directions of small variance lean on the large ones; orthogonal again in f64.
-        orthonormalise(&mut basis);
-        for row in &mut basis {
-            let peak = row.iter().copied().fold(0.0, |a: f64, b| if b.abs() > a.abs() { b } else { a });
-            if peak < 0.0 {
-                row.iter_mut().for_each(|x| *x = -*x);
+        let mut flat = Vec::with_capacity(patches.len() * components * patch);
+        let mut pca = (Vec::with_capacity(patches.len() * components), 0.0);
+        for (span, mut found) in patches.iter().zip(found) {
+            let whole = span.length == patch;
+            let (first, last) = (found.values[0], found.values[found.values.len() - 1]);
+            // The Gram matrix is in f32: smaller eigenvalues are rounding.
+            ensure!(
+                !whole || (found.values.len() == components && last > 1e-6 * first),
+                "{count} LoRAs span fewer than {components} dimensions; take a shorter latent or more LoRAs"
+            );
+            // In f32 the directions of small variance lean on the large ones; orthogonal again in f64.
+            orthonormalise(&mut found.rows);
+            for row in &mut found.rows {
+                let peak = row.iter().copied().fold(0.0, |a: f64, b| if b.abs() > a.abs() { b } else { a });
+                let sign = if peak < 0.0 { -1.0 } else { 1.0 };
+                flat.extend(row.iter().map(|x| (sign * x) as f32));
+                flat.extend(std::iter::repeat_n(0f32, patch - span.length));
             }
+            // A last patch that is shorter than its components has no more.
+            flat.extend(std::iter::repeat_n(0f32, (components - found.rows.len()) * patch));
+            pca.0.extend(found.values.iter().map(|x| x / count as f64));
+            pca.0.extend(std::iter::repeat_n(0.0, components - found.values.len()));
+            pca.1 += found.total / count as f64;
         }
-        let flat: Vec<f32> = basis.into_iter().flatten().map(|x| x as f32).collect();
-        Ok(Self {
-            basis: Tensor::from_vec(flat, (components, width), &Device::Cpu)?,
-            variances: values.iter().map(|x| x / count as f64).collect(),
-            total: total / count as f64,
-        })
+        let basis = Tensor::from_vec(flat, (patches.len() * components, patch), &Device::Cpu)?;
+        Ok(Self { basis, variances: pca.0, total: pca.1 })
     }
 
     /// Share of the variance that the components leave out, for the rows they were fitted on.
     pub fn left_out(&self) -> f64 {
         1.0 - self.variances.iter().sum::<f64>() / self.total
     }
+}
+
+/// Where a patch lies, and how many components it gets.
+struct Span {
+    begin: usize,
+    length: usize,
+    components: usize,
+}
+
+/// The eigenvectors of a patch as rows (k, length), with their eigenvalues and the sum of all.
+struct Found {
+    rows: Vec<Vec<f64>>,
+    values: Vec<f64>,
+    total: f64,
+}
+
+impl Span {
+    /// From all rows (M, length) of the patch.
+    fn by_gram(&self, rows: &Tensor) -> Result<Found> {
+        let (count, width) = rows.dims2()?;
+        let components = self.components.min(width);
+        let by_rows = count <= width;
+        let gram = if by_rows { rows.matmul(&rows.t()?)? } else { rows.t()?.contiguous()?.matmul(rows)? };
+        let gram = gram.to_dtype(DType::F64)?;
+        let total = trace(&gram)?;
+        let (values, vectors) = largest_eigenpairs(&gram, components)?;
+        let vectors = if by_rows { vectors.to_dtype(DType::F32)?.matmul(rows)? } else { vectors };
+        Ok(Found { rows: vectors.to_dtype(DType::F64)?.to_vec2()?, values, total })
+    }
+}
+
+/// Of all patches at once, from rows that are read round after round.
+fn by_iteration(rows: &dyn Rows, patches: &[Span]) -> Result<Vec<Found>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    // A few directions more than wanted: the error falls by λ_block/λ_k a round.
+    let mut bases: Vec<Vec<Vec<f64>>> = patches
+        .iter()
+        .map(|span| {
+            let block = (2 * span.components + 8).min(span.length).min(rows.count());
+            (0..block).map(|_| (0..span.length).map(|_| rng.sample(StandardNormal)).collect()).collect()
+        })
+        .collect();
+    let tensor = |basis: &[Vec<f64>]| -> Result<Tensor> {
+        let shape = (basis.len(), basis[0].len());
+        Ok(Tensor::from_vec(basis.iter().flatten().map(|x| *x as f32).collect(), shape, &Device::Cpu)?)
+    };
+    for _ in 0..6 {
+        let directions = bases.iter_mut().map(|basis| {
+            orthonormalise(basis);
+            tensor(basis)
+        });
+        let directions = directions.collect::<Result<Vec<_>>>()?;
+        let mut images: Vec<Option<Tensor>> = vec![None; patches.len()];
+        rows.each(&mut |_, batch| {
+            for ((span, q), image) in patches.iter().zip(&directions).zip(&mut images) {
+                let x = batch.narrow(1, span.begin, span.length)?.contiguous()?;
+                let part = q.matmul(&x.t()?)?.matmul(&x)?; // (block, length)
+                *image = Some(match image.take() {
+                    Some(sum) => (sum + part)?,
+                    None => part,
+                });
+            }
+            Ok(())
+        })?;
+        for (basis, image) in bases.iter_mut().zip(images) {
+            if let Some(image) = image {
+                *basis = image.to_dtype(DType::F64)?.to_vec2()?;
+            }
+        }
+    }
+    // Rayleigh–Ritz: the best eigenvectors within the span.
+    let directions = bases.iter_mut().map(|basis| {
+        orthonormalise(basis);
+        tensor(basis)
+    });
+    let directions = directions.collect::<Result<Vec<_>>>()?;
+    let mut inner: Vec<(Option<Tensor>, f64)> = vec![(None, 0.0); patches.len()];
+    rows.each(&mut |_, batch| {
+        for ((span, q), (gram, total)) in patches.iter().zip(&directions).zip(&mut inner) {
+            let x = batch.narrow(1, span.begin, span.length)?.contiguous()?;
+            let z = q.matmul(&x.t()?)?.to_dtype(DType::F64)?; // (block, B)
+            let part = z.matmul(&z.t()?)?;
+            *gram = Some(match gram.take() {
+                Some(sum) => (sum + part)?,
+                None => part,
+            });
+            *total += f64::from(x.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        }
+        Ok(())
+    })?;
+    let solve = |((span, q), (gram, total)): ((&Span, Tensor), (Option<Tensor>, f64))| -> Result<Found> {
+        let gram = gram.ok_or_else(|| anyhow::anyhow!("no rows to take components of"))?;
+        let (values, rotation) = largest_eigenpairs(&gram, span.components.min(gram.dim(0)?))?;
+        let vectors = rotation.matmul(&q.to_dtype(DType::F64)?)?;
+        Ok(Found { rows: vectors.to_vec2()?, values, total })
+    };
+    patches.iter().zip(directions).zip(inner).map(solve).collect()
+}
+
+fn trace(matrix: &Tensor) -> Result<f64> {
+    (0..matrix.dim(0)?)
+        .try_fold(0.0, |sum, i| -> Result<f64> { Ok(sum + matrix.get(i)?.get(i)?.to_scalar::<f64>()?) })
 }
 
 /// The `k` largest eigenvalues of the symmetric `matrix` (n, n) f64, falling, and their vectors (k, n).
@@ -245,6 +368,32 @@ mod tests {
         let exact = Tensor::from_vec(exact[..20].concat(), (20, 400), &Device::Cpu).unwrap();
         let overlap = vectors.matmul(&exact.t().unwrap()).unwrap().sqr().unwrap().sum_all().unwrap();
         assert!((overlap.to_scalar::<f64>().unwrap() - 20.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn streamed_rows_have_the_components_of_the_same_rows_in_memory() {
+        // Strengths that fall like those of LoRAs, in four patches, the last of which is short.
+        let strengths: Vec<f32> = (0..60).map(|i| 0.9f32.powi(i)).collect();
+        let strengths = Tensor::from_vec(strengths, (1, 60), &Device::Cpu).unwrap();
+        let rows = random(90, 60, 8).broadcast_mul(&strengths).unwrap().matmul(&random(60, 330, 9)).unwrap();
+        let exact = Pca::fit_patches(&rows, 100, 6, EXACT).unwrap();
+        let streamed = Pca::fit_patches(&rows, 100, 6, 0).unwrap();
+        assert_eq!(streamed.basis.dims(), [24, 100]);
+        assert!(worst(&(&exact.basis - &streamed.basis).unwrap()) < 1e-3);
+        assert!((exact.total - streamed.total).abs() < 1e-4 * exact.total);
+        for (a, b) in exact.variances.iter().zip(&streamed.variances) {
+            assert!((a - b).abs() < 1e-4 * a, "{a} {b}");
+        }
+        let padding = exact.basis.narrow(0, 18, 6).unwrap().narrow(1, 30, 70).unwrap();
+        assert_eq!(worst(&padding), 0.0);
+    }
+
+    #[test]
+    fn a_patch_has_the_components_of_its_values_alone() {
+        let rows = random(40, 200, 10);
+        let patches = Pca::fit_patches(&rows, 100, 5, EXACT).unwrap();
+        let second = Pca::fit(&rows.narrow(1, 100, 100).unwrap().contiguous().unwrap(), 5).unwrap();
+        assert!(worst(&(patches.basis.narrow(0, 5, 5).unwrap() - &second.basis).unwrap()) < 1e-5);
     }
 
     #[test]

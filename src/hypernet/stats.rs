@@ -1,13 +1,29 @@
 //! Standardisation of what the networks see: LoRA vectors, face embeddings, image embeddings.
 //!
-//! x̂ = (x − mean) / scale with a mean for every element, but one scale for a whole block (a LoRA tensor, an
-//! embedding): dividing each element by its own deviation would blow up the noise of elements that hardly
-//! differ between people.
+//! x̂ = (x − mean) / scale with one scale for a whole block (a LoRA tensor, an embedding): dividing each element by its
+//! own deviation would blow up the noise of elements that hardly differ between people. The mean is one for every
+//! element, for a block, or none ([`Scaling`]).
 
 use std::collections::HashMap;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::rows::Rows;
+
+/// What is taken off and what is divided by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scaling {
+    /// The mean of each element, and one deviation a block: what all LoRAs share is gone.
+    #[default]
+    Element,
+    /// One mean and one deviation a block (RPG).
+    Block,
+    /// No mean; one root mean square a block. L_WP then weighs weights as large as they are.
+    Rms,
+}
 
 /// Mean of every element and one scale a block. Applied to rows (…, D).
 #[derive(Clone, Debug)]
@@ -21,28 +37,64 @@ pub struct Standardise {
 }
 
 impl Standardise {
-    /// Mean and root mean square of the centred rows (M, D), the latter over each block of `blocks` elements.
+    /// The mean of each element of `rows` (M, D), and the deviation over each block of `blocks` elements.
     ///
     /// A block that never varies gets scale 1.
     pub fn fit(rows: &Tensor, blocks: &[usize]) -> Result<Self> {
-        let (count, width) = rows.dims2()?;
+        Self::of(rows, blocks, Scaling::Element)
+    }
+
+    /// The same from rows that are read a few at a time, once, with any [`Scaling`]. Sums are kept in f64, of
+    /// differences from the first row, so that what all rows share does not eat the digits.
+    pub fn of(rows: &dyn Rows, blocks: &[usize], scaling: Scaling) -> Result<Self> {
+        let (count, width) = (rows.count(), rows.width());
         ensure!(count > 0, "no rows to take statistics of");
-        let mean = rows.mean(0)?;
-        let squares = rows.broadcast_sub(&mean)?.sqr()?.mean(0)?.to_vec1::<f32>()?; // (D)
         ensure!(
             blocks.iter().sum::<usize>() == width,
             "blocks of {} values for rows of {width}",
             blocks.iter().sum::<usize>()
         );
+        let first = rows.batch(&[0])?.flatten_all()?.to_vec1::<f32>()?;
+        let (mut sums, mut squares) = (vec![0f64; width], vec![0f64; width]);
+        rows.each(&mut |_, batch| {
+            for row in batch.to_vec2::<f32>()? {
+                for (((sum, square), x), first) in sums.iter_mut().zip(&mut squares).zip(&row).zip(&first) {
+                    let x = f64::from(*x) - f64::from(*first);
+                    *sum += x;
+                    *square += x * x;
+                }
+            }
+            Ok(())
+        })?;
+        let count = count as f64;
+        let mut mean = Vec::with_capacity(width);
         let mut scales = Vec::with_capacity(blocks.len());
-        let mut rest = &squares[..];
         for block in blocks {
-            let (these, others) = rest.split_at(*block);
-            let power = these.iter().map(|x| f64::from(*x)).sum::<f64>() / *block as f64;
+            let range = mean.len()..mean.len() + block;
+            // Mean and variance of each element.
+            let elements = sums[range.clone()].iter().zip(&squares[range.clone()]).zip(&first[range]);
+            let elements: Vec<(f64, f64)> = elements
+                .map(|((sum, square), first)| {
+                    let shifted = sum / count;
+                    (f64::from(*first) + shifted, (square / count - shifted * shifted).max(0.0))
+                })
+                .collect();
+            let average =
+                |of: &dyn Fn(&(f64, f64)) -> f64| elements.iter().map(of).sum::<f64>() / *block as f64;
+            let centre = average(&|(mean, _)| *mean);
+            let power = match scaling {
+                Scaling::Element => average(&|(_, variance)| *variance),
+                Scaling::Block => average(&|(mean, variance)| variance + (mean - centre).powi(2)),
+                Scaling::Rms => average(&|(mean, variance)| variance + mean * mean),
+            };
+            mean.extend(elements.iter().map(|(mean, _)| match scaling {
+                Scaling::Element => *mean as f32,
+                Scaling::Block => centre as f32,
+                Scaling::Rms => 0.0,
+            }));
             scales.push(if power > 0.0 { power.sqrt() as f32 } else { 1.0 });
-            rest = others;
         }
-        Self::new(mean, &scales, blocks)
+        Self::new(Tensor::from_vec(mean, width, &Device::Cpu)?, &scales, blocks)
     }
 
     /// One scale for all elements of rows (M, D): for embeddings.
@@ -148,6 +200,35 @@ mod tests {
             let power = x.narrow(1, from, length).unwrap().sqr().unwrap().mean_all().unwrap();
             assert!((power.to_scalar::<f32>().unwrap() - 1.0).abs() < 1e-5);
         }
+    }
+
+    #[test]
+    fn each_scaling_takes_off_what_it_says() {
+        let rows = rows();
+        let first_two = rows.narrow(1, 0, 2).unwrap();
+        let number = |x: Tensor| x.to_scalar::<f32>().unwrap();
+        let block = |scaling| {
+            let x = Standardise::of(&rows, &[2, 2], scaling).unwrap().apply(&rows).unwrap();
+            let x = x.narrow(1, 0, 2).unwrap();
+            (number(x.mean_all().unwrap()), number(x.sqr().unwrap().mean_all().unwrap()))
+        };
+        let (mean, power) = block(Scaling::Block);
+        assert!(mean.abs() < 1e-6 && (power - 1.0).abs() < 1e-5);
+        let (mean, power) = block(Scaling::Rms);
+        let rms = number(first_two.sqr().unwrap().mean_all().unwrap()).sqrt();
+        assert!((mean - number(first_two.mean_all().unwrap()) / rms).abs() < 1e-5);
+        assert!((power - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn a_small_variation_around_a_large_mean_keeps_its_digits() {
+        // The common start of all LoRAs is a thousand times what people change.
+        let noise = crate::diffusion::noise::normal(3, 0, (50, 8), &Device::Cpu).unwrap();
+        let rows = ((&noise * 1e-3).unwrap() + 1000.0 / 1024.0).unwrap();
+        let scale = Standardise::fit(&rows, &[8]).unwrap().scale.to_vec1::<f32>().unwrap()[0];
+        let centred = noise.broadcast_sub(&noise.mean(0).unwrap()).unwrap();
+        let wanted = centred.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt() * 1e-3;
+        assert!((scale / wanted - 1.0).abs() < 1e-4, "{scale} {wanted}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 use difflora::hypernet::dit::{Dit, DitConfig};
-use difflora::hypernet::lae::{Lae, LaeConfig};
+use difflora::hypernet::lae::{self, CorrectionConfig, Distance, Lae, LaeConfig, Nonlinearity, Norm, Stage};
 use difflora::hypernet::mixer::{Mixer, MixerConfig};
 use difflora::hypernet::ridge::Ridge;
 use difflora::train::optimiser::{AdamW, AdamWOptions};
@@ -58,7 +58,7 @@ fn ten_steps(vars: BTreeMap<String, Var>, loss: impl Fn() -> Tensor + Sync) -> V
     (0..10).map(step).collect()
 }
 
-fn autoencoder_trains_alike(topic: &str, config: &LaeConfig) {
+fn autoencoder_trains_alike(topic: &str, config: &LaeConfig, distance: Distance) {
     let golden = open(topic);
     let trainable = Trainable::new(0);
     let lae = Lae::new(config, trainable.builder(&Device::Cpu)).unwrap();
@@ -67,19 +67,58 @@ fn autoencoder_trains_alike(topic: &str, config: &LaeConfig) {
     let z = lae.encode(x).unwrap();
     assert_near(&golden, "z", &z);
     assert_near(&golden, "x_hat", &lae.decode(&z).unwrap());
-    assert_trains_alike(&golden, &trainable, || lae.loss(x, 0.5).unwrap().total);
+    assert_trains_alike(&golden, &trainable, || {
+        let x_hat = lae.decode(&lae.encode(x).unwrap()).unwrap();
+        lae::loss(x, &x_hat, distance, 0.5).unwrap().total
+    });
+}
+
+fn stage(norm: Norm, activation: Nonlinearity, kernel: usize, channels: usize, fold: usize) -> Stage {
+    Stage { norm, activation, kernel, channels, fold }
+}
+
+/// Every option of the stages once.
+fn every_option(position: bool, dense: Option<usize>) -> LaeConfig {
+    let stages = vec![
+        stage(Norm::None, Nonlinearity::LeakyRelu, 3, 5, 3),
+        stage(Norm::Instance, Nonlinearity::Silu, 0, 4, 2),
+        stage(Norm::Layer, Nonlinearity::Gelu, 5, 3, 2),
+    ];
+    LaeConfig::Conv1d { input: 50, stages, position, dense }
 }
 
 #[test]
 fn the_dense_autoencoder_trains_as_in_pytorch() {
     let config = LaeConfig::Conv1dDense { input: 50, latent: 6, patch: 8, channels: 12 };
-    autoencoder_trains_alike("lae", &config);
+    autoencoder_trains_alike("lae", &config, Distance::Mse);
+}
+
+#[test]
+fn the_autoencoder_with_own_kernels_for_each_patch_trains_as_in_pytorch() {
+    let correction = Some(CorrectionConfig { patch: 8, channels: 6 });
+    let config = LaeConfig::Conv1dLocal { input: 50, patch: 16, components: 3, correction };
+    autoencoder_trains_alike("local", &config, Distance::Mse);
 }
 
 #[test]
 fn the_plain_convolutional_autoencoder_trains_as_in_pytorch() {
-    let config = LaeConfig::Conv1d { input: 50, folds: vec![2, 3], channels: vec![6, 4] };
-    autoencoder_trains_alike("conv1d", &config);
+    let plain = |channels, fold| stage(Norm::None, Nonlinearity::Silu, 0, channels, fold);
+    let stages = vec![plain(6, 2), plain(4, 3)];
+    let config = LaeConfig::Conv1d { input: 50, stages, position: false, dense: None };
+    autoencoder_trains_alike("conv1d", &config, Distance::Mse);
+}
+
+#[test]
+fn every_option_of_the_convolutional_stages_trains_as_in_pytorch() {
+    autoencoder_trains_alike("staged", &every_option(true, None), Distance::L1);
+    autoencoder_trains_alike("staged_both", &every_option(true, Some(7)), Distance::Mse);
+    let stages = vec![
+        stage(Norm::None, Nonlinearity::None, 3, 6, 2),
+        stage(Norm::Layer, Nonlinearity::Gelu, 3, 5, 3),
+        stage(Norm::Instance, Nonlinearity::LeakyRelu, 3, 4, 2),
+    ];
+    let config = LaeConfig::Conv1d { input: 50, stages, position: false, dense: Some(7) };
+    autoencoder_trains_alike("staged_dense", &config, Distance::Mse);
 }
 
 #[test]
