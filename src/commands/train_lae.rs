@@ -243,7 +243,8 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
 
 /// The report of a variant that was finished with the same recipe.
 fn finished(out: &Path, recipe: &Recipe) -> Option<Value> {
-    let report: Value = serde_json::from_slice(&std::fs::read(out.join("training/report.json")).ok()?).ok()?;
+    let report: Value =
+        serde_json::from_slice(&std::fs::read(out.join("training/report.json")).ok()?).ok()?;
     (report["finished"] == true && report["recipe"] == serde_json::to_value(recipe).ok()?).then_some(report)
 }
 
