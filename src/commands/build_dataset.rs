@@ -256,17 +256,10 @@ impl Workshop {
         ModelId { name: name.into(), sha256 }
     }
 
-    /// Scene `i` of the list that all people share, most of them photos.
-    fn scene(&self, seed: u64, i: u64) -> Scene {
-        let scene = Scene::draw(seed, i);
-        // Three scenes of four are photos: there a person is best seen.
-        if i.is_multiple_of(4) { scene } else { Scene { style: dataset::Style::Photo, ..scene } }
-    }
-
     /// The pictures of `people` in the scenes of `seed`, as latents, and the captions.
     fn lessons(&self, people: &[Person], seed: u64) -> Result<Lessons> {
         let Pictures { size, scenes, .. } = self.settings.pictures;
-        let list: Vec<Scene> = (0..scenes).map(|i| self.scene(seed, i)).collect();
+        let list: Vec<Scene> = (0..scenes).map(|i| scene(seed, i)).collect();
         let said = CaptionOptions { subject: "person", attributes: 0, drop: 0.0 };
         let captions: Vec<String> =
             list.iter().map(|scene| dataset::caption(&people[0], scene, said, seed)).collect();
@@ -480,6 +473,13 @@ impl Workshop {
         let tensor = |rows: Vec<Vec<f32>>| Tensor::new(rows, &Device::Cpu);
         Ok([("face".to_string(), tensor(face)?), ("image".to_string(), tensor(image)?)].into())
     }
+}
+
+/// Scene `i` of the list that all people share, most of them photos.
+pub fn scene(seed: u64, i: u64) -> Scene {
+    let scene = Scene::draw(seed, i);
+    // Three scenes of four are photos: there a person is best seen.
+    if i.is_multiple_of(4) { scene } else { Scene { style: dataset::Style::Photo, ..scene } }
 }
 
 /// The scene of reference picture `i`: a plain photo from any side.

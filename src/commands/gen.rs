@@ -2,6 +2,7 @@
 
 pub(super) mod device;
 mod draw;
+mod identity;
 mod loras;
 mod outputs;
 mod person;
@@ -15,6 +16,7 @@ use serde_json::json;
 
 use self::device::{Precision, device};
 use self::draw::{Plan, draw};
+use self::identity::IdentityOptions;
 use self::loras::{check_loras, chosen_loras};
 use self::outputs::Outputs;
 use self::person::make_lora;
@@ -116,15 +118,8 @@ pub struct Args {
     /// instead of the seed's noise.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_INIT_LATENTS")]
     init_latents: Option<PathBuf>,
-    /// Sampling steps of the LoRA; the hypernetwork's own number where it is not given.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_IDENTITY_STEPS")]
-    identity_steps: Option<u32>,
-    /// Guidance in the sampling of the LoRA.
-    #[arg(long, value_name = "F", env = "DIFFLORA_IDENTITY_GUIDANCE")]
-    identity_guidance: Option<f64>,
-    /// Seed of the LoRA's noise.
-    #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_IDENTITY_SEED")]
-    identity_seed: u64,
+    #[command(flatten)]
+    identity: IdentityOptions,
     /// Number type of the base model.
     #[arg(long, value_enum, default_value = "f32", env = "DIFFLORA_DTYPE")]
     dtype: Precision,
@@ -147,6 +142,13 @@ pub struct Args {
     /// Spelling of the layers' names in the LoRA.
     #[arg(long, value_enum, default_value = "kohya", env = "DIFFLORA_LORA_FORMAT")]
     lora_format: Format,
+}
+
+impl Args {
+    /// Whether the LoRA of a person is made.
+    fn has_person(&self) -> bool {
+        !self.reference.is_empty() || self.identity.mixes()
+    }
 }
 
 /// How LoRAs change the base.
@@ -192,10 +194,9 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
     clock.end();
 
-    let person = if args.reference.is_empty() {
-        None
-    } else {
-        Some(make_lora(&args, &base, models::native_size(&base_files)?)?)
+    let person = match args.has_person() {
+        true => Some(make_lora(&args, &base, models::native_size(&base_files)?)?),
+        false => None,
     };
     let mut report = json!({});
     if let Some((lora, told)) = &person {

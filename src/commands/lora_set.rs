@@ -1,5 +1,4 @@
-//! A dataset folder: LoRA vectors that stay on the disk, embeddings as tensors, apart by split, and how well guesses
-//! agree with them.
+//! A dataset folder: LoRA vectors that stay on the disk, embeddings as tensors, apart by split.
 //!
 //! A hundred thousand LoRAs fit in no memory: [`Vectors`] reads rows as they are asked for and keeps no more of them
 //! than it was allowed to.
@@ -12,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::build_dataset::{Header, Row, read_manifest};
 use crate::failure::Failure;
@@ -416,12 +415,6 @@ impl Split {
         references
     }
 
-    /// A row a person (M, …) → a row a reference (R, …).
-    pub fn per_reference(&self, people: &Tensor) -> Result<Tensor> {
-        let owners: Vec<u32> = self.owners.iter().map(|owner| *owner as u32).collect();
-        Ok(people.index_select(&Tensor::new(owners, people.device())?, 0)?)
-    }
-
     /// The mean of the rows of each person: (R, …) → (M, …).
     pub fn mean_per_person(&self, references: &Tensor) -> Result<Tensor> {
         let means = self.references().into_iter().map(|rows| -> Result<Tensor> {
@@ -453,32 +446,6 @@ fn embedding(path: &Path, tensors: &HashMap<String, Tensor>, name: &str) -> Resu
         return Err(unusable(format!("`{name}` holds values that are not finite")));
     }
     Ok(tensor)
-}
-
-/// How well guesses of standardised LoRA vectors agree with the truth.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Agreement {
-    /// Σ‖x̂ − x‖² / Σ‖x‖²; the mean LoRA, which is zero here, has 1.
-    pub relative_error: f64,
-    /// Mean cosine between x̂ and x; 0 where x̂ is zero.
-    pub cosine: f64,
-}
-
-impl Agreement {
-    /// Of `guess` (B, P) with `truth` (B, P).
-    pub fn of(guess: &Tensor, truth: &Tensor) -> Result<Self> {
-        let rows = |x: Tensor| -> Result<Vec<f64>> { Ok(x.sum(1)?.to_dtype(DType::F64)?.to_vec1()?) };
-        let error: f64 = rows((guess - truth)?.sqr()?)?.iter().sum();
-        let power = rows(truth.sqr()?)?;
-        let cosines = rows((guess * truth)?)?
-            .into_iter()
-            .zip(power.iter().zip(rows(guess.sqr()?)?))
-            .map(|(dot, (a, b))| if b > 0.0 { dot / (a * b).sqrt() } else { 0.0 });
-        Ok(Self {
-            relative_error: error / power.iter().sum::<f64>(),
-            cosine: cosines.sum::<f64>() / power.len() as f64,
-        })
-    }
 }
 
 #[cfg(test)]
@@ -572,7 +539,8 @@ pub(super) mod tests {
         assert_eq!((set.train.faces.dims(), set.held_out.images.dims()), (&[40, 6][..], &[24, 5][..]));
         assert_eq!(set.held_out.references()[3], [6, 7]);
         let owners = Tensor::arange(0f32, 12., &Device::Cpu).unwrap().unsqueeze(1).unwrap();
-        let rows = set.held_out.per_reference(&owners).unwrap();
+        let each: Vec<u32> = set.held_out.owners.iter().map(|owner| *owner as u32).collect();
+        let rows = owners.index_select(&Tensor::new(each, &Device::Cpu).unwrap(), 0).unwrap();
         assert_eq!(
             set.held_out.mean_per_person(&rows).unwrap().to_vec2::<f32>().unwrap(),
             owners.to_vec2::<f32>().unwrap()
@@ -731,14 +699,5 @@ pub(super) mod tests {
             message.contains("two: p0") && message.contains("one: p1, p2, p3, p4, p5 and 26 more"),
             "{message}"
         );
-    }
-
-    #[test]
-    fn the_mean_lora_has_error_one_and_cosine_zero() {
-        let truth = normal(1, 0, (5, 9), &Device::Cpu).unwrap();
-        let mean = Agreement::of(&truth.zeros_like().unwrap(), &truth).unwrap();
-        assert_eq!(mean, Agreement { relative_error: 1.0, cosine: 0.0 });
-        let half = Agreement::of(&(&truth * 0.5).unwrap(), &truth).unwrap();
-        assert!((half.relative_error - 0.25).abs() < 1e-6 && (half.cosine - 1.0).abs() < 1e-6);
     }
 }

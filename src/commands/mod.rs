@@ -4,6 +4,7 @@ pub mod build_dataset;
 pub mod dreambooth;
 pub mod eval;
 pub mod face;
+mod functional;
 pub mod r#gen;
 pub mod lora;
 mod lora_set;

@@ -122,7 +122,7 @@ fn report(end: End, stage: &str, common: &Common) -> bool {
     }
     if common.json {
         let (finished, step) = match end {
-            End::Finished => (true, None),
+            End::Finished | End::Stopped { .. } => (true, None),
             End::Paused { step } => (false, Some(step)),
         };
         println!("{}", serde_json::json!({ "stage": stage, "finished": finished, "step": step }));

@@ -1,30 +1,45 @@
 //! `difflora train-dit`: a person's embeddings → the latent of their LoRA.
 
+mod best;
+mod latents;
+mod lessons;
+mod report;
+mod trained_prior;
+
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::lora_set::{Agreement, FormWanted, LoraSet, Reading};
+use self::best::Best;
+use self::lessons::Lessons;
+use self::report::{print_report, report};
+use self::trained_prior::TrainedPrior;
+use super::build_dataset::Header;
+use super::functional::Album;
+use super::lora_set::{FormWanted, LoraSet, Reading};
 use super::models;
 use super::train_lae::Settings;
 use crate::cli::Common;
-use crate::diffusion::schedule::NoiseSchedule;
+use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule};
+use crate::diffusion::shifted::Shift;
 use crate::failure::Failure;
-use crate::hypernet::dit::{Dit, DitConfig};
-use crate::hypernet::mixer::{Mixer, MixerConfig};
-use crate::hypernet::ridge::Ridge;
-use crate::hypernet::rows::Rows;
-use crate::hypernet::stats::{Standardise, unit_power};
+use crate::hypernet::dit::{Dit, DitConfig, DitSize, Position};
+use crate::hypernet::mixer::{GateFigures, Mixer, MixerConfig, MixerKind};
+use crate::hypernet::prior::PriorConfig;
+use crate::hypernet::stats::Standardise;
 use crate::hypernet::{
-    Denoiser, DenoiserConfig, DenoiserStats, Hypernet, LoraCodec, ModelId, SampleOptions,
-    diffusion_of_latents,
+    Denoiser, DenoiserConfig, Hypernet, LoraCodec, ModelId, SampleOptions, diffusion_of_latents,
 };
 use crate::model_files::{ModelFiles, save_json};
+use crate::sdxl::pipeline::Sdxl;
+use crate::train::parallel;
 use crate::train::run::{self, End, Keeping, Plan};
 use crate::train::shards::Loss;
 use crate::weights::Trainable;
@@ -49,6 +64,9 @@ pub struct Args {
     /// Sizes and recipe, as in configs/hypernet-tiny.toml.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     config: PathBuf,
+    /// The model that the LoRAs are for, where the recipe has a loss of pictures (`functional`).
+    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    base: String,
     /// Go on from the last checkpoint of the same settings.
     #[arg(long, env = "DIFFLORA_RESUME")]
     resume: bool,
@@ -63,14 +81,35 @@ pub struct Args {
 pub struct Recipe {
     /// Of weights, batches and noise.
     seed: u64,
+    /// How face and picture become one condition.
+    #[serde(default)]
+    mixer: MixerKind,
     /// Values in a token.
     token: usize,
-    /// D of transformer and mixer.
-    width: usize,
-    /// Blocks.
-    depth: usize,
-    /// H
-    heads: usize,
+    /// Depth, width and heads by a name: S, B, L or XL.
+    #[serde(default)]
+    size: Option<DitSize>,
+    /// D of transformer and mixer, where not that of `size`.
+    #[serde(default)]
+    width: Option<usize>,
+    /// Blocks, likewise.
+    #[serde(default)]
+    depth: Option<usize>,
+    /// H, likewise.
+    #[serde(default)]
+    heads: Option<usize>,
+    /// How tokens know their place.
+    #[serde(default)]
+    position: Position,
+    /// How noise grows from t = 0 to T.
+    #[serde(default)]
+    schedule: NoiseGrowth,
+    /// w_t of the loss.
+    #[serde(default)]
+    weights: Weights,
+    /// A mixture of Gaussians in which the diffusion ends, in the place of N(0, I).
+    #[serde(default)]
+    prior: Option<PriorConfig>,
     /// DDIM steps of the finished hypernetwork, unless asked otherwise.
     steps: usize,
     /// Its guidance; 1 is none.
@@ -87,11 +126,139 @@ pub struct Recipe {
     drop: f64,
     /// Steps, batch, rate.
     plan: Plan,
+    /// When to look at people kept apart, and when to stop.
+    #[serde(default)]
+    validation: Option<Validation>,
+    /// A loss of pictures beside that of latents; needs --base.
+    #[serde(default)]
+    functional: Option<Functional>,
+}
+
+/// What the decoded LoRA pays for the pictures of its person, beside the distance of latents.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Functional {
+    /// Weight of the base's diffusion loss.
+    weight: f64,
+    /// People of a shard whose LoRAs are decoded.
+    people: usize,
+    /// Pictures of each.
+    pictures: usize,
+}
+
+/// How noise grows with t.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum NoiseGrowth {
+    /// β from 1e-4 to 0.02 in equal steps (Ho et al. 2020; G.pt, HyperDiffusion).
+    #[default]
+    Linear,
+    /// ᾱ follows a squared cosine (Nichol and Dhariwal 2021).
+    Cosine,
+}
+
+/// w_t, the weight of a sample's squared error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Weights {
+    /// The same for all t.
+    #[default]
+    Uniform,
+    /// min(SNR, γ) (Hang et al. 2023; γ = 5 there): next to nothing where the noise is high.
+    MinSnr(f64),
+}
+
+/// People of the training set who are kept apart. The weights with the least error on them are the result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Validation {
+    /// Their share of the people.
+    share: f64,
+    /// Steps between two looks.
+    every: u64,
+    /// Looks without a gain after which training stops; 0 for never.
+    #[serde(default)]
+    patience: u64,
+}
+
+impl Recipe {
+    /// Depth, width and heads.
+    fn sizes(&self) -> Result<(usize, usize, usize)> {
+        let named = self.size.map(DitSize::sizes);
+        let one = |given: Option<usize>, named: Option<usize>, what: &str| {
+            given.or(named).ok_or_else(|| {
+                Failure::Usage(format!("the recipe of the transformer has neither `{what}` nor `size`"))
+            })
+        };
+        let depth = one(self.depth, named.map(|(depth, ..)| depth), "depth")?;
+        let width = one(self.width, named.map(|(_, width, _)| width), "width")?;
+        Ok((depth, width, one(self.heads, named.map(|(.., heads)| heads), "heads")?))
+    }
+
+    /// The config of networks for embeddings of `face` and `image` values and latents of `latent`.
+    fn config(&self, [face, image, latent]: [usize; 3], header: &Header) -> Result<DenoiserConfig> {
+        let (depth, width, heads) = self.sizes()?;
+        let clusters = self.prior.as_ref().map_or(0, |prior| prior.clusters);
+        let mut diffusion = diffusion_of_latents();
+        if self.schedule == NoiseGrowth::Cosine {
+            diffusion.beta_schedule = BetaSchedule::SquaredcosCapV2;
+        }
+        Ok(DenoiserConfig {
+            mixer: MixerConfig { kind: self.mixer, face, image, width },
+            dit: DitConfig {
+                latent,
+                token: self.token,
+                width,
+                depth,
+                heads,
+                position: self.position,
+                clusters,
+            },
+            diffusion,
+            steps: self.steps,
+            guidance: self.guidance,
+            linear_guess: self.linear_guess,
+            prior: self.prior.clone(),
+            face_encoder: header.face_encoder.clone(),
+            image_encoder: header.image_encoder.clone(),
+            image_input: header.image_input,
+        })
+    }
+
+    /// Refuses values that no training can start from.
+    fn check(&self) -> Result<()> {
+        let refuse =
+            |why: String| Err(Failure::Usage(format!("the recipe of the transformer: {why}")).into());
+        if self.folds < 2 {
+            return refuse(format!("`folds` is {}, two at least are needed", self.folds));
+        }
+        if !(0.0..=1.0).contains(&self.drop) {
+            return refuse(format!("`drop` is {}, it is a part from 0 to 1", self.drop));
+        }
+        if let Some(Validation { share, every, .. }) = &self.validation
+            && (!(*share > 0.0 && *share < 1.0) || *every == 0)
+        {
+            return refuse("`validation` wants a `share` between 0 and 1 and `every` of at least 1".into());
+        }
+        if let Some(Functional { weight, people, pictures }) = &self.functional
+            && !(*weight > 0.0 && weight.is_finite() && *people > 0 && *pictures > 0)
+        {
+            return refuse("`functional` wants a positive `weight`, `people` and `pictures`".into());
+        }
+        if let Weights::MinSnr(gamma) = self.weights
+            && !(gamma > 0.0 && gamma.is_finite())
+        {
+            return refuse(format!("`min_snr` is a positive number, not {gamma}"));
+        }
+        Ok(())
+    }
 }
 
 /// Trains, saves and reports.
 pub fn run(args: Args, common: &Common) -> Result<()> {
     let recipe = Settings::read(&args.config)?.dit;
+    recipe.check()?;
+    parallel::join()?;
     let training = args.out.join("training");
     std::fs::create_dir_all(&training)
         .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
@@ -108,14 +275,23 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
         save_every: Duration::from_secs(120),
     };
-    let lessons = Lessons::prepare(&recipe, &codec, &set)?;
-    let (denoiser, end) = train(&recipe, &lessons, &set, &lae, &keeping)?;
+    let lessons = Lessons::prepare(&recipe, &codec, &lae.sha256, &set, &training)?;
+    let gallery =
+        recipe.functional.as_ref().map(|how| Gallery::open(how, &args, &codec, &set)).transpose()?;
+    let (denoiser, end) = train(&recipe, &lessons, gallery.as_ref(), &set, &lae, &keeping)?;
+    if !parallel::leads() {
+        return Ok(());
+    }
     let hypernet = Hypernet { codec, denoiser };
     hypernet.save(&args.out, DType::F16)?;
     let report = report(&hypernet, &lessons, &set, end)?;
     save_json(&training.join("report.json"), &report)?;
-    if let End::Paused { step } = end {
-        progress::note(format_args!("dit stops at step {step}; --resume goes on"));
+    match end {
+        End::Paused { step } => progress::note(format_args!("dit stops at step {step}; --resume goes on")),
+        End::Stopped { step } => {
+            progress::note(format_args!("dit stops at step {step}: the people kept apart gain no more"));
+        }
+        End::Finished => {}
     }
     if common.json {
         println!("{report}");
@@ -147,197 +323,196 @@ fn check(codec: &LoraCodec, set: &LoraSet) -> Result<()> {
     Ok(())
 }
 
-/// What the networks learn from, a row a reference picture (R, …).
-struct Lessons {
-    stats: DenoiserStats,
-    /// Standardised embeddings (R, F) and (R, I).
-    face: Tensor,
-    image: Tensor,
-    /// (z − out-of-fold guess) · scale, or z · scale without a guess (R, L).
-    x0: Tensor,
-    /// The linear guess; also made where it is not stored, as a baseline.
-    ridge: Ridge,
-    penalty: f64,
-    out_of_fold_error: f64,
-}
-
-impl Lessons {
-    fn prepare(recipe: &Recipe, codec: &LoraCodec, set: &LoraSet) -> Result<Self> {
-        let train = &set.train;
-        let mut stats = DenoiserStats {
-            face: Standardise::fit_whole(&train.faces)?,
-            image: Standardise::fit_whole(&train.images)?,
-            scale: 1.0,
-        };
-        let z = train.per_reference(&codec.encode_all(&train.vectors)?)?; // (R, L)
-        let x = stats.together(&train.faces, &train.images)?;
-        // The photos of one person are alike: in another fold they would give the answer away.
-        let folds: Vec<usize> = train.owners.iter().map(|owner| owner % recipe.folds.max(1)).collect();
-        let fit = Ridge::cross_fit_in(&x, &z, &recipe.penalties, &folds)?;
-        let target = if recipe.linear_guess { (&z - &fit.out_of_fold)? } else { z };
-        stats.scale = unit_power(&target)?;
-        Ok(Self {
-            face: stats.face.apply(&train.faces)?,
-            image: stats.image.apply(&train.images)?,
-            x0: (target * stats.scale)?,
-            ridge: fit.ridge,
-            penalty: fit.penalty,
-            out_of_fold_error: fit.relative_error,
-            stats,
-        })
-    }
-}
-
-/// Mixer and transformer with averaged weights.
-///
-/// T = 1000, x_0 predicted, its squared error not weighted by t: min-SNR weights give the high noise, where the
-/// condition matters, nearly nothing.
+/// Mixer and transformer with averaged weights, or those with the least error on the people kept apart.
 fn train(
     recipe: &Recipe,
     lessons: &Lessons,
+    gallery: Option<&Gallery>,
     set: &LoraSet,
     lae: &ModelId,
     keeping: &Keeping,
 ) -> Result<(Denoiser, End)> {
-    let Recipe { token, width, depth, heads, steps, guidance, linear_guess, .. } = *recipe;
-    let config = DenoiserConfig {
-        mixer: MixerConfig { face: lessons.face.dim(1)?, image: lessons.image.dim(1)?, width },
-        dit: DitConfig { latent: lessons.x0.dim(1)?, token, width, depth, heads },
-        diffusion: diffusion_of_latents(),
-        steps,
-        guidance,
-        linear_guess,
-        face_encoder: set.header.face_encoder.clone(),
-        image_encoder: set.header.image_encoder.clone(),
-        image_input: set.header.image_input,
-    };
+    let widths = [lessons.face.dim(1)?, lessons.image.dim(1)?, lessons.width()];
+    let config = recipe.config(widths, &set.header)?;
     let trainable = Trainable::new(recipe.seed);
     let vb = trainable.builder(&Device::Cpu);
-    let mixer = Mixer::new(&config.mixer, vb.pp("mixer"))?;
-    let dit = Dit::new(&config.dit, vb.pp("dit"))?;
+    let pupil = Pupil {
+        mixer: Mixer::new(&config.mixer, vb.pp("mixer"))?,
+        dit: Dit::new(&config.dit, vb.pp("dit"))?,
+        prior: lessons
+            .stats
+            .prior
+            .as_ref()
+            .map(|prior| TrainedPrior::new(recipe, prior, vb.pp("prior")))
+            .transpose()?,
+        schedule: NoiseSchedule::new(&config.diffusion)?,
+    };
     let vars = trainable.vars();
-    let schedule = NoiseSchedule::new(&config.diffusion)?;
-    let references = set.train.references();
+    if let (Some(start), Some(prior)) = (&lessons.stats.prior, &pupil.prior) {
+        prior.start_from(start, &vars)?;
+    }
     let plan = &recipe.plan;
     let (batch, shards) = (plan.samples_a_shard()?, plan.shards as u64);
+    let people = lessons.learnt.len();
     let loss = |step: u64, shard: usize| -> Result<Loss> {
         let mut rng = train::rng(recipe.seed, step * shards + shard as u64);
         let mut rows = Vec::with_capacity(batch);
         for _ in 0..batch {
-            let photos = &references[rng.random_range(0..references.len())];
+            let photos = &lessons.learnt[rng.random_range(0..people)];
             rows.push(photos[rng.random_range(0..photos.len())]);
         }
-        let t: Vec<usize> = (0..batch).map(|_| rng.random_range(0..schedule.alphas_bar.len())).collect();
+        pupil.loss(recipe, lessons, gallery, &rows, &mut rng)
+    };
+    let settings = json!({
+        "dit": recipe, "dataset": set.stamp, "people": people, "lae": lae.sha256,
+    });
+    let finished = |averages: &BTreeMap<String, Tensor>| -> Result<Denoiser> {
+        let mut stats = lessons.stats.clone();
+        if let (Some(prior), Some(trained)) = (&mut stats.prior, &pupil.prior) {
+            trained.put_into(prior, averages)?;
+        }
+        let networks = averages.iter().filter(|(name, _)| !name.starts_with("prior."));
+        let mut weights: BTreeMap<String, Tensor> =
+            networks.map(|(name, weight)| (name.clone(), weight.clone())).collect();
+        if recipe.linear_guess {
+            weights.extend(lessons.fit.ridge.tensors("guess"));
+        }
+        Denoiser::new(config.clone(), stats, weights, &Device::Cpu)
+    };
+    let mut best = Best::open(recipe.validation.as_ref(), keeping, &settings)?;
+    let (end, ema) = run::run_until(plan, &settings, keeping, &vars, loss, |step, ema| {
+        best.look(step, ema, || validation_error(lessons, &finished(ema.averages())?))
+    })?;
+    // The others of a group write nothing, so they need not wait for what the first has written.
+    let best = if parallel::leads() { best.averages()? } else { None };
+    let averages = best.unwrap_or_else(|| ema.averages().clone());
+    Ok((finished(&averages)?, end))
+}
+
+/// The networks while they learn.
+struct Pupil {
+    mixer: Mixer,
+    dit: Dit,
+    prior: Option<TrainedPrior>,
+    schedule: NoiseSchedule,
+}
+
+impl Pupil {
+    /// E[w_t·‖f(z_t, t, F) − x_0‖²] over the photos `rows`, with the gate's figures.
+    fn loss(
+        &self,
+        recipe: &Recipe,
+        lessons: &Lessons,
+        gallery: Option<&Gallery>,
+        rows: &[u32],
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Loss> {
+        let batch = rows.len();
+        let t: Vec<usize> = (0..batch).map(|_| rng.random_range(0..self.schedule.alphas_bar.len())).collect();
         let keep: Vec<f32> =
             (0..batch).map(|_| if rng.random::<f64>() < recipe.drop { 0.0 } else { 1.0 }).collect();
-        let rows = Tensor::new(rows, &Device::Cpu)?;
+        let index = Tensor::new(rows, &Device::Cpu)?;
         let mut blurred = |x: &Tensor| -> Result<Tensor> {
-            let x = x.index_select(&rows, 0)?;
-            let noise = train::normal(&mut rng, x.shape())?;
+            let x = x.index_select(&index, 0)?;
+            let noise = train::normal(rng, x.shape())?;
             Ok((x + (noise * recipe.condition_noise)?)?)
         };
         let (face, image) = (blurred(&lessons.face)?, blurred(&lessons.image)?);
-        let x0 = lessons.x0.index_select(&rows, 0)?;
-        let eps = train::normal(&mut rng, x0.shape())?;
-        let condition = mixer.forward(&face, &image)?.condition;
-        let condition = mixer.drop(&condition, &Tensor::new(keep, &Device::Cpu)?)?;
-        let x_t = schedule.add_noise(&x0, &eps, &t)?;
+        let x0 = lessons.x0(rows)?;
+        let eps = train::normal(rng, x0.shape())?;
+        let mixed = self.mixer.forward(&face, &image)?;
+        let mut condition = self.mixer.drop(&mixed.condition, &Tensor::new(keep, &Device::Cpu)?)?;
+        let weights = match recipe.weights {
+            Weights::Uniform => vec![1.0; batch],
+            Weights::MinSnr(gamma) => self.schedule.min_snr_weights(&t, gamma)?,
+        };
+        let weights: Vec<f32> = weights.into_iter().map(|weight| weight as f32).collect();
+        let weights = Tensor::new(weights, &Device::Cpu)?;
+        let mut parts = Vec::new();
+        let mut of_prior = None;
+        let x_t = match (&lessons.stats.prior, &self.prior) {
+            (Some(start), Some(trained)) => {
+                let clusters: Vec<u32> = rows.iter().map(|row| lessons.clusters[*row as usize]).collect();
+                let clusters = Tensor::new(clusters, &Device::Cpu)?;
+                condition = self.dit.in_cluster(&condition, &clusters)?;
+                let shift = trained.shift(start, &clusters)?;
+                if trained.learned() {
+                    let loss = trained.loss(&shift, &x0, &weights, rng)?;
+                    parts.push(("prior", scalar(&loss)?));
+                    of_prior = Some(loss);
+                }
+                // The error of the network says nothing about where noise should end.
+                let still = Shift { mean: shift.mean.detach(), std: shift.std.detach() };
+                still.add_noise(&self.schedule, &x0, &eps, &t)?
+            }
+            _ => self.schedule.add_noise(&x0, &eps, &t)?,
+        };
         let t: Vec<f32> = t.into_iter().map(|t| t as f32).collect();
-        let guess = dit.forward(&x_t, &Tensor::new(t, &Device::Cpu)?, &condition)?;
-        Ok((guess - x0)?.sqr()?.mean_all()?.into())
-    };
-    let settings = json!({
-        "dit": recipe, "dataset": set.stamp, "people": references.len(), "lae": lae.sha256,
-    });
-    let (end, ema) = run::run(plan, &settings, keeping, &vars, loss, |_, _| Ok(()))?;
-    let mut weights = ema.averages().clone();
-    if linear_guess {
-        weights.extend(lessons.ridge.tensors("guess"));
+        let guess = self.dit.forward(&x_t, &Tensor::new(t, &Device::Cpu)?, &condition)?;
+        let errors = (&guess - x0)?.sqr()?.mean(1)?; // (B)
+        let mut value = (errors * weights)?.mean_all()?;
+        if let Some(gates) = &mixed.gates {
+            let gates = GateFigures::of(&gates.detach())?;
+            parts.extend([("gate_face", gates.face), ("gate_spread", gates.spread)]);
+        }
+        if of_prior.is_some() || gallery.is_some() {
+            parts.push(("denoising", scalar(&value)?));
+        }
+        if let Some(of_prior) = of_prior {
+            value = (value + of_prior)?;
+        }
+        if let Some(gallery) = gallery {
+            let rows = &rows[..gallery.how.people.min(batch)];
+            let z = ((guess.narrow(0, 0, rows.len())? / lessons.stats.scale)? + lessons.guess(rows)?)?;
+            let loss = gallery.loss(&z, &lessons.people(rows), rng)?;
+            parts.push(("functional", scalar(&loss)?));
+            value = (value + (loss * gallery.how.weight)?)?;
+        }
+        Ok(Loss { value, parts })
     }
-    Ok((Denoiser::new(config, lessons.stats.clone(), weights, &Device::Cpu)?, end))
 }
 
-/// Errors on the people held out: of the hypernetwork from one photo, and of simpler ways.
-fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -> Result<Value> {
-    let Hypernet { codec, denoiser } = hypernet;
-    let new = &set.held_out;
-    let vectors = new.vectors.all()?;
-    let truth = codec.standardise.apply(&vectors)?; // (M, P)
-    let truths = new.per_reference(&truth)?; // (R, P)
-    let mut table = Vec::new();
-    let mut add = |name: &str, guess: &Tensor, truth: &Tensor| -> Result<()> {
-        let Agreement { relative_error, cosine } = Agreement::of(guess, truth)?;
-        table.push(json!({ "name": name, "relative_error": relative_error, "cosine": cosine }));
-        Ok(())
-    };
-    let decode = |z: &Tensor| -> Result<Tensor> { Ok(codec.lae.decode(z)?) };
-    let sample = |steps, samples| {
-        let options = SampleOptions { steps, samples, ..hypernet.options() };
-        denoiser.sample(&new.faces, &new.images, &options)
-    };
-
-    add("mean LoRA", &truths.zeros_like()?, &truths)?;
-    add("nearest person by face", &nearest(codec, set)?, &truths)?;
-    let linear = lessons.ridge.forward(&lessons.stats.together(&new.faces, &new.images)?)?;
-    add("ridge regression", &decode(&linear)?, &truths)?;
-    add("ridge, mean of all photos", &decode(&new.mean_per_person(&linear)?)?, &truth)?;
-    for steps in [1, 2, 5, 10, 25] {
-        add(&format!("DDIM {steps}"), &decode(&sample(steps, 1)?)?, &truths)?;
-    }
-    let z = sample(denoiser.config.steps, 4)?;
-    let name = format!("DDIM {}, 4 samples", denoiser.config.steps);
-    add(&name, &decode(&z)?, &truths)?;
-    add(&format!("{name}, mean of all photos"), &decode(&new.mean_per_person(&z)?)?, &truth)?;
-    // The next person's LoRA is asked for: that is what a shuffled condition gives.
-    let people = new.people();
-    let next: Vec<u32> = (0..people).map(|person| ((person + 1) % people) as u32).collect();
-    let others = new.per_reference(&truth.index_select(&Tensor::new(next, &Device::Cpu)?, 0)?)?;
-    add(&format!("{name}, shuffled"), &decode(&z)?, &others)?;
-    add("own LoRA through the autoencoder", &decode(&codec.encode(&vectors)?)?, &truth)?;
-
-    // As many photos as there are of new people: all would fill the memory and tell no more.
-    let learnt = &set.train;
-    let photos = learnt.owners.len().min(new.owners.len());
-    let options = SampleOptions { steps: denoiser.config.steps, ..hypernet.options() };
-    let (faces, images) = (learnt.faces.narrow(0, 0, photos)?, learnt.images.narrow(0, 0, photos)?);
-    let owned = learnt.vectors.batch(&learnt.owners[..photos])?;
-    let seen = decode(&denoiser.sample(&faces, &images, &options)?)?;
-    add("people learnt from", &seen, &codec.standardise.apply(&owned)?)?;
-
-    let gates = denoiser.gates(&new.faces, &new.images)?.mean(0)?.to_vec1::<f32>()?;
-    Ok(json!({
-        "finished": end == End::Finished,
-        "people": { "train": learnt.people(), "held_out": people },
-        "photos": { "train": learnt.owners.len(), "held_out": new.owners.len() },
-        "table": table,
-        "gates": { "image": gates[0], "face": gates[1] },
-        "ridge": { "penalty": lessons.penalty, "out_of_fold_error_of_latents": lessons.out_of_fold_error },
-    }))
+/// The base, and the pictures of the people to learn from.
+struct Gallery<'a> {
+    how: &'a Functional,
+    codec: &'a LoraCodec,
+    album: Album,
 }
 
-/// For each photo of the people held out, the LoRA of the person learnt from whose faces are most alike (R, P).
-fn nearest(codec: &LoraCodec, set: &LoraSet) -> Result<Tensor> {
-    let known = set.train.mean_per_person(&set.train.faces)?;
-    let unit = |x: &Tensor| x.broadcast_div(&x.sqr()?.sum_keepdim(1)?.sqrt()?);
-    let likeness = unit(&set.held_out.faces)?.matmul(&unit(&known)?.t()?)?;
-    let places: Vec<usize> =
-        likeness.argmax(1)?.to_vec1::<u32>()?.into_iter().map(|place| place as usize).collect();
-    Ok(codec.standardise.apply(&set.train.vectors.batch(&places)?)?)
+impl<'a> Gallery<'a> {
+    fn open(how: &'a Functional, args: &Args, codec: &'a LoraCodec, set: &LoraSet) -> Result<Self> {
+        let files = models::find_base(&args.base, &models::BaseOptions::default())?;
+        codec.base.demand(&models::identify(&files, &args.base, models::BASE_WEIGHTS)?, "base model")?;
+        let base = Sdxl::open(&files, DType::F32, &Device::Cpu)?;
+        Ok(Self { how, codec, album: Album::open(&args.dataset, base, set.train.people())? })
+    }
+
+    /// Of latents z (K, L) of these K people.
+    fn loss(&self, z: &Tensor, people: &[usize], rng: &mut ChaCha8Rng) -> Result<Tensor> {
+        let vectors = self.codec.decode(z)?;
+        self.album.loss(&self.codec.layout, &vectors, people, self.how.pictures, rng)
+    }
 }
 
-fn print_report(report: &Value) {
-    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-    println!(
-        "{} people to learn from, {} held out, one photo each unless said otherwise",
-        report["people"]["train"], report["people"]["held_out"]
-    );
-    println!("{:<36} {:>14} {:>7}", "", "relative error", "cosine");
-    for row in report["table"].as_array().into_iter().flatten() {
-        let name = row["name"].as_str().unwrap_or_default();
-        println!("{name:<36} {:>14.3} {:>7.3}", number(&row["relative_error"]), number(&row["cosine"]));
-    }
-    let gates = &report["gates"];
-    println!("gates: face {:.2}, image {:.2}", number(&gates["face"]), number(&gates["image"]));
+fn scalar(x: &Tensor) -> Result<f64> {
+    Ok(f64::from(x.to_scalar::<f32>()?))
+}
+
+/// Error of the latents of the people kept apart, each from a photo: ‖x̂_0 − x_0‖² / ‖x_0‖². With a linear guess, 1
+/// is what the guess alone leaves over.
+fn validation_error(lessons: &Lessons, denoiser: &Denoiser) -> Result<f64> {
+    let rows: Vec<u32> = lessons.validation.iter().map(|photos| photos[0]).collect();
+    let index = Tensor::new(rows.as_slice(), &Device::Cpu)?;
+    let row = |x: &Tensor, standardise: &Standardise| standardise.undo(&x.index_select(&index, 0)?);
+    let (face, image) =
+        (row(&lessons.face, &lessons.stats.face)?, row(&lessons.image, &lessons.stats.image)?);
+    let DenoiserConfig { steps, guidance, .. } = denoiser.config;
+    let options = SampleOptions { steps, guidance, ..SampleOptions::default() };
+    let z = denoiser.sample(&face, &image, &options)?;
+    // The finished network corrects the guess that all people were used for; these people's own is without them.
+    let made = ((z - denoiser.linear_guess(&face, &image)?)? * lessons.stats.scale)?;
+    let x0 = lessons.x0(&rows)?;
+    Ok(scalar(&(made - &x0)?.sqr()?.sum_all()?)? / scalar(&x0.sqr()?.sum_all()?)?)
 }
 
 #[cfg(test)]
@@ -347,6 +522,7 @@ mod tests {
     use super::super::train_lae::tests::{SETTINGS, args as lae_args, quiet};
     use super::*;
     use crate::identity::Identity;
+    use serde_json::Value;
     use std::path::Path;
 
     fn args(folder: &Path) -> Args {
@@ -355,38 +531,160 @@ mod tests {
             lae: folder.join("lae"),
             out: folder.join("hypernet"),
             config: folder.join("settings.toml"),
+            base: models::BUILT_IN.into(),
             resume: false,
             minutes: None,
         }
     }
 
-    fn error_of(report: &Value, name: &str) -> f64 {
+    fn row(report: &Value, name: &str) -> Value {
         let rows = report["table"].as_array().unwrap();
-        let row = rows.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("no row {name}"));
-        row["relative_error"].as_f64().unwrap()
+        rows.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("no row {name}")).clone()
+    }
+
+    fn error_of(report: &Value, name: &str) -> f64 {
+        row(report, name)["relative_error"].as_f64().unwrap()
+    }
+
+    /// Trains on a dataset of 60 people with other settings than [`SETTINGS`].
+    fn trained(folder: &Path, change: impl Fn(&str) -> String) -> (ModelFiles, Value) {
+        if !folder.join("dataset").exists() {
+            write_dataset(&folder.join("dataset"), 60);
+        }
+        let settings = change(SETTINGS);
+        if !folder.join("lae").exists() {
+            train_lae::run(lae_args(folder, &settings), &quiet()).unwrap();
+        }
+        std::fs::write(folder.join("settings.toml"), settings).unwrap();
+        run(args(folder), &quiet()).unwrap();
+        let files = ModelFiles::folder(folder.join("hypernet")).unwrap();
+        let report = files.json("training/report.json").unwrap();
+        (files, report)
+    }
+
+    fn somebody(hypernet: &Hypernet) {
+        let identity = Identity { face: vec![0.5; 6], image: Some(vec![0.5; 5]) };
+        assert_eq!(hypernet.generate(&identity, &hypernet.options()).unwrap().layers.len(), 2);
     }
 
     #[test]
     fn new_people_get_loras_that_depend_on_their_faces() {
         let folder = tempfile::tempdir().unwrap();
-        write_dataset(&folder.path().join("dataset"), 60);
         for guess in ["true", "false"] {
-            let settings = SETTINGS.replace("linear_guess = true", &format!("linear_guess = {guess}"));
-            train_lae::run(lae_args(folder.path(), &settings), &quiet()).unwrap();
-            run(args(folder.path()), &quiet()).unwrap();
-            let files = ModelFiles::folder(folder.path().join("hypernet")).unwrap();
-            let report: Value = files.json("training/report.json").unwrap();
+            let change = |text: &str| text.replace("linear_guess = true", &format!("linear_guess = {guess}"));
+            let (files, report) = trained(folder.path(), change);
             assert_eq!(error_of(&report, "mean LoRA"), 1.0);
             // Embeddings with a noise of 0.05 tell four factors nearly exactly, and linearly.
             assert!(error_of(&report, "ridge regression") < 0.05, "{report:#}");
             // With the guess the transformer has nothing left to add; alone, it has learnt for 60 steps only.
             let wanted = if guess == "true" { 0.2 } else { 0.95 };
             assert!(error_of(&report, "DDIM 1") < wanted, "{report:#}");
+            assert!(row(&report, "DDIM 1")["half_width"]["relative_error"].as_f64().unwrap() > 0.0);
+            assert!(row(&report, "DDIM 1")["over_ridge"]["mean"].as_f64().is_some());
             assert!(error_of(&report, "DDIM 2, 4 samples, shuffled") > 1.0, "{report:#}");
-            let hypernet = Hypernet::open(&files, &Device::Cpu).unwrap();
-            let identity = Identity { face: vec![0.5; 6], image: Some(vec![0.5; 5]) };
-            assert_eq!(hypernet.generate(&identity, &hypernet.options()).unwrap().layers.len(), 2);
+            somebody(&Hypernet::open(&files, &Device::Cpu).unwrap());
         }
+    }
+
+    #[test]
+    fn every_variant_of_the_recipe_trains_and_opens_again() {
+        let folder = tempfile::tempdir().unwrap();
+        for (settings, gated) in [
+            ("mixer = \"face-only\"\nposition = \"sinusoidal\"", false),
+            ("mixer = \"concat\"\nschedule = \"cosine\"\nweights = { min_snr = 5.0 }", false),
+            ("prior = { clusters = 3, kappa = 2.0 }", true),
+            ("mixer = \"image-only\"\nprior = { clusters = 2, learned = true }", false),
+        ] {
+            let (files, report) = trained(folder.path(), |text| {
+                text.replace("linear_guess = true", &format!("linear_guess = false\n{settings}"))
+            });
+            let hypernet = Hypernet::open(&files, &Device::Cpu).unwrap();
+            somebody(&hypernet);
+            assert_eq!(report["gates"].is_object(), gated, "{settings}");
+            assert_eq!(report["start"].is_object(), settings.contains("clusters"), "{settings}");
+            assert!(error_of(&report, "DDIM 1").is_finite(), "{settings}");
+            let log = std::fs::read_to_string(folder.path().join("hypernet/training/dit.jsonl")).unwrap();
+            assert_eq!(log.contains("gate_face"), gated, "{settings}");
+            let losses: Vec<f64> = log
+                .lines()
+                .map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap())
+                .collect();
+            assert!(losses[2] < losses[0], "{settings}: {losses:?}");
+            if settings.contains("learned") {
+                assert!(log.contains("prior"));
+                assert!(hypernet.denoiser.stats.prior.is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn a_training_that_paused_goes_on_to_the_same_weights_and_keeps_the_best() {
+        let folder = tempfile::tempdir().unwrap();
+        let change = |text: &str| {
+            text.replace(
+                "linear_guess = true",
+                "linear_guess = false\nvalidation = { share = 0.2, every = 7 }",
+            )
+        };
+        let weights = || std::fs::read(folder.path().join("hypernet/dit.safetensors")).unwrap();
+        let (_, report) = trained(folder.path(), change);
+        assert_eq!((&report["people"]["validation"], &report["finished"]), (&json!(12), &json!(true)));
+        let straight = weights();
+        let training = folder.path().join("hypernet/training");
+        let looks = |what: &str| std::fs::read_to_string(training.join(what)).unwrap();
+        let all = looks("dit.validation.jsonl");
+        assert_eq!(all.lines().count(), 60 / 7);
+
+        std::fs::remove_dir_all(folder.path().join("hypernet")).unwrap();
+        run(Args { minutes: Some(0.0), ..args(folder.path()) }, &quiet()).unwrap();
+        assert_ne!(weights(), straight);
+        run(Args { resume: true, ..args(folder.path()) }, &quiet()).unwrap();
+        assert_eq!(weights(), straight);
+        assert_eq!(looks("dit.validation.jsonl"), all);
+    }
+
+    #[test]
+    fn a_training_that_gains_no_more_stops() {
+        let folder = tempfile::tempdir().unwrap();
+        // With a rate of nearly nothing no look is better than the first by more than chance.
+        let change = |text: &str| {
+            text.replace("peak = 3e-3", "peak = 1e-12").replace(
+                "linear_guess = true",
+                "linear_guess = true\nvalidation = { share = 0.1, every = 2, patience = 3 }",
+            )
+        };
+        trained(folder.path(), change);
+        let log = folder.path().join("hypernet/training/dit.validation.jsonl");
+        assert!(std::fs::read_to_string(log).unwrap().lines().count() < 30);
+    }
+
+    #[test]
+    fn recipes_that_cannot_work_say_what_to_change() {
+        let folder = tempfile::tempdir().unwrap();
+        trained(folder.path(), str::to_string);
+        let refusal = |from: &str, to: &str| {
+            std::fs::write(folder.path().join("settings.toml"), SETTINGS.replace(from, to)).unwrap();
+            format!("{:#}", run(args(folder.path()), &quiet()).unwrap_err())
+        };
+        for (from, to, why) in [
+            ("width = 16", "", "neither `width` nor `size`"),
+            ("heads = 2", "heads = 3", "3 heads"),
+            ("token = 2", "token = 3", "take one of [1, 2, 4]"),
+            ("folds = 4", "folds = 1", "folds"),
+            ("drop = 0.1", "drop = 1.5", "drop"),
+            ("drop = 0.1", "drop = 0.1\nprior = { clusters = 30 }", "at most 6"),
+            ("drop = 0.1", "drop = 0.1\nvalidation = { share = 0.9, every = 1 }", "too few"),
+            ("steps = 60, batch = 16", "steps = 60, batch = 32", "too few for batches of 32"),
+            ("drop = 0.1", "drop = 0.1\ngate = 1", "gate"),
+        ] {
+            let message = refusal(from, to);
+            assert!(message.contains(why), "{to}: {message}");
+        }
+        let other = SETTINGS.replace("drop = 0.1", "drop = 0.2");
+        std::fs::write(folder.path().join("settings.toml"), other).unwrap();
+        let message =
+            format!("{:#}", run(Args { resume: true, ..args(folder.path()) }, &quiet()).unwrap_err());
+        assert!(message.contains("dit.drop: 0.1, now 0.2"), "{message}");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod sampler;
 pub mod schedule;
+pub mod shifted;
 
 mod levels;
 pub mod noise;

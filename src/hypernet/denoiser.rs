@@ -14,12 +14,13 @@ use serde::{Deserialize, Serialize};
 
 use super::ModelId;
 use super::dit::{Dit, DitConfig};
-use super::mixer::{Mixer, MixerConfig};
+use super::mixer::{Mixer, MixerConfig, MixerKind};
+use super::prior::{Prior, PriorConfig};
 use super::ridge::Ridge;
 use super::stats::Standardise;
 use crate::diffusion::noise;
-use crate::diffusion::sampler::ddim;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule, Prediction, SchedulerConfig, Spacing};
+use crate::diffusion::shifted::Shift;
 use crate::identity::Identity;
 use crate::identity::clip::ImageInput;
 use crate::weights::frozen;
@@ -40,6 +41,9 @@ pub struct DenoiserConfig {
     pub guidance: f64,
     /// Whether a linear guess is stored, which the transformer corrects.
     pub linear_guess: bool,
+    /// Where the diffusion ends; N(0, I) without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prior: Option<PriorConfig>,
     /// What made the face embeddings.
     pub face_encoder: ModelId,
     /// What made the image embeddings.
@@ -65,19 +69,40 @@ pub fn diffusion_of_latents() -> SchedulerConfig {
     }
 }
 
+/// What becomes of several samples.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Choice {
+    /// Their mean: nearest to all of them, and flatter than each.
+    #[default]
+    Mean,
+    /// The one that lies nearest to their mean: as sharp as a single sample, but no outlier.
+    Typical,
+}
+
 /// How a latent is sampled.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SampleOptions {
     /// DDIM steps.
     pub steps: usize,
+    /// Fresh noise in each step: 0 is deterministic, 1 as much as in DDPM.
+    pub eta: f64,
     /// Classifier-free guidance; 1 is none.
     pub guidance: f64,
     /// Of the noise.
     pub seed: u64,
-    /// Latents that are sampled and averaged.
+    /// Latents that are sampled.
     pub samples: usize,
+    /// What becomes of them.
+    pub choice: Choice,
     /// Factor on the latent: how far from the mean LoRA. Regression shrinks towards the mean; more than 1 undoes it.
     pub strength: f64,
+}
+
+impl Default for SampleOptions {
+    /// One step without guidance, one sample of seed 0.
+    fn default() -> Self {
+        Self { steps: 1, eta: 0.0, guidance: 1.0, seed: 0, samples: 1, choice: Choice::Mean, strength: 1.0 }
+    }
 }
 
 /// Mixer, transformer, linear guess and their statistics.
@@ -106,30 +131,44 @@ pub struct DenoiserStats {
     pub image: Standardise,
     /// x_0 = (z − guess) · scale; [`super::stats::unit_power`] of the training set.
     pub scale: f64,
+    /// Of x_0, where the config has a prior.
+    pub prior: Option<Prior>,
+    /// Deviation of each value of the latent z over the people of the training set (L): what nearby people are made
+    /// with. Folders of earlier versions have none.
+    pub spread: Option<Tensor>,
 }
 
 impl DenoiserStats {
-    /// The input of the linear guess: standardised [face; image] (B, F + I).
-    pub fn together(&self, face: &Tensor, image: &Tensor) -> candle_core::Result<Tensor> {
-        Tensor::cat(&[self.face.apply(face)?, self.image.apply(image)?], 1)
+    /// The input of the linear guess: standardised [face; image] (B, F + I), less what the mixer does not see.
+    pub fn seen(&self, kind: MixerKind, face: &Tensor, image: &Tensor) -> candle_core::Result<Tensor> {
+        kind.seen(&self.face.apply(face)?, &self.image.apply(image)?)
     }
 
     fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut tensors: BTreeMap<String, Tensor> = self.face.tensors("face")?.into_iter().collect();
         tensors.extend(self.image.tensors("image")?);
         tensors.insert("latent.scale".into(), Tensor::from_slice(&[self.scale], 1, &Device::Cpu)?);
+        tensors.extend(self.prior.iter().flat_map(Prior::tensors));
+        tensors.extend(self.spread.iter().map(|spread| (SPREAD.to_string(), spread.clone())));
         Ok(tensors)
     }
 
-    fn load(tensors: &HashMap<String, Tensor>, device: &Device) -> Result<Self> {
+    fn load(config: &DenoiserConfig, tensors: &HashMap<String, Tensor>, device: &Device) -> Result<Self> {
         let scale = tensors.get("latent.scale").context("tensor `latent.scale` is missing")?;
+        let on_device = |x: &Tensor| x.to_dtype(DType::F32)?.to_device(device);
+        let prior = config.prior.as_ref().map(|prior| Prior::load(prior, tensors, device));
         Ok(Self {
+            prior: prior.transpose()?,
+            spread: tensors.get(SPREAD).map(on_device).transpose()?,
             face: Standardise::load(tensors, "face", device)?,
             image: Standardise::load(tensors, "image", device)?,
             scale: scale.to_dtype(DType::F64)?.flatten_all()?.get(0)?.to_scalar()?,
         })
     }
 }
+
+/// Name of [`DenoiserStats::spread`] in a file.
+const SPREAD: &str = "latent.spread";
 
 impl Denoiser {
     /// Puts trained networks together; `weights` has `mixer.…`, `dit.…` and, with a linear guess, `guess.…`.
@@ -150,7 +189,7 @@ impl Denoiser {
         device: &Device,
     ) -> Result<Self> {
         let networks = files.load("", "dit", DType::F32, device, |vb| Networks::new(config, vb))?;
-        let stats = DenoiserStats::load(&files.tensors("", "stats")?, device)
+        let stats = DenoiserStats::load(config, &files.tensors("", "stats")?, device)
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
         let weights = files.tensors("", "dit")?.into_iter().collect();
         Self::assemble(config.clone(), stats, networks, weights)
@@ -168,6 +207,25 @@ impl Denoiser {
             (stats.face.width(), stats.image.width()) == sizes && config.mixer.width == config.dit.width,
             "the sizes of mixer, transformer and statistics do not agree"
         );
+        let latent = config.dit.latent;
+        let clusters = config.prior.as_ref().map_or(0, |prior| prior.clusters);
+        if let Some(prior) = &stats.prior {
+            ensure!(
+                prior.mean.dim(1)? == latent && prior.centroids.dim(1)? == config.mixer.face,
+                "the prior is for latents of {} values and faces of {}, the transformer has {latent} and {}",
+                prior.mean.dim(1)?,
+                prior.centroids.dim(1)?,
+                config.mixer.face
+            );
+        }
+        ensure!(
+            config.dit.clusters == clusters && stats.prior.is_some() == config.prior.is_some(),
+            "the transformer knows {} Gaussians, the prior has {clusters}",
+            config.dit.clusters
+        );
+        if let Some(spread) = &stats.spread {
+            ensure!(spread.dims() == [latent], "`{SPREAD}` has shape {:?}, wanted [{latent}]", spread.dims());
+        }
         ensure!(
             config.diffusion.prediction_type == Prediction::Sample,
             "the transformer predicts x_0, `diffusion.prediction_type` must be `sample`"
@@ -195,8 +253,13 @@ impl Denoiser {
             );
             Ok(Tensor::from_slice(values, (1, wanted), device)?)
         };
-        let image = identity.image.as_deref().context("the hypernetwork wants an image embedding as well")?;
-        let MixerConfig { face: f, image: i, .. } = self.config.mixer;
+        let MixerConfig { kind, face: f, image: i, .. } = self.config.mixer;
+        let unseen = vec![0.0; i];
+        let image = match &identity.image {
+            Some(image) => image,
+            None if !kind.sees_image() => &unseen,
+            None => anyhow::bail!("the hypernetwork wants an image embedding as well"),
+        };
         Ok((
             row(&identity.face, f, "face", &self.config.face_encoder)?,
             row(image, i, "image", &self.config.image_encoder)?,
@@ -206,24 +269,44 @@ impl Denoiser {
     /// The linear guess z (B, L), zero where there is none. `face` (B, F), `image` (B, I), as the encoders made them.
     pub fn linear_guess(&self, face: &Tensor, image: &Tensor) -> Result<Tensor> {
         match &self.guess {
-            Some(guess) => Ok(guess.forward(&self.stats.together(face, image)?)?),
+            Some(guess) => Ok(guess.forward(&self.stats.seen(self.config.mixer.kind, face, image)?)?),
             None => Ok(Tensor::zeros((face.dim(0)?, self.config.dit.latent), DType::F32, face.device())?),
         }
     }
 
-    /// Gate values (B, 2): image and face.
-    pub fn gates(&self, face: &Tensor, image: &Tensor) -> Result<Tensor> {
+    /// Gate values (B, 2): image and face; none where the mixer has no gate.
+    pub fn gates(&self, face: &Tensor, image: &Tensor) -> Result<Option<Tensor>> {
         Ok(self.mixer.forward(&self.stats.face.apply(face)?, &self.stats.image.apply(image)?)?.gates)
+    }
+
+    /// Where the diffusion of these people ends, and which Gaussian that is. `face` (B, F).
+    fn shift(&self, face: &Tensor) -> Result<(Shift, Option<Tensor>)> {
+        match &self.stats.prior {
+            Some(prior) => {
+                let cluster = prior.choose(face)?;
+                Ok((prior.shift(&cluster)?, Some(cluster)))
+            }
+            None => {
+                let mean = Tensor::zeros((1, self.config.dit.latent), DType::F32, face.device())?;
+                Ok((Shift { std: mean.ones_like()?, mean }, None))
+            }
+        }
     }
 
     /// Samples latents z (B, L). `face` (B, F), `image` (B, I), as the encoders made them.
     pub fn sample(&self, face: &Tensor, image: &Tensor, options: &SampleOptions) -> Result<Tensor> {
-        let SampleOptions { steps, guidance, seed, samples, strength } = *options;
+        let SampleOptions { steps, eta, guidance, seed, samples, choice, strength } = *options;
         ensure!(steps > 0 && samples > 0, "at least one step and one sample");
+        ensure!(eta.is_finite() && eta >= 0.0, "eta is a number from 0 on, not {eta}");
         let b = face.dim(0)?;
-        let condition =
-            self.mixer.forward(&self.stats.face.apply(face)?, &self.stats.image.apply(image)?)?.condition;
-        let nobody = self.mixer.nobody(b)?;
+        let (shift, cluster) = self.shift(face)?;
+        // Both predictions of guidance know the Gaussian: only then is it the same with ε and with x_0.
+        let of_cluster = |condition: Tensor| match &cluster {
+            Some(cluster) => self.dit.in_cluster(&condition, cluster),
+            None => Ok(condition),
+        };
+        let mixed = self.mixer.forward(&self.stats.face.apply(face)?, &self.stats.image.apply(image)?)?;
+        let (condition, nobody) = (of_cluster(mixed.condition)?, of_cluster(self.mixer.nobody(b)?)?);
         let predict = |x: &Tensor, t: f64| -> Result<Tensor> {
             let t = Tensor::full(t as f32, b, x.device())?;
             let x0 = self.dit.forward(x, &t, &condition)?;
@@ -233,16 +316,40 @@ impl Denoiser {
             let without = self.dit.forward(x, &t, &nobody)?;
             Ok((&without + ((x0 - &without)? * guidance)?)?)
         };
-        let mut sum = self.linear_guess(face, image)?;
-        for sample in 0..samples {
-            let x = noise::normal(seed, sample as u64, (b, self.config.dit.latent), face.device())?;
-            // Without η no step takes fresh noise.
-            let fresh = |_| anyhow::bail!("DDIM without noise asked for noise");
-            let x0 = ddim(predict, x, &self.schedule, steps, 0.0, fresh)?;
+        let shape = (b, self.config.dit.latent);
+        let sample = |sample: usize| -> Result<Tensor> {
+            // A stream a sample for the start, and streams that no start has for what steps add.
+            let fresh = |step: usize| {
+                let stream = (1 + step as u64) << 32 | sample as u64;
+                Ok(noise::normal(seed, stream, shape, face.device())?)
+            };
+            let start = noise::normal(seed, sample as u64, shape, face.device())?;
+            shift.ddim(predict, start, &self.schedule, steps, eta, fresh)
+        };
+        let guess = self.linear_guess(face, image)?;
+        let mut sum = guess.clone();
+        let mut drawn = Vec::new();
+        for i in 0..samples {
+            let x0 = sample(i)?;
+            if choice == Choice::Typical && samples > 1 {
+                drawn.push(x0.clone());
+            }
             sum = (sum + (x0 / (self.stats.scale * samples as f64))?)?;
+        }
+        if !drawn.is_empty() {
+            let mean = ((sum - &guess)? * self.stats.scale)?;
+            sum = (guess + (typical(&Tensor::stack(&drawn, 0)?, &mean)? / self.stats.scale)?)?;
         }
         Ok((sum * strength)?)
     }
+}
+
+/// Of `samples` (S, B, L) the ones that lie nearest to their `mean` (B, L) → (B, L).
+fn typical(samples: &Tensor, mean: &Tensor) -> Result<Tensor> {
+    let distances = samples.broadcast_sub(mean)?.sqr()?.sum(2)?; // (S, B)
+    let nearest: Vec<u32> = distances.argmin(0)?.to_vec1()?;
+    let rows = nearest.iter().enumerate().map(|(row, sample)| samples.get(*sample as usize)?.get(row));
+    Ok(Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
 }
 
 struct Networks {
@@ -253,8 +360,7 @@ struct Networks {
 
 impl Networks {
     fn new(config: &DenoiserConfig, vb: VarBuilder) -> Result<Self> {
-        let MixerConfig { face, image, .. } = config.mixer;
-        let guess = || Ridge::new(face + image, config.dit.latent, vb.pp("guess"));
+        let guess = || Ridge::new(config.mixer.input(), config.dit.latent, vb.pp("guess"));
         Ok(Self {
             mixer: Mixer::new(&config.mixer, vb.pp("mixer"))?,
             dit: Dit::new(&config.dit, vb.pp("dit"))?,

@@ -4,11 +4,54 @@
 //! cut into tokens of neighbouring values. Following Wu et al. 2024 (arXiv 2408.06740) it predicts x_0, not ε.
 
 use anyhow::ensure;
-use candle_core::{Module, Result, Tensor};
+use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
 use crate::layers::{Activation, Linear, attention, layer_norm_plain};
+
+/// A size with a name; facebookresearch/DiT `models.py`, `DiT_models`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DitSize {
+    /// 33 million weights beside the tokens'.
+    S,
+    /// 130 million.
+    B,
+    /// 458 million.
+    L,
+    /// 675 million.
+    #[serde(rename = "XL")]
+    Xl,
+}
+
+impl DitSize {
+    /// Depth, width and heads.
+    pub fn sizes(self) -> (usize, usize, usize) {
+        match self {
+            Self::S => (12, 384, 6),
+            Self::B => (12, 768, 12),
+            Self::L => (24, 1024, 16),
+            Self::Xl => (28, 1152, 16),
+        }
+    }
+}
+
+/// How a token is told its place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Position {
+    /// A vector for each place that trains: places of a LoRA latent are not alike, and neighbours not akin.
+    #[default]
+    Learned,
+    /// Sines and cosines that stay as they are, DiT's own way.
+    Sinusoidal,
+}
+
+impl Position {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
 
 /// Sizes of the transformer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +67,23 @@ pub struct DitConfig {
     pub depth: usize,
     /// H
     pub heads: usize,
+    /// How tokens know their place.
+    #[serde(default, skip_serializing_if = "Position::is_default")]
+    pub position: Position,
+    /// Gaussians of the prior, each with an embedding of its own; 0 for none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub clusters: usize,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+impl DitConfig {
+    /// N
+    pub fn tokens(&self) -> usize {
+        self.latent / self.token
+    }
 }
 
 /// The transformer.
@@ -33,6 +93,8 @@ pub struct Dit {
     input: Linear,
     /// (N, D)
     position: Tensor,
+    /// (K, D), where the prior has several Gaussians.
+    cluster: Option<Tensor>,
     time: [Linear; 2],
     blocks: Vec<Block>,
     modulation: Linear,
@@ -42,17 +104,28 @@ pub struct Dit {
 impl Dit {
     /// Starts as the function that answers zero, whatever it is asked.
     pub fn new(config: &DitConfig, vb: VarBuilder) -> anyhow::Result<Self> {
-        let DitConfig { latent, token, width, depth, heads } = *config;
+        let DitConfig { latent, token, width, depth, heads, clusters, .. } = *config;
         ensure!(
             token > 0 && latent > 0 && latent.is_multiple_of(token),
-            "a latent of {latent} values does not part into tokens of {token}"
+            "a latent of {latent} values does not part into tokens of {token}; take one of {:?}",
+            (1..=latent).filter(|token| latent.is_multiple_of(*token)).collect::<Vec<_>>()
         );
         ensure!(heads > 0 && width.is_multiple_of(heads), "width {width} does not part into {heads} heads");
         let init = candle_nn::Init::Randn { mean: 0.0, stdev: 0.02 };
+        let position = match config.position {
+            Position::Learned => vb.get_with_hints((config.tokens(), width), "position", init)?,
+            Position::Sinusoidal => {
+                ensure!(width.is_multiple_of(2), "sinusoidal positions need an even width, not {width}");
+                places(config.tokens(), width, vb.device())?.to_dtype(vb.dtype())?
+            }
+        };
+        // Zero, so that training starts as if there were one Gaussian.
+        let cluster = || vb.get_with_hints((clusters, width), "cluster", candle_nn::Init::Const(0.0));
         Ok(Self {
             config: config.clone(),
             input: Linear::new(token, width, vb.pp("input"))?,
-            position: vb.get_with_hints((latent / token, width), "position", init)?,
+            position,
+            cluster: (clusters > 0).then(cluster).transpose()?,
             time: [
                 Linear::new(FREQUENCIES, width, vb.pp("time").pp(0))?,
                 Linear::new(width, width, vb.pp("time").pp(1))?,
@@ -68,6 +141,14 @@ impl Dit {
     /// What it was made from.
     pub fn config(&self) -> &DitConfig {
         &self.config
+    }
+
+    /// The condition (B, D) with the embedding of each sample's Gaussian added; `cluster` (B) u32.
+    pub fn in_cluster(&self, condition: &Tensor, cluster: &Tensor) -> Result<Tensor> {
+        match &self.cluster {
+            Some(embeddings) => condition + embeddings.index_select(cluster, 0)?,
+            None => Ok(condition.clone()),
+        }
     }
 
     /// `x` (B, L), `t` (B) f32, `condition` (B, D) → x_0 (B, L).
@@ -102,6 +183,16 @@ fn sinusoid(t: &Tensor) -> Result<Tensor> {
     let frequencies = Tensor::from_vec(frequencies, (1, half), t.device())?;
     let angles = t.unsqueeze(1)?.broadcast_mul(&frequencies)?;
     Tensor::cat(&[angles.cos()?, angles.sin()?], 1)
+}
+
+/// sin and cos of n · 10000^(−i/(D/2)) for n = 0 … N−1 (N, D); DiT `get_1d_sincos_pos_embed_from_grid`.
+fn places(tokens: usize, width: usize, device: &Device) -> Result<Tensor> {
+    let half = width / 2;
+    let angle = |n: usize, i: usize| n as f64 / 10_000f64.powf(i as f64 / half as f64);
+    let row = |n: usize| {
+        (0..width).map(move |i| if i < half { angle(n, i).sin() } else { angle(n, i - half).cos() } as f32)
+    };
+    Tensor::from_vec((0..tokens).flat_map(row).collect::<Vec<f32>>(), (tokens, width), device)
 }
 
 /// Attention and feed-forward, each shifted, scaled and gated by the condition.
@@ -157,7 +248,7 @@ fn parts<const K: usize>(x: &Tensor) -> Result<[Tensor; K]> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::DType;
 
     use super::*;
     use crate::weights::Trainable;
@@ -170,10 +261,21 @@ mod tests {
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     }
 
+    fn sizes() -> DitConfig {
+        DitConfig {
+            latent: 12,
+            token: 4,
+            width: 16,
+            depth: 2,
+            heads: 2,
+            position: Position::Learned,
+            clusters: 0,
+        }
+    }
+
     #[test]
     fn an_untrained_transformer_answers_zero() {
-        let config = DitConfig { latent: 12, token: 4, width: 16, depth: 2, heads: 2 };
-        let dit = Dit::new(&config, Trainable::new(1).builder(&Device::Cpu)).unwrap();
+        let dit = Dit::new(&sizes(), Trainable::new(1).builder(&Device::Cpu)).unwrap();
         let x = random(0, &[3, 12]);
         let condition = random(1, &[3, 16]);
         let t = Tensor::new(&[0f32, 10., 999.], &Device::Cpu).unwrap();
@@ -183,7 +285,7 @@ mod tests {
 
     #[test]
     fn a_sample_alone_and_in_a_batch_agrees() {
-        let config = DitConfig { latent: 8, token: 2, width: 16, depth: 1, heads: 4 };
+        let config = DitConfig { latent: 8, token: 2, depth: 1, heads: 4, ..sizes() };
         let trainable = Trainable::new(1);
         let dit = Dit::new(&config, trainable.builder(&Device::Cpu)).unwrap();
         for (i, var) in trainable.vars().values().enumerate() {
@@ -202,8 +304,34 @@ mod tests {
 
     #[test]
     fn sizes_that_do_not_fit_are_refused() {
-        let config = DitConfig { latent: 10, token: 4, width: 16, depth: 1, heads: 4 };
+        let config = DitConfig { latent: 10, ..sizes() };
         let error = Dit::new(&config, Trainable::new(1).builder(&Device::Cpu)).unwrap_err().to_string();
-        assert!(error.contains("tokens of 4"), "{error}");
+        assert!(error.contains("tokens of 4") && error.contains("[1, 2, 5, 10]"), "{error}");
+    }
+
+    #[test]
+    fn named_sizes_are_those_of_the_paper() {
+        // Peebles and Xie 2023, table 1 and 4: 33, 130, 458 and 675 million weights.
+        for (size, millions) in [(DitSize::S, 33), (DitSize::B, 130), (DitSize::L, 458), (DitSize::Xl, 675)] {
+            let (depth, width, heads) = size.sizes();
+            assert!(width.is_multiple_of(heads));
+            let block = 18 * width * width; // qkv 3, out 1, MLP 8, modulation 6
+            let whole = depth * block + 2 * width * width + width * width + 256 * width + 1000 * width;
+            assert!((whole / 1_000_000).abs_diff(millions) <= 2, "{size:?}: {whole}");
+        }
+    }
+
+    #[test]
+    fn each_gaussian_has_an_embedding_of_its_own() {
+        let config = DitConfig { clusters: 3, position: Position::Sinusoidal, ..sizes() };
+        let trainable = Trainable::new(1);
+        let dit = Dit::new(&config, trainable.builder(&Device::Cpu)).unwrap();
+        assert!(!trainable.vars().contains_key("position"));
+        trainable.vars()["cluster"].set(&random(4, &[3, 16])).unwrap();
+        let condition = random(1, &[2, 16]);
+        let index = Tensor::new(&[2u32, 0], &Device::Cpu).unwrap();
+        let rows = dit.in_cluster(&condition, &index).unwrap();
+        let wanted = (condition + random(4, &[3, 16]).index_select(&index, 0).unwrap()).unwrap();
+        assert_eq!(rows.to_vec2::<f32>().unwrap(), wanted.to_vec2::<f32>().unwrap());
     }
 }

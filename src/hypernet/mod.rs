@@ -15,6 +15,7 @@ pub mod dit;
 pub mod lae;
 pub mod mixer;
 pub mod pca;
+pub mod prior;
 pub mod ridge;
 pub mod rows;
 pub mod stats;
@@ -22,15 +23,16 @@ pub mod stats;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 pub use codec::LoraCodec;
-pub use denoiser::{Denoiser, DenoiserConfig, DenoiserStats, SampleOptions, diffusion_of_latents};
+pub use denoiser::{Choice, Denoiser, DenoiserConfig, DenoiserStats, SampleOptions, diffusion_of_latents};
 
 use lae::LaeConfig;
 
+use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::files::write_whole;
 use crate::identity::Identity;
@@ -163,7 +165,7 @@ impl Hypernet {
     /// The options that it was made with, and seed 0.
     pub fn options(&self) -> SampleOptions {
         let DenoiserConfig { steps, guidance, .. } = self.denoiser.config;
-        SampleOptions { steps, guidance, seed: 0, samples: 1, strength: 1.0 }
+        SampleOptions { steps, guidance, ..SampleOptions::default() }
     }
 
     /// Samples the LoRA of a person. The same identity and options give the same LoRA.
@@ -176,6 +178,37 @@ impl Hypernet {
         let (face, image) = self.denoiser.embeddings(identity, self.codec.standardise.mean().device())?;
         self.denoiser.sample(&face, &image, options)
     }
+
+    /// How much of the condition comes from the face, from 0 to 1; none where the mixer has no gate.
+    pub fn gate(&self, identity: &Identity) -> Result<Option<f32>> {
+        let (face, image) = self.denoiser.embeddings(identity, self.codec.standardise.mean().device())?;
+        let gates = self.denoiser.gates(&face, &image)?;
+        Ok(gates.map(|gates| gates.get(0)?.get(1)?.to_scalar::<f32>()).transpose()?)
+    }
+
+    /// Somebody near the person of `z` (1, L): √(1 − a²)·z + a·σ·ε, with σ the deviation of people learnt from. `amount`
+    /// a from 0, the person, to 1, anybody; both ends are as far from the mean person as people are.
+    ///
+    /// # Errors
+    /// A folder of an earlier version, which does not hold σ.
+    pub fn vary(&self, z: &Tensor, amount: f64, seed: u64) -> Result<Tensor> {
+        ensure!((0.0..=1.0).contains(&amount), "the amount is a number from 0 to 1, not {amount}");
+        let spread = self.denoiser.stats.spread.as_ref().context(
+            "the hypernetwork does not hold how much people differ (`latent.spread` in stats.safetensors); make it \
+             again with `difflora train-dit`",
+        )?;
+        // A stream that no sample has.
+        let eps = noise::normal(seed, u64::MAX, z.shape(), z.device())?;
+        Ok(((z * (1.0 - amount * amount).sqrt())? + (eps.broadcast_mul(spread)? * amount)?)?)
+    }
+}
+
+/// The weighted sum of latents (1, L): a person between people.
+pub fn mixture(parts: &[(Tensor, f64)]) -> Result<Tensor> {
+    let [(first, weight), rest @ ..] = parts else { anyhow::bail!("nobody to mix") };
+    // One person alone keeps every bit.
+    let first = if *weight == 1.0 { first.clone() } else { (first * *weight)? };
+    rest.iter().try_fold(first, |sum, (z, weight)| Ok((sum + (z * *weight)?)?))
 }
 
 /// Writes tensors by name; floating ones as `dtype`.
@@ -194,7 +227,7 @@ fn write_tensors(path: &Path, tensors: BTreeMap<String, Tensor>, dtype: DType) -
 mod tests {
     use super::dit::DitConfig;
     use super::lae::Lae;
-    use super::mixer::MixerConfig;
+    use super::mixer::{MixerConfig, MixerKind};
     use super::pca::Pca;
     use super::ridge::Ridge;
     use super::stats::{Standardise, unit_power};
@@ -254,17 +287,28 @@ mod tests {
             face: Standardise::fit_whole(&rows(1, FACE)).unwrap(),
             image: Standardise::fit_whole(&rows(2, IMAGE)).unwrap(),
             scale: 1.0,
+            prior: None,
+            spread: None,
         };
-        let x = stats.together(&rows(1, FACE), &rows(2, IMAGE)).unwrap();
-        let fit = Ridge::cross_fit(&x, &z, &[1e-3, 1e-2], 4).unwrap();
-        stats.scale = unit_power(&(&z - &fit.out_of_fold).unwrap()).unwrap();
+        let x = stats.seen(MixerKind::Moe, &rows(1, FACE), &rows(2, IMAGE)).unwrap();
+        let ridge = Ridge::fit(&x, &z, 1e-2).unwrap();
+        stats.scale = unit_power(&(&z - ridge.forward(&x).unwrap()).unwrap()).unwrap();
         let config = DenoiserConfig {
-            mixer: MixerConfig { face: FACE, image: IMAGE, width: 16 },
-            dit: DitConfig { latent: LATENT, token: 4, width: 16, depth: 1, heads: 2 },
+            mixer: MixerConfig { kind: MixerKind::Moe, face: FACE, image: IMAGE, width: 16 },
+            dit: DitConfig {
+                latent: LATENT,
+                token: 4,
+                width: 16,
+                depth: 1,
+                heads: 2,
+                position: Default::default(),
+                clusters: 0,
+            },
             diffusion: diffusion_of_latents(),
             steps: 4,
             guidance: 1.0,
             linear_guess: true,
+            prior: None,
             face_encoder: id("face"),
             image_encoder: id("clip"),
             image_input: Default::default(),
@@ -274,7 +318,7 @@ mod tests {
         mixer::Mixer::new(&config.mixer, vb.pp("mixer")).unwrap();
         dit::Dit::new(&config.dit, vb.pp("dit")).unwrap();
         let weights = trainable.vars().into_iter().map(|(name, var)| (name, var.as_tensor().detach()));
-        let weights = weights.chain(fit.ridge.tensors("guess")).collect();
+        let weights = weights.chain(ridge.tensors("guess")).collect();
         let denoiser = Denoiser::new(config, stats, weights, &Device::Cpu).unwrap();
         Hypernet { codec, denoiser }
     }
@@ -330,6 +374,55 @@ mod tests {
         assert_eq!(lora(&identity(0), 7), lora(&identity(0), 7));
         assert_ne!(lora(&identity(0), 7), lora(&identity(0), 8));
         assert_ne!(lora(&identity(0), 7), lora(&identity(1), 7));
+    }
+
+    #[test]
+    fn several_samples_are_averaged_or_the_most_typical_is_taken() {
+        let hypernet = shaken();
+        let z = |samples, choice| {
+            let options = SampleOptions { samples, choice, steps: 2, ..hypernet.options() };
+            hypernet.sample_latent(&identity(4), &options).unwrap()
+        };
+        assert_eq!(values(&z(1, Choice::Typical)), values(&z(1, Choice::Mean)));
+        let mean = z(5, Choice::Mean);
+        assert!(worst(&mean, &z(1, Choice::Mean)) > 1e-4);
+        // One of the five, and none of them is nearer to their mean.
+        let typical = z(5, Choice::Typical);
+        let far = |a: &Tensor| -> f32 { values(&(a - &mean).unwrap()).iter().map(|x| x * x).sum::<f32>() };
+        assert!(far(&typical) > 0.0 && far(&typical) <= far(&z(1, Choice::Mean)) + 1e-6);
+    }
+
+    #[test]
+    fn eta_adds_noise_of_the_seed() {
+        let hypernet = shaken();
+        let z = |eta, seed| {
+            let options = SampleOptions { eta, seed, steps: 3, ..hypernet.options() };
+            values(&hypernet.sample_latent(&identity(4), &options).unwrap())
+        };
+        assert_eq!(z(1.0, 3), z(1.0, 3));
+        assert_ne!(z(1.0, 3), z(0.0, 3));
+        assert_ne!(z(1.0, 3), z(1.0, 4));
+    }
+
+    #[test]
+    fn people_are_mixed_and_varied_in_latents() {
+        let mut hypernet = shaken();
+        let z = |hypernet: &Hypernet, person| {
+            hypernet.sample_latent(&identity(person), &hypernet.options()).unwrap()
+        };
+        let (a, b) = (z(&hypernet, 0), z(&hypernet, 1));
+        assert_eq!(values(&mixture(&[(a.clone(), 1.0)]).unwrap()), values(&a));
+        let half = mixture(&[(a.clone(), 0.5), (b.clone(), 0.5)]).unwrap();
+        assert!(worst(&half, &((&a + &b).unwrap() * 0.5).unwrap()) < 1e-6);
+        assert!(mixture(&[]).is_err());
+
+        let message = hypernet.vary(&a, 0.5, 1).unwrap_err().to_string();
+        assert!(message.contains("latent.spread"), "{message}");
+        hypernet.denoiser.stats.spread = Some(Tensor::ones(LATENT, DType::F32, &Device::Cpu).unwrap());
+        let far = |amount, seed| worst(&hypernet.vary(&a, amount, seed).unwrap(), &a);
+        assert_eq!(far(0.0, 1), 0.0);
+        assert!(far(0.2, 1) > 0.0 && far(0.2, 1) < far(0.9, 1));
+        assert_ne!(far(0.5, 1), far(0.5, 2));
     }
 
     #[test]

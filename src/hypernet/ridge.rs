@@ -22,83 +22,128 @@ pub struct Ridge {
 pub struct CrossFit {
     /// Fitted on all rows with the best penalty.
     pub ridge: Ridge,
+    /// The same without the rows of fold 0, 1, …: what a network that corrects the guess must be trained on, since
+    /// for a seen row the guess is better than it will ever be for a new person.
+    pub without_fold: Vec<Ridge>,
     /// The penalty with the smallest error on rows left out.
     pub penalty: f64,
-    /// Predictions (M, out), each from a fit without its own fold: what a network that corrects the guess must
-    /// be trained on, since for a seen row the guess is better than it will ever be for a new person.
-    pub out_of_fold: Tensor,
-    /// ‖Y − out of fold‖² / ‖Y − mean‖².
+    /// ‖Y − out of fold‖² / ‖Y − mean‖², over the rows that were looked at.
     pub relative_error: f64,
+}
+
+/// All that a ridge regression has to know of its rows, in 64 bits: any number of rows takes the same memory.
+#[derive(Clone, Debug)]
+struct Sums {
+    count: usize,
+    /// Σx (1, in) and Σy (1, out)
+    x: Tensor,
+    y: Tensor,
+    /// Σxᵀx (in, in) and Σxᵀy (in, out)
+    xx: Tensor,
+    xy: Tensor,
+}
+
+fn as_f64(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.contiguous()
+}
+
+impl Sums {
+    /// Of `x` (M, in) and `y` (M, out).
+    fn of(x: &Tensor, y: &Tensor) -> Result<Self> {
+        let count = x.dim(0)?;
+        ensure!(count > 0 && y.dim(0)? == count, "{count} conditions for {} targets", y.dim(0)?);
+        let (x, y) = (as_f64(x)?, as_f64(y)?);
+        let x_t = x.t()?.contiguous()?;
+        let (xx, xy) = (x_t.matmul(&x)?, x_t.matmul(&y)?);
+        Ok(Self { count, x: x.sum_keepdim(0)?, y: y.sum_keepdim(0)?, xx, xy })
+    }
+
+    fn plus(self, other: &Self) -> Result<Self> {
+        Ok(Self {
+            count: self.count + other.count,
+            x: (self.x + &other.x)?,
+            y: (self.y + &other.y)?,
+            xx: (self.xx + &other.xx)?,
+            xy: (self.xy + &other.xy)?,
+        })
+    }
+
+    fn fit(&self, penalty: f64) -> Result<Ridge> {
+        ensure!(penalty > 0.0, "the penalty of a ridge regression is positive, not {penalty}");
+        let count = self.count as f64;
+        let (x_mean, y_mean) = ((&self.x / count)?, (&self.y / count)?);
+        let x_sum_t = self.x.t()?.contiguous()?;
+        let xx = (&self.xx - x_sum_t.matmul(&x_mean)?)?;
+        let xy = (&self.xy - x_sum_t.matmul(&y_mean)?)?;
+        let weight_t = inverse(&xx, penalty * count)?.matmul(&xy)?; // (in, out)
+        let bias = (y_mean - x_mean.matmul(&weight_t)?)?.squeeze(0)?;
+        let weight = weight_t.t()?.to_dtype(DType::F32)?.contiguous()?;
+        Ok(Ridge { weight, bias: bias.to_dtype(DType::F32)? })
+    }
 }
 
 impl Ridge {
     /// Fits `y` (M, out) on `x` (M, in). The penalty is for each row, so that it means the same for any M.
     pub fn fit(x: &Tensor, y: &Tensor, penalty: f64) -> Result<Self> {
-        let (count, input) = x.dims2()?;
-        ensure!(count > 0 && y.dim(0)? == count, "{count} conditions for {} targets", y.dim(0)?);
-        ensure!(penalty > 0.0, "the penalty of a ridge regression is positive, not {penalty}");
-        let as_f64 = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.contiguous();
-        let (x, y) = (as_f64(x)?, as_f64(y)?);
-        let (x_mean, y_mean) = (x.mean_keepdim(0)?, y.mean_keepdim(0)?);
-        let (x, y) = (x.broadcast_sub(&x_mean)?, y.broadcast_sub(&y_mean)?);
-        let damping = penalty * count as f64;
-        let x_t = x.t()?.contiguous()?;
-        // The smaller of the two equivalent systems.
-        let weight_t = if input <= count {
-            solve(&x_t.matmul(&x)?, damping, &x_t.matmul(&y)?)?
-        } else {
-            x_t.matmul(&solve(&x.matmul(&x_t)?, damping, &y)?)?
+        Sums::of(x, y)?.fit(penalty)
+    }
+
+    /// Chooses among `penalties` by cross validation and fits on all rows. `chunk(fold, i)` gives conditions (M, in)
+    /// and targets (M, out) of the i-th part of a fold, and nothing behind its last: rows are read part by part.
+    ///
+    /// The errors that choose are those of each fold's first parts, up to [`JUDGED`] rows.
+    pub fn cross_fit(
+        folds: usize,
+        penalties: &[f64],
+        chunk: impl Fn(usize, usize) -> Result<Option<(Tensor, Tensor)>>,
+    ) -> Result<CrossFit> {
+        ensure!(folds >= 2, "cross validation needs two folds at least, not {folds}");
+        let mut sums = Vec::with_capacity(folds);
+        for fold in 0..folds {
+            let mut sum: Option<Sums> = None;
+            for i in 0.. {
+                let Some((x, y)) = chunk(fold, i)? else { break };
+                let part = Sums::of(&x, &y)?;
+                sum = Some(match sum {
+                    Some(sum) => sum.plus(&part)?,
+                    None => part,
+                });
+            }
+            let sum = sum.filter(|sum| sum.count >= 2);
+            sums.push(sum.with_context(|| format!("fold {fold} of {folds} has fewer than two rows"))?);
+        }
+        let together = |left_out: Option<usize>| -> Result<Sums> {
+            let mut kept = sums.iter().enumerate().filter(|(fold, _)| Some(*fold) != left_out);
+            let (_, first) = kept.next().context("no fold is left")?;
+            kept.try_fold(first.clone(), |sum, (_, other)| sum.plus(other))
         };
-        let bias = (y_mean - x_mean.matmul(&weight_t)?)?.squeeze(0)?;
-        let weight = weight_t.t()?.to_dtype(DType::F32)?.contiguous()?;
-        Ok(Self { weight, bias: bias.to_dtype(DType::F32)? })
-    }
-
-    /// [`Ridge::cross_fit_in`] with row i in fold i mod `folds`.
-    pub fn cross_fit(x: &Tensor, y: &Tensor, penalties: &[f64], folds: usize) -> Result<CrossFit> {
-        let fold_of: Vec<usize> = (0..x.dim(0)?).map(|i| i % folds.max(1)).collect();
-        Self::cross_fit_in(x, y, penalties, &fold_of)
-    }
-
-    /// Chooses among `penalties` by cross validation and fits on all rows; row i is in fold `fold_of[i]`.
-    pub fn cross_fit_in(x: &Tensor, y: &Tensor, penalties: &[f64], fold_of: &[usize]) -> Result<CrossFit> {
-        let count = x.dim(0)?;
-        let folds = fold_of.iter().max().map_or(0, |last| last + 1);
-        ensure!(
-            fold_of.len() == count && folds >= 2 && count >= 2 * folds,
-            "{count} rows do not part into {folds} folds"
-        );
-        let of_fold = |fold: usize| (0..count).filter(move |i| fold_of[*i] == fold);
-        let rows = |rows: Vec<u32>| Tensor::from_vec(rows.clone(), rows.len(), x.device());
-        let parts = (0..folds)
-            .map(|fold| {
-                let others = (0..count).filter(|i| fold_of[*i] != fold).map(|i| i as u32).collect();
-                Ok((rows(others)?, rows(of_fold(fold).map(|i| i as u32).collect())?))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let spread = y.broadcast_sub(&y.mean_keepdim(0)?)?.sqr()?.sum_all()?.to_scalar::<f32>()?;
-        let mut best: Option<(f64, f64, Tensor)> = None;
+        let without = (0..folds).map(|fold| together(Some(fold))).collect::<Result<Vec<_>>>()?;
+        let all = together(None)?;
+        let mean = (&all.y / all.count as f64)?.to_dtype(DType::F32)?;
+        let mut best: Option<(f64, f64, Vec<Ridge>)> = None;
         for penalty in penalties {
-            let mut guesses = Vec::with_capacity(folds);
-            for (others, own) in &parts {
-                let ridge = Self::fit(&x.index_select(others, 0)?, &y.index_select(others, 0)?, *penalty)?;
-                guesses.push(ridge.forward(&x.index_select(own, 0)?)?);
+            let parts = without.iter().map(|sums| sums.fit(*penalty)).collect::<Result<Vec<_>>>()?;
+            let (mut error, mut spread) = (0.0, 0.0);
+            for (fold, ridge) in parts.iter().enumerate() {
+                let mut judged = 0;
+                for i in 0.. {
+                    let Some((x, y)) = chunk(fold, i)? else { break };
+                    let y = y.to_device(&Device::Cpu)?;
+                    error += power(&(ridge.forward(&x.to_device(&Device::Cpu)?)? - &y)?)?;
+                    spread += power(&y.broadcast_sub(&mean)?)?;
+                    judged += y.dim(0)?;
+                    if judged >= JUDGED {
+                        break;
+                    }
+                }
             }
-            // The guesses come fold by fold: put each back in its place.
-            let mut place = vec![0u32; count];
-            for (at, row) in (0..folds).flat_map(of_fold).enumerate() {
-                place[row] = at as u32;
-            }
-            let place = Tensor::from_vec(place, count, x.device())?;
-            let guess = Tensor::cat(&guesses, 0)?.index_select(&place, 0)?;
-            let error = (&guess - y)?.sqr()?.sum_all()?.to_scalar::<f32>()?;
-            let relative = f64::from(error) / f64::from(spread);
+            let relative = error / spread;
             if best.as_ref().is_none_or(|(least, ..)| relative < *least) {
-                best = Some((relative, *penalty, guess));
+                best = Some((relative, *penalty, parts));
             }
         }
-        let (relative_error, penalty, out_of_fold) = best.context("no penalty to choose from")?;
-        Ok(CrossFit { ridge: Self::fit(x, y, penalty)?, penalty, out_of_fold, relative_error })
+        let (relative_error, penalty, without_fold) = best.context("no penalty to choose from")?;
+        Ok(CrossFit { ridge: all.fit(penalty)?, without_fold, penalty, relative_error })
     }
 
     /// `x` (B, in) → (B, out).
@@ -120,8 +165,15 @@ impl Ridge {
     }
 }
 
-/// Solves (`a` + `damping` · I) · x = `y` for a symmetric, positive `a` (n, n) f64 and `y` (n, k), by Cholesky.
-fn solve(a: &Tensor, damping: f64, y: &Tensor) -> Result<Tensor> {
+/// Rows of each fold whose errors choose the penalty.
+pub const JUDGED: usize = 4096;
+
+fn power(x: &Tensor) -> Result<f64> {
+    Ok(x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?)
+}
+
+/// (`a` + `damping` · I)⁻¹ of a symmetric, positive `a` (n, n) f64, by Cholesky.
+fn inverse(a: &Tensor, damping: f64) -> Result<Tensor> {
     let mut l: Vec<Vec<f64>> = a.to_vec2()?;
     let n = l.len();
     for i in 0..n {
@@ -139,31 +191,19 @@ fn solve(a: &Tensor, damping: f64, y: &Tensor) -> Result<Tensor> {
         );
         row[i] = pivot.sqrt();
     }
-    let mut y: Vec<Vec<f64>> = y.to_vec2()?;
-    let subtract = |y: &mut [Vec<f64>], to: usize, from: usize, factor: f64| {
-        let (to, from) = if to < from {
-            let (head, tail) = y.split_at_mut(from);
-            (&mut head[to], &tail[0])
-        } else {
-            let (head, tail) = y.split_at_mut(to);
-            (&mut tail[0], &head[from])
-        };
-        to.iter_mut().zip(from).for_each(|(a, b)| *a -= factor * b);
-    };
-    for (i, row) in l.iter().enumerate() {
-        for (j, factor) in row[..i].iter().enumerate() {
-            subtract(&mut y, i, j, *factor);
+    // L⁻¹ row by row: row i is (e_i − Σ_{j<i} L_ij · row j) / L_ii, zero behind its i-th value.
+    let mut lower: Vec<Vec<f64>> = Vec::with_capacity(n);
+    for (i, l) in l.iter().enumerate() {
+        let mut row = vec![0.0; n];
+        row[i] = 1.0;
+        for (factor, done) in l[..i].iter().zip(&lower) {
+            row[..i].iter_mut().zip(done).for_each(|(x, y)| *x -= factor * y);
         }
-        y[i].iter_mut().for_each(|x| *x /= row[i]);
+        row[..=i].iter_mut().for_each(|x| *x /= l[i]);
+        lower.push(row);
     }
-    for i in (0..n).rev() {
-        for (j, row) in l.iter().enumerate().skip(i + 1) {
-            subtract(&mut y, i, j, row[i]);
-        }
-        y[i].iter_mut().for_each(|x| *x /= l[i][i]);
-    }
-    let columns = y.first().map_or(0, Vec::len);
-    Ok(Tensor::from_vec(y.concat(), (n, columns), &Device::Cpu)?)
+    let lower = Tensor::from_vec(lower.concat(), (n, n), &Device::Cpu)?;
+    Ok(lower.t()?.contiguous()?.matmul(&lower)?)
 }
 
 #[cfg(test)]
@@ -189,26 +229,48 @@ mod tests {
         assert!(worst(&(ridge.forward(&x).unwrap() - &y).unwrap()) < 1e-5);
     }
 
-    #[test]
-    fn both_forms_of_the_normal_equations_agree() {
-        // 12 rows of 12 values use the primal form; a thirteenth, constant value forces the dual one.
-        let (x, y) = (random(12, 12, 3), random(12, 2, 4));
-        let wide = Tensor::cat(&[&x, &Tensor::zeros((12, 1), DType::F32, &Device::Cpu).unwrap()], 1).unwrap();
-        let a = Ridge::fit(&x, &y, 0.1).unwrap().forward(&x).unwrap();
-        let b = Ridge::fit(&wide, &y, 0.1).unwrap().forward(&wide).unwrap();
-        assert!(worst(&(a - b).unwrap()) < 1e-5);
+    /// Rows in chunks of three, row i in fold i mod `folds`.
+    fn chunks<'a>(
+        x: &'a Tensor,
+        y: &'a Tensor,
+        folds: usize,
+    ) -> impl Fn(usize, usize) -> Result<Option<(Tensor, Tensor)>> + 'a {
+        move |fold, i| {
+            let rows: Vec<u32> = (0..x.dim(0)? as u32).filter(|row| *row as usize % folds == fold).collect();
+            let Some(rows) = rows.chunks(3).nth(i) else { return Ok(None) };
+            let rows = Tensor::new(rows, &Device::Cpu)?;
+            Ok(Some((x.index_select(&rows, 0)?, y.index_select(&rows, 0)?)))
+        }
     }
 
     #[test]
-    fn out_of_fold_predictions_do_not_know_their_own_row() {
+    fn more_values_than_rows_are_no_trouble() {
+        let (x, y) = (random(12, 30, 3), random(12, 2, 4));
+        // (XXᵀ + λI)⁻¹ from the other side: X(XᵀX + λI)⁻¹ = (XXᵀ + λI)⁻¹X.
+        let centred = |x: &Tensor| as_f64(&x.broadcast_sub(&x.mean_keepdim(0).unwrap()).unwrap()).unwrap();
+        let (cx, cy) = (centred(&x), centred(&y));
+        let gram = cx.matmul(&cx.t().unwrap()).unwrap();
+        let dual = gram.matmul(&inverse(&gram, 1.2).unwrap().matmul(&cy).unwrap()).unwrap();
+        let guess = Ridge::fit(&x, &y, 0.1).unwrap().forward(&x).unwrap();
+        let guess =
+            (as_f64(&guess).unwrap().broadcast_sub(&as_f64(&y).unwrap().mean_keepdim(0).unwrap())).unwrap();
+        assert!(worst(&(guess - dual).unwrap().to_dtype(DType::F32).unwrap()) < 1e-5);
+    }
+
+    #[test]
+    fn each_fold_is_guessed_without_its_own_rows() {
         let (x, y) = (random(30, 5, 5), random(30, 2, 6));
-        let fit = Ridge::cross_fit(&x, &y, &[0.01, 0.1, 1.0], 5).unwrap();
-        let own: Vec<u32> = (0..30).filter(|i| i % 5 == 3).collect();
-        let others: Vec<u32> = (0..30).filter(|i| i % 5 != 3).collect();
+        let fit = Ridge::cross_fit(5, &[0.01, 0.1, 1.0], chunks(&x, &y, 5)).unwrap();
         let rows =
             |x: &Tensor, rows: &[u32]| x.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap();
+        let others: Vec<u32> = (0..30).filter(|i| i % 5 != 3).collect();
         let alone = Ridge::fit(&rows(&x, &others), &rows(&y, &others), fit.penalty).unwrap();
-        let expected = alone.forward(&rows(&x, &own)).unwrap();
-        assert!(worst(&(rows(&fit.out_of_fold, &own) - expected).unwrap()) < 1e-6);
+        let own: Vec<u32> = (0..30).filter(|i| i % 5 == 3).collect();
+        let guess = |ridge: &Ridge| ridge.forward(&rows(&x, &own)).unwrap();
+        assert!(worst(&(guess(&fit.without_fold[3]) - guess(&alone)).unwrap()) < 1e-6);
+        let whole = Ridge::fit(&x, &y, fit.penalty).unwrap();
+        assert!(worst(&(guess(&fit.ridge) - guess(&whole)).unwrap()) < 1e-6);
+        // Noise cannot be guessed: no better than the mean.
+        assert!(fit.relative_error > 0.8, "{}", fit.relative_error);
     }
 }

@@ -31,13 +31,17 @@ const KEY: &str = "training";
 
 /// Writes the state after `step` steps; `parts` are groups of tensors, each with a name of its own.
 ///
-/// The old file stays readable until the new one is whole.
+/// The old file stays readable until the new one is whole. Of a [`parallel`](super::parallel) group only the first
+/// process writes; all read.
 pub fn save<S: Serialize>(
     path: &Path,
     step: u64,
     settings: &S,
     parts: &[(&str, BTreeMap<String, Tensor>)],
 ) -> Result<()> {
+    if !super::parallel::leads() {
+        return Ok(());
+    }
     let header = serde_json::to_string(&Header { step, settings: serde_json::to_value(settings)? })?;
     let tensors: BTreeMap<String, &Tensor> = parts
         .iter()

@@ -11,13 +11,17 @@ use crate::files;
 
 /// An open log.
 pub struct Log {
-    file: File,
+    /// None where another process of the group writes.
+    file: Option<File>,
 }
 
 impl Log {
     /// Opens `path` for a run that continues after `step`; lines of later steps, left by a run that was killed
     /// after its last checkpoint, are dropped.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
+        if !super::parallel::leads() {
+            return Ok(Self { file: None });
+        }
         let open = || -> Result<File> {
             let mut kept = String::new();
             if path.exists() && step > 0 {
@@ -33,17 +37,19 @@ impl Log {
             files::write_whole(path, kept.as_bytes())?;
             Ok(OpenOptions::new().append(true).open(path)?)
         };
-        Ok(Self { file: open().with_context(|| format!("cannot open the log `{}`", path.display()))? })
+        let file = open().with_context(|| format!("cannot open the log `{}`", path.display()))?;
+        Ok(Self { file: Some(file) })
     }
 
     /// Adds `{"step": step, name: value, …}`.
     pub fn write(&mut self, step: u64, figures: &[(&str, f64)]) -> Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
         let mut line = Map::new();
         line.insert("step".into(), step.into());
         for (name, value) in figures {
             // Six digits tell everything that a curve can show.
             line.insert((*name).into(), format!("{value:.6e}").parse::<f64>().unwrap_or(f64::NAN).into());
         }
-        writeln!(self.file, "{}", Value::Object(line)).context("cannot write the log")
+        writeln!(file, "{}", Value::Object(line)).context("cannot write the log")
     }
 }

@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod ema;
 pub mod log;
 pub mod optimiser;
+pub mod parallel;
 pub mod run;
 pub mod schedule;
 pub mod shards;

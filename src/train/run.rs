@@ -1,6 +1,7 @@
 //! The loop itself: gradients, a step, the average; now and then a line in the log and a checkpoint.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -76,6 +77,11 @@ pub enum End {
         /// Steps made.
         step: u64,
     },
+    /// [`run_until`] was told that more steps would not help.
+    Stopped {
+        /// Steps made.
+        step: u64,
+    },
 }
 
 /// Trains `vars` by `plan`: `loss(step, shard)` must draw what is random from its arguments alone. `after` is called
@@ -89,6 +95,21 @@ pub fn run<S: Serialize>(
     vars: &BTreeMap<String, Var>,
     loss: impl Fn(u64, usize) -> Result<Loss> + Sync,
     mut after: impl FnMut(u64, &Ema) -> Result<()>,
+) -> Result<(End, Ema)> {
+    run_until(plan, settings, keeping, vars, loss, |step, ema| {
+        after(step, ema)?;
+        Ok(ControlFlow::Continue(()))
+    })
+}
+
+/// The same, until `after` says that it is enough.
+pub fn run_until<S: Serialize>(
+    plan: &Plan,
+    settings: &S,
+    keeping: &Keeping,
+    vars: &BTreeMap<String, Var>,
+    loss: impl Fn(u64, usize) -> Result<Loss> + Sync,
+    mut after: impl FnMut(u64, &Ema) -> Result<ControlFlow<()>>,
 ) -> Result<(End, Ema)> {
     plan.samples_a_shard()?;
     let mut state = State::new(vars.clone(), plan.optimiser.clone(), Some(plan.ema))?;
@@ -128,7 +149,11 @@ pub fn run<S: Serialize>(
             log.write(step, &figures)?;
             recent = Recent::default();
         }
-        after(step, state.ema.as_ref().context("this run keeps an average")?)?;
+        if after(step, state.ema.as_ref().context("this run keeps an average")?)?.is_break() {
+            state.save(&path, settings)?;
+            bar.finish_and_clear();
+            return Ok((End::Stopped { step }, state.into_ema()?));
+        }
         if saved_at.elapsed() >= keeping.save_every {
             state.save(&path, settings)?;
             saved_at = Instant::now();

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Result, anyhow};
 use candle_core::{Tensor, Var};
 
+use super::parallel;
+
 /// Gradients by the name of their variable.
 pub type Gradients = BTreeMap<String, Tensor>;
 
@@ -39,7 +41,8 @@ pub struct Sum {
 }
 
 /// Runs `loss(shard)` for `shard` in `0..shards` on as many threads as there are cores, and averages losses and
-/// gradients in the order of the shards. All shards must hold equally many samples.
+/// gradients in the order of the shards. All shards must hold equally many samples. In a [`parallel`] group each process
+/// runs its part of the shards, and all get the same means.
 pub fn gradients(
     vars: &BTreeMap<String, Var>,
     shards: usize,
@@ -56,7 +59,10 @@ pub fn gradients(
             gradients,
         })
     };
-    let mut sums = in_threads(shards, one)?.into_iter();
+    let group = parallel::group();
+    let own = group.map_or(Ok(0..shards), |group| group.own_shards(shards))?;
+    let shards = own.len();
+    let mut sums = in_threads(shards, |shard| one(own.start + shard))?.into_iter();
     let mut total = sums.next().ok_or_else(|| anyhow!("a batch needs at least one shard"))?;
     for sum in sums {
         total.loss += sum.loss;
@@ -78,6 +84,9 @@ pub fn gradients(
         for gradient in total.gradients.values_mut() {
             *gradient = (&*gradient * part)?;
         }
+    }
+    if let Some(group) = group {
+        group.mean(&mut total)?;
     }
     Ok(total)
 }

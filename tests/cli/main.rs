@@ -2,6 +2,7 @@
 
 mod drawing;
 mod face;
+mod identity;
 mod lora;
 mod models;
 mod train_lora;

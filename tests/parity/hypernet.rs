@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
-use difflora::hypernet::dit::{Dit, DitConfig};
+use difflora::hypernet::dit::{Dit, DitConfig, Position};
 use difflora::hypernet::lae::{self, CorrectionConfig, Distance, Lae, LaeConfig, Nonlinearity, Norm, Stage};
-use difflora::hypernet::mixer::{Mixer, MixerConfig};
+use difflora::hypernet::mixer::{Mixer, MixerConfig, MixerKind};
 use difflora::hypernet::ridge::Ridge;
 use difflora::train::optimiser::{AdamW, AdamWOptions};
 use difflora::train::shards::gradients;
@@ -20,17 +20,17 @@ const TOLERANCE: f64 = 1e-4;
 /// Ten steps let those differences grow.
 const LOSS_TOLERANCE: f64 = 1e-4;
 
-fn open(topic: &str) -> Golden {
+pub(super) fn open(topic: &str) -> Golden {
     Golden::open(&format!("hypernet_{topic}"))
 }
 
 #[track_caller]
-fn assert_near(golden: &Golden, what: &str, ours: &Tensor) {
+pub(super) fn assert_near(golden: &Golden, what: &str, ours: &Tensor) {
     assert_close(ours, &golden.get(what), TOLERANCE, what);
 }
 
 /// The gradient of every weight, and the losses of ten steps.
-fn assert_trains_alike(golden: &Golden, trainable: &Trainable, loss: impl Fn() -> Tensor + Sync) {
+pub(super) fn assert_trains_alike(golden: &Golden, trainable: &Trainable, loss: impl Fn() -> Tensor + Sync) {
     let vars = trainable.vars();
     let grads = loss().backward().unwrap();
     let expected = golden.under("grad.");
@@ -125,13 +125,13 @@ fn every_option_of_the_convolutional_stages_trains_as_in_pytorch() {
 fn the_mixer_trains_as_in_pytorch() {
     let golden = open("mixer");
     let trainable = Trainable::new(0);
-    let config = MixerConfig { face: 10, image: 14, width: 16 };
+    let config = MixerConfig { kind: MixerKind::Moe, face: 10, image: 14, width: 16 };
     let mixer = Mixer::new(&config, trainable.builder(&Device::Cpu)).unwrap();
     trainable.load(&golden.under("weight.")).unwrap();
     let forward = || mixer.forward(&golden.get("face"), &golden.get("image")).unwrap();
     let dropped = || mixer.drop(&forward().condition, &golden.get("keep")).unwrap();
     assert_near(&golden, "condition", &forward().condition);
-    assert_near(&golden, "gates", &forward().gates);
+    assert_near(&golden, "gates", &forward().gates.unwrap());
     assert_near(&golden, "dropped", &dropped());
     assert_trains_alike(&golden, &trainable, || {
         candle_nn::loss::mse(&dropped(), &golden.get("target")).unwrap()
@@ -142,7 +142,15 @@ fn the_mixer_trains_as_in_pytorch() {
 fn the_diffusion_transformer_trains_as_in_pytorch() {
     let golden = open("dit");
     let trainable = Trainable::new(0);
-    let config = DitConfig { latent: 12, token: 4, width: 16, depth: 2, heads: 4 };
+    let config = DitConfig {
+        latent: 12,
+        token: 4,
+        width: 16,
+        depth: 2,
+        heads: 4,
+        position: Position::Learned,
+        clusters: 0,
+    };
     let dit = Dit::new(&config, trainable.builder(&Device::Cpu)).unwrap();
     trainable.load(&golden.under("weight.")).unwrap();
     let forward = || dit.forward(&golden.get("x"), &golden.get("t"), &golden.get("condition")).unwrap();

@@ -1,5 +1,6 @@
 //! Comparison with the reference implementations; the golden files come from `scripts/golden_*.py`.
 
+mod denoiser;
 mod face;
 mod golden;
 mod hypernet;

@@ -17,13 +17,14 @@ pub(super) struct Outputs {
 
 impl Outputs {
     pub(super) fn plan(args: &Args) -> Result<Self> {
-        if args.reference.is_empty() && args.prompt.is_empty() {
+        args.identity.check(!args.reference.is_empty())?;
+        if !args.has_person() && args.prompt.is_empty() {
             return Err(Failure::Usage(
                 "nothing to do: give --ref PHOTO for a LoRA, --prompt TEXT for a picture, or both".into(),
             )
             .into());
         }
-        if args.reference.is_empty() && args.lora_out.is_some() {
+        if !args.has_person() && args.lora_out.is_some() {
             return Err(Failure::Usage("--lora-out needs --ref: the LoRA is made from a photo".into()).into());
         }
         if args.lora_positive_only && args.lora_mode == LoraMode::Merge {

@@ -4,23 +4,28 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::super::face::open_encoder;
+use super::super::functional::{Refinement, refine};
 use super::super::models;
 use super::super::photos::Photos;
 use super::Args;
-use crate::hypernet::{Hypernet, ModelId};
+use super::device::device;
+use crate::failure::Failure;
+use crate::hypernet::{Hypernet, ModelId, mixture};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
 use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
 use crate::lora::{Lora, TRIGGER_PHRASE};
 use crate::model_files::ModelFiles;
+use crate::picture::Picture;
+use crate::sdxl::pipeline::Sdxl;
 use crate::{hashes, progress};
 
-/// Photos → identity → LoRA for a `base` that draws `size` pixels across, with what is worth telling about it.
+/// Photos → identities → latent → LoRA for a `base` that draws `size` pixels across, and what is worth telling of it.
 pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize) -> Result<(Lora, Value)> {
     let hypernet_files = models::find_hypernet(&args.hypernet, args.base_options.offline)?;
     let hypernet = Hypernet::open(&hypernet_files, &Device::Cpu)?;
@@ -39,20 +44,45 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize) -> Result<(Lor
     let [_, (name, sha256)] = faces.provenance();
     config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
     let images = ImageEncoder::open(&image_files)?.with_input(config.image_input);
-    let references = look_at(args, &faces, &images)?;
-    let hashes: Vec<&str> = references.used.iter().map(|(_, photo)| photo.sha256.as_str()).collect();
-    let identity = Identity {
-        face: mean_direction(&references.used.iter().map(|(_, photo)| &photo.face[..]).collect::<Vec<_>>()),
-        image: Some(mean_direction(
-            &references.used.iter().map(|(_, photo)| &photo.image[..]).collect::<Vec<_>>(),
-        )),
+    let people = match args.identity.mixes() {
+        false => vec![(look_at(args, &args.reference, &faces, &images)?, 1.0)],
+        true => (args.identity.mixed()?.into_iter())
+            .map(|(photo, weight)| Ok((look_at(args, &[photo], &faces, &images)?, weight)))
+            .collect::<Result<Vec<_>>>()?,
     };
-    let mut options = hypernet.options();
-    options.seed = args.identity_seed;
-    options.steps = args.identity_steps.map_or(options.steps, |steps| steps as usize);
-    options.guidance = args.identity_guidance.unwrap_or(options.guidance);
+    let options = args.identity.sampling(&hypernet);
     let start = Instant::now();
-    let mut lora = hypernet.generate(&identity, &options)?;
+    let mut parts = Vec::new();
+    let mut gates = Vec::new();
+    for (references, weight) in &people {
+        let identity = references.identity();
+        parts.push((hypernet.sample_latent(&identity, &options)?, *weight));
+        gates.extend(hypernet.gate(&identity)?);
+    }
+    let mut latent = mixture(&parts)?;
+    if let Some(vary) = args.identity.vary() {
+        let usage = |error| Failure::Usage(format!("--vary: {error:#}"));
+        latent = hypernet.vary(&latent, vary, options.seed).map_err(usage)?;
+    }
+    let mut lora = hypernet.codec.lora(&latent)?;
+    let mut refined = None;
+    if let Some(steps) = args.identity.refine {
+        let how = Refinement {
+            steps,
+            rate: args.identity.refine_rate,
+            seed: options.seed,
+            downs: !hypernet.codec.layout.shared_down,
+        };
+        let photos = people[0].0.squares()?;
+        let base_files = models::find_base(&args.base, &args.base_options)?;
+        let base = Sdxl::open(&base_files, DType::F32, &device(&args.device)?)?;
+        let (better, told) = refine(&base, &lora, &photos, how)?;
+        (lora, refined) = (better, Some(told));
+    }
+    let hashes: Vec<&str> = people
+        .iter()
+        .flat_map(|(references, _)| references.used.iter().map(|(_, photo)| photo.sha256.as_str()))
+        .collect();
     for (module, layer) in &lora.layers {
         let sum = layer.up.abs()?.sum_all()?.to_scalar::<f32>()?;
         ensure!(sum.is_finite(), "the hypernetwork made NaN or infinity for `{module}`; nothing is written");
@@ -81,9 +111,28 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize) -> Result<(Lor
     ] {
         lora.metadata.insert(key.into(), value);
     }
+    if people.len() > 1 {
+        let weights: Vec<String> = people.iter().map(|(_, weight)| format!("{weight:.4}")).collect();
+        lora.metadata.insert("difflora.mix".into(), weights.join(","));
+    }
+    for (key, value) in [
+        ("difflora.vary", args.identity.vary().map(|vary| vary.to_string())),
+        ("difflora.refine_steps", args.identity.refine.map(|steps| steps.to_string())),
+    ] {
+        lora.metadata.extend(value.map(|value| (key.to_string(), value)));
+    }
     let told = json!({
-        "references": references.told(),
-        "left_out": references.left_out,
+        "references": people.iter().flat_map(|(references, _)| references.told()).collect::<Vec<_>>(),
+        "left_out": people
+            .iter()
+            .flat_map(|(references, _)| references.left_out.as_array().cloned().unwrap_or_default())
+            .collect::<Vec<_>>(),
+        "weights": people.iter().map(|(_, weight)| weight).collect::<Vec<_>>(),
+        "gates": gates
+            .iter()
+            .map(|face| json!({ "face": face, "image": 1.0 - face }))
+            .collect::<Vec<_>>(),
+        "refined": refined,
         "modules": lora.layers.len(),
         "rank": rank,
         "seconds": start.elapsed().as_secs_f64(),
@@ -118,7 +167,33 @@ struct References {
 }
 
 impl References {
-    fn told(&self) -> Value {
+    /// Who they show.
+    fn identity(&self) -> Identity {
+        let photos = || self.used.iter().map(|(_, photo)| photo);
+        Identity {
+            face: mean_direction(&photos().map(|photo| &photo.face[..]).collect::<Vec<_>>()),
+            image: Some(mean_direction(&photos().map(|photo| &photo.image[..]).collect::<Vec<_>>())),
+        }
+    }
+
+    /// The photos again, cut to squares around the face.
+    fn squares(&self) -> Result<Vec<Picture>> {
+        let square = |(path, photo): &(PathBuf, Reference)| {
+            let picture = Picture::open(path)?;
+            let [x1, y1, x2, y2] = photo.chosen.bounds;
+            // Three times the face: head, hair and shoulders, as portraits show them.
+            let side = (3.0 * (x2 - x1).max(y2 - y1)) as usize;
+            let side = side.clamp(1, picture.width.min(picture.height));
+            let from = |a: f32, b: f32, length: usize| {
+                ((((a + b) / 2.0) as usize).saturating_sub(side / 2)).min(length - side)
+            };
+            let (left, top) = (from(x1, x2, picture.width), from(y1, y2, picture.height));
+            Ok(picture.crop(left, top, side, side))
+        };
+        self.used.iter().map(square).collect()
+    }
+
+    fn told(&self) -> Vec<Value> {
         let told = |(file, photo): &(PathBuf, Reference)| {
             json!({
                 "file": file,
@@ -133,8 +208,13 @@ impl References {
 }
 
 /// Encodes the photos and leaves out those that show somebody else; says what will make the likeness suffer.
-fn look_at(args: &Args, faces: &FaceEncoder, images: &ImageEncoder) -> Result<References> {
-    let seen = Photos::find(&args.reference)?.look(|_, path, picture| {
+fn look_at(
+    args: &Args,
+    photos: &[PathBuf],
+    faces: &FaceEncoder,
+    images: &ImageEncoder,
+) -> Result<References> {
+    let seen = Photos::find(photos)?.look(|_, path, picture| {
         let search = faces.search(picture)?;
         let chosen = search.face(args.face as usize, &path.display().to_string())?;
         Ok(Reference {
