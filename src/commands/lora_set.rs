@@ -17,6 +17,7 @@ use super::build_dataset::{Header, Row, read_manifest};
 use crate::failure::Failure;
 use crate::hypernet::ModelId;
 use crate::hypernet::rows::Rows;
+use crate::identity::clip::ImageInput;
 use crate::lora::canonical::{Canonical, Form};
 use crate::lora::file;
 use crate::lora::keys::BlockLayout;
@@ -107,6 +108,8 @@ struct Given {
     base: ModelId,
     face_encoder: ModelId,
     image_encoder: ModelId,
+    #[serde(default)]
+    image_input: ImageInput,
     layout: Option<LoraLayout>,
 }
 
@@ -182,9 +185,9 @@ impl LoraSet {
             return Err(unusable("the embeddings of the two splits have other widths".into()));
         }
         let Reader { layout, form, .. } = reader;
-        let Given { base, face_encoder, image_encoder, .. } = given;
+        let Given { base, face_encoder, image_encoder, image_input, .. } = given;
         // The header as it is stored: without the `down`s.
-        let header = Header { base, face_encoder, image_encoder, layout: layout.clone() };
+        let header = Header { base, face_encoder, image_encoder, image_input, layout: layout.clone() };
         Ok(Self { header, layout, form, stamp, train, held_out })
     }
 }
