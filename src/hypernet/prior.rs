@@ -274,8 +274,8 @@ mod tests {
         for (i, member) in members.iter().enumerate() {
             assert_eq!(*member, members[i % 3], "photo {i}");
         }
-        for group in 0..3 {
-            let shift = prior.shift(&Tensor::new(&[members[group]], &Device::Cpu).unwrap()).unwrap();
+        for (group, member) in members[..3].iter().enumerate() {
+            let shift = prior.shift(&Tensor::new(&[*member], &Device::Cpu).unwrap()).unwrap();
             let (mean, std) = (shift.mean.to_vec2::<f32>().unwrap(), shift.std.to_vec2::<f32>().unwrap());
             // Thirty members, pulled by four towards a mean of 5 and a deviation near 4.3.
             let pulled = (30.0 * 5.0 * group as f32 + 4.0 * 5.0) / 34.0;

@@ -138,7 +138,7 @@ pub struct Detector(Kind);
 
 enum Kind {
     Yunet(Yunet),
-    Scrfd(Network, scrfd::Layout),
+    Scrfd(Box<Network>, scrfd::Layout),
 }
 
 /// YuNet's ONNX file.
@@ -158,7 +158,7 @@ impl Detector {
         let (network, header) = Network::file(name, path)?;
         let layout =
             scrfd::Layout::of(&header).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
-        let detector = Self(Kind::Scrfd(network, layout));
+        let detector = Self(Kind::Scrfd(Box::new(network), layout));
         // One small run, so that outputs of the wrong length are told before the work.
         detector
             .at_size(&Picture::filled(64, 64, [0; 3]), (64, 64))

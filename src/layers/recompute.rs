@@ -51,8 +51,11 @@ fn end_to_end<'a>(tensors: impl Iterator<Item = &'a Tensor>, beside: &Tensor) ->
     Tensor::cat(&rows, 0)
 }
 
+/// Part of a network: its output from its inputs.
+type Run = dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync;
+
 struct Piece {
-    run: Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>,
+    run: Box<Run>,
     /// Without their graphs.
     inputs: Vec<Tensor>,
     /// Which of them need a gradient.
@@ -155,6 +158,8 @@ impl CustomOp3 for Piece {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use candle_core::{Device, Module};
 
     use super::*;
@@ -162,7 +167,7 @@ mod tests {
     use crate::layers::{Activation, Adapter, Linear};
 
     /// Two adapted layers that listen to a second and a third input as well.
-    fn piece() -> Result<(Vec<Var>, impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + Clone + 'static)> {
+    fn piece() -> Result<(Vec<Var>, Arc<Run>)> {
         let draw = |i: u64, shape: (usize, usize)| normal(1, i, shape, &Device::Cpu);
         let mut vars = Vec::new();
         let mut layers = Vec::new();
@@ -177,7 +182,7 @@ mod tests {
             let h = Activation::Silu.apply(&(layers[0].forward(&x[0])? + &x[1])?)?;
             layers[1].forward(&h)?.broadcast_mul(&x[2]) + &x[0]
         };
-        Ok((vars, run))
+        Ok((vars, Arc::new(run)))
     }
 
     #[test]
@@ -198,7 +203,8 @@ mod tests {
                 .collect::<Result<_>>()?;
             let backward = |y: Tensor| ((y * &weight)? + &frozen)?.sum_all()?.backward();
             let plain = backward(run(&x)?)?;
-            let again = backward(recomputed(&[&x[0], &x[1], &x[2]], run.clone())?)?;
+            let piece = Arc::clone(&run);
+            let again = backward(recomputed(&[&x[0], &x[1], &x[2]], move |x| piece(x))?)?;
             for var in vars.iter().chain(&inputs) {
                 let values = |grads: &candle_core::backprop::GradStore| {
                     grads.get(var).map(|grad| grad.flatten_all()?.to_vec1::<f32>()).transpose()

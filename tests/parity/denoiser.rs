@@ -78,8 +78,8 @@ fn ddim_on_predictions_of_the_sample_is_diffusers() {
                 let fresh = |i: usize| Ok(golden.get("fresh").get(i)?);
                 let x = none.ddim(network, start.clone(), &schedule, steps, eta, fresh).unwrap();
                 let what = format!("{name}.{steps}.{text}");
-                // f32 on both sides, fifty steps.
-                assert_close(&x, &golden.get(&what), 2e-5, &what);
+                // diffusers computes ᾱ in f32, ours in f64: near t = 1000 of the cosine schedule, ᾱ is 2e-9.
+                assert_close(&x, &golden.get(&what), 5e-5, &what);
             }
         }
     }

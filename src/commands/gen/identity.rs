@@ -83,7 +83,7 @@ impl IdentityOptions {
         };
         let parts: Vec<(PathBuf, f64)> = self.mix.iter().map(part).collect();
         let sum: f64 = parts.iter().map(|(_, weight)| weight).sum();
-        if !parts.is_empty() && !(sum.is_finite() && sum > 1e-6) {
+        if !(parts.is_empty() || (sum.is_finite() && sum > 1e-6)) {
             let why = format!("--mix: the weights sum to {sum}; the sum must be more than 0");
             return Err(Failure::Usage(why).into());
         }

@@ -187,8 +187,11 @@ fn spread(latents: &LatentFile, people: usize) -> Result<Tensor> {
     Ok(Tensor::from_vec(spread, width, &Device::Cpu)?)
 }
 
+/// The rows of each person's reference photos.
+type References = Vec<Vec<u32>>;
+
 /// People to learn from, and people kept apart where the recipe asks for it.
-fn part(recipe: &Recipe, references: Vec<Vec<u32>>) -> Result<(Vec<Vec<u32>>, Vec<Vec<u32>>)> {
+fn part(recipe: &Recipe, references: References) -> Result<(References, References)> {
     let people = references.len();
     let apart = match &recipe.validation {
         Some(validation) => ((people as f64 * validation.share).round() as usize).max(1),
