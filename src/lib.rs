@@ -35,6 +35,7 @@ pub mod hashes;
 pub mod hub;
 pub mod metrics;
 pub mod model_files;
+pub mod output;
 pub mod picture;
 pub mod progress;
 pub mod weights;

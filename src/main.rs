@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use difflora::{cli, failure::Failure, train};
+use difflora::{cli, failure::Failure, progress, train};
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     match cli::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            progress::error(&error);
             Failure::exit_code(&error)
         }
     }

@@ -1,5 +1,6 @@
 //! Progress on stderr and interruption by Ctrl-C.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -63,7 +64,7 @@ impl Stage {
     /// Ends now: `time: 1.23 s loading the UNet`.
     pub fn end(self) {
         if is_verbose() {
-            eprintln!("time: {:6.2} s {}", self.1.elapsed().as_secs_f64(), self.0);
+            tell(format_args!("time: {:6.2} s {}", self.1.elapsed().as_secs_f64(), self.0));
         }
     }
 }
@@ -84,11 +85,21 @@ pub fn bar(length: u64, what: &'static str) -> ProgressBar {
 /// A remark for the user on stderr: `note: …`, left out with `--quiet`.
 pub fn note(text: impl std::fmt::Display) {
     if !QUIET.load(Ordering::SeqCst) {
-        eprintln!("note: {text}");
+        tell(format_args!("note: {text}"));
     }
 }
 
 /// A warning on stderr: `warning: …`.
 pub fn warn(text: impl std::fmt::Display) {
-    eprintln!("warning: {text}");
+    tell(format_args!("warning: {text}"));
+}
+
+/// An error on stderr: `error: …`.
+pub fn error(error: &anyhow::Error) {
+    tell(format_args!("error: {error:#}"));
+}
+
+/// A line on stderr. When stderr is closed, nobody is left who could be told of that: the work goes on.
+fn tell(line: std::fmt::Arguments) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
 }

@@ -23,6 +23,7 @@ use crate::lora::Lora;
 use crate::lora::file::{self, Format};
 use crate::lora::keys::BlockLayout;
 use crate::lora::layout::LoraLayout;
+use crate::output::print_line;
 use crate::picture::Picture;
 use crate::sdxl::pipeline::Sdxl;
 use crate::train::shards::in_threads;
@@ -187,12 +188,12 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     if args.signal > 0 {
         let cosine = workshop.signal(&downs, args.signal)?;
         if common.json {
-            println!("{}", serde_json::json!({ "signal": cosine, "people": args.signal }));
+            print_line!("{}", serde_json::json!({ "signal": cosine, "people": args.signal }))?;
         } else {
-            println!(
+            print_line!(
                 "signal: {} people trained twice, cosine of their centred LoRAs {cosine:.3}",
                 args.signal
-            );
+            )?;
         }
         if args.signal_only {
             return Ok(());
@@ -219,9 +220,9 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     files::write_whole(&args.out.join("settings.toml"), toml::to_string(&workshop.settings)?.as_bytes())?;
     let rows = workshop.train_all(&args.out, &downs, &stamp)?;
     if common.json {
-        println!("{}", serde_json::json!({ "people": rows, "out": args.out }));
+        print_line!("{}", serde_json::json!({ "people": rows, "out": args.out }))?;
     } else {
-        println!("{rows} people in {}", args.out.display());
+        print_line!("{rows} people in {}", args.out.display())?;
     }
     Ok(())
 }

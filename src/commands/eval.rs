@@ -31,6 +31,7 @@ use crate::lora::file;
 use crate::lora::keys::BlockLayout;
 use crate::lora::strength::Strength;
 use crate::metrics::Mean;
+use crate::output::print_line;
 use crate::picture::{Picture, contact_sheet};
 use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
@@ -117,9 +118,9 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         sheet.save(&out.join("sheet.png"), None)?;
     }
     if common.json {
-        println!("{report}");
+        print_line!("{report}")?;
     } else {
-        print!("{text}");
+        crate::output::print(format_args!("{text}"))?;
     }
     Ok(())
 }

@@ -5,7 +5,6 @@ mod embed_image;
 mod verify;
 
 use std::collections::{HashMap, HashSet};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -20,6 +19,7 @@ use crate::identity::catalog;
 use crate::identity::detect::Face;
 use crate::identity::one_person::{groups, mean_direction};
 use crate::identity::{FaceEncoder, Quality, cosine};
+use crate::output::print_line;
 use crate::{files, progress};
 
 /// Arguments of `difflora face`.
@@ -194,7 +194,7 @@ fn detect(pictures: &Pictures, encoder: &FaceEncoder, out: Option<&Path>, json: 
         if json {
             list.push(Found { file, faces, quality });
         } else {
-            print(&describe(&file, &faces, quality.as_ref()))?;
+            print_line!("{}", describe(&file, &faces, quality.as_ref()))?;
         }
     }
     if json {
@@ -231,7 +231,7 @@ fn embed(pictures: &Pictures, encoder: &Encoder, out: &Path, json: bool) -> Resu
     if json {
         print_json(&json!({ "out": out, "names": names, "face_encoder": name, "left_out": people.left_out }))
     } else {
-        print(&format!("{} faces in `{}`", names.len(), out.display()))
+        print_line!("{} faces in `{}`", names.len(), out.display())
     }
 }
 
@@ -262,10 +262,10 @@ fn compare(pictures: &Pictures, encoder: &FaceEncoder, json: bool) -> Result<()>
     }
     let count = people.files.len();
     let head: String = (1..=count).map(|column| format!("{column:>7}")).collect();
-    print(&format!("   {head}"))?;
+    print_line!("   {head}")?;
     for (row, (file, cosines)) in people.files.iter().zip(&cosines).enumerate() {
         let numbers: String = cosines.iter().map(|cosine| format!("{cosine:>7.3}")).collect();
-        print(&format!("{:>3}{numbers}  {}", row + 1, file.display()))?;
+        print_line!("{:>3}{numbers}  {}", row + 1, file.display())?;
     }
     Ok(())
 }
@@ -285,7 +285,7 @@ fn crop(pictures: &Pictures, encoder: &FaceEncoder, out: &Path, size: usize, jso
             seen.photos.iter().map(|(file, (_, face))| json!({ "file": file, "face": face })).collect();
         print_json(&written)
     } else {
-        print(&format!("{} faces in `{}`", seen.photos.len(), out.display()))
+        print_line!("{} faces in `{}`", seen.photos.len(), out.display())
     }
 }
 
@@ -307,9 +307,9 @@ fn dedupe(pictures: &Pictures, encoder: &FaceEncoder, threshold: Option<f32>, js
             continue;
         }
         let pictures = if rows.len() == 1 { "picture" } else { "pictures" };
-        print(&format!("person {}: {} {pictures}", number + 1, rows.len()))?;
+        print_line!("person {}: {} {pictures}", number + 1, rows.len())?;
         for (file, cosine) in rows {
-            print(&format!("  {cosine:.3}  {}", file.display()))?;
+            print_line!("  {cosine:.3}  {}", file.display())?;
         }
     }
     if json {
@@ -331,9 +331,7 @@ fn bench(encoder: &FaceEncoder, runs: u32, json: bool) -> Result<()> {
             "recogniser": { "name": recogniser, "milliseconds": recognition },
         }));
     }
-    print(&format!(
-        "{detector} at 640×640 pixels: {detection:.1} ms\n{recogniser}, a face: {recognition:.1} ms"
-    ))
+    print_line!("{detector} at 640×640 pixels: {detection:.1} ms\n{recogniser}, a face: {recognition:.1} ms")
 }
 
 /// A picture in `detect --json`.
@@ -426,10 +424,6 @@ fn describe(file: &Path, faces: &[Face], quality: Option<&Quality>) -> String {
     text
 }
 
-fn print(text: &str) -> Result<()> {
-    writeln!(std::io::stdout().lock(), "{text}").context("cannot write to standard output")
-}
-
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    print(&serde_json::to_string_pretty(value)?)
+    print_line!("{}", serde_json::to_string_pretty(value)?)
 }

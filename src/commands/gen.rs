@@ -23,6 +23,7 @@ use self::person::make_lora;
 use super::models;
 use crate::cli::Common;
 use crate::lora::file::{self, Format};
+use crate::output::print_line;
 use crate::progress::{self, Stage};
 use crate::sdxl::pipeline::{Sampler, Tiling, Unloaded};
 
@@ -205,7 +206,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
             let levels = models::block_layout(&base_files)?;
             file::write(path, lora, args.lora_format, &levels)?;
             report["lora"] = json!(path);
-            say(common, format_args!("LoRA    {}", path.display()));
+            say(common, format_args!("LoRA    {}", path.display()))?;
         }
     }
     if let Some((plan, model)) = drawing {
@@ -223,15 +224,13 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
     if common.json {
-        println!("{report:#}");
+        print_line!("{report:#}")?;
     }
     Ok(())
 }
 
-fn say(common: &Common, line: std::fmt::Arguments) {
-    if !common.json {
-        println!("{line}");
-    }
+fn say(common: &Common, line: std::fmt::Arguments) -> Result<()> {
+    if common.json { Ok(()) } else { print_line!("{line}") }
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use crate::lora::report::Report;
 use crate::lora::strength::Strength;
 use crate::lora::{LoraError, listed};
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::output::print_line;
 
 /// Arguments of `difflora lora`.
 #[derive(Debug, clap::Args)]
@@ -243,27 +244,27 @@ fn inspect(path: &Path, layout: &BlockLayout, common: &Common) -> Result<()> {
         let mut value = serde_json::to_value(&report)?;
         value["file"] = json!(path);
         value["bytes"] = json!(bytes);
-        println!("{value:#}");
+        print_line!("{value:#}")?;
         return Ok(());
     }
     let counts = |map: &BTreeMap<String, usize>| -> String {
         map.iter().map(|(name, count)| format!("{name} ({count})")).collect::<Vec<_>>().join(", ")
     };
     let ranks = report.ranks.iter().map(|(rank, count)| (rank.to_string(), *count)).collect();
-    println!("file      {} ({:.1} MB)", path.display(), bytes as f64 / 1e6);
-    println!("kind      {}", counts(&report.kinds));
+    print_line!("file      {} ({:.1} MB)", path.display(), bytes as f64 / 1e6)?;
+    print_line!("kind      {}", counts(&report.kinds))?;
     for (name, map) in [("rank", &ranks), ("alpha", &report.alphas), ("parts", &report.parts)] {
         if !map.is_empty() {
-            println!("{name:<9} {}", counts(map));
+            print_line!("{name:<9} {}", counts(map))?;
         }
     }
     if report.without_alpha > 0 {
-        println!("          {} modules tell no alpha: it is the rank", report.without_alpha);
+        print_line!("          {} modules tell no alpha: it is the rank", report.without_alpha)?;
     }
     if !report.blocks.is_empty() {
-        println!("blocks    {}", counts(&report.blocks));
+        print_line!("blocks    {}", counts(&report.blocks))?;
     }
-    println!("numbers   {}", counts(&report.storage));
+    print_line!("numbers   {}", counts(&report.storage))?;
     if let Some(width) = report.text_width {
         let base = match width {
             2048 => ", as in SDXL",
@@ -271,16 +272,16 @@ fn inspect(path: &Path, layout: &BlockLayout, common: &Common) -> Result<()> {
             1024 => ", as in SD 2: not for SDXL",
             _ => "",
         };
-        println!("text      {width} wide{base}");
+        print_line!("text      {width} wide{base}")?;
     }
     if !report.unmatched.is_empty() {
-        println!("unknown   {} keys: {}", report.unmatched.len(), listed(&report.unmatched));
+        print_line!("unknown   {} keys: {}", report.unmatched.len(), listed(&report.unmatched))?;
     }
     for (key, value) in &report.metadata {
         let line: String = value.chars().take(100).map(|c| if c.is_control() { ' ' } else { c }).collect();
         let more =
             if value.chars().count() > 100 { format!(" … ({} bytes)", value.len()) } else { String::new() };
-        println!("  {key} = {line}{more}");
+        print_line!("  {key} = {line}{more}")?;
     }
     Ok(())
 }
@@ -352,18 +353,17 @@ fn write(
     files::write_whole(path, &bytes)?;
     told["file"] = json!(path);
     told["modules"] = json!(changes.modules.len());
-    tell(&told, common);
-    Ok(())
+    tell(&told, common)
 }
 
-fn tell(told: &Value, common: &Common) {
+fn tell(told: &Value, common: &Common) -> Result<()> {
     if common.json {
-        println!("{told:#}");
-        return;
+        return print_line!("{told:#}");
     }
     for (name, value) in told.as_object().into_iter().flatten() {
-        println!("{name:<10} {}", value.as_str().map_or_else(|| value.to_string(), String::from));
+        print_line!("{name:<10} {}", value.as_str().map_or_else(|| value.to_string(), String::from))?;
     }
+    Ok(())
 }
 
 fn diff(one: &Path, two: &Path, layout: &BlockLayout, common: &Common) -> Result<()> {
@@ -377,17 +377,22 @@ fn diff(one: &Path, two: &Path, layout: &BlockLayout, common: &Common) -> Result
         let told = json!({
             "modules": modules, "together": all, "only_in_first": only_one, "only_in_second": only_two,
         });
-        println!("{told:#}");
+        print_line!("{told:#}")?;
         return Ok(());
     }
-    println!("{:>8} {:>8} {:>8}  module", "cosine", "norm", "distance");
+    print_line!("{:>8} {:>8} {:>8}  module", "cosine", "norm", "distance")?;
     let together = all.iter().map(|likeness| ("all of these together", likeness));
     for (module, likeness) in modules.iter().map(|(module, l)| (module.as_str(), l)).chain(together) {
-        println!("{:8.4} {:8.4} {:8.4}  {module}", likeness.cosine, likeness.norm_ratio, likeness.distance);
+        print_line!(
+            "{:8.4} {:8.4} {:8.4}  {module}",
+            likeness.cosine,
+            likeness.norm_ratio,
+            likeness.distance
+        )?;
     }
     for (path, only) in [(one, only_one), (two, only_two)] {
         if !only.is_empty() {
-            println!("only in {}: {}", path.display(), listed(&only));
+            print_line!("only in {}: {}", path.display(), listed(&only))?;
         }
     }
     Ok(())

@@ -15,6 +15,7 @@ use crate::hypernet::ModelId;
 use crate::identity::catalog::{self, FaceModel};
 use crate::lora::keys::BlockLayout;
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::output::print_line;
 use crate::sdxl::architecture;
 use crate::sdxl::single_file;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
@@ -89,7 +90,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     match args.command {
         Command::List => list(common),
         Command::Path { name } => {
-            println!("{}", on_the_hub(&name)?.cached()?.display());
+            print_line!("{}", on_the_hub(&name)?.cached()?.display())?;
             Ok(())
         }
         Command::Pull { name, fp16 } => {
@@ -102,7 +103,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
                 Some(model) => pull_faces(model)?,
                 None => on_the_hub(&name)?.fetch(if fp16 { Weights::Half } else { Weights::Any })?,
             };
-            println!("{}", folder.display());
+            print_line!("{}", folder.display())?;
             Ok(())
         }
         Command::Verify { name, options } => verify(&name, &options, common),
@@ -162,12 +163,12 @@ fn list(common: &Common) -> Result<()> {
             .iter()
             .map(|(name, id, state, folder)| json!({ "name": name, "id": id, "state": state, "folder": folder }))
             .collect();
-        println!("{:#}", json!(rows));
+        print_line!("{:#}", json!(rows))?;
         return Ok(());
     }
     for (name, id, state, folder) in rows {
         let folder = folder.map(|folder| folder.display().to_string()).unwrap_or_default();
-        println!("{}", format!("{name:<6} {id:<42} {state:<12} {folder}").trim_end());
+        print_line!("{}", format!("{name:<6} {id:<42} {state:<12} {folder}").trim_end())?;
     }
     Ok(())
 }
@@ -193,9 +194,11 @@ fn verify(name: &str, options: &BaseOptions, common: &Common) -> Result<()> {
         };
     }
     if common.json {
-        println!("{:#}", json!({ "base": name, "whole": true, "checksums": checksums }));
+        print_line!("{:#}", json!({ "base": name, "whole": true, "checksums": checksums }))?;
     } else {
-        println!("{name}: every weight is there, of the right shape and finite; {checksums} checksums agree");
+        print_line!(
+            "{name}: every weight is there, of the right shape and finite; {checksums} checksums agree"
+        )?;
     }
     Ok(())
 }

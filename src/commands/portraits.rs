@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::cli::Common;
 use crate::dataset::{self, CaptionOptions, Person, Scene};
 use crate::failure::Failure;
+use crate::output::print_line;
 use crate::picture::Picture;
 use crate::{files, progress};
 
@@ -64,7 +65,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         let last = args.first + args.people - 1;
         let report =
             json!({ "out": args.out, "first": args.first, "last": last, "pictures_each": args.pictures });
-        println!("{report}");
+        print_line!("{report}")?;
     } else {
         let (pictures, people, out) = (args.people * args.pictures, args.people, args.out.display());
         progress::note(format_args!("painted {pictures} pictures of {people} people in `{out}`"));

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::Common;
 use crate::failure::Failure;
+use crate::output::print_line;
 use crate::train::run::{End, Keeping};
 use crate::{files, progress};
 
@@ -88,13 +89,13 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let mut gallery = gallery::Gallery::new(&settings.pictures);
     if matches!(args.stage, Stage::Vae | Stage::All) {
         let end = codec::train(&settings, &mut gallery, &keeping("vae"), &args.out)?;
-        if report(end, "vae", common) {
+        if report(end, "vae", common)? {
             return Ok(());
         }
     }
     if matches!(args.stage, Stage::Unet | Stage::All) {
         let end = drawing::train(&settings, &mut gallery, &keeping("unet"), &args.out, args.from.as_deref())?;
-        report(end, "unet", common);
+        report(end, "unet", common)?;
     }
     Ok(())
 }
@@ -116,7 +117,7 @@ fn read(args: &Args) -> Result<Settings> {
 }
 
 /// Says how a stage ended; whether it paused.
-fn report(end: End, stage: &str, common: &Common) -> bool {
+fn report(end: End, stage: &str, common: &Common) -> Result<bool> {
     if let End::Paused { step } = end {
         progress::note(format_args!("stage {stage} stops at step {step}; --resume goes on"));
     }
@@ -125,7 +126,7 @@ fn report(end: End, stage: &str, common: &Common) -> bool {
             End::Finished | End::Stopped { .. } => (true, None),
             End::Paused { step } => (false, Some(step)),
         };
-        println!("{}", serde_json::json!({ "stage": stage, "finished": finished, "step": step }));
+        print_line!("{}", serde_json::json!({ "stage": stage, "finished": finished, "step": step }))?;
     }
-    end != End::Finished
+    Ok(end != End::Finished)
 }

@@ -38,6 +38,7 @@ use crate::hypernet::{
     Denoiser, DenoiserConfig, Hypernet, LoraCodec, ModelId, SampleOptions, diffusion_of_latents,
 };
 use crate::model_files::{ModelFiles, save_json};
+use crate::output::print_line;
 use crate::sdxl::pipeline::Sdxl;
 use crate::train::parallel;
 use crate::train::run::{self, End, Keeping, Plan};
@@ -294,9 +295,9 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         End::Finished => {}
     }
     if common.json {
-        println!("{report}");
+        print_line!("{report}")?;
     } else {
-        print_report(&report);
+        print_report(&report)?;
     }
     Ok(())
 }

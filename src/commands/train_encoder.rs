@@ -16,6 +16,7 @@ use crate::dataset::judge::NetworkConfig;
 use crate::dataset::{self, Person, Scene};
 use crate::failure::Failure;
 use crate::identity::clip::ClipVisionConfig;
+use crate::output::print_line;
 use crate::picture::{Filter, Picture};
 use crate::progress;
 use crate::train::run::{End, Keeping, Plan};
@@ -106,7 +107,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         progress::note(format_args!("{name} stops at step {step}; --resume goes on"));
     }
     if common.json {
-        println!("{}", json!({ "kind": name, "finished": end == End::Finished, "figures": figures }));
+        print_line!("{}", json!({ "kind": name, "finished": end == End::Finished, "figures": figures }))?;
     }
     Ok(())
 }

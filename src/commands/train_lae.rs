@@ -22,6 +22,7 @@ use crate::hypernet::stats::{Scaling, Standardise};
 use crate::lora::canonical::Canonical;
 use crate::metrics::Mean;
 use crate::model_files::save_json;
+use crate::output::print_line;
 use crate::train::run::{self, End, Keeping, Plan};
 use crate::train::shards::Loss;
 use crate::weights::Trainable;
@@ -202,9 +203,9 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let Some(path) = &args.sweep else {
         let report = make(&recipe, &open(&recipe)?, &args.out, args.resume, deadline)?;
         if common.json {
-            println!("{report}");
+            print_line!("{report}")?;
         } else {
-            print_report(&report);
+            print_report(&report)?;
         }
         return Ok(());
     };
@@ -234,9 +235,9 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         reports.iter().map(|(name, report)| json!({ "name": name, "report": report })).collect();
     save_json(&args.out.join("sweep.json"), &table)?;
     if common.json {
-        println!("{table}");
+        print_line!("{table}")?;
     } else {
-        print_table(&reports);
+        print_table(&reports)?;
     }
     Ok(())
 }
@@ -465,35 +466,36 @@ fn quarters(report: &Value) -> String {
     numbers.map(|value| format!("{:.2}", value.as_f64().unwrap_or(f64::NAN))).collect::<Vec<_>>().join(" ")
 }
 
-fn print_report(report: &Value) {
-    println!(
+fn print_report(report: &Value) -> Result<()> {
+    print_line!(
         "{} values in {}: {:.0} times smaller; {} LoRAs to learn from, {} held out",
         report["parameters"],
         report["latent"],
         report["compression"].as_f64().unwrap_or(f64::NAN),
         report["people"]["train"],
         report["people"]["held_out"]
-    );
-    println!(
+    )?;
+    print_line!(
         "ΔW: cosine {}, relative error {}",
         interval(&report["delta_cosine"]),
         interval(&report["delta_relative_error"])
-    );
-    println!(
+    )?;
+    print_line!(
         "beyond the mean LoRA: cosine {}, relative error {}",
         interval(&report["own_cosine"]),
         interval(&report["own_relative_error"])
-    );
-    println!(
+    )?;
+    print_line!(
         "weights: relative error {:.3}; by magnitude, from the smallest quarter: {}",
         report["relative_error"].as_f64().unwrap_or(f64::NAN),
         quarters(report)
-    );
+    )?;
+    Ok(())
 }
 
-fn print_table(reports: &[(String, Value)]) {
+fn print_table(reports: &[(String, Value)]) -> Result<()> {
     let widest = reports.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-    println!(
+    print_line!(
         "{:widest$}  {:>6}  {:>7}  {:>15}  {:>15}  {:>15}  {:>15}  {:>23}  {:>7}",
         "",
         "latent",
@@ -504,9 +506,9 @@ fn print_table(reports: &[(String, Value)]) {
         "own rel. error",
         "error by magnitude",
         "seconds"
-    );
+    )?;
     for (name, report) in reports {
-        println!(
+        print_line!(
             "{name:widest$}  {:>6}  {:>6.0}×  {:>15}  {:>15}  {:>15}  {:>15}  {:>23}  {:>7.0}",
             report["latent"],
             report["compression"].as_f64().unwrap_or(f64::NAN),
@@ -516,8 +518,9 @@ fn print_table(reports: &[(String, Value)]) {
             interval(&report["own_relative_error"]),
             quarters(report),
             report["seconds"].as_f64().unwrap_or(f64::NAN)
-        );
+        )?;
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ use super::models;
 use crate::cli::Common;
 use crate::failure::Failure;
 use crate::identity::FaceEncoder;
+use crate::output::print_line;
 use crate::picture::pictures_in;
 use crate::sdxl::pipeline::Sdxl;
 use crate::sdxl::unet::UNetConfig;
@@ -340,12 +341,12 @@ fn report(args: &Args, common: &Common, queue: &Queue) -> Result<()> {
             .map(|(lora, pictures, loss)| json!({ "lora": lora, "pictures": pictures, "loss": loss }))
             .collect();
         match (&args.many, &loras[..]) {
-            (None, [one]) => println!("{one}"),
-            _ => println!("{}", json!({ "loras": loras, "failed": failed })),
+            (None, [one]) => print_line!("{one}")?,
+            _ => print_line!("{}", json!({ "loras": loras, "failed": failed }))?,
         }
     } else {
         for (lora, _, _) in &done {
-            println!("LoRA    {}", lora.display());
+            print_line!("LoRA    {}", lora.display())?;
         }
     }
     if let Some(first) = failed.first() {

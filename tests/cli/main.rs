@@ -32,3 +32,26 @@ pub fn difflora_with(environment: &[(&str, &str)], arguments: &[&str]) -> Run {
         stderr: String::from_utf8(output.stderr).unwrap(),
     }
 }
+
+#[test]
+fn a_reader_that_went_away_is_no_error() {
+    for arguments in [&["models", "list"][..], &["models", "show", "tiny"], &["portraits", "--nonsense"]] {
+        let closed = || std::io::pipe().unwrap().1;
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_difflora"));
+        let code = |run: std::process::Output| (run.status.code(), String::from_utf8(run.stderr).unwrap());
+        let (heard, told) = code(command.args(arguments).output().unwrap());
+        assert_eq!(code(command.stdout(closed()).output().unwrap()), (heard, told));
+        assert_eq!(code(command.stdout(closed()).stderr(closed()).output().unwrap()), (heard, String::new()));
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn standard_output_on_a_full_disk_is_an_error() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_difflora"));
+    let run = command.args(["models", "list"]).stdout(full).output().unwrap();
+    let stderr = String::from_utf8(run.stderr).unwrap();
+    assert_eq!(run.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("error: cannot write to the standard output"), "{stderr}");
+}

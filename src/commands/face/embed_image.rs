@@ -5,10 +5,11 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::{Encoder, Pictures, print, print_json, short_names, tell_several, write_vectors};
+use super::{Encoder, Pictures, print_json, short_names, tell_several, write_vectors};
 use crate::commands::{models, photos::Photos};
 use crate::files;
 use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};
+use crate::output::print_line;
 
 /// Embeddings of an image encoder instead of a face encoder's.
 #[derive(Debug, clap::Args)]
@@ -92,6 +93,6 @@ pub fn embed(
     if json {
         print_json(&json!({ "out": out, "names": names, "image_encoder": id.name, "left_out": left_out }))
     } else {
-        print(&format!("{} embeddings in `{}`", names.len(), out.display()))
+        print_line!("{} embeddings in `{}`", names.len(), out.display())
     }
 }

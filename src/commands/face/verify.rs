@@ -5,9 +5,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::{Encoder, People, Pictures, print, print_json};
+use super::{Encoder, People, Pictures, print_json};
 use crate::failure::Failure;
 use crate::identity::verification::{Pairs, Spread};
+use crate::output::print_line;
 
 /// Embeds all pictures, compares each with each, and prints what tells people apart.
 pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
@@ -48,15 +49,15 @@ pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
             "left_out": people.left_out,
         }));
     }
-    print(&format!("{name}: {} pictures of {} people", names.len(), different.len()))?;
+    print_line!("{name}: {} pictures of {} people", names.len(), different.len())?;
     for (kind, spread) in [("one person", genuine), ("two people", impostor)] {
         if let Some(Spread { pairs, mean, deviation, least, most, .. }) = spread {
-            print(&format!(
+            print_line!(
                 "  {pairs} pairs of {kind}: cosine {mean:.3} ± {deviation:.3}, {least:.3} to {most:.3}"
-            ))?;
+            )?;
         }
     }
-    print(&format!(
+    print_line!(
         "  AUC {:.4}, equal error rate {:.4} at {:.3}, best accuracy {:.4} at {:.3}, accepted at FAR 1e-3 {:.4}",
         found.auc,
         found.equal_error_rate,
@@ -64,7 +65,7 @@ pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
         found.best_accuracy,
         found.best_threshold,
         found.accepted_at_far_1e3
-    ))
+    )
 }
 
 /// Whose picture a file is: the name of its folder inside `root`; for a file that lies in `root` itself, what stands

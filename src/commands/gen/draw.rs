@@ -13,6 +13,7 @@ use crate::cli::Common;
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::hypernet::ModelId;
+use crate::output::print_line;
 use crate::picture::Picture;
 use crate::progress::Stage;
 use crate::sdxl::pipeline::{Denoiser, Drawing, Sampler, Sizes, Step, Unloaded, decode};
@@ -138,7 +139,7 @@ pub(super) fn draw(
         if common.json {
             files::write_whole(&path.with_extension("json"), format!("{told:#}\n").as_bytes())?;
         } else {
-            bar.suspend(|| println!("picture {}", path.display()));
+            bar.suspend(|| print_line!("picture {}", path.display()))?;
         }
         written.push(told);
     }

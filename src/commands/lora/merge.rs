@@ -67,8 +67,7 @@ pub(super) fn run(
         let [loras, merging, all] = [read, spent, begin.elapsed()].map(|time| time.as_secs_f64());
         told["seconds"] = json!({ "loras": loras, "merging": merging, "all": all });
     }
-    tell(&told, common);
-    Ok(())
+    tell(&told, common)
 }
 
 /// The result of a file is a file, that of a folder a new folder.

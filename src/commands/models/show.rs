@@ -6,6 +6,7 @@ use serde_json::json;
 use super::{BaseOptions, find_base};
 use crate::cli::Common;
 use crate::failure::Failure;
+use crate::output::print_line;
 use crate::sdxl::architecture;
 use crate::sdxl::counts::{self, Cost};
 use crate::sdxl::text::ClipTextConfig;
@@ -77,21 +78,21 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
             "base": args.base, "width": width, "height": height, "tokens": tokens, "parameters": parameters,
             "parts": parts.iter().map(part).collect::<Vec<_>>(),
         });
-        println!("{report:#}");
+        print_line!("{report:#}")?;
         return Ok(());
     }
-    println!("{} at {width}×{height} pixels, {tokens} tokens, one step without guidance", args.base);
-    println!("{:<15} {:>14} {:>16} {:>16}", "part", "parameters", "multiply-adds", "with attention");
+    print_line!("{} at {width}×{height} pixels, {tokens} tokens, one step without guidance", args.base)?;
+    print_line!("{:<15} {:>14} {:>16} {:>16}", "part", "parameters", "multiply-adds", "with attention")?;
     for (name, cost) in &parts {
         let giga = |count: u64| format!("{:.2} G", count as f64 / 1e9);
-        println!(
+        print_line!(
             "{name:<15} {:>14} {:>16} {:>16}",
             grouped(cost.parameters),
             giga(cost.multiply_adds),
             giga(cost.with_attention())
-        );
+        )?;
     }
-    println!("{:<15} {:>14}", "all", grouped(parameters));
+    print_line!("{:<15} {:>14}", "all", grouped(parameters))?;
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use crate::hypernet::mixer::GateFigures;
 use crate::hypernet::rows::Rows;
 use crate::hypernet::{Hypernet, LoraCodec, SampleOptions};
 use crate::metrics::Mean;
+use crate::output::print_line;
 use crate::train::run::End;
 
 /// DDIM steps that are compared.
@@ -200,13 +201,14 @@ fn nearest(set: &LoraSet) -> Result<Vec<u32>> {
 }
 
 /// The report as text.
-pub fn print_report(report: &Value) {
+pub fn print_report(report: &Value) -> Result<()> {
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-    println!(
+    print_line!(
         "{} people to learn from, {} held out, one photo each unless said otherwise; ± is the 95 % interval over people",
-        report["people"]["train"], report["people"]["held_out"]
-    );
-    println!("{:<36} {:>15} {:>15} {:>16}", "", "relative error", "cosine", "error over ridge");
+        report["people"]["train"],
+        report["people"]["held_out"]
+    )?;
+    print_line!("{:<36} {:>15} {:>15} {:>16}", "", "relative error", "cosine", "error over ridge")?;
     for row in report["table"].as_array().into_iter().flatten() {
         let name = row["name"].as_str().unwrap_or_default();
         let pair =
@@ -215,22 +217,23 @@ pub fn print_report(report: &Value) {
             Value::Null => String::new(),
             over => format!("{:+.3} ± {:.3}", number(&over["mean"]), number(&over["half_width"])),
         };
-        println!("{name:<36} {:>15} {:>15} {over:>16}", pair("relative_error"), pair("cosine"));
+        print_line!("{name:<36} {:>15} {:>15} {over:>16}", pair("relative_error"), pair("cosine"))?;
     }
     if let Value::Object(gates) = &report["gates"] {
         let gate = |name: &str| number(&gates[name]);
-        println!(
+        print_line!(
             "gates: face {:.2} ± {:.2} over photos, image {:.2}",
             gate("face"),
             gate("spread"),
             gate("image")
-        );
+        )?;
     }
     if let Value::Object(start) = &report["start"] {
-        println!(
+        print_line!(
             "prior: cosine to the end {:.2} of the Gaussians' means, {:.2} of starts",
             number(&start["cosine_of_mean"]),
             number(&start["cosine_of_start"])
-        );
+        )?;
     }
+    Ok(())
 }

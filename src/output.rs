@@ -1,0 +1,29 @@
+//! What a command prints on standard output.
+
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
+
+use anyhow::{Context, Result};
+
+/// Prints a line on standard output, as `println!` does, but never panics.
+///
+/// A reader that has read enough and went away (`difflora lora inspect FILE | head`) is no error: the work goes on.
+///
+/// # Errors
+/// Standard output cannot be written for another reason, for example a full disk behind `> FILE`.
+macro_rules! print_line {
+    ($($part:tt)*) => { $crate::output::print(format_args!("{}\n", format_args!($($part)*))) };
+}
+pub(crate) use print_line;
+
+/// Prints text without a line end; see [`print_line`].
+///
+/// # Errors
+/// As there.
+pub fn print(text: Arguments) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_fmt(text).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("cannot write to the standard output"),
+    }
+}
