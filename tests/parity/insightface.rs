@@ -41,8 +41,8 @@ fn scrfd_finds_what_the_independent_decoding_finds() {
 
 #[test]
 fn scrfd_finds_what_the_insightface_package_finds() {
-    // OpenCV resizes in fixed point; the random scores are steep, so that one grey level moves them by 1e-3.
-    compare_scrfd("insightface_package", 1.0, 5e-3);
+    // One grey level in a thousand is rounded otherwise by the vector code of OpenCV.
+    compare_scrfd("insightface_package", 0.1, 1e-3);
 }
 
 fn compare_scrfd(golden: &str, pixels: f32, scores_apart: f32) {
