@@ -169,7 +169,7 @@ impl AttentionOp {
 
 /// Queries of one task: few enough that their sums stay in the cache, many enough to pay for packing the keys.
 const QUERIES: usize = 516;
-/// Keys whose scores are held at once: as many as a packed row has words.
+/// Most keys whose scores are held at once: as many as a packed row has words.
 const KEYS: usize = tile::DEPTH;
 
 /// One head of one sample; rows lie `width` apart.
@@ -213,8 +213,9 @@ impl Head<'_> {
         let mut gathered =
             Gathered { top: vec![f32::NEG_INFINITY; n], total: vec![0.0; n], sums: vec![0.0; n * d] };
         let seen = if self.causal { queries.end } else { self.keys };
-        for first in (0..seen).step_by(KEYS) {
-            let block = first..(first + KEYS).min(seen);
+        let each = seen.div_ceil(seen.div_ceil(KEYS)).next_multiple_of(tile::COLUMNS);
+        for first in (0..seen).step_by(each) {
+            let block = first..(first + each).min(seen);
             for (i, from) in (0..d).step_by(tile::DEPTH).enumerate() {
                 let depth = from..(from + tile::DEPTH).min(d);
                 keys.pack_columns(
@@ -311,8 +312,7 @@ slices::vectorised! {
                 *top = highest;
             }
             let top = *top;
-            row.iter_mut().for_each(|score| *score = slices::exp(*score * scale - top));
-            *total += slices::lanes_sum(row, |x| x);
+            *total += slices::lanes_map_sum(row, |score| slices::exp(score * scale - top));
         }
     }
 }
@@ -324,8 +324,7 @@ slices::vectorised! {
             let (row, unseen) = row.split_at_mut(causal.map_or(m, |first| first + i + 1));
             unseen.fill(0.0);
             let top = row.iter().copied().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b });
-            row.iter_mut().for_each(|score| *score = slices::exp(*score - top));
-            let inverse = 1.0 / slices::lanes_sum(row, |x| x);
+            let inverse = 1.0 / slices::lanes_map_sum(row, |score| slices::exp(score - top));
             row.iter_mut().for_each(|score| *score *= inverse);
         }
     }

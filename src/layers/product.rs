@@ -190,7 +190,9 @@ unsafe fn block<L: Left, R: Right>(
 ) {
     let most = DEPTH * words.per();
     let unit = right.depth_unit() * words.per();
-    let deep = if unit <= most { most / unit * unit } else { most };
+    let (unit, most) = if unit <= most { (unit, most / unit * unit) } else { (words.per(), most) };
+    // Blocks of about the same depth: every one of them passes over the sums.
+    let deep = size.k.div_ceil(size.k.div_ceil(most)).next_multiple_of(unit);
     let panels = columns.len().div_ceil(COLUMNS);
     // Taken out, not borrowed: packing is foreign code.
     let mut scratch = SCRATCH.take();

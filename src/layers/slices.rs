@@ -243,8 +243,9 @@ impl Product {
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
-    // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer.
-    let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    // Adding 1.5 · 2^23 rounds to the nearest integer, which is then in the lowest bits.
+    let shifted = x * std::f32::consts::LOG2_E + 12_582_912.0;
+    let n = shifted - 12_582_912.0;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let p = 1.987_569_1e-4f32;
     let p = p * r + 1.398_199_9e-3;
@@ -253,7 +254,7 @@ pub(super) fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
     let y = p * r * r + r + 1.0;
-    y * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    y * f32::from_bits((shifted.to_bits() + 127) << 23)
 }
 
 /// Σ f(x) in 16 running sums, which the compiler keeps in one vector.
@@ -266,6 +267,25 @@ pub(super) fn lanes_sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
             *lane += f(*x);
         }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+/// Puts f(x) in the place of each x; their sum, likewise.
+#[inline(always)]
+pub(super) fn lanes_map_sum(values: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0f32; 16];
+    let mut chunks = values.chunks_exact_mut(16);
+    for chunk in &mut chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *x = f(*x);
+            *lane += *x;
+        }
+    }
+    let mut rest = 0.0;
+    for x in chunks.into_remainder() {
+        *x = f(*x);
+        rest += *x;
     }
     lanes.iter().sum::<f32>() + rest
 }

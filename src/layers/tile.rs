@@ -438,6 +438,12 @@ mod x86 {
                 row: usize,
                 add: bool,
             ) {
+                // What the sums are added to comes into the cache while they are computed.
+                for i in 0..R {
+                    for j in [0, 16, 31] {
+                        _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(i * row + j).cast());
+                    }
+                }
                 let mut sums = [[_mm512_setzero_ps(); 2]; R];
                 for w in 0..depth {
                     // SAFETY: the caller's promise.
