@@ -3,9 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use difflora::{cli, failure::Failure, progress, train};
+use difflora::{cli, failure::Failure, layers, progress, train};
 
 fn main() -> ExitCode {
+    layers::keep_freed_memory();
     let cli = cli::Cli::parse();
     if cli.command.trains_in_shards() {
         // SAFETY: no thread has been started yet.

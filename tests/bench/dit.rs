@@ -30,6 +30,7 @@ fn peak() -> f64 {
 }
 
 fn main() -> anyhow::Result<()> {
+    difflora::layers::keep_freed_memory();
     let argument = |name: &str, otherwise: usize| {
         let given = std::env::args().skip_while(|text| text != name).nth(1);
         given.and_then(|text| text.parse().ok()).unwrap_or(otherwise)

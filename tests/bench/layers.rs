@@ -8,7 +8,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use difflora::layers::{
-    Conv2d, ConvGeometry, GroupNorm, LayerNorm, attention, geglu, linear, upsample_nearest2x,
+    Conv2d, ConvGeometry, GroupNorm, LayerNorm, attention, geglu, keep_freed_memory, linear,
+    upsample_nearest2x,
 };
 
 type Call = Box<dyn Fn() -> Result<Tensor>>;
@@ -92,6 +93,7 @@ impl Bench {
 }
 
 fn main() -> Result<()> {
+    keep_freed_memory();
     let arguments: Vec<String> = std::env::args().collect();
     let option = |name: &str| arguments.windows(2).find(|pair| pair[0] == name).map(|pair| pair[1].clone());
     let dtype = match option("--dtype").as_deref() {
