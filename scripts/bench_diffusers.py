@@ -108,21 +108,27 @@ def draw(folder, size, steps, dtype):
     )
 
 
-def measure(command):
-    """Seconds, seconds of each step, and peak memory in GiB of a process."""
+def process(command):
+    """Seconds and peak memory in GiB of a process, and the lines that it wrote."""
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, text=True)
-        _, status, usage = os.wait4(process.pid, 0)
+        child = subprocess.Popen(command, stdout=said, stderr=said, text=True)
+        _, status, usage = os.wait4(child.pid, 0)
         seconds = time.monotonic() - begin
         said.seek(0)
         lines = said.read().splitlines()
     if status:
         sys.exit(f"{command[0]} failed:\n" + "\n".join(lines))
+    return seconds, usage.ru_maxrss / 1024**2, lines
+
+
+def measure(command):
+    """Seconds, seconds of each step, and peak memory in GiB of a process that draws."""
+    seconds, memory, lines = process(command)
     stages = [line.split(maxsplit=3) for line in lines if line.startswith("time:")]
     steps = [float(stage[1]) for stage in stages if stage[3] == "a step"]
     others = {stage[3]: float(stage[1]) for stage in stages if stage[3] != "a step"}
-    return {"whole": seconds, "first": steps[0], "further": steps[1:], "memory": usage.ru_maxrss / 1024**2, "stages": others}
+    return {"whole": seconds, "first": steps[0], "further": steps[1:], "memory": memory, "stages": others}
 
 
 def run(args):

@@ -17,7 +17,7 @@ import pathlib
 import sys
 import tempfile
 
-from bench_diffusers import ROOT, measure
+from bench_diffusers import ROOT, process
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
@@ -76,8 +76,8 @@ def run(args):
             name, dtype = program.split(":")
             name, command, option = programs[name]
             command = [*command, option, dtype, "--steps"]
-            one, _ = measure([*command, "1"])
-            many, memory = measure([*command, str(1 + args.steps)])
+            one, _, _ = process([*command, "1"])
+            many, memory, _ = process([*command, str(1 + args.steps)])
             print(f"| {name} | {dtype} | {(many - one) / args.steps:.2f} | {memory:.2f} |", flush=True)
 
 
