@@ -4,7 +4,8 @@ r"""Golden numbers for tests/parity/face.rs: YuNet, alignment and both recognise
         tests/data/golden/face.safetensors
 
 Pre-processing by Pillow, decoding after OpenCV's face_detect.cpp, alignment by scikit-image (Umeyama). Pictures:
-the astronaut (NASA, from scikit-image), a photo in JPEG, and the astronaut's head at 64x64 pixels.
+the astronaut (NASA, from scikit-image), a photo in JPEG, the astronaut's head at 64x64 pixels, and those of
+tests/data/faces: parts of two photos as Pillow decodes them, and two portraits that `difflora portraits` painted.
 """
 
 import os
@@ -72,6 +73,9 @@ def main(yunet, mobilefacenet, sface, target):
         "photo": (Image.open("tests/data/obama_senate_public_domain.jpg").convert("RGB"), 640, 640),
         "small": (astronaut.crop((130, 10, 314, 194)).resize((64, 64), Image.BICUBIC), 256, 320),
     }
+    # The sizes that the program begins with: 640, and 256 in a frame for pictures of at most 256 pixels.
+    for name, size, frame in (("senator", 640, 640), ("minister", 640, 640), ("painted", 256, 320), ("painted-small", 256, 320)):
+        pictures[name] = (Image.open(f"tests/data/faces/{name}.png").convert("RGB"), size, frame)
     golden = {}
     for name, (picture, size, frame) in pictures.items():
         box, points, score = detect(yunet, picture, size, frame)

@@ -20,12 +20,16 @@ fn head() -> Picture {
     Picture::open(Path::new("tests/data/astronaut.png")).unwrap().crop(130, 10, 184, 184)
 }
 
-fn pictures() -> [(&'static str, Picture); 3] {
+fn pictures() -> [(&'static str, Picture); 7] {
     let open = |path: &str| Picture::open(Path::new(path)).unwrap();
     [
         ("astronaut", open("tests/data/astronaut.png")),
         ("photo", open("tests/data/obama_senate_public_domain.jpg")),
         ("small", head().resize(64, 64, Filter::Bicubic)),
+        ("senator", open("tests/data/faces/senator.png")),
+        ("minister", open("tests/data/faces/minister.png")),
+        ("painted", open("tests/data/faces/painted.png")),
+        ("painted-small", open("tests/data/faces/painted-small.png")),
     ]
 }
 
@@ -107,7 +111,7 @@ fn two_people_differ_and_one_person_mirrored_does_not() {
         let face = encoder.detect(picture).unwrap().remove(0);
         (encoder.embed(picture, &face).unwrap(), judge.embed(picture, &face).unwrap())
     };
-    let [(_, astronaut), (_, senator), _] = pictures();
+    let [(_, astronaut), (_, senator), ..] = pictures();
     let (one, other, mirrored) = (embed(&astronaut), embed(&senator), embed(&astronaut.mirrored()));
     println!("other {} {}", cosine(&one.0, &other.0), cosine(&one.1, &other.1));
     println!("mirrored {} {}", cosine(&one.0, &mirrored.0), cosine(&one.1, &mirrored.1));
