@@ -40,30 +40,34 @@ pub struct Common {
 /// One subcommand, one story in `commands/`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Train a LoRA on a folder of one person's pictures (DreamBooth).
-    TrainLora(Box<commands::train_lora::Args>),
     /// Make a LoRA from photos of a person, and draw pictures with it.
     Gen(Box<commands::r#gen::Args>),
-    /// Train LoRAs of many painted people for the hypernetwork to learn from.
-    BuildDataset(commands::build_dataset::Args),
-    /// Judge the pictures of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
-    Eval(commands::eval::Args),
+    /// Train a LoRA on a folder of one person's pictures (DreamBooth), or many at once.
+    TrainLora(Box<commands::train_lora::Args>),
     /// Look into LoRA files, convert, add, shorten, extract, compare and disturb them.
     Lora(commands::lora::Args),
-    /// Detect, embed and compare faces.
+    /// Detect, embed, compare, cut out and group faces.
     Face(commands::face::Args),
     /// Find, fetch, check and measure base models.
     Models(commands::models::Args),
+    /// Train LoRAs of many painted people for the hypernetwork to learn from.
+    BuildDataset(commands::build_dataset::Args),
+    /// Train the autoencoder of LoRAs.
+    TrainLae(commands::train_lae::Args),
+    /// Train the networks from a person to a LoRA.
+    TrainDit(commands::train_dit::Args),
+    /// Judge the pictures of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
+    Eval(commands::eval::Args),
     /// Paint people of the small world.
     Portraits(commands::portraits::Args),
     /// Train a small SDXL from nothing on painted portraits.
     TrainBase(commands::train_base::Args),
     /// Train the small image encoder, or the judge of drawn portraits.
     TrainEncoder(commands::train_encoder::Args),
-    /// Train the autoencoder of LoRAs.
-    TrainLae(commands::train_lae::Args),
-    /// Train the networks from a person to a LoRA.
-    TrainDit(commands::train_dit::Args),
+    /// Print the script that completes commands and options in a shell.
+    Completions(commands::shell::Completions),
+    /// Print the manual page, or write those of all commands.
+    Man(commands::shell::Man),
 }
 
 impl Command {
@@ -89,17 +93,19 @@ pub fn run(cli: Cli) -> Result<()> {
     progress::set_verbose(cli.common.verbose);
     progress::catch_interrupts()?;
     match cli.command {
-        Command::TrainLora(args) => commands::train_lora::run(*args, &cli.common),
         Command::Gen(args) => commands::r#gen::run(*args, &cli.common),
-        Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
-        Command::Eval(args) => commands::eval::run(args, &cli.common),
+        Command::TrainLora(args) => commands::train_lora::run(*args, &cli.common),
         Command::Lora(args) => commands::lora::run(args, &cli.common),
         Command::Face(args) => commands::face::run(args, &cli.common),
         Command::Models(args) => commands::models::run(args, &cli.common),
+        Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
+        Command::TrainLae(args) => commands::train_lae::run(args, &cli.common),
+        Command::TrainDit(args) => commands::train_dit::run(args, &cli.common),
+        Command::Eval(args) => commands::eval::run(args, &cli.common),
         Command::Portraits(args) => commands::portraits::run(args, &cli.common),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.common),
         Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.common),
-        Command::TrainLae(args) => commands::train_lae::run(args, &cli.common),
-        Command::TrainDit(args) => commands::train_dit::run(args, &cli.common),
+        Command::Completions(args) => commands::shell::completions(&args),
+        Command::Man(args) => commands::shell::man(&args),
     }
 }

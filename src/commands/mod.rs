@@ -11,6 +11,7 @@ mod lora_set;
 pub mod models;
 mod photos;
 pub mod portraits;
+pub mod shell;
 pub mod train_base;
 pub mod train_dit;
 pub mod train_encoder;

@@ -55,3 +55,25 @@ fn standard_output_on_a_full_disk_is_an_error() {
     assert_eq!(run.status.code(), Some(1), "{stderr}");
     assert!(stderr.starts_with("error: cannot write to the standard output"), "{stderr}");
 }
+
+#[test]
+fn shells_and_man_know_every_command() {
+    let commands =
+        ["gen", "train-lora", "lora", "face", "models", "build-dataset", "train-lae", "train-dit", "eval"];
+    for shell in ["bash", "zsh", "fish"] {
+        let run = difflora(&["completions", shell]);
+        assert!(
+            run.code == 0 && commands.iter().all(|name| run.stdout.contains(name)),
+            "{shell}: {}",
+            run.stderr
+        );
+    }
+    let page = difflora(&["man"]).stdout;
+    assert!(page.contains(".TH difflora 1") && page.contains("Exit codes"), "{page}");
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(difflora(&["man", "--out", folder.path().to_str().unwrap()]).code, 0);
+    for name in ["difflora", "difflora-gen", "difflora-lora-merge"] {
+        let page = std::fs::read_to_string(folder.path().join(format!("{name}.1"))).unwrap();
+        assert!(page.contains(&name.replace("difflora-", "")), "{name}");
+    }
+}
