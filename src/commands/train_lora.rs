@@ -29,7 +29,7 @@ use crate::failure::Failure;
 use crate::identity::FaceEncoder;
 use crate::output::print_line;
 use crate::picture::pictures_in;
-use crate::sdxl::pipeline::Sdxl;
+use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::unet::UNetConfig;
 use crate::train::schedule::Decay;
 use crate::train::shards::in_threads;
@@ -219,37 +219,33 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     }
 
     let device = device::device(&args.device)?;
-    let model = Sdxl::open(&base_files, settings.training.dtype.into(), &device)?;
+    let model = Unloaded::open(&base_files, settings.training.dtype.into(), &device)?;
     let side =
         if settings.pictures.resolution == 0 { model.native_size() } else { settings.pictures.resolution };
     model.latent_shape(side, side).map_err(|error| usage(error.to_string()))?;
     if settings.pictures.crop == Crop::Buckets && !side.is_multiple_of(16) {
         return Err(usage(format!("buckets need a --resolution in multiples of 16, not {side}")));
     }
-    let mut networks =
-        Networks { unet: model.unet.clone(), text: settings.lora.text_encoders.then(|| model.text.clone()) };
-    networks.visit_layers(&mut |_, mut layer| layer.set_adapter(None));
-    let rank = settings.lora.rank;
-    let sites = adapters::sites(&networks, settings.lora.targets, rank)
-        .map_err(|error| usage(format!("{error:#}")))?;
-    let downs = adapters::random_downs(&sites, rank, settings.seed)?;
+    let (text, vae) = (model.load_text()?, model.load_vae()?);
 
     let class_folder = args.options.class_pictures.as_deref();
     let prior = settings.objective.class_pictures > 0;
-    let easel = (settings.samples.every > 0 || prior).then(|| Easel::new(&model, side)).transpose()?;
+    let easel = (settings.samples.every > 0 || prior)
+        .then(|| Easel::new(&model, &text, vae.clone(), side))
+        .transpose()?;
     if let (true, Some(easel)) = (prior, &easel) {
         let folder =
             class_folder.ok_or_else(|| usage("class pictures need a folder: --class-pictures DIR".into()))?;
-        class_pictures::complete(folder, &model, easel, &settings)?;
+        class_pictures::complete(folder, &model, &text, easel, &settings)?;
     }
     let sample_prompts = match &settings.samples.prompts[..] {
         [] => vec![settings.caption()],
         prompts => prompts.to_vec(),
     };
     let told: Vec<&str> = sample_prompts.iter().map(String::as_str).collect();
-    let sample_words = easel.as_ref().map(|_| model.text.encode_prompts(&told)).transpose()?;
-    let Sdxl { text, vae, schedule, .. } = model;
+    let sample_words = easel.as_ref().map(|_| text.encode_prompts(&told)).transpose()?;
     let scaling = Scaling::of(&vae, &device)?;
+    let trained_text = settings.lora.text_encoders.then(|| text.clone());
     let encoders = Encoders { vae, text, device: device.clone() };
     let class = match class_folder.filter(|_| prior) {
         Some(folder) => {
@@ -259,12 +255,26 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         }
         None => None,
     };
+    let mut steps = 0;
+    for person in &people {
+        steps += settings.steps(pictures_in(&person.pictures)?.len());
+    }
+    let mut queue = Queue::new(VecDeque::from(people), encoders, FaceEncoder::builtin()?);
+    if alone {
+        queue.encode_the_first(&settings, side)?; // 3.6 GB of encoders in f32 SDXL go before 10 GB of UNet come
+    }
 
+    let mut networks = Networks { unet: model.load_unet()?, text: trained_text };
+    networks.visit_layers(&mut |_, mut layer| layer.set_adapter(None));
+    let rank = settings.lora.rank;
+    let sites = adapters::sites(&networks, settings.lora.targets, rank)
+        .map_err(|error| usage(format!("{error:#}")))?;
+    let downs = adapters::random_downs(&sites, rank, settings.seed)?;
     let weight_norm = adapters::weight_norm(&networks, &sites)?;
     let half = networks.unet.compute_dtype() == DType::F16;
     let room = Room {
         networks,
-        schedule,
+        schedule: model.schedule,
         scaling,
         class,
         easel: easel.filter(|_| settings.samples.every > 0),
@@ -282,12 +292,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         alone,
         settings,
     };
-    let mut steps = 0;
-    for person in &people {
-        steps += room.settings.steps(pictures_in(&person.pictures)?.len());
-    }
     let bar = progress::bar(steps, "lora");
-    let queue = Queue::new(VecDeque::from(people), encoders, FaceEncoder::builtin()?);
     let seats = if alone { 1 } else { args.people_per_batch as usize };
     let groups = if alone { 1 } else { args.groups as usize };
     in_threads(groups, |_| room.teach(&queue, seats, &bar))?;

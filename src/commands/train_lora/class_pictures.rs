@@ -9,11 +9,18 @@ use super::settings::Settings;
 use crate::commands::dreambooth::Networks;
 use crate::picture::pictures_in;
 use crate::progress;
-use crate::sdxl::pipeline::Sdxl;
+use crate::sdxl::pipeline::Unloaded;
+use crate::sdxl::text::TextEncoders;
 
 /// Draws as many pictures into `folder` as are missing there, number by number, so that it goes on where it was stopped.
 /// Pictures of other names in the folder count too.
-pub fn complete(folder: &Path, model: &Sdxl, easel: &Easel, settings: &Settings) -> Result<()> {
+pub fn complete(
+    folder: &Path,
+    model: &Unloaded,
+    text: &TextEncoders,
+    easel: &Easel,
+    settings: &Settings,
+) -> Result<()> {
     std::fs::create_dir_all(folder)
         .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
     let there = pictures_in(folder)?;
@@ -22,8 +29,8 @@ pub fn complete(folder: &Path, model: &Sdxl, easel: &Easel, settings: &Settings)
     if missing == 0 {
         return Ok(());
     }
-    let prompt = model.text.encode_prompts(&[settings.class_prompt().as_str()])?;
-    let networks = Networks { unet: model.unet.clone(), text: None };
+    let prompt = text.encode_prompts(&[settings.class_prompt().as_str()])?;
+    let networks = Networks { unet: model.load_unet()?, text: None };
     let bar = progress::bar(wanted as u64, "class");
     bar.set_position(there.len() as u64);
     bar.reset_eta();

@@ -93,22 +93,46 @@ pub struct Queue {
 struct Waiting {
     people: VecDeque<Person>,
     encoders: Option<Arc<(Encoders, FaceEncoder)>>,
+    /// Of the first person, where they were encoded beforehand.
+    lessons: Option<Box<Lessons>>,
+}
+
+/// What a person brings to the seat.
+enum Material {
+    /// Pictures and captions that are still to be encoded, by these.
+    Raw(Arc<(Encoders, FaceEncoder)>),
+    Encoded(Box<Lessons>),
 }
 
 impl Queue {
     /// Everybody waits.
     pub fn new(people: VecDeque<Person>, encoders: Encoders, faces: FaceEncoder) -> Self {
-        let waiting = Waiting { people, encoders: Some(Arc::new((encoders, faces))) };
+        let waiting = Waiting { people, encoders: Some(Arc::new((encoders, faces))), lessons: None };
         Self { waiting: Mutex::new(waiting), done: Mutex::default(), failed: Mutex::default() }
     }
 
-    /// The next person, and the encoders of pictures and captions.
-    fn next(&self) -> Option<(Person, Arc<(Encoders, FaceEncoder)>)> {
+    /// Encodes the first person's pictures and captions now; the encoders go if nobody else waits.
+    pub fn encode_the_first(&mut self, settings: &Settings, side: usize) -> Result<()> {
+        let waiting = self.waiting.get_mut().expect("nobody panics in the queue");
+        if let (Some(person), Some(encoders)) = (waiting.people.front(), &waiting.encoders) {
+            waiting.lessons = Some(Box::new(encode(person, settings, side, encoders)?));
+        }
+        if waiting.people.len() < 2 {
+            waiting.encoders = None;
+        }
+        Ok(())
+    }
+
+    /// The next person.
+    fn next(&self) -> Option<(Person, Material)> {
         let mut waiting = self.waiting.lock().expect("nobody panics in the queue");
         let person = waiting.people.pop_front()?;
+        if let Some(lessons) = waiting.lessons.take() {
+            return Some((person, Material::Encoded(lessons)));
+        }
         let last = waiting.people.is_empty();
         let encoders = if last { waiting.encoders.take() } else { waiting.encoders.clone() };
-        encoders.map(|encoders| (person, encoders))
+        encoders.map(|encoders| (person, Material::Raw(encoders)))
     }
 
     /// What was written, sorted, and who failed and why.
@@ -117,6 +141,18 @@ impl Queue {
         done.sort_by(|a, b| a.0.cmp(&b.0));
         (done, self.failed.lock().expect("nobody panics in the queue").clone())
     }
+}
+
+/// A person's pictures and captions, as the networks take them. Warns of what makes a poor LoRA.
+fn encode(
+    person: &Person,
+    settings: &Settings,
+    side: usize,
+    (encoders, faces): &(Encoders, FaceEncoder),
+) -> Result<Lessons> {
+    let pictures = lessons::read_pictures(&person.pictures, &settings.caption())?;
+    lessons::warn_of_poor_pictures(&person.name, &pictures, faces)?;
+    Lessons::new(pictures, settings, side, encoders)
 }
 
 impl Room {
@@ -128,10 +164,10 @@ impl Room {
         let mut learners: Vec<Learner> = Vec::new();
         loop {
             while learners.len() < seats
-                && let Some((person, encoders)) = queue.next()
+                && let Some((person, material)) = queue.next()
             {
                 let name = person.name.clone();
-                match self.seat(person, &encoders.0, &encoders.1, queue) {
+                match self.seat(person, material, queue) {
                     Ok(learner) => {
                         bar.inc(learner.as_ref().map_or(0, Learner::step));
                         learners.extend(learner);
@@ -172,20 +208,15 @@ impl Room {
     }
 
     /// Reads a person's pictures and state; nothing when the person's LoRA is there already.
-    fn seat(
-        &self,
-        person: Person,
-        encoders: &Encoders,
-        faces: &FaceEncoder,
-        queue: &Queue,
-    ) -> Result<Option<Learner>> {
+    fn seat(&self, person: Person, material: Material, queue: &Queue) -> Result<Option<Learner>> {
         let settings = &self.settings;
         std::fs::create_dir_all(&person.folder)
             .with_context(|| format!("cannot make `{}`", person.folder.display()))?;
-        let pictures = lessons::read_pictures(&person.pictures, &settings.caption())?;
-        lessons::warn_of_poor_pictures(&person.name, &pictures, faces)?;
-        let count = pictures.len();
-        let lessons = Lessons::new(pictures, settings, self.side, encoders)?;
+        let lessons = match material {
+            Material::Encoded(lessons) => *lessons,
+            Material::Raw(encoders) => encode(&person, settings, self.side, &encoders)?,
+        };
+        let count = lessons.len();
         let stamp = self.stamp(&lessons)?;
         if self.resume && !self.alone && person.out.exists() {
             let written = Header::read(&mut file::open(&person.out)?)

@@ -10,8 +10,8 @@ use crate::commands::dreambooth::{Networks, Student};
 use crate::diffusion::noise;
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::picture::{Picture, contact_sheet};
-use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Sdxl, Tiling};
-use crate::sdxl::text::TextConditioning;
+use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Tiling, Unloaded};
+use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
 use crate::{files, progress};
 
@@ -31,14 +31,14 @@ const COLUMNS: usize = 4;
 
 impl Easel {
     /// Of `model`, for squares of `side` pixels.
-    pub fn new(model: &Sdxl, side: usize) -> Result<Self> {
+    pub fn new(model: &Unloaded, text: &TextEncoders, vae: Vae, side: usize) -> Result<Self> {
         Ok(Self {
-            vae: model.vae.clone(),
+            vae,
             schedule: model.schedule.clone(),
             sampler: model.sampler.unwrap_or(Sampler::Ddim),
-            device: model.device().clone(),
+            device: model.device.clone(),
             shape: model.latent_shape(side, side)?,
-            negative: model.negative(None)?,
+            negative: model.negative(text, None)?,
         })
     }
 
