@@ -9,12 +9,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
+use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use self::measure::{Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired};
 use self::table::{interval, obeyed, plain, table};
 use super::build_dataset::{self, Header, Row};
+use super::functional::{Refinement, refine};
 use super::models;
 use crate::cli::Common;
 use crate::dataset::judge::{Judge as AttributeJudge, Record};
@@ -84,6 +86,12 @@ pub struct Args {
     /// How far from the mean LoRA: factor on the generated latent.
     #[arg(long, value_name = "X", default_value_t = 1.0, env = "DIFFLORA_STRENGTH")]
     strength: f64,
+    /// Draw also with the generated LoRA after so many fine-tuning steps on the photo, as `gen --refine` takes them.
+    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
+    refine: Option<u32>,
+    /// Learning rate of these steps.
+    #[arg(long, value_name = "F", default_value_t = 1e-3, requires = "refine", env = "DIFFLORA_REFINE_RATE")]
+    refine_rate: f64,
     /// Of all noise.
     #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
     seed: u64,
@@ -97,6 +105,10 @@ pub struct Args {
 
 /// Evaluates a hypernetwork, or a base model alone.
 pub fn run(args: Args, common: &Common) -> Result<()> {
+    if !(args.refine_rate > 0.0 && args.refine_rate.is_finite()) {
+        let why = format!("--refine-rate {}: it is more than 0", args.refine_rate);
+        return Err(Failure::Usage(why).into());
+    }
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out)
             .with_context(|| format!("cannot make the folder `{}`", out.display()))?;
@@ -193,7 +205,8 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     };
 
     // No LoRA and the mean LoRA know nobody, and the noise is the same for all: they are drawn once for all.
-    let bar = progress::bar(3 * count as u64 + 2, "drawing");
+    let ways = 3 + u64::from(args.refine.is_some());
+    let bar = progress::bar(ways * count as u64 + 2, "drawing");
     let draw = |lora: Option<&Lora>| -> Result<Drawn> {
         let drawn = bench.draw(&stage, lora)?;
         bar.inc(1);
@@ -215,8 +228,24 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
             Some(path) => Some(draw(Some(&bench.lora(&path)?)).with_context(who)?),
             None => None,
         };
+        let refined = match args.refine {
+            Some(steps) => {
+                let how = Refinement {
+                    steps,
+                    rate: args.refine_rate,
+                    seed: args.seed,
+                    downs: !hypernet.codec.layout.shared_down,
+                };
+                let photo = std::slice::from_ref(&sitter.photo);
+                let (lora, _) =
+                    refine(&bench.model, &generated, photo, how, &ProgressBar::hidden()).with_context(who)?;
+                Some(draw(Some(&lora)).with_context(who)?)
+            }
+            None => None,
+        };
         let difflora = draw(Some(&generated)).with_context(who)?;
-        Ok(Portrayed { difflora, own: draw(Some(&own)).with_context(who)?, nearest, sitter })
+        let own = draw(Some(&own)).with_context(who)?;
+        Ok(Portrayed { difflora, refined, own, nearest, sitter })
     })?;
     bar.finish_and_clear();
 
@@ -243,6 +272,9 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
         sitters.iter().map(|portrayed| Some(portrayed.nearest.as_ref()?.seen.as_slice())).collect();
     methods.extend(nearest.map(|shown| method("nearest", "nearest training LoRA", shown)));
     methods.push(method("difflora", "DiffLoRA", of(|portrayed| &portrayed.difflora)));
+    let refined: Option<Vec<&[Seen]>> =
+        sitters.iter().map(|portrayed| Some(portrayed.refined.as_ref()?.seen.as_slice())).collect();
+    methods.extend(refined.map(|shown| method("refined", "DiffLoRA, refined", shown)));
     methods.push(method("own", "own DreamBooth LoRA", of(|portrayed| &portrayed.own)));
     let painted = sitters.iter().map(|portrayed| std::slice::from_ref(&portrayed.sitter.photo_seen));
     let mut painted = method("photo", "the photo itself", painted.collect());
@@ -251,7 +283,7 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     methods.push(painted);
 
     let figures = |name: &str| methods.iter().find(|method| method.method == name);
-    let differences: Vec<Difference> = ["no-lora", "mean-lora", "shuffled", "nearest", "own"]
+    let differences: Vec<Difference> = ["no-lora", "mean-lora", "shuffled", "nearest", "refined", "own"]
         .into_iter()
         .filter_map(|over| {
             let (of, against) = (figures("difflora")?, figures(over)?);
@@ -265,6 +297,7 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
         "prompts": words,
         "drawing": { "steps": args.steps, "guidance": args.guidance, "seed": args.seed },
         "generating": { "steps": options.steps, "guidance": options.guidance, "samples": options.samples, "strength": options.strength },
+        "refining": args.refine.map(|steps| json!({ "steps": steps, "rate": args.refine_rate })),
         "base": bench.base,
         "hypernet": args.hypernet,
         "recogniser": bench.recogniser_id(),
@@ -398,6 +431,7 @@ struct Sitter {
 struct Portrayed {
     sitter: Sitter,
     difflora: Drawn,
+    refined: Option<Drawn>,
     own: Drawn,
     nearest: Option<Drawn>,
 }

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
+use indicatif::ProgressBar;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
@@ -230,7 +231,13 @@ pub struct Refined {
 /// Fine-tunes a LoRA on photos of the person (squares of any size), with the caption "a photo of a person".
 ///
 /// A few steps from a good start, as HyperDreamBooth (arXiv 2307.06949, section 3.3) takes them.
-pub fn refine(base: &Sdxl, lora: &Lora, photos: &[Picture], how: Refinement) -> Result<(Lora, Refined)> {
+pub fn refine(
+    base: &Sdxl,
+    lora: &Lora,
+    photos: &[Picture],
+    how: Refinement,
+    bar: &ProgressBar,
+) -> Result<(Lora, Refined)> {
     let size = base.native_size();
     let device = base.device();
     let mut pictures = Vec::new();
@@ -279,7 +286,6 @@ pub fn refine(base: &Sdxl, lora: &Lora, photos: &[Picture], how: Refinement) -> 
     let before = judged()?;
     let options = AdamWOptions { betas: [0.9, 0.99], weight_decay: 0.0, ..AdamWOptions::default() };
     let mut optimiser = AdamW::new(vars.clone(), options)?;
-    let bar = progress::bar(u64::from(how.steps), "refining");
     for step in 0..u64::from(how.steps) {
         progress::check()?;
         let sum = gradients(&vars, 1, |_| Ok(at(step)?.into()))?;
@@ -287,7 +293,6 @@ pub fn refine(base: &Sdxl, lora: &Lora, photos: &[Picture], how: Refinement) -> 
         bar.set_message(format!("loss {:.4}", sum.loss));
         bar.inc(1);
     }
-    bar.finish_and_clear();
     let after = judged()?;
     let mut refined = lora.clone();
     for (module, layer) in &mut refined.layers {
@@ -406,7 +411,8 @@ mod tests {
         let photo = Picture::filled(80, 64, [200, 30, 40]);
         let how = Refinement { steps: 6, rate: 1e-2, seed: 1, downs: false };
         let start = lora(1, 0.05);
-        let (refined, told) = refine(&base, &start, std::slice::from_ref(&photo), how).unwrap();
+        let (refined, told) =
+            refine(&base, &start, std::slice::from_ref(&photo), how, &ProgressBar::hidden()).unwrap();
         assert!(told.after < told.before, "{told:?}");
         let values = |lora: &Lora, pick: fn(&LoraLayer) -> &Tensor| -> Vec<f32> {
             lora.layers
@@ -415,7 +421,7 @@ mod tests {
                 .collect()
         };
         assert_eq!(values(&refined, |layer| &layer.down), values(&start, |layer| &layer.down));
-        let (again, _) = refine(&base, &start, &[photo], how).unwrap();
+        let (again, _) = refine(&base, &start, &[photo], how, &ProgressBar::hidden()).unwrap();
         assert_eq!(values(&refined, |layer| &layer.up), values(&again, |layer| &layer.up));
         assert_ne!(values(&refined, |layer| &layer.up), values(&start, |layer| &layer.up));
     }

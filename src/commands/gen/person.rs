@@ -76,7 +76,9 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize) -> Result<(Lor
         let photos = people[0].0.squares()?;
         let base_files = models::find_base(&args.base, &args.base_options)?;
         let base = Sdxl::open(&base_files, DType::F32, &device(&args.device)?)?;
-        let (better, told) = refine(&base, &lora, &photos, how)?;
+        let bar = progress::bar(u64::from(steps), "refining");
+        let (better, told) = refine(&base, &lora, &photos, how, &bar)?;
+        bar.finish_and_clear();
         (lora, refined) = (better, Some(told));
     }
     let hashes: Vec<&str> = people
