@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dreambooth::{self, Downs, Frozen, Lessons, Recipe};
 use super::face::open_encoder;
-use super::models;
+use super::{device, models};
 use crate::cli::Common;
 use crate::dataset::{self, CaptionOptions, Person, Scene};
 use crate::failure::Failure;
@@ -26,7 +26,7 @@ use crate::lora::layout::LoraLayout;
 use crate::output::print_line;
 use crate::picture::Picture;
 use crate::sdxl::pipeline::Sdxl;
-use crate::train::shards::in_threads;
+use crate::train::shards::in_threads_or_turn;
 use crate::{files, hashes, progress};
 
 /// Arguments of `difflora build-dataset`.
@@ -53,6 +53,9 @@ pub struct Args {
     /// The encoder of faces, which becomes the condition of hypernetworks for this dataset.
     #[arg(long, value_name = "NAME|DIR", default_value = catalog::BUILT_IN, env = "DIFFLORA_FACE_ENCODER")]
     face_encoder: String,
+    /// Where to compute.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    device: String,
     /// Train so many people twice, with other pictures and noise, and print how far their two LoRAs agree.
     #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_SIGNAL")]
     signal: u64,
@@ -166,6 +169,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let text =
         std::fs::read_to_string(&args.config).map_err(|error| Failure::unusable(&args.config, error))?;
     let settings: Settings = toml::from_str(&text).map_err(|error| Failure::unusable(&args.config, error))?;
+    let device = device::open(&args.device)?;
     for folder in ["loras", "embeddings", "portraits"] {
         std::fs::create_dir_all(args.out.join(folder))
             .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;
@@ -174,7 +178,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
     let image_files = models::find(&args.image_encoder, "image_encoder")?;
     let image_encoder = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
-    let model = Sdxl::open(&base_files, DType::F32, &Device::Cpu)?;
+    let model = Sdxl::open(&base_files, DType::F32, &device)?;
     let unet = &model.unet.config;
     let workshop = Workshop {
         layout: BlockLayout::uniform(unet.block_out_channels.len(), unet.layers_per_block),
@@ -271,7 +275,8 @@ impl Workshop {
                 .iter()
                 .map(|scene| picture(person, scene, size)?.to_tensor(&Device::Cpu))
                 .collect::<Result<Vec<_>>>()?;
-            let (mean, _) = self.model.vae.encode(&Tensor::stack(&pictures, 0)?)?;
+            let pictures = Tensor::stack(&pictures, 0)?.to_device(self.model.device())?;
+            let (mean, _) = self.model.vae.encode(&pictures)?;
             latents.push(self.model.vae.to_latents(&mean)?);
         }
         Ok(Lessons {
@@ -385,7 +390,7 @@ impl Workshop {
         let bar = progress::bar(train + held_out, "people");
         bar.set_position(done.len() as u64);
         bar.reset_eta();
-        in_threads(groups.len(), |group| {
+        in_threads_or_turn(self.model.device(), groups.len(), |group| {
             let people = self.people(seed, groups[group].iter().copied());
             let lessons = self.lessons(&people, self.settings.pictures.seed)?;
             let (mut loss, mut losses) = (0.0, 0.0);

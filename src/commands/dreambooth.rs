@@ -15,7 +15,7 @@ pub mod objective;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{IndexOp, Tensor, Var};
+use candle_core::{Device, IndexOp, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 pub use adapters::{Downs, Networks, Site, Student, Targets};
@@ -102,7 +102,7 @@ pub fn train(
 }
 
 /// Learns the basis itself: `downs` trained together with the `up`s of all K people, then orthonormalised in
-/// direction and brought back to the scale of the start.
+/// direction and brought back to the scale of the start; on the CPU.
 pub fn learn_downs(
     base: Frozen,
     downs: &Downs,
@@ -112,7 +112,7 @@ pub fn learn_downs(
 ) -> Result<Downs> {
     let shared: BTreeMap<String, Var> = downs
         .iter()
-        .map(|(path, down)| Ok((path.clone(), Var::from_tensor(down)?)))
+        .map(|(path, down)| Ok((path.clone(), Var::from_tensor(&down.to_device(lessons.latents.device())?)?)))
         .collect::<Result<_>>()?;
     let tracked = shared.iter().map(|(path, var)| (path.clone(), var.as_tensor().clone())).collect();
     let class = Class::new(base, &tracked, lessons, recipe)?;
@@ -144,7 +144,7 @@ fn orthogonal_rows(down: &Tensor) -> Result<Tensor> {
         row.iter_mut().for_each(|a| *a *= length / norm);
     }
     let shape = down.shape().clone();
-    Ok(Tensor::from_vec(rows.concat(), shape, down.device())?)
+    Ok(Tensor::from_vec(rows.concat(), shape, &Device::Cpu)?)
 }
 
 /// K people who learn in step.
@@ -166,8 +166,13 @@ impl<'a> Class<'a> {
             "the basis is of other layers or another rank than the recipe's; take another --out"
         );
         let people = lessons.latents.dim(0)?;
+        // Once for all people, so that they share them there too.
+        let near = |(path, down): (&String, &Tensor)| -> Result<_> {
+            Ok((path.clone(), down.to_device(lessons.latents.device())?))
+        };
+        let downs: Downs = downs.iter().map(near).collect::<Result<_>>()?;
         let students =
-            (0..people).map(|_| Student::new(&sites, downs, recipe.alpha)).collect::<Result<_>>()?;
+            (0..people).map(|_| Student::new(&sites, &downs, recipe.alpha)).collect::<Result<_>>()?;
         Ok(Self { networks, schedule: base.schedule, lessons, students })
     }
 

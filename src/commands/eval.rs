@@ -17,7 +17,7 @@ use self::measure::{Attributes, Figures, Obedience, Seen, Target, asked, measure
 use self::table::{interval, obeyed, plain, table};
 use super::build_dataset::{self, Header, Row};
 use super::functional::{Refinement, refine};
-use super::models;
+use super::{device, models};
 use crate::cli::Common;
 use crate::dataset::judge::{Judge as AttributeJudge, Record};
 use crate::dataset::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
@@ -37,7 +37,7 @@ use crate::output::print_line;
 use crate::picture::{Picture, contact_sheet};
 use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
-use crate::train::shards::in_threads;
+use crate::train::shards::in_threads_or_turn;
 use crate::{files, progress};
 
 /// Arguments of `difflora eval`.
@@ -95,6 +95,9 @@ pub struct Args {
     /// Of all noise.
     #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
     seed: u64,
+    /// Where to compute.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    device: String,
     /// Folder for table.json, table.md and sheet.png; made where it is missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
     out: Option<PathBuf>,
@@ -161,8 +164,8 @@ struct Difference {
 fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let mut bench = Bench::open(args)?;
     let header: Header = read_json(&dataset.join("dataset.json"))?;
-    let hypernet =
-        Hypernet::open(&models::find_hypernet(&args.hypernet, args.base_options.offline)?, &Device::Cpu)?;
+    let hypernet_files = models::find_hypernet(&args.hypernet, args.base_options.offline)?;
+    let hypernet = Hypernet::open(&hypernet_files, bench.model.device())?;
     hypernet.codec.base.demand(&bench.base, "base model")?;
     let face_encoder = &hypernet.denoiser.config.face_encoder.name;
     if identity::catalog::is_known(face_encoder) {
@@ -213,8 +216,8 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
         Ok(drawn)
     };
     let mean_lora = hypernet.codec.mean_lora()?;
-    let common = in_threads(2, |i| draw([None, Some(&mean_lora)][i]))?;
-    let sitters = in_threads(count, |i| {
+    let common = in_threads_or_turn(bench.model.device(), 2, |i| draw([None, Some(&mean_lora)][i]))?;
+    let sitters = in_threads_or_turn(bench.model.device(), count, |i| {
         let row = &held_out[i];
         let who = || format!("`{}`", row.id);
         let scenes = (0..references).map(|i| build_dataset::reference_scene(seed, i));
@@ -324,7 +327,7 @@ fn judge_base(args: &Args, count: u64) -> Result<Findings> {
         .collect();
     let bar = progress::bar(count, "drawing");
     let batches: Vec<usize> = (0..scenes.len()).step_by(BATCH).collect();
-    let drawn = in_threads(batches.len(), |batch| {
+    let drawn = in_threads_or_turn(bench.model.device(), batches.len(), |batch| {
         let range = batches[batch]..scenes.len().min(batches[batch] + BATCH);
         let drawn = bench.draw(&bench.stage(&scenes[range.clone()], &words[range.clone()], args)?, None)?;
         bar.inc(range.len() as u64);
@@ -439,7 +442,7 @@ struct Portrayed {
 impl Bench {
     fn open(args: &Args) -> Result<Self> {
         let files = models::find_base(&args.base, &args.base_options)?;
-        let model = Sdxl::open(&files, DType::F32, &Device::Cpu)?;
+        let model = Sdxl::open(&files, DType::F32, &device::open(&args.device)?)?;
         let attributes = match &args.judge {
             Some(name) => Some(AttributeJudge::open(&models::find(name, "judge")?)?),
             None => match models::built_in("judge") {
@@ -468,7 +471,7 @@ impl Bench {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         Ok(Stage {
             seed: args.seed,
-            noise: grain_noise(args.seed, &grains, 0, &shape)?,
+            noise: grain_noise(args.seed, &grains, 0, &shape)?.to_device(self.model.device())?,
             grains,
             prompts: self.model.text.encode_prompts(&words)?,
             negative: self.model.negative(None)?,
@@ -490,7 +493,9 @@ impl Bench {
             merge(|visit| model.unet.visit_layers(visit), &loras, Unmatched::Refuse, Originals::Drop)?;
         }
         let Stage { seed, grains, noise, prompts, negative, drawing } = stage;
-        let fresh = |step: usize| grain_noise(*seed, grains, 1 + step as u64, &noise.dims()[1..]);
+        let fresh = |step: usize| {
+            Ok(grain_noise(*seed, grains, 1 + step as u64, &noise.dims()[1..])?.to_device(noise.device())?)
+        };
         let step = |_: &Step| progress::check();
         let pictures = model.painter().draw(noise, prompts, negative, *drawing, fresh, step)?;
         let seen = self.look(&pictures)?;

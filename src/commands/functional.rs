@@ -86,7 +86,7 @@ pub fn loss(
     let of_scenes: Vec<usize> =
         (0..scenes).map(|i| of_scene(i, rng.random::<f64>()).min(range - 1)).collect();
     let t: Vec<usize> = (0..people).flat_map(|_| of_scenes.iter().copied()).collect();
-    let eps = train::normal(rng, &(1, scenes, c, h, w).into())?.to_device(device)?;
+    let eps = train::normal(rng, &(1, scenes, c, h, w).into(), device)?;
     let samples = people * scenes;
     let eps = eps.broadcast_as((people, scenes, c, h, w))?.contiguous()?.reshape((samples, c, h, w))?;
     let x0 = sitting.latents.reshape((samples, c, h, w))?;
@@ -174,7 +174,7 @@ impl Album {
         Ok(Self { unet, vae, schedule, people: known, scenes, captions, size })
     }
 
-    /// [`loss`] of LoRA vectors (K, P) of these K people, each in `pictures` scenes.
+    /// [`loss`] of LoRA vectors (K, P) of these K people, each in `pictures` scenes; `vectors` lie where the base does.
     pub fn loss(
         &self,
         layout: &LoraLayout,
@@ -190,10 +190,11 @@ impl Album {
                 let scene = &self.scenes[*scene as usize];
                 build_dataset::picture(&self.people[*person], scene, self.size)?.to_tensor(&Device::Cpu)
             });
-            let painted = Tensor::stack(&painted.collect::<Result<Vec<_>>>()?, 0)?;
+            let painted =
+                Tensor::stack(&painted.collect::<Result<Vec<_>>>()?, 0)?.to_device(vectors.device())?;
             latents.push(self.vae.to_latents(&self.vae.encode(&painted)?.0)?);
         }
-        let index = Tensor::new(scenes, &Device::Cpu)?;
+        let index = Tensor::new(scenes, vectors.device())?;
         let sitting = Sitting {
             latents: Tensor::stack(&latents, 0)?,
             captions: TextConditioning {

@@ -1,6 +1,5 @@
 //! `difflora gen`: photos of a person (+ prompt) → LoRA file (+ pictures).
 
-pub(super) mod device;
 mod draw;
 mod identity;
 mod loras;
@@ -14,12 +13,12 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::json;
 
-use self::device::{Precision, device};
 use self::draw::{Plan, draw};
 use self::identity::IdentityOptions;
 use self::loras::{check_loras, chosen_loras};
 use self::outputs::Outputs;
 use self::person::make_lora;
+use super::device::{self, Precision};
 use super::models;
 use crate::cli::Common;
 use crate::lora::file::{self, Format};
@@ -182,7 +181,7 @@ fn two_numbers(text: &str, between: char) -> Option<[usize; 2]> {
 pub fn run(args: Args, common: &Common) -> Result<()> {
     let start = Instant::now();
     let outputs = Outputs::plan(&args)?;
-    let device = device(&args.device)?;
+    let device = device::open(&args.device)?;
     let base_files = models::find_base(&args.base, &args.base_options)?;
     let drawing = match args.prompt.is_empty() {
         true => None,
@@ -196,7 +195,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     clock.end();
 
     let person = match args.has_person() {
-        true => Some(make_lora(&args, &base, models::native_size(&base_files)?)?),
+        true => Some(make_lora(&args, &base, models::native_size(&base_files)?, &device)?),
         false => None,
     };
     let mut report = json!({});

@@ -1,6 +1,7 @@
 //! One file a subcommand, to be read aloud; the four rooms meet only here.
 
 pub mod build_dataset;
+mod device;
 pub mod dreambooth;
 pub mod eval;
 pub mod face;

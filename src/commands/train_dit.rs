@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -24,8 +24,8 @@ use self::trained_prior::TrainedPrior;
 use super::build_dataset::Header;
 use super::functional::Album;
 use super::lora_set::{FormWanted, LoraSet, Reading};
-use super::models;
 use super::train_lae::Settings;
+use super::{device, models};
 use crate::cli::Common;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule};
 use crate::diffusion::shifted::Shift;
@@ -33,7 +33,6 @@ use crate::failure::Failure;
 use crate::hypernet::dit::{Dit, DitConfig, DitSize, Position};
 use crate::hypernet::mixer::{GateFigures, Mixer, MixerConfig, MixerKind};
 use crate::hypernet::prior::PriorConfig;
-use crate::hypernet::stats::Standardise;
 use crate::hypernet::{
     Denoiser, DenoiserConfig, Hypernet, LoraCodec, ModelId, SampleOptions, diffusion_of_latents,
 };
@@ -68,6 +67,9 @@ pub struct Args {
     /// The model that the LoRAs are for, where the recipe has a loss of pictures (`functional`).
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
+    /// Where to compute.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    device: String,
     /// Go on from the last checkpoint of the same settings.
     #[arg(long, env = "DIFFLORA_RESUME")]
     resume: bool,
@@ -260,11 +262,12 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let recipe = Settings::read(&args.config)?.dit;
     recipe.check()?;
     parallel::join()?;
+    let device = device::open(&args.device)?;
     let training = args.out.join("training");
     std::fs::create_dir_all(&training)
         .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
     let lae_files = ModelFiles::folder(&args.lae)?;
-    let codec = LoraCodec::open(&lae_files, &Device::Cpu)?;
+    let codec = LoraCodec::open(&lae_files, &device)?;
     let lae = models::identify(&lae_files, &args.lae.display().to_string(), "lae.safetensors")?;
     let form = FormWanted::Of(codec.form.clone());
     let set = LoraSet::open(&args.dataset, &Reading { form, ..Reading::default() })?;
@@ -336,7 +339,8 @@ fn train(
     let widths = [lessons.face.dim(1)?, lessons.image.dim(1)?, lessons.width()];
     let config = recipe.config(widths, &set.header)?;
     let trainable = Trainable::new(recipe.seed);
-    let vb = trainable.builder(&Device::Cpu);
+    let device = lessons.device();
+    let vb = trainable.builder(device);
     let pupil = Pupil {
         mixer: Mixer::new(&config.mixer, vb.pp("mixer"))?,
         dit: Dit::new(&config.dit, vb.pp("dit"))?,
@@ -349,8 +353,8 @@ fn train(
         schedule: NoiseSchedule::new(&config.diffusion)?,
     };
     let vars = trainable.vars();
-    if let (Some(start), Some(prior)) = (&lessons.stats.prior, &pupil.prior) {
-        prior.start_from(start, &vars)?;
+    if let Some(prior) = &pupil.prior {
+        prior.start(&vars)?;
     }
     let plan = &recipe.plan;
     let (batch, shards) = (plan.samples_a_shard()?, plan.shards as u64);
@@ -378,7 +382,7 @@ fn train(
         if recipe.linear_guess {
             weights.extend(lessons.fit.ridge.tensors("guess"));
         }
-        Denoiser::new(config.clone(), stats, weights, &Device::Cpu)
+        Denoiser::new(config.clone(), stats, weights, device)
     };
     let mut best = Best::open(recipe.validation.as_ref(), keeping, &settings)?;
     let (end, ema) = run::run_until(plan, &settings, keeping, &vars, loss, |step, ema| {
@@ -408,35 +412,34 @@ impl Pupil {
         rows: &[u32],
         rng: &mut ChaCha8Rng,
     ) -> Result<Loss> {
-        let batch = rows.len();
+        let (batch, device) = (rows.len(), lessons.device());
         let t: Vec<usize> = (0..batch).map(|_| rng.random_range(0..self.schedule.alphas_bar.len())).collect();
         let keep: Vec<f32> =
             (0..batch).map(|_| if rng.random::<f64>() < recipe.drop { 0.0 } else { 1.0 }).collect();
-        let index = Tensor::new(rows, &Device::Cpu)?;
-        let mut blurred = |x: &Tensor| -> Result<Tensor> {
-            let x = x.index_select(&index, 0)?;
-            let noise = train::normal(rng, x.shape())?;
+        let mut blurred = |x: Tensor| -> Result<Tensor> {
+            let noise = train::normal(rng, x.shape(), device)?;
             Ok((x + (noise * recipe.condition_noise)?)?)
         };
-        let (face, image) = (blurred(&lessons.face)?, blurred(&lessons.image)?);
+        let (face, image) = lessons.embeddings(rows)?;
+        let (face, image) = (blurred(face)?, blurred(image)?);
         let x0 = lessons.x0(rows)?;
-        let eps = train::normal(rng, x0.shape())?;
+        let eps = train::normal(rng, x0.shape(), device)?;
         let mixed = self.mixer.forward(&face, &image)?;
-        let mut condition = self.mixer.drop(&mixed.condition, &Tensor::new(keep, &Device::Cpu)?)?;
+        let mut condition = self.mixer.drop(&mixed.condition, &Tensor::new(keep, device)?)?;
         let weights = match recipe.weights {
             Weights::Uniform => vec![1.0; batch],
             Weights::MinSnr(gamma) => self.schedule.min_snr_weights(&t, gamma)?,
         };
         let weights: Vec<f32> = weights.into_iter().map(|weight| weight as f32).collect();
-        let weights = Tensor::new(weights, &Device::Cpu)?;
+        let weights = Tensor::new(weights, device)?;
         let mut parts = Vec::new();
         let mut of_prior = None;
-        let x_t = match (&lessons.stats.prior, &self.prior) {
-            (Some(start), Some(trained)) => {
+        let x_t = match &self.prior {
+            Some(trained) => {
                 let clusters: Vec<u32> = rows.iter().map(|row| lessons.clusters[*row as usize]).collect();
-                let clusters = Tensor::new(clusters, &Device::Cpu)?;
+                let clusters = Tensor::new(clusters, device)?;
                 condition = self.dit.in_cluster(&condition, &clusters)?;
-                let shift = trained.shift(start, &clusters)?;
+                let shift = trained.shift(&clusters)?;
                 if trained.learned() {
                     let loss = trained.loss(&shift, &x0, &weights, rng)?;
                     parts.push(("prior", scalar(&loss)?));
@@ -446,10 +449,10 @@ impl Pupil {
                 let still = Shift { mean: shift.mean.detach(), std: shift.std.detach() };
                 still.add_noise(&self.schedule, &x0, &eps, &t)?
             }
-            _ => self.schedule.add_noise(&x0, &eps, &t)?,
+            None => self.schedule.add_noise(&x0, &eps, &t)?,
         };
         let t: Vec<f32> = t.into_iter().map(|t| t as f32).collect();
-        let guess = self.dit.forward(&x_t, &Tensor::new(t, &Device::Cpu)?, &condition)?;
+        let guess = self.dit.forward(&x_t, &Tensor::new(t, device)?, &condition)?;
         let errors = (&guess - x0)?.sqr()?.mean(1)?; // (B)
         let mut value = (errors * weights)?.mean_all()?;
         if let Some(gates) = &mixed.gates {
@@ -484,7 +487,7 @@ impl<'a> Gallery<'a> {
     fn open(how: &'a Functional, args: &Args, codec: &'a LoraCodec, set: &LoraSet) -> Result<Self> {
         let files = models::find_base(&args.base, &models::BaseOptions::default())?;
         codec.base.demand(&models::identify(&files, &args.base, models::BASE_WEIGHTS)?, "base model")?;
-        let base = Sdxl::open(&files, DType::F32, &Device::Cpu)?;
+        let base = Sdxl::open(&files, DType::F32, codec.device())?;
         Ok(Self { how, codec, album: Album::open(&args.dataset, base, set.train.people())? })
     }
 
@@ -503,10 +506,8 @@ fn scalar(x: &Tensor) -> Result<f64> {
 /// is what the guess alone leaves over.
 fn validation_error(lessons: &Lessons, denoiser: &Denoiser) -> Result<f64> {
     let rows: Vec<u32> = lessons.validation.iter().map(|photos| photos[0]).collect();
-    let index = Tensor::new(rows.as_slice(), &Device::Cpu)?;
-    let row = |x: &Tensor, standardise: &Standardise| standardise.undo(&x.index_select(&index, 0)?);
-    let (face, image) =
-        (row(&lessons.face, &lessons.stats.face)?, row(&lessons.image, &lessons.stats.image)?);
+    let (face, image) = lessons.embeddings(&rows)?;
+    let (face, image) = (denoiser.stats.face.undo(&face)?, denoiser.stats.image.undo(&image)?);
     let DenoiserConfig { steps, guidance, .. } = denoiser.config;
     let options = SampleOptions { steps, guidance, ..SampleOptions::default() };
     let z = denoiser.sample(&face, &image, &options)?;
@@ -523,6 +524,7 @@ mod tests {
     use super::super::train_lae::tests::{SETTINGS, args as lae_args, quiet};
     use super::*;
     use crate::identity::Identity;
+    use candle_core::Device;
     use serde_json::Value;
     use std::path::Path;
 
@@ -533,6 +535,7 @@ mod tests {
             out: folder.join("hypernet"),
             config: folder.join("settings.toml"),
             base: models::BUILT_IN.into(),
+            device: "cpu".into(),
             resume: false,
             minutes: None,
         }

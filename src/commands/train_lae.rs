@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::lora_set::{FormWanted, LoraSet, Reading};
-use super::train_dit;
+use super::{device, train_dit};
 use crate::cli::Common;
 use crate::failure::Failure;
 use crate::hypernet::codec::{LoraCodec, blocks};
@@ -53,6 +53,9 @@ pub struct Args {
     /// Gigabytes of LoRAs that are kept in memory; the rest of a larger dataset is read again in each step.
     #[arg(long, value_name = "GB", default_value_t = 2.0, env = "DIFFLORA_MEMORY")]
     memory: f64,
+    /// Where to compute.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    device: String,
     /// Go on from the last checkpoint of the same settings.
     #[arg(long, env = "DIFFLORA_RESUME")]
     resume: bool,
@@ -194,14 +197,18 @@ fn merge(table: &mut toml::Table, changes: &toml::Table) {
 /// Trains, saves and reports.
 pub fn run(args: Args, common: &Common) -> Result<()> {
     let recipe = Settings::read(&args.config)?.lae;
-    let deadline = args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes));
+    let how = How {
+        device: device::open(&args.device)?,
+        resume: args.resume,
+        deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
+    };
     let open = |recipe: &Recipe| {
         let memory = (args.memory.max(0.0) * (1u64 << 30) as f64) as usize;
         let form = FormWanted::New(recipe.canonical);
         LoraSet::open(&args.dataset, &Reading { skip_missing: args.skip_missing, memory, form })
     };
     let Some(path) = &args.sweep else {
-        let report = make(&recipe, &open(&recipe)?, &args.out, args.resume, deadline)?;
+        let report = make(&recipe, &open(&recipe)?, &args.out, &how)?;
         if common.json {
             print_line!("{report}")?;
         } else {
@@ -226,8 +233,8 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         // Read again only for another form.
         let fits = set.take().filter(|set| set.form.kind() == recipe.canonical);
         let opened = fits.map_or_else(|| open(&recipe), Ok)?;
-        let report = make(&recipe, &opened, &out, args.resume, deadline)
-            .with_context(|| format!("variant `{name}` of the sweep"))?;
+        let report =
+            make(&recipe, &opened, &out, &how).with_context(|| format!("variant `{name}` of the sweep"))?;
         set = Some(opened);
         reports.push((name.clone(), report));
     }
@@ -249,21 +256,27 @@ fn finished(out: &Path, recipe: &Recipe) -> Option<Value> {
     (report["finished"] == true && report["recipe"] == serde_json::to_value(recipe).ok()?).then_some(report)
 }
 
-/// One autoencoder in `out`, and its report.
-fn make(
-    recipe: &Recipe,
-    set: &LoraSet,
-    out: &Path,
+/// What is the same for all autoencoders of a call.
+struct How {
+    device: Device,
     resume: bool,
     deadline: Option<Instant>,
-) -> Result<Value> {
+}
+
+/// One autoencoder in `out`, and its report.
+fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Value> {
     let training = out.join("training");
     std::fs::create_dir_all(&training)
         .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
-    let keeping =
-        Keeping { folder: &training, name: "lae", resume, deadline, save_every: Duration::from_secs(120) };
+    let keeping = Keeping {
+        folder: &training,
+        name: "lae",
+        resume: how.resume,
+        deadline: how.deadline,
+        save_every: Duration::from_secs(120),
+    };
     let start = Instant::now();
-    let (codec, end) = train(recipe, set, &keeping)?;
+    let (codec, end) = train(recipe, set, &how.device, &keeping)?;
     let seconds = start.elapsed().as_secs_f64();
     // Half precision: its error is a thousandth of what the autoencoder leaves out.
     codec.save(out, DType::F16)?;
@@ -277,7 +290,7 @@ fn make(
 }
 
 /// The autoencoder with averaged weights.
-fn train(recipe: &Recipe, set: &LoraSet, keeping: &Keeping) -> Result<(LoraCodec, End)> {
+fn train(recipe: &Recipe, set: &LoraSet, device: &Device, keeping: &Keeping) -> Result<(LoraCodec, End)> {
     let vectors = &set.train.vectors;
     let config = recipe.network.config(vectors.width());
     check_people(recipe, &config, vectors.count())?;
@@ -295,10 +308,10 @@ fn train(recipe: &Recipe, set: &LoraSet, keeping: &Keeping) -> Result<(LoraCodec
     };
     let (weights, end) = match &pca {
         Some(pca) if config.closed_form() => (Lae::pca_tensors(pca).into_iter().collect(), End::Finished),
-        _ => descend(recipe, &config, set, &x, pca.as_ref(), keeping)?,
+        _ => descend(recipe, &config, set, &x, pca.as_ref(), device, keeping)?,
     };
     let (base, layout) = (set.header.base.clone(), set.layout.clone());
-    let codec = LoraCodec::new(base, layout, set.form.clone(), standardise, &config, weights, &Device::Cpu)?;
+    let codec = LoraCodec::new(base, layout, set.form.clone(), standardise, &config, weights, device)?;
     Ok((codec, end))
 }
 
@@ -324,33 +337,35 @@ fn check_people(recipe: &Recipe, config: &LaeConfig, people: usize) -> Result<()
     Ok(())
 }
 
-/// Gradient descent from the start that the network has.
+/// Gradient descent on `device` from the start that the network has; the rows are read by the CPU.
 fn descend(
     recipe: &Recipe,
     config: &LaeConfig,
     set: &LoraSet,
     x: &Standardised,
     pca: Option<&Pca>,
+    device: &Device,
     keeping: &Keeping,
 ) -> Result<(std::collections::BTreeMap<String, Tensor>, End)> {
     let trainable = Trainable::new(recipe.seed);
-    let lae = Lae::new(config, trainable.builder(&Device::Cpu))?;
+    let lae = Lae::new(config, trainable.builder(device))?;
     let vars = trainable.vars();
     if let Some(pca) = pca {
         lae.start_from(pca, &vars)?;
     }
-    let space = DeltaSpace::new(&set.layout, &Device::Cpu)?;
+    let standardise = x.standardise.to_device(device)?;
+    let space = DeltaSpace::new(&set.layout, device)?;
     let plan = &recipe.plan;
     let (batch, shards) = (plan.samples_a_shard()?, plan.shards as u64);
     let loss = |step: u64, shard: usize| -> Result<Loss> {
         let mut rng = train::rng(recipe.seed, step * shards + shard as u64);
         let places: Vec<usize> = (0..batch).map(|_| rng.random_range(0..x.count())).collect();
-        let x0 = x.batch(&places)?;
+        let x0 = standardise.apply(&x.rows.batch(&places)?.to_device(device)?)?;
         let mut noisy = |x: &Tensor, sigma: f64| -> Result<Tensor> {
             if sigma == 0.0 {
                 return Ok(x.clone());
             }
-            Ok((x + (train::normal(&mut rng, x.shape())? * sigma)?)?)
+            Ok((x + (train::normal(&mut rng, x.shape(), device)? * sigma)?)?)
         };
         let z = lae.encode(&noisy(&x0, recipe.input_noise)?)?;
         let size = f64::from(z.detach().sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
@@ -364,7 +379,7 @@ fn descend(
         ];
         let mut total = loss.total;
         if recipe.angle > 0.0 {
-            let angle = space.angle(&x.standardise.undo(&guess)?, &x.standardise.undo(&x0)?)?;
+            let angle = space.angle(&standardise.undo(&guess)?, &standardise.undo(&x0)?)?;
             parts.push(("angle", part(&angle)?));
             total = (total + (angle * recipe.angle)?)?;
         }
@@ -377,18 +392,19 @@ fn descend(
 
 /// What the autoencoder keeps of the LoRAs of people held out, in ΔW and in the weights.
 fn report(codec: &LoraCodec, set: &LoraSet, end: End, seconds: f64) -> Result<Value> {
-    let space = DeltaSpace::new(&codec.layout, &Device::Cpu)?;
-    let mean = mean_row(codec, set)?;
+    let device = codec.device();
+    let space = DeltaSpace::new(&codec.layout, device)?;
+    let mean = mean_row(codec, set)?.to_device(device)?;
     let mut alike = Vec::new();
     let mut quarters = Quarters::default();
     set.held_out.vectors.each(&mut |_, vectors| {
-        let guess = codec.decode(&codec.encode(vectors)?)?;
-        alike.extend(space.agreement(&guess, vectors, &mean)?);
+        let vectors = vectors.to_device(device)?;
+        let guess = codec.decode(&codec.encode(&vectors)?)?;
+        alike.extend(space.agreement(&guess, &vectors, &mean)?);
         let standard = |x: &Tensor| codec.standardise.apply(x);
-        quarters.add(&standard(&guess)?, &standard(vectors)?)
+        quarters.add(&standard(&guess)?, &standard(&vectors)?)
     })?;
-    let (z, start) =
-        (Tensor::zeros((1, codec.lae.config().latent()), DType::F32, &Device::Cpu)?, Instant::now());
+    let (z, start) = (Tensor::zeros((1, codec.lae.config().latent()), DType::F32, device)?, Instant::now());
     codec.lora(&z)?;
     let decode = start.elapsed().as_secs_f64();
     let over_people = |of: &dyn Fn(&crate::hypernet::delta::Alike) -> f64| {
@@ -560,6 +576,7 @@ pub(super) mod tests {
             dataset: folder.join("dataset"),
             out: folder.join("lae"),
             config: folder.join("settings.toml"),
+            device: "cpu".into(),
             resume: false,
             minutes: None,
             sweep: None,

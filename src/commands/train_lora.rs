@@ -19,10 +19,10 @@ use self::classroom::{Person, Queue, Room};
 use self::lessons::{Encoders, Lessons, Scaling};
 use self::samples::Easel;
 use self::settings::{Crop, LossScale, Settings};
+use super::device::{self, Precision};
 use super::dreambooth::adapters;
 use super::dreambooth::draws::Timesteps;
 use super::dreambooth::{Networks, Targets};
-use super::r#gen::device::{self, Precision};
 use super::models;
 use crate::cli::Common;
 use crate::failure::Failure;
@@ -218,7 +218,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         return Err(usage("class pictures are squares: use --crop center or random with them".into()));
     }
 
-    let device = device::device(&args.device)?;
+    let device = device::open(&args.device)?;
     let model = Unloaded::open(&base_files, settings.training.dtype.into(), &device)?;
     let side =
         if settings.pictures.resolution == 0 { model.native_size() } else { settings.pictures.resolution };

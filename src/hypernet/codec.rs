@@ -34,7 +34,7 @@ pub struct LoraCodec {
 }
 
 impl LoraCodec {
-    /// Puts a trained autoencoder together; `weights` are those of `Lae::new(config, …)` by name.
+    /// Puts a trained autoencoder together on `device`; `weights` are those of `Lae::new(config, …)` by name.
     pub fn new(
         base: ModelId,
         layout: LoraLayout,
@@ -46,6 +46,7 @@ impl LoraCodec {
     ) -> Result<Self> {
         let named: HashMap<String, Tensor> = weights.clone().into_iter().collect();
         let lae = Lae::new(config, frozen(named, DType::F32, device))?;
+        let standardise = standardise.to_device(device)?;
         let codec = Self { base, layout, form, standardise, lae, weights };
         codec.check()?;
         Ok(codec)
@@ -116,6 +117,11 @@ impl LoraCodec {
         }
     }
 
+    /// Where the network computes.
+    pub fn device(&self) -> &Device {
+        self.standardise.mean().device()
+    }
+
     /// A LoRA as the vector (1, P) that [`LoraCodec::encode`] reads, in canonical form.
     ///
     /// # Errors
@@ -125,9 +131,9 @@ impl LoraCodec {
         Ok(Tensor::from_vec(vector, (1, self.layout.parameters()), &Device::Cpu)?)
     }
 
-    /// LoRA vectors (B, P) → z (B, L).
+    /// LoRA vectors (B, P) of any device → z (B, L).
     pub fn encode(&self, vectors: &Tensor) -> Result<Tensor> {
-        Ok(self.lae.encode(&self.standardise.apply(vectors)?)?)
+        Ok(self.lae.encode(&self.standardise.apply(&vectors.to_device(self.device())?)?)?)
     }
 
     /// All LoRA vectors of a dataset, read a few at a time → z (M, L).

@@ -144,6 +144,17 @@ impl DenoiserStats {
         kind.seen(&self.face.apply(face)?, &self.image.apply(image)?)
     }
 
+    /// The same on `device`.
+    pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
+        Ok(Self {
+            face: self.face.to_device(device)?,
+            image: self.image.to_device(device)?,
+            scale: self.scale,
+            prior: self.prior.as_ref().map(|prior| prior.to_device(device)).transpose()?,
+            spread: self.spread.as_ref().map(|spread| spread.to_device(device)).transpose()?,
+        })
+    }
+
     fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut tensors: BTreeMap<String, Tensor> = self.face.tensors("face")?.into_iter().collect();
         tensors.extend(self.image.tensors("image")?);
@@ -171,7 +182,7 @@ impl DenoiserStats {
 const SPREAD: &str = "latent.spread";
 
 impl Denoiser {
-    /// Puts trained networks together; `weights` has `mixer.…`, `dit.…` and, with a linear guess, `guess.…`.
+    /// Puts trained networks together on `device`; `weights` has `mixer.…`, `dit.…` and, with a linear guess, `guess.…`.
     pub fn new(
         config: DenoiserConfig,
         stats: DenoiserStats,
@@ -180,7 +191,7 @@ impl Denoiser {
     ) -> Result<Self> {
         let named = weights.clone().into_iter().collect();
         let networks = Networks::new(&config, frozen(named, DType::F32, device))?;
-        Self::assemble(config, stats, networks, weights)
+        Self::assemble(config, stats.to_device(device)?, networks, weights)
     }
 
     pub(super) fn open(

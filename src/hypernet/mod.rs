@@ -175,13 +175,13 @@ impl Hypernet {
 
     /// Samples the latent of a person: z (1, L).
     pub fn sample_latent(&self, identity: &Identity, options: &SampleOptions) -> Result<Tensor> {
-        let (face, image) = self.denoiser.embeddings(identity, self.codec.standardise.mean().device())?;
+        let (face, image) = self.denoiser.embeddings(identity, self.codec.device())?;
         self.denoiser.sample(&face, &image, options)
     }
 
     /// How much of the condition comes from the face, from 0 to 1; none where the mixer has no gate.
     pub fn gate(&self, identity: &Identity) -> Result<Option<f32>> {
-        let (face, image) = self.denoiser.embeddings(identity, self.codec.standardise.mean().device())?;
+        let (face, image) = self.denoiser.embeddings(identity, self.codec.device())?;
         let gates = self.denoiser.gates(&face, &image)?;
         Ok(gates.map(|gates| gates.get(0)?.get(1)?.to_scalar::<f32>()).transpose()?)
     }

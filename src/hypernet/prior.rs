@@ -87,6 +87,16 @@ impl Prior {
         })
     }
 
+    /// The same on `device`.
+    pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
+        Ok(Self {
+            centroids: self.centroids.to_device(device)?,
+            mean: self.mean.to_device(device)?,
+            std: self.std.to_device(device)?,
+            kappa: self.kappa,
+        })
+    }
+
     /// The Gaussian of each of `faces` (B, F) → (B) u32.
     pub fn choose(&self, faces: &Tensor) -> Result<Tensor> {
         nearest(&self.centroids, faces)

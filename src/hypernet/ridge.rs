@@ -146,6 +146,11 @@ impl Ridge {
         Ok(CrossFit { ridge: all.fit(penalty)?, without_fold, penalty, relative_error })
     }
 
+    /// The same on `device`; a fit is on the CPU.
+    pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
+        Ok(Self { weight: self.weight.to_device(device)?, bias: self.bias.to_device(device)? })
+    }
+
     /// `x` (B, in) → (B, out).
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         crate::layers::linear(x, &self.weight, Some(&self.bias))

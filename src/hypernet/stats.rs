@@ -112,6 +112,12 @@ impl Standardise {
         Ok(Self { mean, scale, blocks: blocks.to_vec() })
     }
 
+    /// The same on `device`; [`Standardise::of`] gives it on the CPU.
+    pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
+        let (mean, scale) = (self.mean.to_device(device)?, self.scale.to_device(device)?);
+        Ok(Self { mean, scale, blocks: self.blocks.clone() })
+    }
+
     /// D.
     pub fn width(&self) -> usize {
         self.mean.elem_count()

@@ -25,10 +25,10 @@ pub fn rng(seed: u64, step: u64) -> ChaCha8Rng {
     rng
 }
 
-/// Standard normal values from a step's generator.
-pub fn normal(rng: &mut impl Rng, shape: &Shape) -> candle_core::Result<Tensor> {
+/// Standard normal values from a step's generator, the same on every device.
+pub fn normal(rng: &mut impl Rng, shape: &Shape, device: &Device) -> candle_core::Result<Tensor> {
     let values: Vec<f32> = (0..shape.elem_count()).map(|_| rng.sample(StandardNormal)).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu)
+    Tensor::from_vec(values, shape, device)
 }
 
 /// Makes every kernel run in the thread that calls it, for programs that run a shard of the batch a thread

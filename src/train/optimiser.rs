@@ -139,11 +139,15 @@ impl AdamW {
 
 /// Length of all gradients together.
 pub fn norm(gradients: &Gradients) -> Result<f64> {
-    let mut sum = 0f64;
-    for gradient in gradients.values() {
-        sum += f64::from(gradient.flatten_all()?.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?);
+    if gradients.is_empty() {
+        return Ok(0.0);
     }
-    Ok(sum.sqrt())
+    let squares = gradients.values().map(|gradient| -> candle_core::Result<Tensor> {
+        gradient.flatten_all()?.to_dtype(DType::F32)?.sqr()?.sum_all()
+    });
+    // All at once: a GPU is waited for as often as something is read.
+    let squares = Tensor::stack(&squares.collect::<candle_core::Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
+    Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
 }
 
 /// `kept` ← keep · kept + take · new, in place.

@@ -1,15 +1,15 @@
 //! Gradients of a batch that is cut into shards, one graph and one thread each.
 //!
 //! On the CPU this is nearly as many times faster as there are cores, where parallel kernels wait for each other
-//! at every operation. The number of shards is a setting and the sums run in their order, so that the result does
-//! not depend on the machine's cores.
+//! at every operation. A GPU is busy with one shard, so there they run one after the other. The number of shards is a
+//! setting and the sums run in their order, so that the result does not depend on the machine's cores.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, anyhow};
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 
 use super::parallel;
 
@@ -40,9 +40,9 @@ pub struct Sum {
     pub gradients: Gradients,
 }
 
-/// Runs `loss(shard)` for `shard` in `0..shards` on as many threads as there are cores, and averages losses and
-/// gradients in the order of the shards. All shards must hold equally many samples. In a [`parallel`] group each process
-/// runs its part of the shards, and all get the same means.
+/// Runs `loss(shard)` for `shard` in `0..shards` on as many threads as there are cores, or one after the other on a GPU,
+/// and averages losses and gradients in the order of the shards. All shards must hold equally many samples. In a
+/// [`parallel`] group each process runs its part of the shards, and all get the same means.
 pub fn gradients(
     vars: &BTreeMap<String, Var>,
     shards: usize,
@@ -62,21 +62,17 @@ pub fn gradients(
     let group = parallel::group();
     let own = group.map_or(Ok(0..shards), |group| group.own_shards(shards))?;
     let shards = own.len();
-    let mut sums = in_threads(shards, |shard| one(own.start + shard))?.into_iter();
-    let mut total = sums.next().ok_or_else(|| anyhow!("a batch needs at least one shard"))?;
-    for sum in sums {
-        total.loss += sum.loss;
-        for (mean, part) in total.parts.iter_mut().zip(sum.parts) {
-            mean.1 += part.1;
+    let mut total = None;
+    if vars.values().all(|var| var.device().is_cpu()) {
+        for sum in in_threads(shards, |shard| one(own.start + shard))? {
+            add(&mut total, sum)?;
         }
-        for (name, gradient) in sum.gradients {
-            let together = match total.gradients.remove(&name) {
-                Some(first) => (first + gradient)?,
-                None => gradient,
-            };
-            total.gradients.insert(name, together);
+    } else {
+        for shard in own {
+            add(&mut total, one(shard)?)?;
         }
     }
+    let mut total: Sum = total.ok_or_else(|| anyhow!("a batch needs at least one shard"))?;
     if shards > 1 {
         let part = 1.0 / shards as f64;
         total.loss *= part;
@@ -89,6 +85,34 @@ pub fn gradients(
         group.mean(&mut total)?;
     }
     Ok(total)
+}
+
+fn add(total: &mut Option<Sum>, sum: Sum) -> Result<()> {
+    let Some(total) = total else {
+        *total = Some(sum);
+        return Ok(());
+    };
+    total.loss += sum.loss;
+    for (mean, part) in total.parts.iter_mut().zip(sum.parts) {
+        mean.1 += part.1;
+    }
+    for (name, gradient) in sum.gradients {
+        let together = match total.gradients.remove(&name) {
+            Some(first) => (first + gradient)?,
+            None => gradient,
+        };
+        total.gradients.insert(name, together);
+    }
+    Ok(())
+}
+
+/// [`in_threads`] where `device` is the CPU; one after the other on a GPU, which is busy with one.
+pub fn in_threads_or_turn<T: Send>(
+    device: &Device,
+    count: usize,
+    work: impl Fn(usize) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    if device.is_cpu() { in_threads(count, work) } else { (0..count).map(work).collect() }
 }
 
 /// `work(0)`, `work(1)`, … `work(count − 1)` on as many threads as there are cores; results in order.

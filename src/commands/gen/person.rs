@@ -13,7 +13,6 @@ use super::super::functional::{Refinement, refine};
 use super::super::models;
 use super::super::photos::Photos;
 use super::Args;
-use super::device::device;
 use crate::failure::Failure;
 use crate::hypernet::{Hypernet, ModelId, mixture};
 use crate::identity::clip::ImageEncoder;
@@ -26,9 +25,9 @@ use crate::sdxl::pipeline::Sdxl;
 use crate::{hashes, progress};
 
 /// Photos → identities → latent → LoRA for a `base` that draws `size` pixels across, and what is worth telling of it.
-pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize) -> Result<(Lora, Value)> {
+pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Device) -> Result<(Lora, Value)> {
     let hypernet_files = models::find_hypernet(&args.hypernet, args.base_options.offline)?;
-    let hypernet = Hypernet::open(&hypernet_files, &Device::Cpu)?;
+    let hypernet = Hypernet::open(&hypernet_files, device)?;
     let config = &hypernet.denoiser.config;
     hypernet.codec.base.demand(base, "base model")?;
     let image_files = models::find(&args.image_encoder, "image_encoder")?;
@@ -75,7 +74,7 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize) -> Result<(Lor
         };
         let photos = people[0].0.squares()?;
         let base_files = models::find_base(&args.base, &args.base_options)?;
-        let base = Sdxl::open(&base_files, DType::F32, &device(&args.device)?)?;
+        let base = Sdxl::open(&base_files, DType::F32, device)?;
         let bar = progress::bar(u64::from(steps), "refining");
         let (better, told) = refine(&base, &lora, &photos, how, &bar)?;
         bar.finish_and_clear();

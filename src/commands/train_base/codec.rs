@@ -93,7 +93,7 @@ pub fn train(all: &super::Settings, gallery: &mut Gallery, keeping: &Keeping, ou
 /// Absolute error of the reconstruction and of its edges. `x` (B, 3, H, W) in [−1, 1].
 fn loss(encoder: &Vae, vae: &Vae, settings: &Settings, x: &Tensor, rng: &mut impl Rng) -> Result<Loss> {
     let (mean, _) = encoder.encode(x)?;
-    let z = (&mean + (train::normal(rng, mean.shape())? * settings.noise)?)?;
+    let z = (&mean + (train::normal(rng, mean.shape(), mean.device())? * settings.noise)?)?;
     let error = (vae.decode(&z)? - x)?;
     let mut value = error.abs()?.mean_all()?;
     let mut parts = vec![("l1", number(&value)?)];

@@ -237,7 +237,7 @@ impl Drawing {
             .collect();
         let numbers: Vec<u32> = numbers.iter().map(|number| *number as u32).collect();
         let x0 = latents.index_select(&Tensor::from_vec(numbers, samples, latents.device())?, 0)?;
-        let noise = train::normal(&mut rng, x0.shape())?;
+        let noise = train::normal(&mut rng, x0.shape(), x0.device())?;
         let x_t = self.schedule.add_noise(&x0, &noise, &t)?;
         let target = self.schedule.target(&x0, &noise, &t)?;
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
@@ -272,7 +272,7 @@ impl Drawing {
         let rows = in_threads(PROMPTS.len(), |row| {
             let UNetConfig { in_channels, sample_size, .. } = self.unet.config;
             let shape = (columns, in_channels, sample_size, sample_size);
-            let x = train::normal(&mut train::rng(7, row as u64), &shape.into())?;
+            let x = train::normal(&mut train::rng(7, row as u64), &shape.into(), &Device::Cpu)?;
             let prompts = [vec![""; columns], vec![PROMPTS[row]; columns]].concat();
             let conditioning = self.text.encode_prompts(&prompts)?;
             let denoise = |x: &Tensor, t: f64| {

@@ -195,7 +195,8 @@ mod tests {
         };
         let trainable = Trainable::new(3);
         let vae = Vae::new(&config, trainable.builder(&Device::Cpu)).unwrap();
-        let pictures = crate::train::normal(&mut crate::train::rng(1, 1), &(6, 3, 32, 32).into()).unwrap();
+        let pictures =
+            crate::train::normal(&mut crate::train::rng(1, 1), &(6, 3, 32, 32).into(), &Device::Cpu).unwrap();
         let pictures = (pictures * 0.4).unwrap();
         let patches = Patches::fit(&pictures, 8).unwrap();
         patches.write(&config, &trainable.vars()).unwrap();

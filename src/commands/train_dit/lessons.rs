@@ -17,7 +17,8 @@ use crate::hypernet::rows::Rows;
 use crate::hypernet::stats::Standardise;
 use crate::hypernet::{DenoiserStats, LoraCodec};
 
-/// A row a photo (R, …) of the people to learn from. Embeddings are in memory (8 KB a photo), latents in a file.
+/// A row a photo (R, …) of the people to learn from. Embeddings are in the CPU's memory (8 KB a photo), latents in a
+/// file; what is asked for batch by batch is given on the device of the networks.
 pub struct Lessons {
     /// Standardisation, scale, prior and spread.
     pub stats: DenoiserStats,
@@ -29,8 +30,11 @@ pub struct Lessons {
     /// The person of each photo.
     owners: Vec<usize>,
     latents: LatentFile,
-    /// The linear guess; also made where it is not stored, as a baseline.
+    /// The linear guess, on the CPU; also made where it is not stored, as a baseline.
     pub fit: CrossFit,
+    /// [`CrossFit::without_fold`] where the networks are.
+    without_fold: Vec<Ridge>,
+    device: Device,
     folds: usize,
     linear_guess: bool,
     kind: MixerKind,
@@ -81,6 +85,9 @@ impl Lessons {
             let people: Vec<usize> = rows.iter().map(|row| owners[*row as usize]).collect();
             Ok(Some((x, latents.rows(&people)?)))
         })?;
+        let device = codec.device().clone();
+        let without_fold = fit.without_fold.iter().map(|ridge| ridge.to_device(&device));
+        let without_fold = without_fold.collect::<candle_core::Result<_>>()?;
         let mut lessons = Self {
             stats,
             face,
@@ -89,6 +96,8 @@ impl Lessons {
             owners,
             latents,
             fit,
+            without_fold,
+            device,
             folds,
             linear_guess: recipe.linear_guess,
             kind,
@@ -110,18 +119,30 @@ impl Lessons {
         self.latents.width()
     }
 
+    /// Where the networks are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The people of `rows`.
     pub fn people(&self, rows: &[u32]) -> Vec<usize> {
         rows.iter().map(|row| self.owners[*row as usize]).collect()
     }
 
+    /// Standardised embeddings (B, F) and (B, I) of `rows`.
+    pub fn embeddings(&self, rows: &[u32]) -> Result<(Tensor, Tensor)> {
+        let index = Tensor::new(rows, &Device::Cpu)?;
+        let of = |x: &Tensor| x.index_select(&index, 0)?.to_device(&self.device);
+        Ok((of(&self.face)?, of(&self.image)?))
+    }
+
     /// What the transformer adds to: the linear guess of `rows` without their own fold, or zero (B, L).
     pub fn guess(&self, rows: &[u32]) -> Result<Tensor> {
         if !self.linear_guess {
-            return Ok(Tensor::zeros((rows.len(), self.width()), candle_core::DType::F32, &Device::Cpu)?);
+            return Ok(Tensor::zeros((rows.len(), self.width()), candle_core::DType::F32, &self.device)?);
         }
-        let index = Tensor::new(rows, &Device::Cpu)?;
-        let x = self.kind.seen(&self.face.index_select(&index, 0)?, &self.image.index_select(&index, 0)?)?;
+        let (face, image) = self.embeddings(rows)?;
+        let x = self.kind.seen(&face, &image)?;
         let mut place = vec![0u32; rows.len()];
         let (mut guesses, mut done) = (Vec::new(), 0);
         for fold in 0..self.folds {
@@ -133,15 +154,15 @@ impl Lessons {
             }
             own.iter().zip(done..).for_each(|(at, to)| place[*at as usize] = to);
             done += own.len() as u32;
-            let x = x.index_select(&Tensor::new(own, &Device::Cpu)?, 0)?;
-            guesses.push(self.fit.without_fold[fold].forward(&x)?);
+            let x = x.index_select(&Tensor::new(own, &self.device)?, 0)?;
+            guesses.push(self.without_fold[fold].forward(&x)?);
         }
-        Ok(Tensor::cat(&guesses, 0)?.index_select(&Tensor::new(place, &Device::Cpu)?, 0)?)
+        Ok(Tensor::cat(&guesses, 0)?.index_select(&Tensor::new(place, &self.device)?, 0)?)
     }
 
     /// x_0 of `rows` (B, L): (z − guess) · scale.
     pub fn x0(&self, rows: &[u32]) -> Result<Tensor> {
-        let z = self.latents.rows(&self.people(rows))?;
+        let z = self.latents.rows(&self.people(rows))?.to_device(&self.device)?;
         Ok(((z - self.guess(rows)?)? * self.stats.scale)?)
     }
 

@@ -44,7 +44,7 @@ struct Figures {
 }
 
 impl Figures {
-    /// Of the first `people` of `split`; `asked` is whose LoRA is the truth for each person, everybody's own by itself.
+    /// Of the first `people` of `split`, whose guesses lie where `codec` computes; `asked` is whose LoRA is the truth for each person, everybody's own by itself.
     fn of(
         codec: &LoraCodec,
         split: &Split,
@@ -56,9 +56,13 @@ impl Figures {
         let mut figures = Self { errors: Vec::new(), powers: Vec::new(), cosines: Vec::new() };
         for (person, photos) in references.iter().enumerate().take(people) {
             let whose = asked.map_or(person, |asked| asked[person] as usize);
-            let truth = codec.standardise.apply(&split.vectors.batch(&[whose])?)?; // (1, P)
+            let vectors = |split: &Split, people: &[usize]| -> Result<Tensor> {
+                let vectors = split.vectors.batch(people)?.to_device(codec.device())?;
+                Ok(codec.standardise.apply(&vectors)?)
+            };
+            let truth = vectors(split, &[whose])?; // (1, P)
             let rows = |x: &Tensor, rows: &[u32]| -> Result<Tensor> {
-                Ok(x.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?)
+                Ok(x.index_select(&Tensor::new(rows, x.device())?, 0)?)
             };
             let guesses = match guess {
                 Guess::Mean => truth.zeros_like()?,
@@ -66,11 +70,13 @@ impl Figures {
                 Guess::OfPeople(z) => codec.lae.decode(&z.narrow(0, person, 1)?)?,
                 Guess::Others(known, who) => {
                     let who: Vec<usize> = photos.iter().map(|photo| who[*photo as usize] as usize).collect();
-                    codec.standardise.apply(&known.vectors.batch(&who)?)?
+                    vectors(known, &who)?
                 }
                 Guess::ThroughAutoencoder => codec.lae.decode(&codec.lae.encode(&truth)?)?,
             };
-            let sums = |x: Tensor| -> Result<Vec<f64>> { Ok(x.sum(1)?.to_dtype(DType::F64)?.to_vec1()?) };
+            let sums = |x: Tensor| -> Result<Vec<f64>> {
+                Ok(x.sum(1)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1()?)
+            };
             let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len().max(1) as f64;
             let power = mean(sums(truth.sqr()?)?);
             let dots = sums(guesses.broadcast_mul(&truth)?)?;
@@ -112,7 +118,7 @@ impl Figures {
 /// Errors on the people held out: of the hypernetwork from one photo, and of simpler ways.
 pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -> Result<Value> {
     let Hypernet { codec, denoiser } = hypernet;
-    let (new, kind) = (&set.held_out, denoiser.config.mixer.kind);
+    let (new, kind, device) = (&set.held_out, denoiser.config.mixer.kind, codec.device());
     let sample = |faces: &Tensor, images: &Tensor, steps, samples| -> Result<Tensor> {
         let options = SampleOptions { steps, samples, ..hypernet.options() };
         let parts = (0..faces.dim(0)?).step_by(CHUNK).map(|from| {
@@ -122,6 +128,8 @@ pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -
         Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
     };
     let linear = lessons.fit.ridge.forward(&lessons.stats.seen(kind, &new.faces, &new.images)?)?;
+    let linear = linear.to_device(device)?;
+    let (faces, images) = (new.faces.to_device(device)?, new.images.to_device(device)?);
     let people = new.people();
     let ridge = Figures::of(codec, new, people, &Guess::OfPhotos(linear.clone()), None)?;
 
@@ -136,12 +144,12 @@ pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -
     add(RIDGE, Guess::OfPhotos(linear.clone()), None)?;
     add("ridge, mean of all photos", Guess::OfPeople(new.mean_per_person(&linear)?), None)?;
     for steps in STEPS {
-        add(&format!("DDIM {steps}"), Guess::OfPhotos(sample(&new.faces, &new.images, steps, 1)?), None)?;
+        add(&format!("DDIM {steps}"), Guess::OfPhotos(sample(&faces, &images, steps, 1)?), None)?;
     }
     // Samples differ by what a face does not tell of a LoRA; their mean leaves that out, as one step does.
-    let many = sample(&new.faces, &new.images, 20, 16)?;
+    let many = sample(&faces, &images, 20, 16)?;
     add("DDIM 20, mean of 16 samples", Guess::OfPhotos(many), None)?;
-    let z = sample(&new.faces, &new.images, denoiser.config.steps, 4)?;
+    let z = sample(&faces, &images, denoiser.config.steps, 4)?;
     let name = format!("DDIM {}, 4 samples", denoiser.config.steps);
     add(&name, Guess::OfPhotos(z.clone()), None)?;
     add(&format!("{name}, mean of all photos"), Guess::OfPeople(new.mean_per_person(&z)?), None)?;
@@ -153,11 +161,13 @@ pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -
     // As many people as are held out: all would take long and tell no more.
     let learnt = &set.train;
     let photos = learnt.owners.iter().take_while(|owner| **owner < people).count();
-    let (faces, images) = (learnt.faces.narrow(0, 0, photos)?, learnt.images.narrow(0, 0, photos)?);
-    let seen = Guess::OfPhotos(sample(&faces, &images, denoiser.config.steps, 1)?);
+    // A copy, for else all photos would go to the device.
+    let first = |x: &Tensor| x.narrow(0, 0, photos)?.force_contiguous()?.to_device(device);
+    let seen = sample(&first(&learnt.faces)?, &first(&learnt.images)?, denoiser.config.steps, 1)?;
+    let seen = Guess::OfPhotos(seen);
     table.push(Figures::of(codec, learnt, people, &seen, None)?.row("people learnt from", None));
 
-    let gates = denoiser.gates(&new.faces, &new.images)?;
+    let gates = denoiser.gates(&faces, &images)?;
     let gates = gates.map(|gates| GateFigures::of(&gates)).transpose()?;
     Ok(json!({
         "finished": matches!(end, End::Finished | End::Stopped { .. }),
@@ -182,8 +192,8 @@ fn starts(hypernet: &Hypernet, lessons: &Lessons) -> Result<Value> {
     let Some(prior) = &hypernet.denoiser.stats.prior else { return Ok(Value::Null) };
     let rows: Vec<u32> = (0..lessons.clusters.len().min(1024) as u32).collect();
     let x0 = lessons.x0(&rows)?;
-    let shift = prior.shift(&Tensor::new(&lessons.clusters[..rows.len()], &Device::Cpu)?)?;
-    let start = shift.colour(&crate::diffusion::noise::normal(0, 0, x0.shape(), &Device::Cpu)?)?;
+    let shift = prior.shift(&Tensor::new(&lessons.clusters[..rows.len()], x0.device())?)?;
+    let start = shift.colour(&crate::diffusion::noise::normal(0, 0, x0.shape(), x0.device())?)?;
     let norm = |x: &Tensor| x.sqr()?.sum(1)?.sqrt();
     let cosine = |x: &Tensor| -> Result<f64> {
         let dots = ((x * &x0)?.sum(1)? / ((norm(x)? * norm(&x0)?)? + 1e-12)?)?;

@@ -247,8 +247,8 @@ impl Lessons {
             let z = match self.how.latents {
                 Latents::Mean => moments.mean,
                 Latents::Sample => {
-                    let unit = crate::train::normal(&mut rng, moments.mean.shape())?;
-                    (&moments.mean + (unit.to_device(moments.mean.device())? * &moments.deviation)?)?
+                    let unit = crate::train::normal(&mut rng, moments.mean.shape(), moments.mean.device())?;
+                    (&moments.mean + (unit * &moments.deviation)?)?
                 }
             };
             latents.push(vae.to_latents(&z)?);

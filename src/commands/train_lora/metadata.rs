@@ -11,8 +11,8 @@ use sha2::{Digest, Sha256};
 use super::classroom::Room;
 use super::learner::Learner;
 use super::settings::Crop;
+use crate::commands::device::Precision;
 use crate::commands::dreambooth::Targets;
-use crate::commands::r#gen::device::Precision;
 use crate::diffusion::schedule::Prediction;
 use crate::lora::TRIGGER_PHRASE;
 

@@ -5,9 +5,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::commands::device::Precision;
 use crate::commands::dreambooth::Targets;
 use crate::commands::dreambooth::draws::Timesteps;
-use crate::commands::r#gen::device::Precision;
 use crate::failure::Failure;
 use crate::train::optimiser::AdamWOptions;
 use crate::train::schedule::{Decay, Schedule};
