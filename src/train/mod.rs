@@ -7,6 +7,8 @@
 pub mod checkpoint;
 pub mod ema;
 pub mod log;
+#[cfg(feature = "nccl")]
+mod nccl;
 pub mod optimiser;
 pub mod parallel;
 pub mod run;

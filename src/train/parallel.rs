@@ -6,6 +6,9 @@
 //! so that all processes hold the same bits, and they hold those of one process that computes all shards, up to the
 //! order of sums. Only rank 0 writes files.
 //!
+//! In a build with the feature `nccl`, gradients that are on GPUs stay there (`nccl.rs`); loss and figures, a few numbers,
+//! go through rank 0 all the same.
+//!
 //! ```text
 //! WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 difflora train-dit … &
 //! WORLD_SIZE=2 RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 difflora train-dit …
@@ -19,6 +22,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
+#[cfg(feature = "nccl")]
+use super::nccl::{self, Gpus};
 use super::shards::Sum;
 use crate::failure::Failure;
 
@@ -28,6 +33,9 @@ pub struct Group {
     world: usize,
     /// Rank 0: one to each other rank, in order. The others: one to rank 0.
     peers: Mutex<Vec<TcpStream>>,
+    /// From the first gradients on a GPU on.
+    #[cfg(feature = "nccl")]
+    gpus: Mutex<Option<Gpus>>,
 }
 
 static GROUP: OnceLock<Group> = OnceLock::new();
@@ -116,7 +124,13 @@ impl Group {
             peer.write_all(&(rank as u32).to_le_bytes())?;
             peers.push(peer);
         }
-        Ok(Self { rank, world, peers: Mutex::new(peers) })
+        Ok(Self {
+            rank,
+            world,
+            peers: Mutex::new(peers),
+            #[cfg(feature = "nccl")]
+            gpus: Mutex::default(),
+        })
     }
 
     /// Its shards among `shards`.
@@ -140,12 +154,45 @@ impl Group {
     /// # Errors
     /// Another process that has gone, or that trains something else.
     pub fn mean(&self, sum: &mut Sum) -> Result<()> {
+        #[cfg(feature = "nccl")]
+        if let Some(gpu) = nccl::gpu(&sum.gradients) {
+            let mut gradients = std::mem::take(&mut sum.gradients);
+            // First the few numbers: there a process that has gone is noticed, or one that trains something else.
+            self.mean_by_tcp(sum, gradients.values().map(Tensor::elem_count).sum())?;
+            let mut gpus = self.gpus.lock().expect("nothing panics while it holds the GPUs");
+            let gpus = match &mut *gpus {
+                Some(gpus) => gpus,
+                none => none.insert(self.join_gpus(&gpu)?),
+            };
+            gpus.mean(&mut gradients)?;
+            sum.gradients = gradients;
+            return Ok(());
+        }
+        self.mean_by_tcp(sum, 0)
+    }
+
+    /// Rank 0 names the meeting of the GPUs to the others.
+    #[cfg(feature = "nccl")]
+    fn join_gpus(&self, gpu: &candle_core::CudaDevice) -> Result<Gpus> {
+        let mut peers = self.peers.lock().expect("nothing panics while it holds the connections");
+        let mut name = [0; 128];
+        if self.rank == 0 {
+            name = nccl::name()?;
+            peers.iter_mut().try_for_each(|peer| peer.write_all(&name))?;
+        } else if let Some(peer) = peers.first_mut() {
+            peer.read_exact(&mut name)?;
+        }
+        Gpus::meet(gpu, self.rank, self.world, &name)
+    }
+
+    /// [`Group::mean`] of what is on the CPU or can be copied there; `elsewhere` numbers go another way.
+    fn mean_by_tcp(&self, sum: &mut Sum, elsewhere: usize) -> Result<()> {
         let mut values = vec![sum.loss as f32];
         values.extend(sum.parts.iter().map(|(_, value)| *value as f32));
         for gradient in sum.gradients.values() {
             values.extend(gradient.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>()?);
         }
-        self.all_mean(&mut values)?;
+        self.all_mean(&mut values, elsewhere)?;
         let mut rest = values.as_slice();
         let mut take = |count: usize| {
             let (taken, left) = rest.split_at(count);
@@ -163,39 +210,51 @@ impl Group {
         Ok(())
     }
 
-    fn all_mean(&self, values: &mut [f32]) -> Result<()> {
+    fn all_mean(&self, values: &mut [f32], elsewhere: usize) -> Result<()> {
+        let count = [values.len(), elsewhere];
         let mut peers = self.peers.lock().expect("nothing panics while it holds the connections");
         let gone = |rank: usize| format!("rank {rank} has left the group; its own message says why");
         if self.rank == 0 {
             for (peer, rank) in peers.iter_mut().zip(1..) {
-                let theirs = receive(peer, values.len()).with_context(|| gone(rank))?;
+                let theirs = receive(peer, count).with_context(|| gone(rank))?;
                 values.iter_mut().zip(theirs).for_each(|(sum, value)| *sum += value);
             }
             let part = 1.0 / self.world as f32;
             values.iter_mut().for_each(|value| *value *= part);
             for (peer, rank) in peers.iter_mut().zip(1..) {
-                send(peer, values).with_context(|| gone(rank))?;
+                send(peer, values, elsewhere).with_context(|| gone(rank))?;
             }
         } else if let Some(peer) = peers.first_mut() {
-            send(peer, values).with_context(|| gone(0))?;
-            values.copy_from_slice(&receive(peer, values.len()).with_context(|| gone(0))?);
+            send(peer, values, elsewhere).with_context(|| gone(0))?;
+            values.copy_from_slice(&receive(peer, count).with_context(|| gone(0))?);
         }
         Ok(())
     }
 }
 
-fn send(peer: &mut TcpStream, values: &[f32]) -> Result<()> {
-    let mut bytes = (values.len() as u64).to_le_bytes().to_vec();
+fn send(peer: &mut TcpStream, values: &[f32], elsewhere: usize) -> Result<()> {
+    let mut bytes = [values.len(), elsewhere].map(|count| (count as u64).to_le_bytes()).concat();
     bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     Ok(peer.write_all(&bytes)?)
 }
 
-fn receive(peer: &mut TcpStream, count: usize) -> Result<Vec<f32>> {
-    let mut head = [0; 8];
-    peer.read_exact(&mut head)?;
-    let sent = u64::from_le_bytes(head) as usize;
-    ensure!(sent == count, "it sent {sent} numbers, {count} were expected: it trains something else");
-    let mut bytes = vec![0; 4 * count];
+/// As many values as `count` says first; the other number must be equal.
+fn receive(peer: &mut TcpStream, count: [usize; 2]) -> Result<Vec<f32>> {
+    let mut sent = [0; 2];
+    for sent in &mut sent {
+        let mut bytes = [0; 8];
+        peer.read_exact(&mut bytes)?;
+        *sent = u64::from_le_bytes(bytes) as usize;
+    }
+    ensure!(
+        sent == count,
+        "it sent {} and {} numbers, {} and {} were expected: it trains something else, or on another kind of device",
+        sent[0],
+        sent[1],
+        count[0],
+        count[1]
+    );
+    let mut bytes = vec![0; 4 * count[0]];
     peer.read_exact(&mut bytes)?;
     Ok(bytes
         .chunks_exact(4)
@@ -245,6 +304,20 @@ mod tests {
             assert_eq!((mean.loss, mean.parts[0]), (1.0, ("part", 3.0)));
             assert_eq!(mean.gradients["w"].to_vec2::<f32>().unwrap(), [[1.0, 1.0], [2.0, 4.0]]);
         }
+    }
+
+    #[test]
+    fn a_process_that_trains_something_else_is_refused() {
+        let address = &address();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut other = sum(1);
+                other.parts.push(("more", 1.0));
+                Group::meet(address, 1, 2).unwrap().mean(&mut other).unwrap_err();
+            });
+            let message = format!("{:#}", Group::meet(address, 0, 2).unwrap().mean(&mut sum(0)).unwrap_err());
+            assert!(message.contains("it sent 7 and 0 numbers, 6 and 0 were expected"), "{message}");
+        });
     }
 
     #[test]
