@@ -21,7 +21,32 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
         let op = AttentionOp { heads, causal };
         return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
     }
+    #[cfg(feature = "flash-attn")]
+    if let Some(y) = flash(q, k, v, heads, causal)? {
+        return Ok(y);
+    }
     composite(q, k, v, heads, causal, SCORES)
+}
+
+/// The same by FlashAttention 2, where it can be: 16 bits on a CUDA device, a head of a multiple of 8 and at most 256
+/// values, and nothing that needs a gradient, since candle-flash-attn has no backward pass.
+#[cfg(feature = "flash-attn")]
+fn flash(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Option<Tensor>> {
+    let (b, n, width) = q.dims3()?;
+    let d = width / heads;
+    let fits = q.device().is_cuda()
+        && matches!(q.dtype(), DType::F16 | DType::BF16)
+        && [k, v].iter().all(|x| x.dtype() == q.dtype())
+        && d.is_multiple_of(8)
+        && d <= 256
+        && ![q, k, v].iter().any(|x| x.track_op());
+    if !fits {
+        return Ok(None);
+    }
+    let split = |x: &Tensor| x.reshape((b, x.dim(1)?, heads, d));
+    let y =
+        candle_flash_attn::flash_attn(&split(q)?, &split(k)?, &split(v)?, 1.0 / (d as f32).sqrt(), causal)?;
+    y.reshape((b, n, width)).map(Some)
 }
 
 /// The same in candle's operations, with at most about `scores` scores at once.
