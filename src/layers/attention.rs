@@ -260,7 +260,7 @@ impl Head<'_> {
                     let count = depth.len();
                     let left = &mut left[i * tile::ROWS * tile::STRIDE..];
                     let absolute = queries.start + rows.start..queries.start + rows.end;
-                    q.pack_rows(Words::F32, absolute, depth, left);
+                    q.pack_rows(Words::F32, absolute, depth, left, tile::STRIDE);
                     for (j, from) in (0..block.len()).step_by(tile::COLUMNS).enumerate() {
                         let right = packed_k[(i * key_panels + j) * panel..].as_ptr();
                         let to = scores[from..].as_mut_ptr();

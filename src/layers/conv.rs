@@ -11,7 +11,7 @@ use gemm::Parallelism;
 use super::linear::{Adapter, uniform};
 use super::product::{Along, Left, Place, Right, Size, Start, multiplied};
 use super::slices::{self, Matrix, Product, Weight};
-use super::tile::{COLUMNS, STRIDE, Words, pack_along, pack_gathered};
+use super::tile::{COLUMNS, Words, pack_along, pack_gathered};
 
 /// A convolution; `weight` (out, in, k, k), `bias` (out).
 #[derive(Clone, Debug)]
@@ -405,7 +405,7 @@ struct Turned<'a> {
 }
 
 impl Left for Turned<'_> {
-    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32]) {
+    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
         thread_local! {
             static TURNED: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
         }
@@ -426,7 +426,7 @@ impl Left for Turned<'_> {
         // SAFETY: every line has `length` values.
         unsafe {
             let line = |i: usize| lines[i * length..].as_ptr();
-            pack_along(words, rows.len(), length, line, to, STRIDE);
+            pack_along(words, rows.len(), length, line, to, step);
         }
         TURNED.set([lines, kernels]);
     }

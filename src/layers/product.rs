@@ -16,8 +16,8 @@ const BLOCK: usize = 512;
 
 /// The operand whose rows are the rows of the result.
 pub(super) trait Left: Sync {
-    /// Packs `rows` (at most 12) at `depth`, one every [`STRIDE`] words.
-    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32]);
+    /// Packs `rows` at `depth`, one every `step` words.
+    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize);
 }
 
 /// The operand whose columns are the columns of the result.
@@ -207,7 +207,7 @@ unsafe fn block<L: Left, R: Right>(
         right.pack_columns(words, columns.clone(), depth.clone(), &mut scratch.right, step);
         for i in rows.clone().step_by(ROWS) {
             let height = ROWS.min(rows.end - i);
-            left.pack_rows(words, i..i + height, depth.clone(), &mut scratch.left);
+            left.pack_rows(words, i..i + height, depth.clone(), &mut scratch.left, STRIDE);
             for (panel, j) in columns.clone().step_by(COLUMNS).enumerate() {
                 let width = COLUMNS.min(columns.end - j);
                 let sums = Tile { words, height, width, count, m: size.m, left: scratch.left.as_ptr() };
@@ -331,11 +331,11 @@ macro_rules! as_stored {
 }
 
 impl Left for Along<'_> {
-    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32]) {
+    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
         let first = |i: usize| (rows.start + i) * self.step + depth.start;
         as_stored!(self.values, values => {
             // SAFETY: `new` has checked that all lines are there.
-            unsafe { pack_along(words, rows.len(), depth.len(), |i| values[first(i)..].as_ptr(), to, STRIDE) }
+            unsafe { pack_along(words, rows.len(), depth.len(), |i| values[first(i)..].as_ptr(), to, step) }
         });
     }
 }
