@@ -10,7 +10,8 @@
 //! Weights of 16 bits follow the type of what they are applied to. On the CPU that is f32 ([`compute_dtype`]): a model
 //! takes half the memory, and its weights are widened as products pack them. Where they are bf16 and the processor
 //! multiplies bf16 (AVX-512 BF16), the other operand is rounded to bf16 too, and products are summed in f32 at twice
-//! the speed. Elsewhere activations have 16 bits as well; statistics of norms and softmax are kept in f32.
+//! the speed, by oneDNN in builds with the feature `onednn`. Elsewhere activations have 16 bits as well; statistics of
+//! norms and softmax are kept in f32.
 
 mod activation;
 mod adapted;
@@ -21,6 +22,8 @@ mod linear;
 mod low_rank;
 mod memory;
 mod norm;
+#[cfg(feature = "onednn")]
+mod onednn;
 mod product;
 mod recompute;
 mod slices;
