@@ -1,6 +1,7 @@
 //! Plain slices of tensors, and the loops that run over them.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use gemm::Parallelism;
@@ -95,7 +96,9 @@ pub(super) fn with_weight<T>(weight: &Tensor, work: impl FnOnce(Weight) -> T) ->
 
 /// Threads for one kernel: all of the machine's, or one where a training loop runs a shard a thread.
 pub(super) fn threads() -> usize {
-    candle_core::utils::get_num_threads()
+    // candle reads /proc/cpuinfo at every call, which takes longer than a small kernel.
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(candle_core::utils::get_num_threads)
 }
 
 /// The threads as `gemm` wants them.
