@@ -23,7 +23,7 @@ use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::pca::Pca;
-use crate::layers::{Activation, GroupNorm, LayerNorm, Linear, linear};
+use crate::layers::{Activation, GroupNorm, LayerNorm, Linear, expand_patches, linear, project_patches};
 
 /// Which autoencoder, and its sizes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -435,8 +435,7 @@ fn project(x: &Tensor, basis: &Tensor) -> candle_core::Result<Tensor> {
         return linear(x, basis, None);
     }
     let x = x.pad_with_zeros(1, 0, patches * patch - p)?.reshape((b, patches, patch))?;
-    let kernels = basis.reshape((patches, l / patches, patch))?.transpose(1, 2)?;
-    let z = x.transpose(0, 1)?.contiguous()?.matmul(&kernels)?; // (patches, B, L / patches)
+    let z = project_patches(&x.transpose(0, 1)?, basis)?; // (patches, B, L / patches)
     z.transpose(0, 1)?.contiguous()?.reshape((b, l))
 }
 
@@ -448,8 +447,8 @@ fn expand(z: &Tensor, basis: &Tensor, p: usize) -> candle_core::Result<Tensor> {
         return z.matmul(basis);
     }
     let b = z.dim(0)?;
-    let z = z.reshape((b, patches, l / patches))?.transpose(0, 1)?.contiguous()?;
-    let x = z.matmul(&basis.reshape((patches, l / patches, patch))?)?; // (patches, B, patch)
+    let z = z.reshape((b, patches, l / patches))?.transpose(0, 1)?;
+    let x = expand_patches(&z, basis)?; // (patches, B, patch)
     x.transpose(0, 1)?.contiguous()?.reshape((b, patches * patch))?.narrow(1, 0, p)
 }
 

@@ -24,6 +24,7 @@ mod memory;
 mod norm;
 #[cfg(feature = "onednn")]
 mod onednn;
+mod patchwise;
 mod product;
 mod recompute;
 mod slices;
@@ -37,6 +38,7 @@ pub use linear::{Adapter, Linear, linear};
 pub use low_rank::add_low_rank;
 pub use memory::keep_freed_memory;
 pub use norm::{GroupNorm, GroupStatistics, LayerNorm, layer_norm_plain};
+pub use patchwise::{expand_patches, project_patches};
 pub use recompute::recomputed;
 pub(crate) use slices::vectorised;
 
