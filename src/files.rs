@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use tempfile::NamedTempFile;
 
 use crate::failure::Failure;
 
@@ -17,15 +18,25 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// The same for a file that is not in memory: `fill` writes it piece by piece. When it fails there is no file.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    write_beside(path, |beside| fill(beside.as_file_mut()))
+}
+
+/// The same where the temporary file is opened, or replaced, by its name.
+pub fn write_at(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    write_beside(path, |beside| fill(beside.path()))
+}
+
+fn write_beside(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> Result<()>) -> Result<()> {
     let write = || -> Result<()> {
         let mut beside = tempfile::Builder::new().prefix(".difflora-").tempfile_in(folder_of(path))?;
-        fill(beside.as_file_mut())?;
-        beside.as_file().sync_all()?;
+        fill(&mut beside)?;
+        // By its name, under which `fill` may have put another file.
+        File::options().write(true).open(beside.path())?.sync_all()?;
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
             // Temporary files are private; a result is as readable as any other new file.
-            beside.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+            std::fs::set_permissions(beside.path(), std::fs::Permissions::from_mode(0o644))?;
         }
         beside.persist(path).map_err(|failed| failed.error)?;
         Ok(())

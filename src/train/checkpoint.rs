@@ -49,8 +49,10 @@ pub fn save<S: Serialize>(
             tensors.iter().map(move |(name, tensor)| (format!("{part}/{name}"), tensor))
         })
         .collect();
-    let bytes = safetensors::serialize(tensors, Some(HashMap::from([(KEY.to_string(), header)])))?;
-    files::write_whole(path, &bytes)
+    // Tensor by tensor: a state is several times as large as its network.
+    files::write_at(path, |beside| {
+        Ok(safetensors::serialize_to_file(tensors, Some(HashMap::from([(KEY.to_string(), header)])), beside)?)
+    })
 }
 
 /// Reads a state that was saved with the same settings.

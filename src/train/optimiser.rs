@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, Result};
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Storage, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::shards::Gradients;
@@ -139,15 +139,27 @@ impl AdamW {
 
 /// Length of all gradients together.
 pub fn norm(gradients: &Gradients) -> Result<f64> {
-    if gradients.is_empty() {
-        return Ok(0.0);
+    let (here, elsewhere): (Vec<&Tensor>, Vec<&Tensor>) =
+        gradients.values().partition(|gradient| in_place(gradient) && gradient.is_contiguous());
+    let mut sum = 0f64;
+    for gradient in here {
+        let (storage, layout) = gradient.storage_and_layout();
+        if let Storage::Cpu(storage) = &*storage {
+            // In short pieces of f32, which are quick and lose little; no square is stored.
+            let pieces = values(storage, layout)?.chunks(1024);
+            sum += pieces.map(|piece| f64::from(piece.iter().map(|x| x * x).sum::<f32>())).sum::<f64>();
+        }
     }
-    let squares = gradients.values().map(|gradient| -> candle_core::Result<Tensor> {
-        gradient.flatten_all()?.to_dtype(DType::F32)?.sqr()?.sum_all()
-    });
-    // All at once: a GPU is waited for as often as something is read.
-    let squares = Tensor::stack(&squares.collect::<candle_core::Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
-    Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
+    if !elsewhere.is_empty() {
+        let squares = elsewhere.into_iter().map(|gradient| -> candle_core::Result<Tensor> {
+            gradient.flatten_all()?.to_dtype(DType::F32)?.sqr()?.sum_all()
+        });
+        // All at once: a GPU is waited for as often as something is read.
+        let squares =
+            Tensor::stack(&squares.collect::<candle_core::Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
+        sum += squares.into_iter().map(f64::from).sum::<f64>();
+    }
+    Ok(sum.sqrt())
 }
 
 /// `kept` ← keep · kept + take · new, in place.
@@ -221,9 +233,11 @@ impl InplaceOp2 for Blend {
         x: &CpuStorage,
         lx: &Layout,
     ) -> candle_core::Result<()> {
-        for (y, x) in values_mut(y, ly)?.iter_mut().zip(values(x, lx)?) {
-            *y = self.keep * *y + self.take * x;
-        }
+        by_parts(values_mut(y, ly)?, [values(x, lx)?], |y, [x]| {
+            for (y, x) in y.iter_mut().zip(x) {
+                *y = self.keep * *y + self.take * x;
+            }
+        });
         Ok(())
     }
 }
@@ -240,9 +254,11 @@ impl InplaceOp2 for Squares {
         x: &CpuStorage,
         lx: &Layout,
     ) -> candle_core::Result<()> {
-        for (y, x) in values_mut(y, ly)?.iter_mut().zip(values(x, lx)?) {
-            *y = self.keep * *y + self.take * x * x;
-        }
+        by_parts(values_mut(y, ly)?, [values(x, lx)?], |y, [x]| {
+            for (y, x) in y.iter_mut().zip(x) {
+                *y = self.keep * *y + self.take * x * x;
+            }
+        });
         Ok(())
     }
 }
@@ -261,12 +277,35 @@ impl InplaceOp3 for Update {
         second: &CpuStorage,
         ls: &Layout,
     ) -> candle_core::Result<()> {
-        let moments = values(first, lf)?.iter().zip(values(second, ls)?);
-        for (w, (first, second)) in values_mut(w, lw)?.iter_mut().zip(moments) {
-            *w = self.keep * *w - self.step * first / (second.sqrt() / self.root + self.eps);
-        }
+        by_parts(values_mut(w, lw)?, [values(first, lf)?, values(second, ls)?], |w, [first, second]| {
+            for (w, (first, second)) in w.iter_mut().zip(first.iter().zip(second)) {
+                *w = self.keep * *w - self.step * first / (second.sqrt() / self.root + self.eps);
+            }
+        });
         Ok(())
     }
+}
+
+/// Values from which on a thread of its own is worth starting.
+const MANY: usize = 1 << 20;
+
+/// `work` on parts of `y` and what stands beside them in `others`, on all cores where there is much.
+fn by_parts<const N: usize>(
+    y: &mut [f32],
+    others: [&[f32]; N],
+    work: impl Fn(&mut [f32], [&[f32]; N]) + Sync,
+) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let part = y.len().div_ceil(cores).max(MANY);
+    if y.len() <= part {
+        return work(y, others);
+    }
+    std::thread::scope(|scope| {
+        for (i, y) in y.chunks_mut(part).enumerate() {
+            let (others, work) = (others.map(|x| &x[i * part..][..y.len()]), &work);
+            scope.spawn(move || work(y, others));
+        }
+    });
 }
 
 fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
