@@ -145,7 +145,7 @@ def measure(command):
 
 def ours(program, folder, steps, batch):
     sweep = folder / "sweep.toml"
-    plan = f'plan = {{ steps = {steps}, batch = {batch}, shards = 2 }}'
+    plan = f'plan = {{ steps = {steps}, batch = {batch}, shards = 1 }}'
     sweep.write_text(f'[[variant]]\nname = "true-size"\n{plan}\n')
     out = folder / "out"
     command = [program, "train-lae", "--dataset", folder, "--out", out, "--sweep", sweep, "--memory", "2.5"]

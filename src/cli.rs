@@ -74,16 +74,13 @@ impl Command {
     /// Whether each thread works on a shard of the batch, or on a person, so that kernels must not have threads of
     /// their own.
     pub fn trains_in_shards(&self) -> bool {
-        matches!(self, Self::TrainLora(args) if args.trains_in_groups())
-            || matches!(
-                self,
-                Self::BuildDataset(_)
-                    | Self::Eval(_)
-                    | Self::TrainBase(_)
-                    | Self::TrainEncoder(_)
-                    | Self::TrainLae(_)
-                    | Self::TrainDit(_)
-            )
+        match self {
+            Self::BuildDataset(_) | Self::Eval(_) | Self::TrainBase(_) | Self::TrainEncoder(_) => true,
+            Self::TrainLora(args) => args.trains_in_groups(),
+            Self::TrainLae(args) => args.trains_in_shards(),
+            Self::TrainDit(args) => args.trains_in_shards(),
+            _ => false,
+        }
     }
 }
 

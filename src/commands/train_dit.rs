@@ -78,6 +78,14 @@ pub struct Args {
     minutes: Option<f64>,
 }
 
+impl Args {
+    /// Whether the recipe cuts batches into shards, one for each thread.
+    pub fn trains_in_shards(&self) -> bool {
+        // What is wrong with the file is told when the command runs.
+        Settings::read(&self.config).is_ok_and(|settings| settings.dit.plan.shards > 1)
+    }
+}
+
 /// How mixer and transformer are made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -64,6 +64,14 @@ pub struct Args {
     minutes: Option<f64>,
 }
 
+impl Args {
+    /// Whether the recipe cuts batches into shards, one for each thread.
+    pub fn trains_in_shards(&self) -> bool {
+        // What is wrong with the file is told when the command runs.
+        Settings::read(&self.config).is_ok_and(|settings| settings.lae.plan.shards > 1)
+    }
+}
+
 /// The file given by `--config`: both trainings, since the second builds on the first.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
