@@ -14,6 +14,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Sto
 use serde::{Deserialize, Serialize};
 
 use super::shards::Gradients;
+use crate::layers::vectorised;
 
 /// AdamW over named variables, with clipping of the gradient's norm.
 ///
@@ -145,9 +146,9 @@ pub fn norm(gradients: &Gradients) -> Result<f64> {
     for gradient in here {
         let (storage, layout) = gradient.storage_and_layout();
         if let Storage::Cpu(storage) = &*storage {
-            // In short pieces of f32, which are quick and lose little; no square is stored.
-            let pieces = values(storage, layout)?.chunks(1024);
-            sum += pieces.map(|piece| f64::from(piece.iter().map(|x| x * x).sum::<f32>())).sum::<f64>();
+            // In pieces of f32, which are quick and lose little; no square is stored.
+            let pieces = values(storage, layout)?.chunks(1 << 14);
+            sum += pieces.map(|piece| f64::from(sum_of_squares(piece))).sum::<f64>();
         }
     }
     if !elsewhere.is_empty() {
@@ -160,6 +161,19 @@ pub fn norm(gradients: &Gradients) -> Result<f64> {
         sum += squares.into_iter().map(f64::from).sum::<f64>();
     }
     Ok(sum.sqrt())
+}
+
+vectorised! {
+    fn sum_of_squares(values: &[f32]) -> f32 {
+        let (blocks, rest) = values.as_chunks::<32>();
+        let mut lanes = [0f32; 32];
+        for block in blocks {
+            for (lane, x) in lanes.iter_mut().zip(block) {
+                *lane += x * x;
+            }
+        }
+        lanes.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>()
+    }
 }
 
 /// `kept` ← keep · kept + take · new, in place.
