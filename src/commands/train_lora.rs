@@ -227,6 +227,13 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         return Err(usage(format!("buckets need a --resolution in multiples of 16, not {side}")));
     }
     let (text, vae) = (model.load_text()?, model.load_vae()?);
+    let mut networks =
+        Networks { unet: model.outline()?.unet, text: settings.lora.text_encoders.then(|| text.clone()) };
+    let rank = settings.lora.rank;
+    let sites = |networks: &Networks| {
+        adapters::sites(networks, settings.lora.targets, rank).map_err(|error| usage(format!("{error:#}")))
+    };
+    sites(&networks)?; // names and shapes are enough to refuse a rank before anything long begins
 
     let class_folder = args.options.class_pictures.as_deref();
     let prior = settings.objective.class_pictures > 0;
@@ -245,7 +252,6 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let told: Vec<&str> = sample_prompts.iter().map(String::as_str).collect();
     let sample_words = easel.as_ref().map(|_| text.encode_prompts(&told)).transpose()?;
     let scaling = Scaling::of(&vae, &device)?;
-    let trained_text = settings.lora.text_encoders.then(|| text.clone());
     let encoders = Encoders { vae, text, device: device.clone() };
     let class = match class_folder.filter(|_| prior) {
         Some(folder) => {
@@ -264,11 +270,9 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         queue.encode_the_first(&settings, side)?; // 3.6 GB of encoders in f32 SDXL go before 10 GB of UNet come
     }
 
-    let mut networks = Networks { unet: model.load_unet()?, text: trained_text };
+    networks.unet = model.load_unet()?;
     networks.visit_layers(&mut |_, mut layer| layer.set_adapter(None));
-    let rank = settings.lora.rank;
-    let sites = adapters::sites(&networks, settings.lora.targets, rank)
-        .map_err(|error| usage(format!("{error:#}")))?;
+    let sites = sites(&networks)?;
     let downs = adapters::random_downs(&sites, rank, settings.seed)?;
     let weight_norm = adapters::weight_norm(&networks, &sites)?;
     let half = networks.unet.compute_dtype() == DType::F16;
