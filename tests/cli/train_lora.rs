@@ -324,6 +324,11 @@ fn bad_input_is_named() {
         assert_eq!(run.code, 2, "{}", run.stderr);
         assert!(run.stderr.contains(words), "{}", run.stderr);
     }
+    // Before class pictures are drawn, which takes long.
+    let class = world.at("class");
+    let class_pictures = ["--class-pictures", text(&class), "--rank", "100"];
+    let run = difflora(&[&["train-lora", text(&person), "--out", text(&out)][..], &class_pictures].concat());
+    assert!(run.code == 2 && !class.exists(), "{}", run.stderr);
     // A picture that cannot be read is named and left out; few pictures and missing faces are warned of.
     fs::write(person.join("0001.png"), b"no picture").unwrap();
     Picture::filled(64, 64, [90, 120, 90]).save(&person.join("0002.png"), None).unwrap();
