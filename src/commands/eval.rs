@@ -16,7 +16,7 @@ use serde_json::json;
 use self::measure::{Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired};
 use self::table::{interval, obeyed, plain, table};
 use super::build_dataset::{self, Header, Row};
-use super::functional::{Refinement, refine};
+use super::functional::{Refinement, learning_rate, refine};
 use super::{device, models};
 use crate::cli::Common;
 use crate::dataset::judge::{Judge as AttributeJudge, Record};
@@ -44,8 +44,9 @@ use crate::{files, progress};
 ///
 /// Draws the held-out people of a dataset without a LoRA, with the mean LoRA of the training set, with the LoRA
 /// that the hypernetwork makes from one photo, with the one it makes from a photo of somebody else, with the LoRA
-/// of the most similar training person, and with the person's own DreamBooth LoRA; all from the same noise and
-/// prompts. SFace, which no training has seen, compares the faces with other photos of the person.
+/// of the most similar training person, with the person's own DreamBooth LoRA, and with what the autoencoder
+/// restores of that; all from the same noise and prompts. SFace, which no training has seen, compares the faces
+/// with other photos of the person.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The dataset, as `build-dataset` writes it.
@@ -90,7 +91,7 @@ pub struct Args {
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
     refine: Option<u32>,
     /// Learning rate of these steps.
-    #[arg(long, value_name = "F", default_value_t = 1e-3, requires = "refine", env = "DIFFLORA_REFINE_RATE")]
+    #[arg(long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
     refine_rate: f64,
     /// Of all noise.
     #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
@@ -108,10 +109,6 @@ pub struct Args {
 
 /// Evaluates a hypernetwork, or a base model alone.
 pub fn run(args: Args, common: &Common) -> Result<()> {
-    if !(args.refine_rate > 0.0 && args.refine_rate.is_finite()) {
-        let why = format!("--refine-rate {}: it is more than 0", args.refine_rate);
-        return Err(Failure::Usage(why).into());
-    }
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out)
             .with_context(|| format!("cannot make the folder `{}`", out.display()))?;
@@ -151,6 +148,8 @@ struct Method {
     title: &'static str,
     #[serde(flatten)]
     figures: Figures,
+    /// Mean difference of the pictures to those with the own LoRA, in parts of the range of a pixel.
+    pixels_from_own: Option<Mean>,
 }
 
 /// A paired difference in similarity.
@@ -208,7 +207,7 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     };
 
     // No LoRA and the mean LoRA know nobody, and the noise is the same for all: they are drawn once for all.
-    let ways = 3 + u64::from(args.refine.is_some());
+    let ways = 4 + u64::from(args.refine.is_some());
     let bar = progress::bar(ways * count as u64 + 2, "drawing");
     let draw = |lora: Option<&Lora>| -> Result<Drawn> {
         let drawn = bench.draw(&stage, lora)?;
@@ -247,52 +246,63 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
             None => None,
         };
         let difflora = draw(Some(&generated)).with_context(who)?;
+        let latent = hypernet.codec.encode(&hypernet.codec.vector(&own)?)?;
+        let restored = draw(Some(&hypernet.codec.lora(&latent)?)).with_context(who)?;
         let own = draw(Some(&own)).with_context(who)?;
-        Ok(Portrayed { difflora, refined, own, nearest, sitter })
+        Ok(Portrayed { difflora, refined, own, restored, nearest, sitter })
     })?;
     bar.finish_and_clear();
 
     let targets: Vec<Target> = sitters.iter().map(|portrayed| portrayed.sitter.target.clone()).collect();
     let asked: Vec<_> = prompts.iter().map(asked).collect();
     let visible = bench.visible();
-    let method = |method, title, shown: Vec<&[Seen]>| Method {
-        method,
-        title,
-        figures: measure(&shown, &targets, &asked, &visible),
+    let own: Vec<&Drawn> = sitters.iter().map(|portrayed| &portrayed.own).collect();
+    let method = |method, title, drawn: Vec<&Drawn>| {
+        let seen: Vec<&[Seen]> = drawn.iter().map(|drawn| drawn.seen.as_slice()).collect();
+        let apart: Vec<f64> = drawn.iter().zip(&own).map(|(drawn, own)| drawn.pixels_from(own)).collect();
+        Method {
+            method,
+            title,
+            figures: measure(&seen, &targets, &asked, &visible),
+            pixels_from_own: Mean::of(&apart),
+        }
     };
-    let of = |pick: fn(&Portrayed) -> &Drawn| -> Vec<&[Seen]> {
-        sitters.iter().map(|portrayed| pick(portrayed).seen.as_slice()).collect()
+    let of = |pick: fn(&Portrayed) -> Option<&Drawn>| -> Option<Vec<&Drawn>> {
+        sitters.iter().map(pick).collect()
     };
-    let mut methods = vec![
-        method("no-lora", "no LoRA", vec![&common[0].seen; count]),
-        method("mean-lora", "mean LoRA", vec![&common[1].seen; count]),
-    ];
+    let difflora: Vec<&Drawn> = sitters.iter().map(|portrayed| &portrayed.difflora).collect();
     // With the same noise for all, the LoRA made for somebody else draws what it drew for that person.
-    let mut shuffled = of(|portrayed| &portrayed.difflora);
+    let mut shuffled = difflora.clone();
     shuffled.rotate_left(1);
-    methods.push(method("shuffled", "DiffLoRA, another's photo", shuffled));
-    let nearest: Option<Vec<&[Seen]>> =
-        sitters.iter().map(|portrayed| Some(portrayed.nearest.as_ref()?.seen.as_slice())).collect();
-    methods.extend(nearest.map(|shown| method("nearest", "nearest training LoRA", shown)));
-    methods.push(method("difflora", "DiffLoRA", of(|portrayed| &portrayed.difflora)));
-    let refined: Option<Vec<&[Seen]>> =
-        sitters.iter().map(|portrayed| Some(portrayed.refined.as_ref()?.seen.as_slice())).collect();
-    methods.extend(refined.map(|shown| method("refined", "DiffLoRA, refined", shown)));
-    methods.push(method("own", "own DreamBooth LoRA", of(|portrayed| &portrayed.own)));
-    let painted = sitters.iter().map(|portrayed| std::slice::from_ref(&portrayed.sitter.photo_seen));
-    let mut painted = method("photo", "the photo itself", painted.collect());
+    let mut methods = vec![
+        method("no-lora", "no LoRA", vec![&common[0]; count]),
+        method("mean-lora", "mean LoRA", vec![&common[1]; count]),
+        method("shuffled", "DiffLoRA, another's photo", shuffled),
+    ];
+    let nearest = of(|portrayed| portrayed.nearest.as_ref());
+    methods.extend(nearest.map(|drawn| method("nearest", "nearest training LoRA", drawn)));
+    methods.push(method("difflora", "DiffLoRA", difflora));
+    let refined = of(|portrayed| portrayed.refined.as_ref());
+    methods.extend(refined.map(|drawn| method("refined", "DiffLoRA, refined", drawn)));
+    let restored = sitters.iter().map(|portrayed| &portrayed.restored).collect();
+    methods.push(method("restored", "own LoRA through the autoencoder", restored));
+    methods.push(method("own", "own DreamBooth LoRA", own.clone()));
+    let photos: Vec<&[Seen]> =
+        sitters.iter().map(|portrayed| std::slice::from_ref(&portrayed.sitter.photo_seen)).collect();
+    let mut figures = measure(&photos, &targets, &asked, &visible);
     // It was not drawn from a prompt.
-    painted.figures.obedience.clear();
-    methods.push(painted);
+    figures.obedience.clear();
+    methods.push(Method { method: "photo", title: "the photo itself", figures, pixels_from_own: None });
 
     let figures = |name: &str| methods.iter().find(|method| method.method == name);
-    let differences: Vec<Difference> = ["no-lora", "mean-lora", "shuffled", "nearest", "refined", "own"]
-        .into_iter()
-        .filter_map(|over| {
-            let (of, against) = (figures("difflora")?, figures(over)?);
-            Some(Difference { of: "difflora", over, similarity: paired(&of.figures, &against.figures) })
-        })
-        .collect();
+    let differences: Vec<Difference> =
+        ["no-lora", "mean-lora", "shuffled", "nearest", "refined", "restored", "own"]
+            .into_iter()
+            .filter_map(|over| {
+                let (of, against) = (figures("difflora")?, figures(over)?);
+                Some(Difference { of: "difflora", over, similarity: paired(&of.figures, &against.figures) })
+            })
+            .collect();
     let text = people_table(&methods, &differences, count, args, &words, &bench);
     let report = json!({
         "people": count,
@@ -422,6 +432,15 @@ struct Drawn {
     seen: Vec<Seen>,
 }
 
+impl Drawn {
+    /// Mean difference to pictures of the same noise and prompts, in parts of the range of a pixel.
+    fn pixels_from(&self, other: &Self) -> f64 {
+        let both = self.pictures.iter().zip(&other.pictures).flat_map(|(a, b)| a.rgb.iter().zip(&b.rgb));
+        let apart: Vec<f64> = both.map(|(a, b)| f64::from(a.abs_diff(*b)) / 255.0).collect();
+        apart.iter().sum::<f64>() / apart.len() as f64
+    }
+}
+
 /// A held-out person.
 struct Sitter {
     photo: Picture,
@@ -436,6 +455,8 @@ struct Portrayed {
     difflora: Drawn,
     refined: Option<Drawn>,
     own: Drawn,
+    /// With the own LoRA as the autoencoder restores it.
+    restored: Drawn,
     nearest: Option<Drawn>,
 }
 
@@ -648,11 +669,12 @@ fn people_table(
     let attributes: Vec<&str> =
         methods[0].figures.obedience.iter().map(|obedience| obedience.attribute).collect();
     let mut head = vec!["method", "similarity", "misses as 0", "face found", "same − different", "rank 1"];
+    head.push("from own");
     head.extend(bench.attributes.is_some().then_some("factors"));
     head.extend(&attributes);
     let rows: Vec<Vec<String>> = methods
         .iter()
-        .map(|Method { title, figures, .. }| {
+        .map(|Method { title, figures, pixels_from_own, .. }| {
             let mut row = vec![
                 (*title).to_string(),
                 interval(figures.similarity),
@@ -660,6 +682,7 @@ fn people_table(
                 plain(figures.detection.map(|mean| mean.mean)),
                 interval(figures.same_minus_different),
                 plain(figures.rank_1.map(|mean| mean.mean)),
+                plain(pixels_from_own.map(|mean| mean.mean)),
             ];
             row.extend(bench.attributes.is_some().then(|| plain(figures.factor_correlation)));
             row.extend(attributes.iter().map(|attribute| obeyed(&figures.obedience, attribute)));
@@ -671,7 +694,8 @@ fn people_table(
     text += &format!(
         "\n{people} held-out people, {} pictures each way from the same noise, {} steps, guidance {}, seed {}. \
          Similarity: cosine of SFace to the person's other photos, 95 % intervals over people; rank 1 by chance \
-         {:.3}.\nNo LoRA and the mean LoRA draw everybody the same, so those pictures are drawn once.\n",
+         {:.3}. From own: mean difference of pixels to the pictures with the own LoRA, in parts of their range.\n\
+         No LoRA and the mean LoRA draw everybody the same, so those pictures are drawn once.\n",
         args.pictures,
         args.steps,
         args.guidance,

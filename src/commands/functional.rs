@@ -220,6 +220,15 @@ pub struct Refinement {
     pub downs: bool,
 }
 
+/// Reads `--refine-rate`: more than 0.
+///
+/// # Errors
+/// What clap says behind the option's name.
+pub fn learning_rate(text: &str) -> Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|_| "it is a number".to_string())?;
+    if rate > 0.0 && rate.is_finite() { Ok(rate) } else { Err("it is more than 0".into()) }
+}
+
 /// What [`refine`] did to the loss on the photos, over the same noise and timesteps before and after.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Refined {

@@ -76,6 +76,7 @@ fn options_that_make_no_sense_are_usage_errors() {
         (&["--vary", "0.5", "--prompt", "x"], "--ref"),
         (&["--mix", PHOTO, "--refine", "3"], "--refine"),
         (&["--ref", PHOTO, "--refine-rate", "0.1"], "--refine"),
+        (&["--ref", PHOTO, "--refine", "3", "--refine-rate", "0"], "more than 0"),
     ] {
         let run = difflora(&[&["gen"], options].concat());
         assert_eq!(run.code, 2, "{options:?}: {}", run.stderr);

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::commands::functional::learning_rate;
 use crate::failure::Failure;
 use crate::hypernet::{Choice, Hypernet, SampleOptions};
 
@@ -41,7 +42,7 @@ pub(super) struct IdentityOptions {
     #[arg(long, value_name = "STEPS", conflicts_with = "mix", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
     pub(super) refine: Option<u32>,
     /// Learning rate of these steps.
-    #[arg(long, value_name = "F", default_value_t = 1e-3, requires = "refine", env = "DIFFLORA_REFINE_RATE")]
+    #[arg(long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
     pub(super) refine_rate: f64,
 }
 
@@ -57,9 +58,6 @@ impl IdentityOptions {
         }
         if !self.identity_strength.is_finite() {
             return usage(format!("--identity-strength {}: it is a number", self.identity_strength));
-        }
-        if !(self.refine_rate > 0.0 && self.refine_rate.is_finite()) {
-            return usage(format!("--refine-rate {}: it is more than 0", self.refine_rate));
         }
         if !photos && self.mix.is_empty() && (self.vary.is_some() || self.refine.is_some()) {
             return usage("--vary and --refine need --ref: they change the LoRA of a person".into());
