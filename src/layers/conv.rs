@@ -1,5 +1,5 @@
-//! Two-dimensional convolution as a matrix product over patches: forward they are gathered block by block as the product
-//! packs them, backward as matrices (im2col), a few samples at a time.
+//! Two-dimensional convolution as a matrix product over patches, which are gathered block by block as the product packs
+//! them; backward with a stride as matrices (im2col), a few samples at a time.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use gemm::Parallelism;
 use super::linear::{Adapter, uniform};
 use super::product::{Along, Left, Place, Right, Size, Start, multiplied};
 use super::slices::{self, Matrix, Product, Weight};
-use super::tile::{COLUMNS, Words, pack_along, pack_gathered};
+use super::tile::{COLUMNS, Words, pack_across, pack_along, pack_gathered};
 
 /// A convolution; `weight` (out, in, k, k), `bias` (out).
 #[derive(Clone, Debug)]
@@ -262,28 +262,12 @@ impl Sizes {
         grad_x
     }
 
+    /// Patches (patch, pixels of all samples) times the output's gradient (pixels, out), turned over.
     fn grad_weight(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
-        let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
-        let parallelism = slices::parallelism();
-        let mut grad_w = vec![0f32; self.c_out * k];
-        for first in (0..self.b).step_by(group) {
-            let count = group.min(self.b - first);
-            let columns = count * pixels;
-            with_scratch(k * columns, self.c_out * columns, |patches, together| {
-                for s in 0..count {
-                    let x = &x[(first + s) * self.sample_in()..][..self.sample_in()];
-                    gather(self, x, patches, columns, s * pixels);
-                }
-                self.side_by_side(&grad[first * self.sample_out()..], count, together);
-                Product { m: self.c_out, n: k, k: columns, scale: 1.0, add: true, parallelism }.write(
-                    Matrix { values: together, row: columns, column: 1 },
-                    Matrix { values: patches, row: 1, column: columns },
-                    &mut grad_w,
-                    k,
-                );
-            });
-        }
-        grad_w
+        let size = Size { m: self.patch(), n: self.c_out, k: self.b * self.pixels_out() };
+        let (left, right) = (PatchRows { x, s: *self }, OutputPixels { grad, s: *self });
+        let turned = multiplied(Words::F32, size, &left, &right, Start::Zero, Place::matrix(self.c_out));
+        (0..self.c_out).flat_map(|o| turned.iter().skip(o).step_by(self.c_out)).copied().collect()
     }
 
     fn grad_bias(&self, grad: &[f32]) -> Vec<f32> {
@@ -396,6 +380,84 @@ impl Right for Patches<'_> {
     }
 }
 
+/// The patches of a picture as the left operand of a product: a row for each value of a patch, the output pixels of all
+/// samples along the depth.
+struct PatchRows<'a> {
+    x: &'a [f32],
+    s: Sizes,
+}
+
+impl Left for PatchRows<'_> {
+    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
+        assert!(words == Words::F32);
+        let (s, ConvGeometry { kernel, stride, pad_before, .. }) = (&self.s, self.s.g);
+        for (i, row) in rows.enumerate() {
+            let (c, ky, kx) = (row / (kernel * kernel), row / kernel % kernel, row % kernel);
+            let inside = s.inside(kx);
+            let to = &mut to[i * step..][..depth.len()];
+            let mut at = depth.start;
+            while at < depth.end {
+                let (sample, y, x) = (at / s.pixels_out(), at / s.w_out % s.h_out, at % s.w_out);
+                let end = (at + s.w_out - x).min(depth.end);
+                let to = &mut to[at - depth.start..end - depth.start];
+                at = end;
+                let from = (y * stride + ky).wrapping_sub(pad_before);
+                let seen = inside.start.max(x)..inside.end.min(x + to.len());
+                if from >= s.h || seen.is_empty() {
+                    to.fill(0);
+                    continue;
+                }
+                to[..seen.start - x].fill(0);
+                to[seen.end - x..].fill(0);
+                let start =
+                    ((sample * s.c_in + c) * s.h + from) * s.w + seen.start * stride + kx - pad_before;
+                let (to, source) = (&mut to[seen.start - x..seen.end - x], &self.x[start..]);
+                if stride == 1 {
+                    to.iter_mut().zip(source).for_each(|(to, value)| *to = value.to_bits());
+                } else {
+                    let source = source.iter().step_by(stride);
+                    to.iter_mut().zip(source).for_each(|(to, value)| *to = value.to_bits());
+                }
+            }
+        }
+    }
+}
+
+/// The output's gradient (B, out, pixels) as the right operand: a column for each channel, the pixels of all samples along
+/// the depth.
+struct OutputPixels<'a> {
+    grad: &'a [f32],
+    s: Sizes,
+}
+
+impl Right for OutputPixels<'_> {
+    fn pack_columns(
+        &self,
+        words: Words,
+        columns: Range<usize>,
+        depth: Range<usize>,
+        to: &mut [u32],
+        step: usize,
+    ) {
+        assert!(words == Words::F32);
+        let pixels = self.s.pixels_out();
+        let mut at = depth.start;
+        while at < depth.end {
+            let (sample, pixel) = (at / pixels, at % pixels);
+            let count = (pixels - pixel).min(depth.end - at);
+            let picture = &self.grad[sample * self.s.sample_out()..][..self.s.sample_out()];
+            for (panel, channel) in columns.clone().step_by(COLUMNS).enumerate() {
+                let width = COLUMNS.min(columns.end - channel);
+                let to = &mut to[panel * step + (at - depth.start) * COLUMNS..];
+                let from = |i: usize| picture[(channel + i) * pixels + pixel..][..count].as_ptr();
+                // SAFETY: each of these lines has `count` values.
+                unsafe { pack_across(words, width, count, from, to, COLUMNS) }
+            }
+            at += count;
+        }
+    }
+}
+
 /// A kernel (out, in, k, k) turned around, as the left operand that brings gradients from outputs to inputs: a row for
 /// each input channel, (out, k, k) along the depth.
 struct Turned<'a> {
@@ -443,38 +505,6 @@ fn with_scratch(first: usize, second: usize, work: impl FnOnce(&mut [f32], &mut 
     b.resize(second.max(b.len()), 0.0);
     work(&mut a[..first], &mut b[..second]);
     SCRATCH.set([a, b]);
-}
-
-slices::vectorised! {
-    /// Gathers the patches of one sample into columns `at..` of `patches` (patch, columns), borders as zeros.
-    fn gather(s: &Sizes, sample: &[f32], patches: &mut [f32], columns: usize, at: usize) {
-        let ConvGeometry { kernel, stride, pad_before, .. } = s.g;
-        for row in 0..s.patch() {
-            let (c, ky, kx) = (row / (kernel * kernel), row / kernel % kernel, row % kernel);
-            let inside = s.inside(kx);
-            let target = &mut patches[row * columns + at..][..s.pixels_out()];
-            for (y, target) in target.chunks_exact_mut(s.w_out).enumerate() {
-                let from = (y * stride + ky).wrapping_sub(pad_before);
-                if from >= s.h || inside.is_empty() {
-                    target.fill(0.0);
-                    continue;
-                }
-                target[..inside.start].fill(0.0);
-                target[inside.end..].fill(0.0);
-                let start = (c * s.h + from) * s.w + inside.start * stride + kx - pad_before;
-                let target = &mut target[inside.clone()];
-                if stride == 1 {
-                    for (value, source) in target.iter_mut().zip(&sample[start..]) {
-                        *value = *source;
-                    }
-                } else {
-                    for (value, source) in target.iter_mut().zip(sample[start..].iter().step_by(stride)) {
-                        *value = *source;
-                    }
-                }
-            }
-        }
-    }
 }
 
 slices::vectorised! {

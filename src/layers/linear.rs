@@ -6,6 +6,7 @@ use candle_nn::VarBuilder;
 use super::adapted::adapted;
 use super::product::{Across, Along, Place, Size, Start, multiplied};
 use super::slices::{self, Weight};
+use super::tile::Words;
 
 /// A linear layer; `weight` (out, in), `bias` (out).
 #[derive(Clone, Debug)]
@@ -155,7 +156,13 @@ impl CustomOp3 for LinearOp {
         } else {
             None
         };
-        let grad_w = if w.track_op() { Some(grad.t()?.matmul(x)?) } else { None };
+        let grad_w = if w.track_op() {
+            let values =
+                slices::with_values(x, |x| slices::with_values(&grad, |grad| grad_weight(grad, x, sizes)))??;
+            Some(Tensor::from_vec(values, w.shape(), w.device())?)
+        } else {
+            None
+        };
         let grad_b = if b.track_op() { Some(column_sums(&grad)?) } else { None };
         Ok((grad_x, grad_w, grad_b))
     }
@@ -172,6 +179,12 @@ pub(super) fn product(x: &[f32], weight: Weight, bias: &[f32], [rows, n, k]: [us
 pub(super) fn grad_input(grad: &[f32], weight: Weight, [rows, n, k]: [usize; 3]) -> Vec<f32> {
     let (left, right) = (Along::new(Weight::F32(grad), n, rows, n), Across::new(weight, k, k, n));
     multiplied(weight.words(), Size { m: rows, n: k, k: n }, &left, &right, Start::Zero, Place::matrix(k))
+}
+
+/// Its gradient with respect to W: gradᵀ (n, rows) · x (rows, k).
+fn grad_weight(grad: &[f32], x: &[f32], [rows, n, k]: [usize; 3]) -> Vec<f32> {
+    let (left, right) = (Across::new(Weight::F32(grad), n, n, rows), Across::new(Weight::F32(x), k, k, rows));
+    multiplied(Words::F32, Size { m: n, n: k, k: rows }, &left, &right, Start::Zero, Place::matrix(k))
 }
 
 /// Sums over the rows of (rows, n) → (n).

@@ -351,6 +351,21 @@ impl Left for Along<'_> {
     }
 }
 
+impl Left for Across<'_> {
+    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
+        assert!(words == Words::F32);
+        let mut line = [0f32; ROWS];
+        let line = &mut line[..rows.len()];
+        for (w, k) in depth.enumerate() {
+            let start = k * self.step + rows.start;
+            self.values.widen(start..start + rows.len(), line);
+            for (i, value) in line.iter().enumerate() {
+                to[i * step + w] = value.to_bits();
+            }
+        }
+    }
+}
+
 impl Right for Along<'_> {
     fn pack_columns(
         &self,
