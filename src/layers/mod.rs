@@ -29,6 +29,7 @@ mod product;
 mod recompute;
 mod slices;
 mod tile;
+mod winograd;
 
 pub use activation::{Activation, geglu, upsample_nearest2x};
 pub use attention::attention;

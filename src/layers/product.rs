@@ -340,6 +340,7 @@ macro_rules! as_stored {
         }
     };
 }
+pub(super) use as_stored;
 
 impl Left for Along<'_> {
     fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {

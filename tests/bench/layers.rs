@@ -122,7 +122,9 @@ fn main() -> Result<()> {
     bench.conv("conv1 2x640x320x64", [2, 640, 320, 64], 1, 1)?;
     bench.conv("conv3 2x4x320x64", [2, 4, 320, 64], 3, 1)?;
     bench.conv("conv3 2x320x4x64", [2, 320, 4, 64], 3, 1)?;
+    bench.conv("conv3 1x512x64", [1, 512, 512, 64], 3, 1)?;
     bench.conv("conv3 1x512x128", [1, 512, 512, 128], 3, 1)?;
+    bench.conv("conv3 1x256x256", [1, 256, 256, 256], 3, 1)?;
     bench.conv("conv3 1x128x512", [1, 128, 128, 512], 3, 1)?;
     bench.attention("attention 2x20x256", [2, 20, 256, 256], 64)?;
     bench.attention("attention 1x20x1024", [1, 20, 1024, 1024], 64)?;
