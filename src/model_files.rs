@@ -52,6 +52,35 @@ pub enum ModelFiles {
     Assembled(Arc<Assembled>),
 }
 
+/// The type in which weights are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightType {
+    dtype: DType,
+    /// Whether tensors that are stored as f16 stay so.
+    halves: bool,
+}
+
+impl WeightType {
+    /// `dtype`; but where that is f32 on a CPU, weights that are stored as f16 stay so: kernels widen them as they pack
+    /// them, so that the results are the same to the bit, in half the memory and without the time to fill it.
+    ///
+    /// What then changes a weight has to widen it first ([`crate::lora::apply::widen`]), lest the change be rounded.
+    pub fn as_good_as(dtype: DType, device: &Device) -> Self {
+        Self { dtype, halves: dtype == DType::F32 && matches!(device, Device::Cpu) }
+    }
+
+    /// The same with at least f32.
+    pub fn upcast(self) -> Self {
+        Self { dtype: DType::F32, ..self }
+    }
+}
+
+impl From<DType> for WeightType {
+    fn from(dtype: DType) -> Self {
+        Self { dtype, halves: false }
+    }
+}
+
 /// A folder that is not there: configs in memory, and the tensors of one `.safetensors` under other names.
 #[derive(Debug)]
 pub struct Assembled {
@@ -220,11 +249,11 @@ impl ModelFiles {
         &self,
         folder: &str,
         stem: &str,
-        dtype: DType,
+        weights: impl Into<WeightType>,
         device: &Device,
         build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
     ) -> Result<T> {
-        self.build(folder, stem, dtype, device, false, build)
+        self.build(folder, stem, weights.into(), device, false, build)
     }
 
     /// Checks the weights as [`ModelFiles::load`] does, and keeps none: what `build` is given is all zeros.
@@ -234,21 +263,21 @@ impl ModelFiles {
         stem: &str,
         build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
     ) -> Result<()> {
-        self.build(folder, stem, DType::F32, &Device::Cpu, true, build).map(|_| ())
+        self.build(folder, stem, DType::F32.into(), &Device::Cpu, true, build).map(|_| ())
     }
 
     fn build<T>(
         &self,
         folder: &str,
         stem: &str,
-        dtype: DType,
+        WeightType { dtype, halves }: WeightType,
         device: &Device,
         only_check: bool,
         build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
     ) -> Result<T> {
         let (file, weights) = self.weights(folder, stem)?;
         let names = weights.names();
-        let ledger = Arc::new(Ledger { weights, only_check, ..Ledger::default() });
+        let ledger = Arc::new(Ledger { weights, only_check, halves, ..Ledger::default() });
         let vb = VarBuilder::from_backend(Box::new(Entries(ledger.clone())), dtype, device.clone());
         let built = build(vb).map_err(|error| self.unusable(&file, format!("{error:#}")))?;
         let asked = ledger.asked.lock().expect("no thread panics while it holds the names");
@@ -431,18 +460,24 @@ impl Weights {
         }
     }
 
+    /// Where the tensor `name` lies.
+    fn find(&self, name: &str) -> Option<(Place, &Stored)> {
+        let place = match &self.places {
+            Some(places) => places.get(name)?.clone(),
+            None => Place { stored: name.to_string(), form: Form::Whole },
+        };
+        let part = self.parts.iter().find(|part| part.contains(&place.stored))?;
+        Some((place, part))
+    }
+
+    /// Whether the tensor `name` is stored as f16.
+    fn is_half(&self, name: &str) -> bool {
+        self.find(name).is_some_and(|(place, part)| part.is_half(&place.stored))
+    }
+
     /// The tensor `name` on the CPU, as `dtype` or as stored.
     fn load(&self, name: &str, dtype: Option<DType>) -> candle_core::Result<Tensor> {
-        let whole = Place { stored: name.to_string(), form: Form::Whole };
-        let place = match &self.places {
-            Some(places) => places.get(name),
-            None => Some(&whole),
-        };
-        let found = place.and_then(|place| {
-            let part = self.parts.iter().find(|part| part.contains(&place.stored))?;
-            Some((place, part))
-        });
-        let Some((place, part)) = found else { candle_core::bail!("there is no tensor `{name}`") };
+        let Some((place, part)) = self.find(name) else { candle_core::bail!("there is no tensor `{name}`") };
         place.form.take(part.load(&place.stored, dtype)?)
     }
 }
@@ -459,6 +494,8 @@ struct Ledger {
     weights: Weights,
     /// Whether to give zeros, once a tensor has been looked at.
     only_check: bool,
+    /// Whether what is stored as f16 stays so.
+    halves: bool,
     asked: Mutex<BTreeSet<String>>,
 }
 
@@ -478,6 +515,7 @@ impl SimpleBackend for Entries {
             // All missing tensors are told together once the network is built.
             return Tensor::zeros(shape, dtype, device);
         }
+        let dtype = if self.0.halves && self.0.weights.is_half(name) { DType::F16 } else { dtype };
         let tensor = self.0.weights.load(name, Some(dtype))?;
         if tensor.shape() != &shape {
             candle_core::bail!("tensor `{name}` has shape {:?}, wanted {shape:?}", tensor.shape());

@@ -22,6 +22,7 @@ use super::device::{self, Precision};
 use super::models;
 use crate::cli::Common;
 use crate::lora::file::{self, Format};
+use crate::model_files::WeightType;
 use crate::output::print_line;
 use crate::progress::{self, Stage};
 use crate::sdxl::pipeline::{Sampler, Tiling, Unloaded};
@@ -186,7 +187,8 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let drawing = match args.prompt.is_empty() {
         true => None,
         false => {
-            let model = Unloaded::open(&base_files, args.dtype.into(), &device)?;
+            let model =
+                Unloaded::open(&base_files, WeightType::as_good_as(args.dtype.into(), &device), &device)?;
             Some((Plan::new(&args, &model)?, model))
         }
     };

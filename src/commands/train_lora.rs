@@ -219,7 +219,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     }
 
     let device = device::open(&args.device)?;
-    let model = Unloaded::open(&base_files, settings.training.dtype.into(), &device)?;
+    let model = Unloaded::open(&base_files, DType::from(settings.training.dtype), &device)?;
     let side =
         if settings.pictures.resolution == 0 { model.native_size() } else { settings.pictures.resolution };
     model.latent_shape(side, side).map_err(|error| usage(error.to_string()))?;

@@ -131,6 +131,19 @@ pub fn attach(
     Ok(applied)
 }
 
+/// Keeps the layers that `loras` change in f32, so that what is merged into them is not rounded to 16 bits.
+///
+/// # Errors
+/// [`LoraError::Tensor`] where there is no memory for them.
+pub fn widen(mut visit: impl FnMut(&mut Visit), loras: &[(&Changes, Strength)]) -> Result<(), LoraError> {
+    each_layer(&mut visit, loras, |_, mut layer, _| {
+        let weight = layer.weight().to_dtype(DType::F32)?;
+        let bias = layer.bias().map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+        layer.set(weight, bias);
+        Ok(())
+    })
+}
+
 /// Adds ΔW and the change of the bias; gives back what was there.
 fn add(layer: &mut Layer, changes: &[(&Change, f64)]) -> Result<(Tensor, Option<Tensor>), LoraError> {
     let (weight, bias) = (layer.weight().clone(), layer.bias().cloned());
@@ -392,6 +405,21 @@ mod tests {
         assert!(model[0].adapter.is_some());
         attach_all(&mut model, &[])?;
         assert!(model[0].adapter.is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn widened_weights_keep_what_is_merged_into_them() -> anyhow::Result<()> {
+        let mut half = model();
+        half.iter_mut().for_each(|linear| linear.weight = linear.weight.to_dtype(DType::F16).unwrap());
+        let changes = lora(20, 4, 1.0);
+        let loras = [(&changes, Strength::all(1.0))];
+        let original = half[0].weight.to_dtype(DType::F32)?;
+        widen(walk(&mut half), &loras)?;
+        merge(walk(&mut half), &loras, Unmatched::Refuse, Originals::Drop)?;
+        let exact = (original + plain(20, 4, 1.0).layers[PATHS[0]].delta()?)?;
+        assert_eq!(half[0].weight.dtype(), DType::F32);
+        assert!(distance(&half[0].weight, &exact) < 1e-6);
         Ok(())
     }
 

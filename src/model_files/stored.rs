@@ -62,6 +62,11 @@ impl Stored {
         self.index.contains_key(name)
     }
 
+    /// Whether the tensor `name` is stored as f16.
+    pub fn is_half(&self, name: &str) -> bool {
+        self.index.get(name).is_some_and(|i| self.header.tensors[*i].storage == Storage::F16)
+    }
+
     /// The tensor `name` on the CPU, as `dtype` or as stored.
     ///
     /// # Errors

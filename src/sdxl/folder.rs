@@ -104,7 +104,7 @@ mod tests {
     use super::super::unet::UNet;
     use super::super::vae::Vae;
     use super::*;
-    use crate::model_files::ModelFiles;
+    use crate::model_files::{ModelFiles, WeightType};
     use crate::weights::Trainable;
 
     /// Random weights for a network, by name.
@@ -114,7 +114,7 @@ mod tests {
         trainable.vars().into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect()
     }
 
-    fn write(root: &Path) {
+    fn write(root: &Path, dtype: DType) {
         let (vocab, merges) = build_vocabulary(&["a", "photo", "of", "person"]).unwrap();
         let tokens = serde_json::from_str::<BTreeMap<String, u32>>(&vocab).unwrap().len();
         let text = |kind: &str| ClipTextConfig {
@@ -149,14 +149,37 @@ mod tests {
             vocabulary: (&vocab, &merges),
             scheduler: &json!({ "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000 }),
         }
-        .write(root, DType::F32)
+        .write(root, dtype)
         .unwrap();
+    }
+
+    #[test]
+    fn weights_that_stay_f16_give_what_they_give_in_f32() {
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), DType::F16);
+        let files = ModelFiles::folder(root.path()).unwrap();
+        let halves = WeightType::as_good_as(DType::F32, &Device::Cpu);
+        let vae: VaeConfig = files.config("vae/config.json").unwrap();
+        let z = Tensor::ones((1, 4, 4, 4), DType::F32, &Device::Cpu).unwrap();
+        let results = |weights: WeightType| {
+            let text = TextEncoders::open(&files, weights, &Device::Cpu).unwrap();
+            let context = text.encode_prompts(&["a photo"]).unwrap().context;
+            let vae = files.load("vae", DIFFUSERS_WEIGHTS, weights, &Device::Cpu, |vb| Vae::new(&vae, vb));
+            let vae = vae.unwrap();
+            let picture = vae.decode(&z).unwrap();
+            assert_eq!((context.dtype(), picture.dtype()), (DType::F32, DType::F32));
+            let numbers = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            (vae.dtype(), numbers(context), numbers(picture))
+        };
+        let (narrow, wide) = (results(halves), results(DType::F32.into()));
+        assert_eq!((narrow.0, wide.0), (DType::F16, DType::F32));
+        assert!(narrow.1 == wide.1 && narrow.2 == wide.2);
     }
 
     #[test]
     fn a_written_model_opens_again() {
         let root = tempfile::tempdir().unwrap();
-        write(root.path());
+        write(root.path(), DType::F32);
         let files = ModelFiles::folder(root.path()).unwrap();
         let text = TextEncoders::open(&files, DType::F32, &Device::Cpu).unwrap();
         let conditioning = text.encode_prompts(&["a photo of a person", ""]).unwrap();

@@ -10,7 +10,7 @@ use super::{architecture, counts};
 pub use crate::diffusion::sampler::Sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
 use crate::layers::{Visit, compute_dtype};
-use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles};
+use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, WeightType};
 use crate::picture::Picture;
 
 /// Text encoders, UNet, VAE and schedule of one model.
@@ -121,7 +121,7 @@ pub struct Unloaded {
     /// The sampler that its scheduler config names, if it is one of ours.
     pub sampler: Option<Sampler>,
     force_zeros_for_empty_prompt: bool,
-    dtype: DType,
+    weights: WeightType,
     /// Where the weights will lie.
     pub device: Device,
 }
@@ -131,7 +131,7 @@ impl Unloaded {
     ///
     /// # Errors
     /// [`crate::failure::Failure::Unusable`] when a part is missing, damaged or of another architecture.
-    pub fn open(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn open(files: &ModelFiles, weights: impl Into<WeightType>, device: &Device) -> Result<Self> {
         architecture::require_sdxl(files)?;
         let index: serde_json::Value = files.json("model_index.json")?;
         let scheduler_file = "scheduler/scheduler_config.json";
@@ -147,25 +147,25 @@ impl Unloaded {
             schedule: NoiseSchedule::new(&scheduler)?,
             sampler,
             force_zeros_for_empty_prompt: index["force_zeros_for_empty_prompt"].as_bool().unwrap_or(true),
-            dtype,
+            weights: weights.into(),
             device: device.clone(),
         })
     }
 
     /// Loads both text encoders: 817 million parameters in SDXL.
     pub fn load_text(&self) -> Result<TextEncoders> {
-        TextEncoders::open(&self.files, self.dtype, &self.device)
+        TextEncoders::open(&self.files, self.weights, &self.device)
     }
 
     /// Loads the denoiser: 2,567 million parameters in SDXL.
     pub fn load_unet(&self) -> Result<UNet> {
-        self.files.load("unet", DIFFUSERS_WEIGHTS, self.dtype, &self.device, |vb| UNet::new(&self.unet, vb))
+        self.files.load("unet", DIFFUSERS_WEIGHTS, self.weights, &self.device, |vb| UNet::new(&self.unet, vb))
     }
 
     /// Loads the codec: 84 million parameters in SDXL.
     pub fn load_vae(&self) -> Result<Vae> {
-        let dtype = if self.vae.force_upcast { DType::F32 } else { self.dtype };
-        self.files.load("vae", DIFFUSERS_WEIGHTS, dtype, &self.device, |vb| Vae::new(&self.vae, vb))
+        let weights = if self.vae.force_upcast { self.weights.upcast() } else { self.weights };
+        self.files.load("vae", DIFFUSERS_WEIGHTS, weights, &self.device, |vb| Vae::new(&self.vae, vb))
     }
 
     /// The denoiser and the text encoders with names and shapes, and without weights.

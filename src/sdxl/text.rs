@@ -5,7 +5,7 @@
 //! `StableDiffusionXLPipeline.encode_prompt`.)
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Module, Tensor};
+use candle_core::{Device, Module, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Layer, LayerNorm, Linear, Visit, compute_dtype,
 };
-use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS, WeightType};
 
 use super::tokenizer::ClipTokenizer;
 
@@ -41,10 +41,11 @@ pub struct TextEncoders {
 
 impl TextEncoders {
     /// Reads the four folders of a model.
-    pub fn open(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn open(files: &ModelFiles, weights: impl Into<WeightType>, device: &Device) -> Result<Self> {
+        let weights = weights.into();
         let encoder = |folder: &str| {
             let config: ClipTextConfig = files.config(&format!("{folder}/config.json"))?;
-            files.load(folder, TRANSFORMERS_WEIGHTS, dtype, device, |vb| ClipTextModel::new(&config, vb))
+            files.load(folder, TRANSFORMERS_WEIGHTS, weights, device, |vb| ClipTextModel::new(&config, vb))
         };
         Ok(Self {
             tokenizer: ClipTokenizer::new(files, "tokenizer")?,

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::super::device::Precision;
 use super::super::models;
 use super::{Args, LoraMode};
 use crate::failure::Failure;
@@ -96,6 +97,9 @@ pub(super) fn check_loras(model: &Unloaded, chosen: &[Chosen], args: &Args) -> R
 /// Puts the LoRAs into the UNet.
 pub(super) fn apply_to_unet(unet: &mut UNet, chosen: &[Chosen], args: &Args) -> Result<()> {
     let loras = in_order(chosen);
+    if args.dtype == Precision::F32 {
+        apply::widen(|visit| unet.visit_layers(visit), &loras)?;
+    }
     match args.lora_mode {
         LoraMode::Merge => {
             let visit = |visit: &mut Visit| unet.visit_layers(visit);
@@ -117,6 +121,9 @@ pub(super) fn apply_to_unet(unet: &mut UNet, chosen: &[Chosen], args: &Args) -> 
 /// Puts the LoRAs into the text encoders. A prompt's batch is one, so these have no halves.
 pub(super) fn apply_to_text(text: &mut TextEncoders, chosen: &[Chosen], args: &Args) -> Result<()> {
     let loras = in_order(chosen);
+    if args.dtype == Precision::F32 {
+        apply::widen(|visit| text.visit_layers(visit), &loras)?;
+    }
     let visit = |visit: &mut Visit| text.visit_layers(visit);
     match args.lora_mode {
         LoraMode::Merge => apply::merge(visit, &loras, Unmatched::Ignore, Originals::Drop)?,
