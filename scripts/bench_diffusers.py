@@ -93,16 +93,23 @@ def draw(folder, size, steps, dtype):
     types = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=types[dtype])
     pipeline.set_progress_bar_config(disable=True)
-    unet, told = pipeline.unet.forward, lambda what, since: print(f"time: {time.monotonic() - since:.2f} s {what}")
-    told("loading everything", begin)
 
-    def step(*args, **kwargs):
-        since = time.monotonic()
-        out = unet(*args, **kwargs)
-        told("a step", since)
-        return out
+    def told(what, since):
+        print(f"time: {time.monotonic() - since:.2f} s {what}")
 
-    pipeline.unet.forward = step
+    def timed(call, what):
+        def run(*args, **kwargs):
+            since = time.monotonic()
+            out = call(*args, **kwargs)
+            told(what, since)
+            return out
+
+        return run
+
+    told("loading", begin)
+    pipeline.encode_prompt = timed(pipeline.encode_prompt, "encoding the prompts")
+    pipeline.unet.forward = timed(pipeline.unet.forward, "a step")
+    pipeline.vae.decode = timed(pipeline.vae.decode, "decoding")
     pipeline(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=5.0).images[0].save(
         folder / "diffusers.png"
     )
@@ -128,7 +135,9 @@ def measure(command):
     stages = [line.split(maxsplit=3) for line in lines if line.startswith("time:")]
     steps = [float(stage[1]) for stage in stages if stage[3] == "a step"]
     others = {stage[3]: float(stage[1]) for stage in stages if stage[3] != "a step"}
-    return {"whole": seconds, "first": steps[0], "further": steps[1:], "memory": memory, "stages": others}
+    loading = sum(taken for stage, taken in others.items() if stage.startswith("loading"))
+    return {"whole": seconds, "first": steps[0], "further": steps[1:], "memory": memory, "loading": loading,
+            "text": others["encoding the prompts"], "decoding": others["decoding"], "stages": others}
 
 
 def run(args):
@@ -146,7 +155,8 @@ def run(args):
         print(json.dumps(results, indent=1))
     print(f"| {size}×{size}, {steps} steps with guidance, {args.dtype}, medians of {args.runs} | diffusers | difflora | ratio |")
     print("|---|--:|--:|--:|")
-    for key, figure in [("whole", "whole process, s"), ("first", "first step, s"), ("further", "a further step, s"),
+    for key, figure in [("loading", "loading, s"), ("text", "encoding the prompts, s"), ("first", "first step, s"),
+                        ("further", "a further step, s"), ("decoding", "decoding, s"), ("whole", "whole process, s"),
                         ("memory", "peak memory, GiB")]:
         values = {name: [row[key] for row in rows] for name, rows in results.items()}
         if key == "further":
