@@ -314,9 +314,9 @@ fn train(recipe: &Recipe, set: &LoraSet, device: &Device, keeping: &Keeping) -> 
         Some((patch, components)) => Some(Pca::fit_patches(&x, patch, components, EXACT)?),
         None => None,
     };
-    let (weights, end) = match &pca {
-        Some(pca) if config.closed_form() => (Lae::pca_tensors(pca).into_iter().collect(), End::Finished),
-        _ => descend(recipe, &config, set, &x, pca.as_ref(), device, keeping)?,
+    let (weights, end) = match pca {
+        Some(pca) if config.closed_form() => (Lae::pca_tensors(&pca).into_iter().collect(), End::Finished),
+        start => descend(recipe, &config, set, &x, start, device, keeping)?,
     };
     let (base, layout) = (set.header.base.clone(), set.layout.clone());
     let codec = LoraCodec::new(base, layout, set.form.clone(), standardise, &config, weights, device)?;
@@ -345,21 +345,21 @@ fn check_people(recipe: &Recipe, config: &LaeConfig, people: usize) -> Result<()
     Ok(())
 }
 
-/// Gradient descent on `device` from the start that the network has; the rows are read by the CPU.
+/// Gradient descent on `device` from `start`, or a random one; the rows are read by the CPU.
 fn descend(
     recipe: &Recipe,
     config: &LaeConfig,
     set: &LoraSet,
     x: &Standardised,
-    pca: Option<&Pca>,
+    start: Option<Pca>,
     device: &Device,
     keeping: &Keeping,
 ) -> Result<(std::collections::BTreeMap<String, Tensor>, End)> {
     let trainable = Trainable::new(recipe.seed);
     let lae = Lae::new(config, trainable.builder(device))?;
     let vars = trainable.vars();
-    if let Some(pca) = pca {
-        lae.start_from(pca, &vars)?;
+    if let Some(pca) = start {
+        lae.start_from(&pca, &vars)?;
     }
     let standardise = x.standardise.to_device(device)?;
     let space = DeltaSpace::new(&set.layout, device)?;

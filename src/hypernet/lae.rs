@@ -23,7 +23,10 @@ use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::pca::Pca;
-use crate::layers::{Activation, GroupNorm, LayerNorm, Linear, expand_patches, linear, project_patches};
+use crate::layers::{
+    Activation, Correction, GroupNorm, LayerNorm, Linear, compute_dtype, expand_patches, linear,
+    project_patches, reconstruction_errors,
+};
 
 /// Which autoencoder, and its sizes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -284,6 +287,9 @@ impl Lae {
     pub fn new(config: &LaeConfig, vb: VarBuilder) -> Result<Self> {
         config.check()?;
         let p = config.input();
+        // A basis of 16 bits stays as it is; it is the only large weight.
+        let stored = vb.clone();
+        let vb = vb.to_dtype(compute_dtype(stored.dtype(), stored.device()));
         // Before the PCA is put in its place, a random basis of rows with length 1.
         let random = |width: usize| Init::Randn { mean: 0.0, stdev: 1.0 / (width as f64).sqrt() };
         let corrections = |patch, channels| -> candle_core::Result<_> {
@@ -291,15 +297,16 @@ impl Lae {
             Ok(Some((part("before")?, part("after")?)))
         };
         let net = match config {
-            LaeConfig::Pca { latent, .. } => {
-                Net::Linear { basis: vb.get_with_hints((*latent, p), "basis", random(p))?, corrections: None }
-            }
+            LaeConfig::Pca { latent, .. } => Net::Linear {
+                basis: stored.get_with_hints((*latent, p), "basis", random(p))?,
+                corrections: None,
+            },
             LaeConfig::Conv1dDense { latent, patch, channels, .. } => Net::Linear {
-                basis: vb.get_with_hints((*latent, p), "basis", random(p))?,
+                basis: stored.get_with_hints((*latent, p), "basis", random(p))?,
                 corrections: corrections(*patch, *channels)?,
             },
             LaeConfig::Conv1dLocal { patch, correction, .. } => Net::Linear {
-                basis: vb.get_with_hints((config.latent(), *patch), "basis", random(*patch))?,
+                basis: stored.get_with_hints((config.latent(), *patch), "basis", random(*patch))?,
                 corrections: match correction {
                     Some(CorrectionConfig { patch, channels }) => corrections(*patch, *channels)?,
                     None => None,
@@ -363,11 +370,7 @@ impl Lae {
         let (b, p) = x.dims2()?;
         match &self.net {
             Net::Linear { basis, corrections } => {
-                let x = match corrections {
-                    Some((before, _)) => before.forward(x)?,
-                    None => x.clone(),
-                };
-                project(&x, basis)
+                project_patches(x, basis, corrections.as_ref().map(|(before, _)| before))
             }
             Net::Conv1d { down, dense, .. } => {
                 let fold: usize = down.iter().map(|stage| stage.fold).product();
@@ -387,11 +390,7 @@ impl Lae {
         let p = self.config.input();
         match &self.net {
             Net::Linear { basis, corrections } => {
-                let x = expand(z, basis, p)?;
-                match corrections {
-                    Some((_, after)) => after.forward(&x),
-                    None => Ok(x),
-                }
+                expand_patches(z, basis, corrections.as_ref().map(|(_, after)| after), p)
             }
             Net::Conv1d { up, dense, .. } => {
                 let b = z.dim(0)?;
@@ -416,75 +415,10 @@ impl Lae {
 ///
 /// Apart from [`Lae::loss`] for a training loop that adds noise to the latents in between.
 pub fn loss(x: &Tensor, x_hat: &Tensor, distance: Distance, lambda: f64) -> candle_core::Result<LaeLoss> {
-    let error = (x - x_hat)?;
-    let reconstruction = match distance {
-        Distance::Mse => error.sqr()?.mean_all()?,
-        Distance::L1 => error.abs()?.mean_all()?,
-    };
-    let weight_preserved = (x.abs()? * error.abs()?)?.mean_all()?;
+    let errors = reconstruction_errors(x, x_hat, distance == Distance::Mse)?;
+    let (reconstruction, weight_preserved) = (errors.get(0)?, errors.get(1)?);
     let total = (&reconstruction + (&weight_preserved * lambda)?)?;
     Ok(LaeLoss { total, reconstruction, weight_preserved })
-}
-
-/// `x` (B, P) along `basis` (L, patch), each patch by its own rows → (B, L).
-fn project(x: &Tensor, basis: &Tensor) -> candle_core::Result<Tensor> {
-    let (b, p) = x.dims2()?;
-    let (l, patch) = basis.dims2()?;
-    let patches = p.div_ceil(patch);
-    if patches == 1 && patch == p {
-        return linear(x, basis, None);
-    }
-    let x = x.pad_with_zeros(1, 0, patches * patch - p)?.reshape((b, patches, patch))?;
-    let z = project_patches(&x.transpose(0, 1)?, basis)?; // (patches, B, L / patches)
-    z.transpose(0, 1)?.contiguous()?.reshape((b, l))
-}
-
-/// The transposed map: `z` (B, L) → (B, `p`).
-fn expand(z: &Tensor, basis: &Tensor, p: usize) -> candle_core::Result<Tensor> {
-    let (l, patch) = basis.dims2()?;
-    let patches = p.div_ceil(patch);
-    if patches == 1 && patch == p {
-        return z.matmul(basis);
-    }
-    let b = z.dim(0)?;
-    let z = z.reshape((b, patches, l / patches))?.transpose(0, 1)?;
-    let x = expand_patches(&z, basis)?; // (patches, B, patch)
-    x.transpose(0, 1)?.contiguous()?.reshape((b, patches * patch))?.narrow(1, 0, p)
-}
-
-/// x + conv_transposed(GELU(conv(x) + position)), kernel = stride = one patch.
-#[derive(Clone, Debug)]
-struct Correction {
-    /// Kernel (channels, patch) of the convolution.
-    narrow: Linear,
-    /// Kernel (patch, channels) of the transposed one. Zero, so that training starts at the dense stage alone.
-    widen: Linear,
-    /// (patches, channels): which part of the LoRA this is; kernels are shared, layers are not alike.
-    position: Tensor,
-    patch: usize,
-}
-
-impl Correction {
-    fn new(p: usize, patch: usize, channels: usize, vb: VarBuilder) -> candle_core::Result<Self> {
-        let init = candle_nn::Init::Randn { mean: 0.0, stdev: 0.02 };
-        Ok(Self {
-            narrow: Linear::new(patch, channels, vb.pp("narrow"))?,
-            widen: Linear::zeros(channels, patch, vb.pp("widen"))?,
-            position: vb.get_with_hints((p.div_ceil(patch), channels), "position", init)?,
-            patch,
-        })
-    }
-
-    /// (B, P) → same.
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (b, p) = x.dims2()?;
-        let patches = p.div_ceil(self.patch);
-        let padded = x.pad_with_zeros(1, 0, patches * self.patch - p)?;
-        let h = self.narrow.forward(&padded.reshape((b, patches, self.patch))?)?; // (B, patches, C)
-        let h = Activation::GeluTanh.apply(&h.broadcast_add(&self.position)?)?;
-        let y = self.widen.forward(&h)?.reshape((b, patches * self.patch))?;
-        x + y.narrow(1, 0, p)?
-    }
 }
 
 /// One stage, downwards or upwards.

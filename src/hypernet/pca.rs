@@ -54,44 +54,69 @@ impl Pca {
         let patches: Vec<Span> = (0..width.div_ceil(patch))
             .map(|i| Span { begin: i * patch, length: patch.min(width - i * patch), components })
             .collect();
-        let found = if count.saturating_mul(width).saturating_mul(4) <= exact {
-            let rows = rows.all()?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-            let solve = |span: &Span| span.by_gram(&rows.narrow(1, span.begin, span.length)?.contiguous()?);
-            patches.iter().map(solve).collect::<Result<Vec<_>>>()?
-        } else {
-            by_iteration(rows, &patches)?
+        let size = patches.len() * components * patch;
+        let mut pca = Start {
+            patch,
+            components,
+            count,
+            flat: Vec::with_capacity(size),
+            variances: Vec::new(),
+            total: 0.0,
         };
-        let mut flat = Vec::with_capacity(patches.len() * components * patch);
-        let mut pca = (Vec::with_capacity(patches.len() * components), 0.0);
-        for (span, mut found) in patches.iter().zip(found) {
-            let whole = span.length == patch;
-            let (first, last) = (found.values[0], found.values[found.values.len() - 1]);
-            // The Gram matrix is in f32: smaller eigenvalues are rounding.
-            ensure!(
-                !whole || (found.values.len() == components && last > 1e-6 * first),
-                "{count} LoRAs span fewer than {components} dimensions; take a shorter latent or more LoRAs"
-            );
-            // In f32 the directions of small variance lean on the large ones; orthogonal again in f64.
-            orthonormalise(&mut found.rows);
-            for row in &mut found.rows {
-                let peak = row.iter().copied().fold(0.0, |a: f64, b| if b.abs() > a.abs() { b } else { a });
-                let sign = if peak < 0.0 { -1.0 } else { 1.0 };
-                flat.extend(row.iter().map(|x| (sign * x) as f32));
-                flat.extend(std::iter::repeat_n(0f32, patch - span.length));
+        if count.saturating_mul(width).saturating_mul(4) <= exact {
+            let rows = rows.all()?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+            for span in &patches {
+                pca.take(span, span.by_gram(&rows.narrow(1, span.begin, span.length)?.contiguous()?)?)?;
             }
-            // A last patch that is shorter than its components has no more.
-            flat.extend(std::iter::repeat_n(0f32, (components - found.rows.len()) * patch));
-            pca.0.extend(found.values.iter().map(|x| x / count as f64));
-            pca.0.extend(std::iter::repeat_n(0.0, components - found.values.len()));
-            pca.1 += found.total / count as f64;
+        } else {
+            for (span, found) in patches.iter().zip(by_iteration(rows, &patches)?) {
+                pca.take(span, found)?;
+            }
         }
-        let basis = Tensor::from_vec(flat, (patches.len() * components, patch), &Device::Cpu)?;
-        Ok(Self { basis, variances: pca.0, total: pca.1 })
+        let basis = Tensor::from_vec(pca.flat, (patches.len() * components, patch), &Device::Cpu)?;
+        Ok(Self { basis, variances: pca.variances, total: pca.total })
     }
 
     /// Share of the variance that the components leave out, for the rows they were fitted on.
     pub fn left_out(&self) -> f64 {
         1.0 - self.variances.iter().sum::<f64>() / self.total
+    }
+}
+
+/// A [`Pca`] that grows patch by patch: in f64 the components of all would take more memory than the rows.
+struct Start {
+    patch: usize,
+    components: usize,
+    count: usize,
+    flat: Vec<f32>,
+    variances: Vec<f64>,
+    total: f64,
+}
+
+impl Start {
+    fn take(&mut self, span: &Span, mut found: Found) -> Result<()> {
+        let Self { patch, components, count, .. } = *self;
+        let whole = span.length == patch;
+        let (first, last) = (found.values[0], found.values[found.values.len() - 1]);
+        // The Gram matrix is in f32: smaller eigenvalues are rounding.
+        ensure!(
+            !whole || (found.values.len() == components && last > 1e-6 * first),
+            "{count} LoRAs span fewer than {components} dimensions; take a shorter latent or more LoRAs"
+        );
+        // In f32 the directions of small variance lean on the large ones; orthogonal again in f64.
+        orthonormalise(&mut found.rows);
+        for row in &found.rows {
+            let peak = row.iter().copied().fold(0.0, |a: f64, b| if b.abs() > a.abs() { b } else { a });
+            let sign = if peak < 0.0 { -1.0 } else { 1.0 };
+            self.flat.extend(row.iter().map(|x| (sign * x) as f32));
+            self.flat.extend(std::iter::repeat_n(0f32, patch - span.length));
+        }
+        // A last patch that is shorter than its components has no more.
+        self.flat.extend(std::iter::repeat_n(0f32, (components - found.rows.len()) * patch));
+        self.variances.extend(found.values.iter().map(|x| x / count as f64));
+        self.variances.extend(std::iter::repeat_n(0.0, components - found.values.len()));
+        self.total += found.total / count as f64;
+        Ok(())
     }
 }
 

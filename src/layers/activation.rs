@@ -209,12 +209,12 @@ impl CustomOp1 for UpsampleOp {
 macro_rules! loops {
     ($($variant:ident $forward:ident $backward:ident;)*) => {$(
         slices::vectorised! {
-            fn $forward(x: &[f32], y: &mut [f32]) {
+            pub(super) fn $forward(x: &[f32], y: &mut [f32]) {
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::$variant.at(*x).0);
             }
         }
         slices::vectorised! {
-            fn $backward(x: &[f32], grad: &[f32], out: &mut [f32]) {
+            pub(super) fn $backward(x: &[f32], grad: &[f32], out: &mut [f32]) {
                 for ((out, x), grad) in out.iter_mut().zip(x).zip(grad) {
                     *out = Activation::$variant.at(*x).1 * grad;
                 }

@@ -195,7 +195,8 @@ fn column_sums(x: &Tensor) -> Result<Tensor> {
 }
 
 slices::vectorised! {
-    fn add_rows(x: &[f32], sums: &mut [f32]) {
+    /// Adds the rows of `x` to `sums`.
+    pub(super) fn add_rows(x: &[f32], sums: &mut [f32]) {
         for row in x.chunks_exact(sums.len()) {
             for (sum, value) in sums.iter_mut().zip(row) {
                 *sum += value;

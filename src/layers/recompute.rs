@@ -10,6 +10,8 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor, Var,
 };
 
+use super::gathered::backward;
+
 /// `piece(inputs)`, of which the graph keeps nothing but the inputs. Its gradients are those of `piece(inputs)` itself.
 ///
 /// The first two inputs are kept as they are; further ones that need a gradient are copied and should be small. The
@@ -141,7 +143,7 @@ impl CustomOp3 for Piece {
             }
         }
         let y = (self.run)(&inputs)?;
-        let grads = (y * grad)?.sum_all()?.backward()?; // dΣ(y · grad)/dy = grad
+        let grads = backward(&(y * grad)?.sum_all()?)?; // dΣ(y · grad)/dy = grad
         let of = |tensor: &Tensor| grads.get(tensor).map_or_else(|| tensor.zeros_like(), |g| Ok(g.clone()));
         let wanted: Vec<Option<Tensor>> = inputs
             .iter()

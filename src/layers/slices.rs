@@ -206,6 +206,21 @@ pub(super) struct Product {
 
 impl Product {
     pub(super) fn write(&self, a: Matrix, b: Matrix, out: &mut [f32], out_row: usize) {
+        let Self { m, n, .. } = *self;
+        if m == 0 || n == 0 {
+            return;
+        }
+        assert!((m - 1) * out_row + n <= out.len());
+        // SAFETY: the assert bounds every element that is written, and `out` is borrowed mutably.
+        unsafe { self.write_to(a, b, out.as_mut_ptr(), out_row) }
+    }
+
+    /// The same where other threads write beside it.
+    ///
+    /// # Safety
+    /// From `out` on there are `n` values in each of `m` rows, `out_row` apart, which this call may write; where it adds
+    /// they are initialised.
+    pub(super) unsafe fn write_to(&self, a: Matrix, b: Matrix, out: *mut f32, out_row: usize) {
         let Self { m, n, k, .. } = *self;
         if m == 0 || n == 0 {
             return;
@@ -214,14 +229,13 @@ impl Product {
             (rows.max(1) - 1) * matrix.row + (columns.max(1) - 1) * matrix.column
         };
         assert!(end(m, k, &a) < a.values.len() && end(k, n, &b) < b.values.len());
-        assert!((m - 1) * out_row + n <= out.len());
-        // SAFETY: the asserts above bound every element that the strides reach, and `out` is borrowed mutably.
+        // SAFETY: the assert bounds every element that is read; for those written the caller vouches.
         unsafe {
             gemm::gemm(
                 m,
                 n,
                 k,
-                out.as_mut_ptr(),
+                out,
                 1,
                 out_row as isize,
                 self.add,

@@ -14,7 +14,7 @@ use super::ema::Ema;
 use super::log::Log;
 use super::optimiser::{AdamW, AdamWOptions};
 use super::schedule::Schedule;
-use super::shards::{self, Gradients, Loss};
+use super::shards::{self, Gradients, Loss, Sum};
 use crate::progress;
 
 /// How a network is trained, whatever it is.
@@ -136,10 +136,13 @@ pub fn run_until<S: Serialize>(
             return Ok((End::Paused { step: state.step }, state.into_ema()?));
         }
         let rate = plan.rate.learning_rate(state.step, plan.steps);
-        let sum = shards::gradients(vars, plan.shards, |shard| loss(state.step, shard))?;
-        let norm = state.update(&sum.gradients, rate)?;
+        let Sum { loss, parts, gradients } =
+            shards::gradients(vars, plan.shards, |shard| loss(state.step, shard))?;
+        let norm = state.update(&gradients, rate)?;
+        // A checkpoint needs their memory.
+        drop(gradients);
         let step = state.step;
-        recent.add(sum.loss, norm, &sum.parts);
+        recent.add(loss, norm, &parts);
         bar.inc(1);
         if step % REPORT == 0 || step == plan.steps {
             let a_second = (step - first) as f64 / start.elapsed().as_secs_f64();

@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Result, anyhow};
 use candle_core::{Device, Tensor, Var};
 
+use super::optimiser::blend;
 use super::parallel;
+use crate::layers::backward;
 
 /// Gradients by the name of their variable.
 pub type Gradients = BTreeMap<String, Tensor>;
@@ -50,7 +52,7 @@ pub fn gradients(
 ) -> Result<Sum> {
     let one = |shard: usize| -> Result<Sum> {
         let Loss { value, parts } = loss(shard)?;
-        let mut store = value.backward()?;
+        let mut store = backward(&value)?;
         let gradients =
             vars.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?.detach()))).collect();
         Ok(Sum {
@@ -64,9 +66,7 @@ pub fn gradients(
     let shards = own.len();
     let mut total = None;
     if vars.values().all(|var| var.device().is_cpu()) {
-        for sum in in_threads(shards, |shard| one(own.start + shard))? {
-            add(&mut total, sum)?;
-        }
+        in_threads_with(shards, |shard| one(own.start + shard), |sum| add(&mut total, sum))?;
     } else {
         for shard in own {
             add(&mut total, one(shard)?)?;
@@ -97,11 +97,12 @@ fn add(total: &mut Option<Sum>, sum: Sum) -> Result<()> {
         mean.1 += part.1;
     }
     for (name, gradient) in sum.gradients {
-        let together = match total.gradients.remove(&name) {
-            Some(first) => (first + gradient)?,
-            None => gradient,
-        };
-        total.gradients.insert(name, together);
+        match total.gradients.get_mut(&name) {
+            Some(together) => blend(together, &gradient, 1.0, 1.0)?,
+            None => {
+                total.gradients.insert(name, gradient);
+            }
+        }
     }
     Ok(())
 }
@@ -120,12 +121,33 @@ pub fn in_threads_or_turn<T: Send>(
 /// # Errors
 /// The first error in that order.
 pub fn in_threads<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let mut results = Vec::with_capacity(count);
+    in_threads_with(count, work, |result| {
+        results.push(result);
+        Ok(())
+    })?;
+    Ok(results)
+}
+
+/// The same, with results that are handed on in order as soon as all before them are there, so that large ones need not
+/// be kept.
+fn in_threads_with<T: Send>(
+    count: usize,
+    work: impl Fn(usize) -> Result<T> + Sync,
+    mut take: impl FnMut(T) -> Result<()> + Send,
+) -> Result<()> {
     if count == 1 {
-        return Ok(vec![work(0)?]);
+        return take(work(0)?);
+    }
+    struct Waiting<T> {
+        results: BTreeMap<usize, Result<T>>,
+        /// How many have been handed on, and how that went.
+        taken: usize,
+        outcome: Result<()>,
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(count);
     let next = AtomicUsize::new(0);
-    let results: Mutex<BTreeMap<usize, Result<T>>> = Mutex::default();
+    let waiting = Mutex::new((Waiting { results: BTreeMap::new(), taken: 0, outcome: Ok(()) }, &mut take));
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
@@ -135,10 +157,18 @@ pub fn in_threads<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> + Syn
                         return;
                     }
                     let result = work(i);
-                    results.lock().expect("nothing panics while it holds the results").insert(i, result);
+                    let (waiting, take) =
+                        &mut *waiting.lock().expect("nothing panics while it holds the results");
+                    waiting.results.insert(i, result);
+                    while let Some(result) = waiting.results.remove(&waiting.taken) {
+                        waiting.taken += 1;
+                        if waiting.outcome.is_ok() {
+                            waiting.outcome = result.and_then(&mut **take);
+                        }
+                    }
                 }
             });
         }
     });
-    results.into_inner().expect("nothing panics while it holds the results").into_values().collect()
+    waiting.into_inner().expect("nothing panics while it holds the results").0.outcome
 }
