@@ -4,8 +4,9 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use super::adapted::adapted;
-use super::product::{Across, Along, Place, Size, Start, multiplied};
-use super::slices::{self, Weight};
+use super::gathered::gradient;
+use super::product::{self, Across, Along, Place, Size, Start, multiplied};
+use super::slices::{self, Shared, Weight};
 use super::tile::Words;
 
 /// A linear layer; `weight` (out, in), `bias` (out).
@@ -156,13 +157,7 @@ impl CustomOp3 for LinearOp {
         } else {
             None
         };
-        let grad_w = if w.track_op() {
-            let values =
-                slices::with_values(x, |x| slices::with_values(&grad, |grad| grad_weight(grad, x, sizes)))??;
-            Some(Tensor::from_vec(values, w.shape(), w.device())?)
-        } else {
-            None
-        };
+        let grad_w = if w.track_op() { grad_weight(&grad, x, w)? } else { None };
         let grad_b = if b.track_op() { Some(column_sums(&grad)?) } else { None };
         Ok((grad_x, grad_w, grad_b))
     }
@@ -181,10 +176,22 @@ pub(super) fn grad_input(grad: &[f32], weight: Weight, [rows, n, k]: [usize; 3])
     multiplied(weight.words(), Size { m: rows, n: k, k: n }, &left, &right, Start::Zero, Place::matrix(k))
 }
 
-/// Its gradient with respect to W: gradᵀ (n, rows) · x (rows, k).
-fn grad_weight(grad: &[f32], x: &[f32], [rows, n, k]: [usize; 3]) -> Vec<f32> {
-    let (left, right) = (Across::new(Weight::F32(grad), n, n, rows), Across::new(Weight::F32(x), k, k, rows));
-    multiplied(Words::F32, Size { m: n, n: k, k: rows }, &left, &right, Start::Zero, Place::matrix(k))
+/// The gradient of W (n, k): gradᵀ (n, rows) · x (rows, k).
+fn grad_weight(grad: &Tensor, x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
+    let (size, rows) = (Size { m: grad.dim(1)?, n: x.dim(1)?, k: grad.dim(0)? }, grad.dim(0)?);
+    slices::with_values(grad, |grad| {
+        slices::with_values(x, |x| {
+            let left = Across::new(Weight::F32(grad), size.m, size.m, rows);
+            let right = Across::new(Weight::F32(x), size.n, size.n, rows);
+            let write = |out: Shared, add: bool| {
+                let start = if add { Start::Output } else { Start::Zero };
+                // SAFETY: the gradient has n rows of k values.
+                unsafe { product::write(Words::F32, size, &left, &right, start, out, Place::matrix(size.n)) }
+            };
+            // SAFETY: a product writes all its values.
+            unsafe { gradient(w, write) }
+        })
+    })??
 }
 
 /// Sums over the rows of (rows, n) → (n).

@@ -109,9 +109,11 @@ fn is_dense(size: Size, place: Place) -> bool {
             || (size.n.is_multiple_of(place.part) && place.part_step == size.m * place.part))
 }
 
+/// left · right, added to `start`.
+///
 /// # Safety
 /// `out` may be written wherever `place` reaches for i < m and j < n; different (i, j) are different places.
-unsafe fn write<L: Left, R: Right>(
+pub(super) unsafe fn write<L: Left, R: Right>(
     words: Words,
     size: Size,
     left: &L,
