@@ -7,10 +7,11 @@
 //!
 //! candle's own keeps its moments to itself, so that a run could not be resumed.
 
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, Result};
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Storage, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp2, Layout, Storage, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::shards::Gradients;
@@ -92,13 +93,14 @@ impl AdamW {
             let slot = self.slots.get_mut(name).with_context(|| format!("`{name}` is not trained here"))?;
             let rate = learning_rate * slot.rate;
             let update = Update {
+                betas: [beta1 as f32, beta2 as f32],
+                take: [((1.0 - beta1) * scale) as f32, ((1.0 - beta2) * scale * scale) as f32],
                 keep: (1.0 - rate * self.options.weight_decay) as f32,
                 step: (rate / (1.0 - beta1.powf(self.step as f64))) as f32,
                 root: (1.0 - beta2.powf(self.step as f64)).sqrt() as f32,
                 eps: self.options.eps as f32,
             };
-            slot.follow(gradient, scale, [beta1, beta2])?;
-            slot.update(&update)?;
+            slot.update(gradient, &update)?;
         }
         Ok(norm)
     }
@@ -192,23 +194,24 @@ fn in_place(x: &Tensor) -> bool {
 }
 
 impl Slot {
-    /// The moments follow `scale` · `gradient`.
-    fn follow(&mut self, gradient: &Tensor, scale: f64, [beta1, beta2]: [f64; 2]) -> Result<()> {
-        blend(&mut self.first, gradient, beta1, (1.0 - beta1) * scale)?;
-        if in_place(&self.second) {
-            let squares = Squares { keep: beta2 as f32, take: ((1.0 - beta2) * scale * scale) as f32 };
-            self.second.inplace_op2(&gradient.contiguous()?, &squares)?;
-        } else {
-            let squares = (gradient.sqr()? * ((1.0 - beta2) * scale * scale))?;
-            self.second = ((&self.second * beta2)? + squares)?.detach();
+    /// The moments follow the gradient, and the variable the moments.
+    fn update(&mut self, gradient: &Tensor, update: &Update) -> Result<()> {
+        if in_place(&self.var) && in_place(gradient) {
+            let gradient = gradient.contiguous()?;
+            let (storage, layout) = gradient.storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else { anyhow::bail!("a gradient left the CPU") };
+            let gradient = values(storage, layout)?;
+            let changed = [self.var.as_tensor(), &self.first, &self.second];
+            // In one pass: these are the longest arrays of a training.
+            return Ok(with_values_mut(changed, |changed| {
+                by_parts(changed, [gradient], |[w, first, second], [gradient]| {
+                    adamw(update, w, first, second, gradient);
+                });
+            })?);
         }
-        Ok(())
-    }
-
-    fn update(&self, update: &Update) -> Result<()> {
-        if in_place(&self.var) {
-            return Ok(self.var.inplace_op3(&self.first, &self.second, update)?);
-        }
+        let [[beta1, beta2], [first, second]] = [update.betas, update.take].map(|pair| pair.map(f64::from));
+        blend(&mut self.first, gradient, beta1, first)?;
+        self.second = ((&self.second * beta2)? + (gradient.sqr()? * second)?)?.detach();
         let root = ((self.second.sqrt()? / f64::from(update.root))? + f64::from(update.eps))?;
         let weight = (self.var.as_tensor() * f64::from(update.keep))?;
         Ok(self.var.set(&(weight - ((&self.first / root)? * f64::from(update.step))?)?.detach())?)
@@ -220,12 +223,11 @@ struct Blend {
     take: f32,
 }
 
-struct Squares {
-    keep: f32,
-    take: f32,
-}
-
 struct Update {
+    /// β₁ and β₂.
+    betas: [f32; 2],
+    /// What the gradient and its square are multiplied by; clipping is in it.
+    take: [f32; 2],
     /// 1 − η λ
     keep: f32,
     /// η / (1 − β₁ᵗ)
@@ -247,7 +249,7 @@ impl InplaceOp2 for Blend {
         x: &CpuStorage,
         lx: &Layout,
     ) -> candle_core::Result<()> {
-        by_parts(values_mut(y, ly)?, [values(x, lx)?], |y, [x]| {
+        by_parts([values_mut(y, ly)?], [values(x, lx)?], |[y], [x]| {
             for (y, x) in y.iter_mut().zip(x) {
                 *y = self.keep * *y + self.take * x;
             }
@@ -256,70 +258,89 @@ impl InplaceOp2 for Blend {
     }
 }
 
-impl InplaceOp2 for Squares {
-    fn name(&self) -> &'static str {
-        "squares"
-    }
-
-    fn cpu_fwd(
-        &self,
-        y: &mut CpuStorage,
-        ly: &Layout,
-        x: &CpuStorage,
-        lx: &Layout,
-    ) -> candle_core::Result<()> {
-        by_parts(values_mut(y, ly)?, [values(x, lx)?], |y, [x]| {
-            for (y, x) in y.iter_mut().zip(x) {
-                *y = self.keep * *y + self.take * x * x;
-            }
-        });
-        Ok(())
-    }
-}
-
-impl InplaceOp3 for Update {
-    fn name(&self) -> &'static str {
-        "adamw"
-    }
-
-    fn cpu_fwd(
-        &self,
-        w: &mut CpuStorage,
-        lw: &Layout,
-        first: &CpuStorage,
-        lf: &Layout,
-        second: &CpuStorage,
-        ls: &Layout,
-    ) -> candle_core::Result<()> {
-        by_parts(values_mut(w, lw)?, [values(first, lf)?, values(second, ls)?], |w, [first, second]| {
-            for (w, (first, second)) in w.iter_mut().zip(first.iter().zip(second)) {
-                *w = self.keep * *w - self.step * first / (second.sqrt() / self.root + self.eps);
-            }
-        });
-        Ok(())
+vectorised! {
+    fn adamw(update: &Update, w: &mut [f32], first: &mut [f32], second: &mut [f32], gradient: &[f32]) {
+        let ([beta1, beta2], [take1, take2]) = (update.betas, update.take);
+        let moments = first.iter_mut().zip(second);
+        for ((w, (first, second)), g) in w.iter_mut().zip(moments).zip(gradient) {
+            *first = beta1 * *first + take1 * g;
+            *second = beta2 * *second + take2 * g * g;
+            *w = update.keep * *w - update.step * *first / (second.sqrt() / update.root + update.eps);
+        }
     }
 }
 
 /// Values from which on a thread of its own is worth starting.
 const MANY: usize = 1 << 20;
 
-/// `work` on parts of `y` and what stands beside them in `others`, on all cores where there is much.
-fn by_parts<const N: usize>(
-    y: &mut [f32],
+/// `work` on parts of what is `changed` and of what stands beside it in `others`, on all cores where there is much.
+fn by_parts<const M: usize, const N: usize>(
+    mut changed: [&mut [f32]; M],
     others: [&[f32]; N],
-    work: impl Fn(&mut [f32], [&[f32]; N]) + Sync,
+    work: impl Fn([&mut [f32]; M], [&[f32]; N]) + Sync,
 ) {
+    let length = changed.first().map_or(0, |values| values.len());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let part = y.len().div_ceil(cores).max(MANY);
-    if y.len() <= part {
-        return work(y, others);
+    let part = length.div_ceil(cores).max(MANY);
+    if length <= part {
+        return work(changed, others);
     }
     std::thread::scope(|scope| {
-        for (i, y) in y.chunks_mut(part).enumerate() {
-            let (others, work) = (others.map(|x| &x[i * part..][..y.len()]), &work);
-            scope.spawn(move || work(y, others));
+        for begin in (0..length).step_by(part) {
+            let count = part.min(length - begin);
+            let parts = changed.each_mut().map(|values| {
+                let (part, rest) = std::mem::take(values).split_at_mut(count);
+                *values = rest;
+                part
+            });
+            let (others, work) = (others.map(|values| &values[begin..][..count]), &work);
+            scope.spawn(move || work(parts, others));
         }
     });
+}
+
+/// Calls `work` with the values of contiguous f32 tensors on the CPU, no two of which share their memory; it may change
+/// all of them, where an operation of candle's changes one.
+fn with_values_mut<const N: usize>(
+    tensors: [&Tensor; N],
+    work: impl FnOnce([&mut [f32]; N]),
+) -> candle_core::Result<()> {
+    /// Holds one tensor and goes on to the next.
+    struct Hold<'a> {
+        rest: &'a [&'a Tensor],
+        held: &'a RefCell<Vec<(*mut f32, usize)>>,
+        last: &'a dyn Fn(),
+    }
+    impl InplaceOp1 for Hold<'_> {
+        fn name(&self) -> &'static str {
+            "hold"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+            let values = values_mut(storage, layout)?;
+            self.held.borrow_mut().push((values.as_mut_ptr(), values.len()));
+            match self.rest {
+                [] => (self.last)(),
+                [next, rest @ ..] => next.inplace_op1(&Hold { rest, ..*self })?,
+            }
+            Ok(())
+        }
+    }
+    let held = RefCell::new(Vec::with_capacity(N));
+    let work = Cell::new(Some(work));
+    let last = || {
+        // SAFETY: the operations that run around this call hold each tensor's memory for writing.
+        let slice =
+            |(first, count): (*mut f32, usize)| unsafe { std::slice::from_raw_parts_mut(first, count) };
+        let all: Vec<&mut [f32]> = held.take().into_iter().map(slice).collect();
+        if let (Some(work), Ok(all)) = (work.take(), <[&mut [f32]; N]>::try_from(all)) {
+            work(all);
+        }
+    };
+    match &tensors[..] {
+        [] => Ok(()),
+        [first, rest @ ..] => first.inplace_op1(&Hold { rest, held: &held, last: &last }),
+    }
 }
 
 fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
