@@ -82,7 +82,7 @@ impl Args {
     /// Whether the recipe cuts batches into shards, one for each thread.
     pub fn trains_in_shards(&self) -> bool {
         // What is wrong with the file is told when the command runs.
-        Settings::read(&self.config).is_ok_and(|settings| settings.dit.plan.shards > 1)
+        Settings::read(&self.config).is_ok_and(|settings| settings.dit.plan.trains_in_shards())
     }
 }
 

@@ -23,6 +23,7 @@ use crate::lora::canonical::Canonical;
 use crate::metrics::Mean;
 use crate::model_files::save_json;
 use crate::output::print_line;
+use crate::train::parallel;
 use crate::train::run::{self, End, Keeping, Plan};
 use crate::train::shards::Loss;
 use crate::weights::Trainable;
@@ -68,7 +69,7 @@ impl Args {
     /// Whether the recipe cuts batches into shards, one for each thread.
     pub fn trains_in_shards(&self) -> bool {
         // What is wrong with the file is told when the command runs.
-        Settings::read(&self.config).is_ok_and(|settings| settings.lae.plan.shards > 1)
+        Settings::read(&self.config).is_ok_and(|settings| settings.lae.plan.trains_in_shards())
     }
 }
 
@@ -205,6 +206,7 @@ fn merge(table: &mut toml::Table, changes: &toml::Table) {
 /// Trains, saves and reports.
 pub fn run(args: Args, common: &Common) -> Result<()> {
     let recipe = Settings::read(&args.config)?.lae;
+    parallel::join()?;
     let how = How {
         device: device::open(&args.device)?,
         resume: args.resume,
@@ -216,7 +218,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         LoraSet::open(&args.dataset, &Reading { skip_missing: args.skip_missing, memory, form })
     };
     let Some(path) = &args.sweep else {
-        let report = make(&recipe, &open(&recipe)?, &args.out, &how)?;
+        let Some(report) = make(&recipe, &open(&recipe)?, &args.out, &how)? else { return Ok(()) };
         if common.json {
             print_line!("{report}")?;
         } else {
@@ -244,7 +246,10 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         let report =
             make(&recipe, &opened, &out, &how).with_context(|| format!("variant `{name}` of the sweep"))?;
         set = Some(opened);
-        reports.push((name.clone(), report));
+        reports.extend(report.map(|report| (name.clone(), report)));
+    }
+    if !parallel::leads() {
+        return Ok(());
     }
     let table: Value =
         reports.iter().map(|(name, report)| json!({ "name": name, "report": report })).collect();
@@ -271,11 +276,13 @@ struct How {
     deadline: Option<Instant>,
 }
 
-/// One autoencoder in `out`, and its report.
-fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Value> {
+/// One autoencoder in `out`, and its report. Of a group only the first process writes them, and the others have none.
+fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Option<Value>> {
     let training = out.join("training");
-    std::fs::create_dir_all(&training)
-        .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
+    if parallel::leads() {
+        std::fs::create_dir_all(&training)
+            .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
+    }
     let keeping = Keeping {
         folder: &training,
         name: "lae",
@@ -286,6 +293,9 @@ fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Value> 
     let start = Instant::now();
     let (codec, end) = train(recipe, set, &how.device, &keeping)?;
     let seconds = start.elapsed().as_secs_f64();
+    if !parallel::leads() {
+        return Ok(None);
+    }
     // Half precision: its error is a thousandth of what the autoencoder leaves out.
     codec.save(out, DType::F16)?;
     let mut report = report(&codec, set, end, seconds)?;
@@ -294,7 +304,7 @@ fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Value> 
     if let End::Paused { step } = end {
         progress::note(format_args!("lae stops at step {step}; --resume goes on"));
     }
-    Ok(report)
+    Ok(Some(report))
 }
 
 /// The autoencoder with averaged weights.

@@ -50,6 +50,12 @@ pub fn leads() -> bool {
     group().is_none_or(|group| group.rank == 0)
 }
 
+/// How many processes the environment names, before they have met; 1 where it names none.
+pub fn announced() -> usize {
+    // What is wrong with the variable is told when the group is joined.
+    number("WORLD_SIZE").ok().flatten().unwrap_or(1).max(1)
+}
+
 /// Joins the group that the environment names, if it names one.
 ///
 /// # Errors

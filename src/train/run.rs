@@ -13,6 +13,7 @@ use super::checkpoint;
 use super::ema::Ema;
 use super::log::Log;
 use super::optimiser::{AdamW, AdamWOptions};
+use super::parallel;
 use super::schedule::Schedule;
 use super::shards::{self, Gradients, Loss, Sum};
 use crate::progress;
@@ -49,6 +50,11 @@ impl Plan {
             self.shards
         );
         Ok(self.batch / self.shards)
+    }
+
+    /// Whether this process will run several shards, one a thread.
+    pub fn trains_in_shards(&self) -> bool {
+        self.shards > parallel::announced()
     }
 }
 

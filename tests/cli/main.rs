@@ -5,6 +5,7 @@ mod face;
 mod identity;
 mod lora;
 mod models;
+mod train_lae;
 mod train_lora;
 
 /// What a run of the program left behind.
