@@ -6,7 +6,8 @@ configs/hypernet-sdxl.toml, whose weights mean nothing.
 
 Makes random LoRAs, a random CLIP ViT-H/14 with weights of 16 bits, and an autoencoder and a transformer of full size
 after one training step, in FOLDER (kept for the next time, 6 GB). Then the whole command runs, as a user runs it: from the
-photo to 560 modules of rank 8 in a file. Needs Python with the packages of scripts/requirements.txt, 14 GB of memory,
+photo to 560 modules of rank 8 in a file. Memory is told for the whole process and for its stages, each with all that the
+process has not given back by then. Needs Python with the packages of scripts/requirements.txt, 14 GB of memory,
 and a release build (`cargo build --release --locked`).
 """
 
@@ -14,9 +15,13 @@ import argparse
 import hashlib
 import json
 import pathlib
+import os
 import re
 import statistics
+import subprocess
 import sys
+import threading
+import time
 
 from bench_diffusers import ROOT, process
 from bench_lae import make as make_loras
@@ -64,6 +69,40 @@ def walk(tree):
         yield from walk(value)
 
 
+STAGES = ["looking at the photos", "loading the hypernetwork", "making the LoRA"]
+
+
+def watch(command):
+    """Seconds of a process, its peak memory in GiB, and the most of each stage, which it names as the stage ends."""
+    begin = time.monotonic()
+    child = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    most, stages, lines = [0.0], {}, []
+
+    def sample():
+        while True:
+            try:
+                status = pathlib.Path(f"/proc/{child.pid}/status").read_text()
+            except OSError:
+                return
+            found = re.search(r"VmRSS:\s+(\d+)", status)
+            if not found:  # it has ended
+                return
+            most[0] = max(most[0], int(found[1]) / 1024**2)
+            time.sleep(0.005)
+
+    threading.Thread(target=sample, daemon=True).start()
+    for line in child.stderr:
+        lines.append(line)
+        if line.startswith("time:"):
+            stages[line.split(maxsplit=3)[3].strip()] = most[0]
+            most[0] = 0.0
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.monotonic() - begin
+    if status:
+        sys.exit(f"{command[0]} failed:\n" + "".join(lines))
+    return seconds, usage.ru_maxrss / 1024**2, *(stages[stage] for stage in STAGES)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=pathlib.Path)
@@ -75,16 +114,17 @@ def main():
     args = parser.parse_args()
     if not (args.folder / "hypernet/dit.safetensors").exists():
         make(args)
-    command = [args.program, "gen", "--quiet", "--ref", args.photo, "--hypernet", args.folder / "hypernet", "--base", args.base,
+    command = [args.program, "gen", "--verbose", "--ref", args.photo, "--hypernet", args.folder / "hypernet", "--base", args.base,
                "--image-encoder", args.folder / "image_encoder", "--identity-steps", args.steps, "--lora-out", args.folder / "photo.safetensors"]
     runs = []
     for run in range(args.runs + 1):  # the first fills the caches: files, and hashes of weights
-        seconds, memory, _ = process([str(part) for part in command])
-        print(f"{'first' if run == 0 else f'run {run}'}: {seconds:.2f} s, {memory:.2f} GiB", file=sys.stderr)
-        runs.append((seconds, memory))
+        runs.append(watch(command))
+        print("first" if run == 0 else f"run {run}", *(f"{value:.2f}" for value in runs[-1]), file=sys.stderr)
     size = (args.folder / "photo.safetensors").stat().st_size / 1e6
-    seconds, memory = (statistics.median(values) for values in zip(*runs[1:]))
+    seconds, memory, *stages = (statistics.median(values) for values in zip(*runs[1:]))
     print(f"photo → LoRA ({size:.0f} MB), {args.steps} steps: {seconds:.2f} s, at most {memory:.2f} GiB (medians of {args.runs})")
+    for stage, most in zip(STAGES, stages):
+        print(f"{stage}: at most {most:.2f} GiB")
 
 
 if __name__ == "__main__":

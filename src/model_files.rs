@@ -319,6 +319,14 @@ impl ModelFiles {
         Ok((names, move |name: &str| weights.load(name, None).map_err(|error| self.unusable(&file, error))))
     }
 
+    /// F16 where the tensor `name` is stored so and `device` is the CPU, whose products widen it as they read it; else F32.
+    /// (Products with weights of bf16 would round what they multiply.)
+    pub fn narrow_dtype(&self, stem: &str, name: &str, device: &Device) -> DType {
+        // What is wrong with the file is told when it is loaded.
+        let narrow = || self.weights("", stem).is_ok_and(|(_, weights)| weights.is_half(name));
+        if device.is_cpu() && narrow() { DType::F16 } else { DType::F32 }
+    }
+
     /// SHA-256 of a component's weights, in hexadecimal; of the whole file where the model is one file. That of a large
     /// file on disk is remembered, see [`hashes`].
     pub fn sha256(&self, folder: &str, stem: &str) -> Result<String> {

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use super::lae::{Lae, LaeConfig};
 use super::rows::Rows;
 use super::stats::Standardise;
-use super::{Config, FORMAT, ModelId, write_tensors};
+use super::{Config, FORMAT, ModelId, Weights, write_tensors};
 use crate::lora::Lora;
 use crate::lora::canonical::{Canonical, Form};
 use crate::lora::layout::LoraLayout;
@@ -29,8 +29,7 @@ pub struct LoraCodec {
     pub standardise: Standardise,
     /// The network.
     pub lae: Lae,
-    /// Its weights by name, as `lae.safetensors` has them.
-    weights: BTreeMap<String, Tensor>,
+    weights: Weights,
 }
 
 impl LoraCodec {
@@ -47,18 +46,20 @@ impl LoraCodec {
         let named: HashMap<String, Tensor> = weights.clone().into_iter().collect();
         let lae = Lae::new(config, frozen(named, DType::F32, device))?;
         let standardise = standardise.to_device(device)?;
-        let codec = Self { base, layout, form, standardise, lae, weights };
+        let codec = Self { base, layout, form, standardise, lae, weights: Weights::Held(weights) };
         codec.check()?;
         Ok(codec)
     }
 
-    /// Reads `config.json`, `lae.safetensors` and `stats.safetensors`.
+    /// Reads `config.json`, `lae.safetensors` and `stats.safetensors`. The files may change afterwards.
     pub fn open(files: &ModelFiles, device: &Device) -> Result<Self> {
-        Self::from_config(&Config::read(files)?, files, device)
+        let codec = Self::from_config(&Config::read(files)?, files, device)?;
+        Ok(Self { weights: Weights::Held(codec.weights.by_name("lae")?), ..codec })
     }
 
     pub(super) fn from_config(config: &Config, files: &ModelFiles, device: &Device) -> Result<Self> {
-        let lae = files.load("", "lae", DType::F32, device, |vb| Lae::new(&config.lae, vb))?;
+        let dtype = files.narrow_dtype("lae", "basis", device);
+        let lae = files.load("", "lae", dtype, device, |vb| Lae::new(&config.lae, vb))?;
         let stats = files.tensors("", "stats")?;
         let standardise = Standardise::load(&stats, "vector", device)
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
@@ -66,8 +67,8 @@ impl LoraCodec {
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
         let form = form(config.canonical, &layout, &stats)
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
-        let weights = files.tensors("", "lae")?.into_iter().collect();
-        let codec = Self { base: config.base.clone(), layout, form, standardise, lae, weights };
+        let (base, weights) = (config.base.clone(), Weights::In(files.clone()));
+        let codec = Self { base, layout, form, standardise, lae, weights };
         codec.check().map_err(|error| files.unusable("config.json", format!("{error:#}")))?;
         Ok(codec)
     }
@@ -92,7 +93,7 @@ impl LoraCodec {
     }
 
     pub(super) fn save_weights(&self, folder: &Path, dtype: DType) -> Result<()> {
-        write_tensors(&folder.join("lae.safetensors"), self.weights.clone(), dtype)
+        write_tensors(&folder.join("lae.safetensors"), self.weights.by_name("lae")?, dtype)
     }
 
     pub(super) fn stats(&self) -> Result<BTreeMap<String, Tensor>> {

@@ -12,12 +12,12 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use super::ModelId;
 use super::dit::{Dit, DitConfig};
 use super::mixer::{Mixer, MixerConfig, MixerKind};
 use super::prior::{Prior, PriorConfig};
 use super::ridge::Ridge;
 use super::stats::Standardise;
+use super::{ModelId, Weights};
 use crate::diffusion::noise;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule, Prediction, SchedulerConfig, Spacing};
 use crate::diffusion::shifted::Shift;
@@ -119,7 +119,7 @@ pub struct Denoiser {
     /// What has to be known about embeddings and latents.
     pub stats: DenoiserStats,
     schedule: NoiseSchedule,
-    weights: BTreeMap<String, Tensor>,
+    weights: Weights,
 }
 
 /// Standardisation of the inputs and the scale of the output.
@@ -191,7 +191,7 @@ impl Denoiser {
     ) -> Result<Self> {
         let named = weights.clone().into_iter().collect();
         let networks = Networks::new(&config, frozen(named, DType::F32, device))?;
-        Self::assemble(config, stats.to_device(device)?, networks, weights)
+        Self::assemble(config, stats.to_device(device)?, networks, Weights::Held(weights))
     }
 
     pub(super) fn open(
@@ -202,8 +202,7 @@ impl Denoiser {
         let networks = files.load("", "dit", DType::F32, device, |vb| Networks::new(config, vb))?;
         let stats = DenoiserStats::load(config, &files.tensors("", "stats")?, device)
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
-        let weights = files.tensors("", "dit")?.into_iter().collect();
-        Self::assemble(config.clone(), stats, networks, weights)
+        Self::assemble(config.clone(), stats, networks, Weights::In(files.clone()))
             .map_err(|error| files.unusable("config.json", format!("{error:#}")))
     }
 
@@ -211,7 +210,7 @@ impl Denoiser {
         config: DenoiserConfig,
         stats: DenoiserStats,
         networks: Networks,
-        weights: BTreeMap<String, Tensor>,
+        weights: Weights,
     ) -> Result<Self> {
         let sizes = (config.mixer.face, config.mixer.image);
         ensure!(
@@ -247,7 +246,7 @@ impl Denoiser {
     }
 
     pub(super) fn parts(&self) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, Tensor>)> {
-        Ok((self.weights.clone(), self.stats.tensors()?))
+        Ok((self.weights.by_name("dit")?, self.stats.tensors()?))
     }
 
     /// Embeddings of one person as rows (1, F) and (1, I).

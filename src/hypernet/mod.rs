@@ -127,19 +127,47 @@ impl Config {
     }
 }
 
+/// The weights of networks by name, for a file.
+#[derive(Clone, Debug)]
+enum Weights {
+    /// Of networks that were trained here.
+    Held(BTreeMap<String, Tensor>),
+    /// Of networks that were read: read again where they are to be written, so that they are not in memory twice.
+    In(ModelFiles),
+}
+
+impl Weights {
+    fn by_name(&self, stem: &str) -> Result<BTreeMap<String, Tensor>> {
+        match self {
+            Self::Held(weights) => Ok(weights.clone()),
+            Self::In(files) => Ok(files.tensors("", stem)?.into_iter().collect()),
+        }
+    }
+}
+
 impl Hypernet {
+    /// What a hypernetwork folder says about itself, without its weights: the whole, and the part between a person and a
+    /// latent.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] with the file, also for a folder that holds an autoencoder only.
+    pub fn config(files: &ModelFiles) -> Result<(Config, DenoiserConfig)> {
+        let config = Config::read(files)?;
+        let Some(denoiser) = config.denoiser.clone() else {
+            let why = "it holds an autoencoder only; train the rest with `difflora train-dit`";
+            return Err(files.unusable("config.json", why));
+        };
+        Ok((config, denoiser))
+    }
+
     /// Reads a hypernetwork folder.
     ///
     /// # Errors
     /// [`Failure::Unusable`] with the file for anything that is missing, damaged or does not fit.
     pub fn open(files: &ModelFiles, device: &Device) -> Result<Self> {
-        let config = Config::read(files)?;
-        let Some(denoiser) = &config.denoiser else {
-            let why = "it holds an autoencoder only; train the rest with `difflora train-dit`";
-            return Err(files.unusable("config.json", why));
-        };
+        let (config, denoiser) = Self::config(files)?;
         let codec = LoraCodec::from_config(&config, files, device)?;
-        let denoiser = Denoiser::open(denoiser, files, device)?;
+        let denoiser = Denoiser::open(&denoiser, files, device)?;
         let (made, read) = (denoiser.config.dit.latent, codec.lae.config().latent());
         if made != read {
             let why = format!("the transformer makes latents of {made} values, the autoencoder reads {read}");

@@ -4,7 +4,7 @@
 //! (`models/clip/modeling_clip.py`) and `CLIPImageProcessor`. (Radford et al. 2021, arXiv 2103.00020.)
 
 use anyhow::{Result, ensure};
-use candle_core::{DType, Device, Module, Tensor};
+use candle_core::{Device, Module, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::Face;
 use super::portrait::{blank_background, portrait_crop};
 use crate::layers::{
-    Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear,
+    Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear, compute_dtype,
 };
 use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
 use crate::picture::{Filter, Picture};
@@ -36,7 +36,8 @@ impl ImageEncoder {
             None => {
                 let config: ClipVisionConfig = files.config("config.json")?;
                 let build = |vb| ClipVision::new(&config, vb);
-                files.load("", TRANSFORMERS_WEIGHTS, DType::F32, &Device::Cpu, build)?
+                let dtype = files.narrow_dtype(TRANSFORMERS_WEIGHTS, CLASS, &Device::Cpu);
+                files.load("", TRANSFORMERS_WEIGHTS, dtype, &Device::Cpu, build)?
             }
         };
         Ok(Self { network, preprocessor, input: ImageInput::default() })
@@ -179,6 +180,9 @@ impl ClipVisionConfig {
     }
 }
 
+/// A tensor that stands for the type in which all are stored.
+const CLASS: &str = "vision_model.embeddings.class_embedding";
+
 /// The image encoder.
 #[derive(Clone, Debug)]
 pub struct ClipVision {
@@ -205,14 +209,17 @@ impl ClipVision {
         let tokens = (side / patch).pow(2) + 1;
         let inner = vb.pp("vision_model");
         let table = inner.pp("embeddings");
+        // They are added to activations.
+        let added = compute_dtype(vb.dtype(), vb.device());
         let normal = |stdev: f64| Init::Randn { mean: 0.0, stdev };
         let geometry = ConvGeometry { kernel: patch, stride: patch, pad_before: 0, pad_after: 0 };
         let norm = |name: &str| LayerNorm::new(width, config.layer_norm_eps, inner.pp(name));
         Ok(Self {
-            class_embedding: table.get_with_hints(
+            class_embedding: table.get_with_hints_dtype(
                 width,
                 "class_embedding",
                 normal((width as f64).powf(-0.5)),
+                added,
             )?,
             patch_embedding: Conv2d::without_bias(
                 config.num_channels,
@@ -220,10 +227,11 @@ impl ClipVision {
                 geometry,
                 table.pp("patch_embedding"),
             )?,
-            position_embedding: table.pp("position_embedding").get_with_hints(
+            position_embedding: table.pp("position_embedding").get_with_hints_dtype(
                 (tokens, width),
                 "weight",
                 normal(0.02),
+                added,
             )?,
             pre_layrnorm: norm("pre_layrnorm")?,
             encoder: ClipTransformer::new(&config.sizes(), inner.pp("encoder.layers"))?,
@@ -246,9 +254,12 @@ impl ClipVision {
         }
         let config: ClipVisionConfig =
             serde_json::from_value(vision).map_err(|error| files.unusable("config.json", error))?;
-        let mut weights = files.tensors("", TRANSFORMERS_WEIGHTS)?;
-        weights.retain(|name, _| name.starts_with("vision_model.") || name.starts_with("visual_projection."));
-        let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+        let (names, read) = files.one_by_one("", TRANSFORMERS_WEIGHTS)?;
+        let of_vision =
+            |name: &String| name.starts_with("vision_model.") || name.starts_with("visual_projection.");
+        let weights = names.into_iter().filter(of_vision).map(|name| Ok((name.clone(), read(&name)?)));
+        let dtype = files.narrow_dtype(TRANSFORMERS_WEIGHTS, CLASS, &Device::Cpu);
+        let vb = VarBuilder::from_tensors(weights.collect::<Result<_>>()?, dtype, &Device::Cpu);
         Self::new(&config, vb).map_err(|error| files.unusable("model.safetensors", format!("{error:#}")))
     }
 
@@ -398,6 +409,8 @@ impl From<ClipPreprocessor> for PreprocessorFile {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
     use crate::model_files::{save_component, save_json};
     use crate::weights::Trainable;

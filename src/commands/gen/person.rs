@@ -14,63 +14,34 @@ use super::super::models;
 use super::super::photos::Photos;
 use super::Args;
 use crate::failure::Failure;
-use crate::hypernet::{Hypernet, ModelId, mixture};
+use crate::hashes;
+use crate::hypernet::{Config, DenoiserConfig, Hypernet, ModelId, SampleOptions, mixture};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
 use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
 use crate::lora::{Lora, TRIGGER_PHRASE};
 use crate::model_files::ModelFiles;
 use crate::picture::Picture;
+use crate::progress::{self, Stage};
 use crate::sdxl::pipeline::Sdxl;
-use crate::{hashes, progress};
 
 /// Photos → identities → latent → LoRA for a `base` that draws `size` pixels across, and what is worth telling of it.
 pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Device) -> Result<(Lora, Value)> {
     let hypernet_files = models::find_hypernet(&args.hypernet, args.base_options.offline)?;
-    let hypernet = Hypernet::open(&hypernet_files, device)?;
-    let config = &hypernet.denoiser.config;
-    hypernet.codec.base.demand(base, "base model")?;
-    let image_files = models::find(&args.image_encoder, "image_encoder")?;
-    let image_id = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
-    config.image_encoder.demand(&image_id, "image encoder")?;
-    let face_name = match &args.face_encoder {
-        Some(name) => name,
-        // A name that stands for a folder of another machine is asked for instead.
-        None if catalog::is_known(&config.face_encoder.name) => &config.face_encoder.name,
-        None => catalog::BUILT_IN,
-    };
-    let faces = open_encoder(face_name)?;
-    let [_, (name, sha256)] = faces.provenance();
-    config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
-    let images = ImageEncoder::open(&image_files)?.with_input(config.image_input);
-    let people = match args.identity.mixes() {
-        false => vec![(look_at(args, &args.reference, &faces, &images)?, 1.0)],
-        true => (args.identity.mixed()?.into_iter())
-            .map(|(photo, weight)| Ok((look_at(args, &[photo], &faces, &images)?, weight)))
-            .collect::<Result<Vec<_>>>()?,
-    };
-    let options = args.identity.sampling(&hypernet);
+    let (Config { base: wanted, layout, .. }, config) = Hypernet::config(&hypernet_files)?;
+    wanted.demand(base, "base model")?;
+    let clock = Stage::begin("looking at the photos");
+    let people = look_at_all(args, &config)?;
+    clock.end();
     let start = Instant::now();
-    let mut parts = Vec::new();
-    let mut gates = Vec::new();
-    for (references, weight) in &people {
-        let identity = references.identity();
-        parts.push((hypernet.sample_latent(&identity, &options)?, *weight));
-        gates.extend(hypernet.gate(&identity)?);
-    }
-    let mut latent = mixture(&parts)?;
-    if let Some(vary) = args.identity.vary() {
-        let usage = |error| Failure::Usage(format!("--vary: {error:#}"));
-        latent = hypernet.vary(&latent, vary, options.seed).map_err(usage)?;
-    }
-    let mut lora = hypernet.codec.lora(&latent)?;
+    let Sampled { mut lora, gates, options } = sample(args, &hypernet_files, &people, device)?;
     let mut refined = None;
     if let Some(steps) = args.identity.refine {
         let how = Refinement {
             steps,
             rate: args.identity.refine_rate,
             seed: options.seed,
-            downs: !hypernet.codec.layout.shared_down,
+            downs: !layout.shared_down,
         };
         let photos = people[0].0.squares()?;
         let base_files = models::find_base(&args.base, &args.base_options)?;
@@ -139,6 +110,62 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Devic
         "seconds": start.elapsed().as_secs_f64(),
     });
     Ok((lora, told))
+}
+
+/// The photos of each person, with the person's weight. The encoders are gone when it returns: an image encoder may take
+/// more memory than the hypernetwork.
+fn look_at_all(args: &Args, config: &DenoiserConfig) -> Result<Vec<(References, f64)>> {
+    let image_files = models::find(&args.image_encoder, "image_encoder")?;
+    let image_id = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    config.image_encoder.demand(&image_id, "image encoder")?;
+    let face_name = match &args.face_encoder {
+        Some(name) => name,
+        // A name that stands for a folder of another machine is asked for instead.
+        None if catalog::is_known(&config.face_encoder.name) => &config.face_encoder.name,
+        None => catalog::BUILT_IN,
+    };
+    let faces = open_encoder(face_name)?;
+    let [_, (name, sha256)] = faces.provenance();
+    config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
+    let images = ImageEncoder::open(&image_files)?.with_input(config.image_input);
+    if !args.identity.mixes() {
+        return Ok(vec![(look_at(args, &args.reference, &faces, &images)?, 1.0)]);
+    }
+    (args.identity.mixed()?.into_iter())
+        .map(|(photo, weight)| Ok((look_at(args, &[photo], &faces, &images)?, weight)))
+        .collect()
+}
+
+/// What the hypernetwork makes of people.
+struct Sampled {
+    lora: Lora,
+    /// How much of each condition came from the face, where the mixer has a gate.
+    gates: Vec<f32>,
+    /// How latents were sampled.
+    options: SampleOptions,
+}
+
+/// People → latent → LoRA; the hypernetwork is in memory no longer than that.
+fn sample(args: &Args, files: &ModelFiles, people: &[(References, f64)], device: &Device) -> Result<Sampled> {
+    let clock = Stage::begin("loading the hypernetwork");
+    let hypernet = Hypernet::open(files, device)?;
+    clock.end();
+    let clock = Stage::begin("making the LoRA");
+    let options = args.identity.sampling(&hypernet);
+    let (mut parts, mut gates) = (Vec::new(), Vec::new());
+    for (references, weight) in people {
+        let identity = references.identity();
+        parts.push((hypernet.sample_latent(&identity, &options)?, *weight));
+        gates.extend(hypernet.gate(&identity)?);
+    }
+    let mut latent = mixture(&parts)?;
+    if let Some(vary) = args.identity.vary() {
+        let usage = |error| Failure::Usage(format!("--vary: {error:#}"));
+        latent = hypernet.vary(&latent, vary, options.seed).map_err(usage)?;
+    }
+    let lora = hypernet.codec.lora(&latent)?;
+    clock.end();
+    Ok(Sampled { lora, gates, options })
 }
 
 /// SHA-256 of the files that a hypernetwork consists of, one after the other.
