@@ -7,6 +7,8 @@ use difflora::{cli, failure::Failure, layers, progress, train};
 
 fn main() -> ExitCode {
     layers::keep_freed_memory();
+    // SAFETY: no thread has been started yet.
+    unsafe { layers::rest_idle_threads() };
     let cli = cli::Cli::parse();
     if cli.command.trains_in_shards() {
         // SAFETY: no thread has been started yet.

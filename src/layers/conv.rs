@@ -9,6 +9,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use gemm::Parallelism;
 
+use super::Pass;
 use super::linear::{Adapter, uniform};
 use super::product::{Along, Left, Place, Right, Size, Start, multiplied};
 use super::slices::{self, Matrix, Product, Weight};
@@ -70,7 +71,14 @@ impl Conv2d {
 impl Module for Conv2d {
     /// `x` (B, in, H, W) → (B, out, H', W'); with an adapter of K people B is K · samples.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = conv2d(x, &self.weight, self.bias.as_ref(), self.geometry)?;
+        self.forward_last(x, Pass::Forward)
+    }
+}
+
+impl Conv2d {
+    /// The same for the last layer of a recomputed piece: in [`Pass::Again`] the values may be zeros.
+    pub fn forward_last(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
+        let y = conv2d(x, &self.weight, self.bias.as_ref(), self.geometry, pass)?;
         match &self.adapter {
             Some(adapter) => y + adapter.forward_conv(x, self.geometry)?,
             None => Ok(y),
@@ -81,17 +89,20 @@ impl Module for Conv2d {
 impl Adapter {
     fn forward_conv(&self, x: &Tensor, geometry: ConvGeometry) -> Result<Tensor> {
         let h = if self.down.rank() == 4 {
-            conv2d(x, &self.down, None, geometry)?
+            conv2d(x, &self.down, None, geometry, Pass::Forward)?
         } else {
             let people = self.down.dim(0)?;
             let samples = x.dim(0)? / people;
-            let own = |k| conv2d(&x.narrow(0, k * samples, samples)?, &self.down.get(k)?, None, geometry);
+            let own = |k| {
+                let x = x.narrow(0, k * samples, samples)?;
+                conv2d(&x, &self.down.get(k)?, None, geometry, Pass::Forward)
+            };
             Tensor::cat(&(0..people).map(own).collect::<Result<Vec<_>>>()?, 0)?
         };
         let (b, rank, height, width) = h.dims4()?;
         if let Ok((out, _)) = self.up.dims2() {
             let up = self.up.reshape((out, rank, 1, 1))?;
-            return conv2d(&h, &up, None, ConvGeometry::same(1))? * self.scale;
+            return conv2d(&h, &up, None, ConvGeometry::same(1), Pass::Forward)? * self.scale;
         }
         let (people, out, _) = self.up.dims3()?;
         let h = h.reshape((people, b / people, rank, height * width))?;
@@ -101,11 +112,17 @@ impl Adapter {
 }
 
 /// `x` (B, in, H, W), `weight` (out, in, k, k), `bias` (out) → (B, out, H', W').
-fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: ConvGeometry) -> Result<Tensor> {
+fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    g: ConvGeometry,
+    pass: Pass,
+) -> Result<Tensor> {
     let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
     if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
-        return x.contiguous()?.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), ConvOp(g));
+        return x.contiguous()?.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), ConvOp(g, pass));
     }
     let (x, padding) = if g.pad_before == g.pad_after {
         (x.clone(), g.pad_before)
@@ -120,7 +137,7 @@ fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: ConvGeometry) -
     }
 }
 
-struct ConvOp(ConvGeometry);
+struct ConvOp(ConvGeometry, Pass);
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy)]
@@ -571,6 +588,10 @@ impl CustomOp3 for ConvOp {
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let s = Sizes::new(self.0, x_layout.shape(), w_layout.shape())?;
+        if self.1 == Pass::Again {
+            let y = vec![0.0; s.b * s.sample_out()];
+            return Ok((CpuStorage::F32(y), (s.b, s.c_out, s.h_out, s.w_out).into()));
+        }
         let y = s.forward(
             slices::operand(x, x_layout)?,
             Weight::operand(w, w_layout)?,

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use super::adapted::adapted;
+use super::Pass;
 use super::gathered::gradient;
 use super::product::{self, Across, Along, Place, Size, Start, multiplied};
 use super::slices::{self, Shared, Weight};
@@ -53,6 +54,18 @@ impl Linear {
     }
 }
 
+impl Linear {
+    /// The same for the last layer of a recomputed piece: in [`Pass::Again`] the values may be zeros.
+    pub fn forward_last(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
+        let (weight, bias) = (&self.weight, self.bias.as_ref());
+        let Some(adapter) = &self.adapter else { return linear_in(x, weight, bias, pass) };
+        match adapted(x, weight, bias, adapter, pass)? {
+            Some(y) => Ok(y),
+            None => linear_in(x, weight, bias, pass)? + adapter.forward(x)?,
+        }
+    }
+}
+
 /// U(−1/√fan, 1/√fan), PyTorch's default for linear layers and convolutions.
 pub(super) fn uniform(fan_in: usize) -> candle_nn::Init {
     let bound = 1.0 / (fan_in as f64).sqrt();
@@ -62,11 +75,7 @@ pub(super) fn uniform(fan_in: usize) -> candle_nn::Init {
 impl Module for Linear {
     /// `x` (…, in) → (…, out); with an adapter of K people the first axis is K · samples.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Some(adapter) = &self.adapter else { return linear(x, &self.weight, self.bias.as_ref()) };
-        match adapted(x, &self.weight, self.bias.as_ref(), adapter)? {
-            Some(y) => Ok(y),
-            None => linear(x, &self.weight, self.bias.as_ref())? + adapter.forward(x)?,
-        }
+        self.forward_last(x, Pass::Forward)
     }
 }
 
@@ -95,6 +104,10 @@ impl Adapter {
 
 /// x·Wᵀ + b. `x` (…, in), `weight` (out, in), `bias` (out) → (…, out).
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    linear_in(x, weight, bias, Pass::Forward)
+}
+
+fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass: Pass) -> Result<Tensor> {
     let (output, input) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
     match shape.last_mut() {
@@ -106,7 +119,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
         let x = x.contiguous()?.reshape((rows, input))?;
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
-        let y = x.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), LinearOp)?;
+        let y = x.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), LinearOp(pass))?;
         return y.reshape(shape);
     }
     let y = x.reshape((rows, input))?.matmul(&super::like(weight, x)?.t()?)?;
@@ -117,7 +130,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     y.reshape(shape)
 }
 
-struct LinearOp;
+struct LinearOp(Pass);
 
 impl CustomOp3 for LinearOp {
     fn name(&self) -> &'static str {
@@ -136,7 +149,10 @@ impl CustomOp3 for LinearOp {
         let (rows, k) = x_layout.shape().dims2()?;
         let n = w_layout.shape().dims()[0];
         let (x, b) = (slices::operand(x, x_layout)?, slices::operand(b, b_layout)?);
-        let y = product(x, Weight::operand(w, w_layout)?, b, [rows, n, k]);
+        let y = match self.0 {
+            Pass::Forward => product(x, Weight::operand(w, w_layout)?, b, [rows, n, k]),
+            Pass::Again => vec![0.0; rows * n],
+        };
         Ok((CpuStorage::F32(y), (rows, n).into()))
     }
 

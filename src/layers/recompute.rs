@@ -3,25 +3,39 @@
 //!
 //! A piece stands in candle's graph as one operation on its inputs and on the variables inside it, so that an ordinary
 //! `backward` finds every gradient, and pieces mix with whatever comes before and after them.
+//!
+//! Gradients do not need the output itself, so the last layer of a piece, which would only compute it, is left out when
+//! the piece runs again ([`Pass`]).
 
 use std::sync::Mutex;
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp3, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor, Var,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, MetalStorage, Result, Shape, Storage,
+    Tensor, Var,
 };
 
 use super::gathered::backward;
+use super::slices;
+
+/// Which run of a piece this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// The first: the output is wanted.
+    Forward,
+    /// In the backward pass: gradients alone are wanted, and nobody reads the values of the output.
+    Again,
+}
 
 /// `piece(inputs)`, of which the graph keeps nothing but the inputs. Its gradients are those of `piece(inputs)` itself.
 ///
 /// The first two inputs are kept as they are; further ones that need a gradient are copied and should be small. The
-/// piece must give the same whenever it runs.
+/// piece must give the same whenever it runs, but for the values of its output in [`Pass::Again`].
 pub fn recomputed(
     inputs: &[&Tensor],
-    piece: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
+    piece: impl Fn(&[Tensor], Pass) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     let detached: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
-    let y = piece(&detached)?;
+    let y = piece(&detached, Pass::Forward)?;
     // No gradient goes through detached inputs: what is left of the graph begins at the variables inside.
     let variables: Vec<Tensor> =
         y.sorted_nodes().into_iter().filter(|node| node.is_variable()).cloned().collect();
@@ -54,7 +68,7 @@ fn end_to_end<'a>(tensors: impl Iterator<Item = &'a Tensor>, beside: &Tensor) ->
 }
 
 /// Part of a network: its output from its inputs.
-type Run = dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync;
+type Run = dyn Fn(&[Tensor], Pass) -> Result<Tensor> + Send + Sync;
 
 struct Piece {
     run: Box<Run>,
@@ -142,8 +156,12 @@ impl CustomOp3 for Piece {
                 *input = Var::from_tensor(input)?.into_inner();
             }
         }
-        let y = (self.run)(&inputs)?;
-        let grads = backward(&(y * grad)?.sum_all()?)?; // dΣ(y · grad)/dy = grad
+        let y = (self.run)(&inputs, Pass::Again)?;
+        let grads = if slices::is_cpu_f32(&y) {
+            backward(&y.apply_op1(Seed(grad.contiguous()?))?)?
+        } else {
+            backward(&(y * grad)?.sum_all()?)? // dΣ(y · grad)/dy = grad
+        };
         let of = |tensor: &Tensor| grads.get(tensor).map_or_else(|| tensor.zeros_like(), |g| Ok(g.clone()));
         let wanted: Vec<Option<Tensor>> = inputs
             .iter()
@@ -155,6 +173,23 @@ impl CustomOp3 for Piece {
         let others = variables.iter().chain(wanted.iter().skip(2).flatten());
         let others = small.track_op().then(|| end_to_end(others, grad)).transpose()?;
         Ok((whole(0), whole(1), others))
+    }
+}
+
+/// A number whose gradient is given: where a backward pass begins.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), ().into()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
     }
 }
 
@@ -180,9 +215,9 @@ mod tests {
             layers.push(Linear { weight: draw(4 * i + 2, (6, 6))?, bias: None, adapter: Some(adapter) });
             vars.extend([down, up]);
         }
-        let run = move |x: &[Tensor]| {
-            let h = Activation::Silu.apply(&(layers[0].forward(&x[0])? + &x[1])?)?;
-            layers[1].forward(&h)?.broadcast_mul(&x[2]) + &x[0]
+        let run = move |x: &[Tensor], pass| {
+            let h = Activation::Silu.apply(&(layers[0].forward(&x[0])? + &x[1])?.broadcast_mul(&x[2])?)?;
+            layers[1].forward_last(&h, pass)? + &x[0]
         };
         Ok((vars, Arc::new(run)))
     }
@@ -204,9 +239,9 @@ mod tests {
                 })
                 .collect::<Result<_>>()?;
             let backward = |y: Tensor| ((y * &weight)? + &frozen)?.sum_all()?.backward();
-            let plain = backward(run(&x)?)?;
+            let plain = backward(run(&x, Pass::Forward)?)?;
             let piece = Arc::clone(&run);
-            let again = backward(recomputed(&[&x[0], &x[1], &x[2]], move |x| piece(x))?)?;
+            let again = backward(recomputed(&[&x[0], &x[1], &x[2]], move |x, pass| piece(x, pass))?)?;
             for var in vars.iter().chain(&inputs) {
                 let values = |grads: &candle_core::backprop::GradStore| {
                     grads.get(var).map(|grad| grad.flatten_all()?.to_vec1::<f32>()).transpose()
@@ -220,7 +255,7 @@ mod tests {
     #[test]
     fn without_anything_to_train_the_graph_ends() -> Result<()> {
         let x = normal(1, 0, (2, 3), &Device::Cpu)?;
-        let y = recomputed(&[&x], |x| &x[0] * 2.0)?;
+        let y = recomputed(&[&x], |x, _| &x[0] * 2.0)?;
         assert!(!y.track_op());
         Ok(())
     }

@@ -5,7 +5,7 @@ use candle_core::{Module, Result as Computed, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::layers::{
-    Conv2d, ConvGeometry, GroupNorm, Layer, LayerNorm, Linear, Visit, attention, geglu, recomputed,
+    Conv2d, ConvGeometry, GroupNorm, Layer, LayerNorm, Linear, Pass, Visit, attention, geglu, recomputed,
     upsample_nearest2x,
 };
 
@@ -32,19 +32,19 @@ pub(super) struct Told<'a> {
 }
 
 impl Told<'_> {
-    /// `forward(layer, inputs)`, as a piece that is recomputed if so told.
+    /// `forward(layer, inputs, pass)`, as a piece that is recomputed if so told.
     fn piece<L: Clone + Send + Sync + 'static>(
         &self,
         layer: &L,
         inputs: &[&Tensor],
-        forward: fn(&L, &[Tensor]) -> Computed<Tensor>,
+        forward: fn(&L, &[Tensor], Pass) -> Computed<Tensor>,
     ) -> Computed<Tensor> {
         if self.recompute {
             let layer = layer.clone();
-            return recomputed(inputs, move |inputs| forward(&layer, inputs));
+            return recomputed(inputs, move |inputs, pass| forward(&layer, inputs, pass));
         }
         let inputs: Vec<Tensor> = inputs.iter().copied().cloned().collect();
-        forward(layer, &inputs)
+        forward(layer, &inputs, Pass::Forward)
     }
 }
 
@@ -166,8 +166,9 @@ impl UpBlock {
         // the same without that pixel.
         let skip = skips.last().context("an upsampler above the highest level")?;
         let (_, _, h, w) = skip.dims4()?;
-        Ok(told.piece(&(upsampler.clone(), h, w), &[&x], |(conv, h, w), x| {
-            conv.forward(&upsample_nearest2x(&x[0])?.narrow(2, 0, *h)?.narrow(3, 0, *w)?.contiguous()?)
+        Ok(told.piece(&(upsampler.clone(), h, w), &[&x], |(conv, h, w), x, pass| {
+            let x = upsample_nearest2x(&x[0])?.narrow(2, 0, *h)?.narrow(3, 0, *w)?.contiguous()?;
+            conv.forward_last(&x, pass)
         })?)
     }
 
@@ -256,20 +257,20 @@ impl Resnet {
     /// `x`, one or more pictures (B, C, H, W) whose channels are joined → (B, C', H, W).
     fn forward(&self, x: &[&Tensor], told: Told) -> Computed<Tensor> {
         let inputs = [x, &[told.emb]].concat();
-        told.piece(self, &inputs, |resnet, inputs| match inputs {
-            [x @ .., emb] => resnet.compute(&Tensor::cat(x, 1)?, emb),
+        told.piece(self, &inputs, |resnet, inputs, pass| match inputs {
+            [x @ .., emb] => resnet.compute(&Tensor::cat(x, 1)?, emb, pass),
             [] => candle_core::bail!("a ResNet block without inputs"),
         })
     }
 
     /// `x` (B, C, H, W), `emb` (B, E) after SiLU → (B, C', H, W).
-    fn compute(&self, x: &Tensor, emb: &Tensor) -> Computed<Tensor> {
+    fn compute(&self, x: &Tensor, emb: &Tensor, pass: Pass) -> Computed<Tensor> {
         let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
         let time = self.time_emb_proj.forward(emb)?.unsqueeze(2)?.unsqueeze(3)?; // (B, C', 1, 1)
         let h = h.broadcast_add(&time)?;
-        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
+        let h = self.conv2.forward_last(&self.norm2.forward_silu(&h)?, pass)?;
         match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)? + h,
+            Some(shortcut) => shortcut.forward_last(x, pass)? + h,
             None => x + h,
         }
     }
@@ -312,17 +313,18 @@ impl Transformer {
     /// `x` (B, D, H, W) → same.
     fn forward(&self, x: &Tensor, told: Told) -> Computed<Tensor> {
         let ends = (self.norm.clone(), self.proj_in.clone());
-        let mut tokens = told.piece(&ends, &[x], |(norm, proj_in), x| {
+        let mut tokens = told.piece(&ends, &[x], |(norm, proj_in), x, pass| {
             let (b, d, h, w) = x[0].dims4()?;
-            proj_in.forward(&norm.forward(&x[0])?.reshape((b, d, h * w))?.transpose(1, 2)?) // (B, H·W, D)
+            let tokens = norm.forward(&x[0])?.reshape((b, d, h * w))?.transpose(1, 2)?; // (B, H·W, D)
+            proj_in.forward_last(&tokens, pass)
         })?;
         for block in &self.blocks {
-            tokens = told.piece(block, &[&tokens, told.context], |block, inputs| {
-                block.forward(&inputs[0], &inputs[1])
+            tokens = told.piece(block, &[&tokens, told.context], |block, inputs, pass| {
+                block.forward(&inputs[0], &inputs[1], pass)
             })?;
         }
-        told.piece(&self.proj_out, &[x, &tokens], |proj_out, inputs| {
-            &inputs[0] + proj_out.forward(&inputs[1])?.transpose(1, 2)?.reshape(inputs[0].shape())?
+        told.piece(&self.proj_out, &[x, &tokens], |proj_out, inputs, pass| {
+            &inputs[0] + proj_out.forward_last(&inputs[1], pass)?.transpose(1, 2)?.reshape(inputs[0].shape())?
         })
     }
 
@@ -363,12 +365,12 @@ impl TransformerBlock {
     }
 
     /// `x` (B, N, D), `context` (B, M, D') → (B, N, D).
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Computed<Tensor> {
+    fn forward(&self, x: &Tensor, context: &Tensor, pass: Pass) -> Computed<Tensor> {
         let h = self.norm1.forward(x)?;
         let x = (x + self.attn1.forward(&h, &h)?)?;
         let x = (&x + self.attn2.forward(&self.norm2.forward(&x)?, context)?)?;
         let h = geglu(&self.ff_in.forward(&self.norm3.forward(&x)?)?)?;
-        &x + self.ff_out.forward(&h)?
+        &x + self.ff_out.forward_last(&h, pass)?
     }
 
     fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
