@@ -45,19 +45,13 @@ pub(super) fn adapted(
             x.shape()
         );
     }
-    let mut shape = x.dims().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = n;
-    }
     let op = AdaptedOp {
         weight: weight.contiguous()?,
         bias: bias.map(|bias| super::like(bias, x)?.contiguous()).transpose()?,
         pass,
         sizes: Sizes { people, rows: rows / people, k, n, rank, shared, scale: adapter.scale as f32 },
     };
-    let x = x.contiguous()?.reshape((rows, k))?;
-    let y = x.apply_op3(&adapter.down.contiguous()?, &adapter.up.contiguous()?, op)?;
-    y.reshape(shape).map(Some)
+    x.contiguous()?.apply_op3(&adapter.down.contiguous()?, &adapter.up.contiguous()?, op).map(Some)
 }
 
 struct AdaptedOp {
@@ -181,8 +175,9 @@ impl CustomOp3 for AdaptedOp {
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let Sizes { people, rows, k, n, .. } = self.sizes;
+        let shape = linear::with_last(x_layout.dims(), n);
         if self.pass == Pass::Again {
-            return Ok((CpuStorage::F32(vec![0.0; people * rows * n]), (people * rows, n).into()));
+            return Ok((CpuStorage::F32(vec![0.0; people * rows * n]), shape));
         }
         let x = slices::operand(x, x_layout)?;
         let product = |bias: &[f32]| {
@@ -193,7 +188,7 @@ impl CustomOp3 for AdaptedOp {
             None => product(&[])?,
         };
         self.sizes.forward(x, slices::operand(down, down_layout)?, slices::operand(up, up_layout)?, &mut y);
-        Ok((CpuStorage::F32(y), (people * rows, n).into()))
+        Ok((CpuStorage::F32(y), shape))
     }
 
     fn bwd(

@@ -273,6 +273,7 @@ impl Head<'_> {
                                 width,
                                 count,
                                 left.as_ptr(),
+                                tile::STRIDE,
                                 right,
                                 to,
                                 tile::STRIDE,
@@ -294,7 +295,18 @@ impl Head<'_> {
                     // SAFETY: both are packed, and a row of sums has `d` values.
                     unsafe {
                         let left = scores.as_ptr().cast();
-                        tile::tile(Words::F32, height, width, block.len(), left, right, to, d, first > 0)
+                        tile::tile(
+                            Words::F32,
+                            height,
+                            width,
+                            block.len(),
+                            left,
+                            tile::STRIDE,
+                            right,
+                            to,
+                            d,
+                            first > 0,
+                        )
                     }
                 }
             }

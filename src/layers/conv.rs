@@ -13,7 +13,7 @@ use super::Pass;
 use super::linear::{Adapter, uniform};
 use super::product::{Along, Left, Place, Right, Size, Start, multiplied};
 use super::slices::{self, Matrix, Product, Weight};
-use super::tile::{COLUMNS, Words, pack_across, pack_along, pack_gathered};
+use super::tile::{COLUMNS, Words, pack_across, pack_along, pack_gathered, pack_turned};
 use super::winograd::{Kernels, Winograd};
 
 /// A convolution; `weight` (out, in, k, k), `bias` (out).
@@ -112,17 +112,15 @@ impl Adapter {
 }
 
 /// `x` (B, in, H, W), `weight` (out, in, k, k), `bias` (out) → (B, out, H', W').
-fn conv2d(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    g: ConvGeometry,
-    pass: Pass,
-) -> Result<Tensor> {
+fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: ConvGeometry, pass: Pass) -> Result<Tensor> {
     let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
     if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
-        return x.contiguous()?.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), ConvOp(g, pass));
+        return x.contiguous()?.apply_op3(
+            &weight.contiguous()?,
+            bias.as_ref().unwrap_or(&none),
+            ConvOp(g, pass),
+        );
     }
     let (x, padding) = if g.pad_before == g.pad_after {
         (x.clone(), g.pad_before)
@@ -508,6 +506,17 @@ impl Left for Turned<'_> {
             static TURNED: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
         }
         let (taps, length) = (self.taps, depth.len());
+        if let (Words::Bf16, Weight::Bf16(values)) = (words, self.weight)
+            && taps <= 16
+            && depth.start.is_multiple_of(taps)
+            && length.is_multiple_of(taps)
+        {
+            let first = depth.start / taps;
+            let run = |o, i| values[((first + o) * self.c_in + rows.start + i) * taps..][..taps].as_ptr();
+            // SAFETY: each run has `taps` values.
+            unsafe { pack_turned(rows.len(), length / taps, taps, run, to, step) };
+            return;
+        }
         let [mut lines, mut kernels] = TURNED.take();
         lines.resize(rows.len() * length, 0.0);
         kernels.resize(rows.len() * taps, 0.0);

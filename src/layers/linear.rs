@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
-use super::adapted::adapted;
 use super::Pass;
+use super::adapted::adapted;
 use super::gathered::gradient;
 use super::product::{self, Across, Along, Place, Size, Start, multiplied};
 use super::slices::{self, Shared, Weight};
@@ -117,10 +117,10 @@ fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass: Pass) -> 
     let rows = x.elem_count() / input;
     let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
     if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
-        let x = x.contiguous()?.reshape((rows, input))?;
+        // Whatever its shape: a gradient would be copied for each change of it.
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
-        let y = x.apply_op3(&weight.contiguous()?, bias.as_ref().unwrap_or(&none), LinearOp(pass))?;
-        return y.reshape(shape);
+        let (weight, bias) = (weight.contiguous()?, bias.as_ref().unwrap_or(&none));
+        return x.contiguous()?.apply_op3(&weight, bias, LinearOp(pass));
     }
     let y = x.reshape((rows, input))?.matmul(&super::like(weight, x)?.t()?)?;
     let y = match bias {
@@ -131,6 +131,15 @@ fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass: Pass) -> 
 }
 
 struct LinearOp(Pass);
+
+/// A shape whose last axis is `width` instead.
+pub(super) fn with_last(dims: &[usize], width: usize) -> Shape {
+    let mut dims = dims.to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = width;
+    }
+    dims.into()
+}
 
 impl CustomOp3 for LinearOp {
     fn name(&self) -> &'static str {
@@ -146,14 +155,14 @@ impl CustomOp3 for LinearOp {
         b: &CpuStorage,
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (rows, k) = x_layout.shape().dims2()?;
-        let n = w_layout.shape().dims()[0];
+        let (n, k) = w_layout.shape().dims2()?;
+        let (rows, shape) = (x_layout.shape().elem_count() / k, with_last(x_layout.dims(), n));
         let (x, b) = (slices::operand(x, x_layout)?, slices::operand(b, b_layout)?);
         let y = match self.0 {
             Pass::Forward => product(x, Weight::operand(w, w_layout)?, b, [rows, n, k]),
             Pass::Again => vec![0.0; rows * n],
         };
-        Ok((CpuStorage::F32(y), (rows, n).into()))
+        Ok((CpuStorage::F32(y), shape))
     }
 
     fn bwd(
@@ -165,16 +174,18 @@ impl CustomOp3 for LinearOp {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let sizes = [x.dim(0)?, w.dim(0)?, w.dim(1)?];
+        let (n, k) = w.dims2()?;
+        let rows = x.elem_count() / k;
         let grad_x = if x.track_op() {
-            let values =
-                slices::with_weight(w, |w| slices::with_values(&grad, |grad| grad_input(grad, w, sizes)))??;
+            let values = slices::with_weight(w, |w| {
+                slices::with_values(&grad, |grad| grad_input(grad, w, [rows, n, k]))
+            })??;
             Some(Tensor::from_vec(values, x.shape(), x.device())?)
         } else {
             None
         };
         let grad_w = if w.track_op() { grad_weight(&grad, x, w)? } else { None };
-        let grad_b = if b.track_op() { Some(column_sums(&grad)?) } else { None };
+        let grad_b = if b.track_op() { Some(column_sums(&grad.reshape((rows, n))?)?) } else { None };
         Ok((grad_x, grad_w, grad_b))
     }
 }
@@ -194,15 +205,16 @@ pub(super) fn grad_input(grad: &[f32], weight: Weight, [rows, n, k]: [usize; 3])
 
 /// The gradient of W (n, k): gradᵀ (n, rows) · x (rows, k).
 fn grad_weight(grad: &Tensor, x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
-    let (size, rows) = (Size { m: grad.dim(1)?, n: x.dim(1)?, k: grad.dim(0)? }, grad.dim(0)?);
+    let ((m, n), rows) = (w.dims2()?, grad.elem_count() / w.dim(0)?);
+    let size = Size { m, n, k: rows };
     slices::with_values(grad, |grad| {
         slices::with_values(x, |x| {
-            let left = Across::new(Weight::F32(grad), size.m, size.m, rows);
-            let right = Across::new(Weight::F32(x), size.n, size.n, rows);
+            let left = Across::new(Weight::F32(grad), m, m, rows);
+            let right = Across::new(Weight::F32(x), n, n, rows);
             let write = |out: Shared, add: bool| {
                 let start = if add { Start::Output } else { Start::Zero };
                 // SAFETY: the gradient has n rows of k values.
-                unsafe { product::write(Words::F32, size, &left, &right, start, out, Place::matrix(size.n)) }
+                unsafe { product::write(Words::F32, size, &left, &right, start, out, Place::matrix(n)) }
             };
             // SAFETY: a product writes all its values.
             unsafe { gradient(w, write) }

@@ -1,9 +1,10 @@
 //! Matrix products in blocks that stay in the caches, with operands packed as they are read.
 //!
-//! A block of the right operand (some hundred columns, [`DEPTH`] words deep) is packed into the second-level cache; then
-//! the left operand passes by, 12 rows at a time. How an operand is packed is its own matter ([`Left`], [`Right`]): a
+//! A block of the right operand (some hundred columns, up to [`DEEPEST`] words deep) is packed into the second-level cache;
+//! then the left operand passes by, 12 rows at a time. How an operand is packed is its own matter ([`Left`], [`Right`]): a
 //! convolution gathers its patches straight into the block, and weights of 16 bits are widened, or stay pairs of bf16,
-//! on the way. Every sum is taken in the same order whatever the number of threads.
+//! on the way. A left operand that several blocks need is packed once, or not at all where it lies in memory as the tile
+//! reads it. Every sum is taken in the same order whatever the number of threads.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -11,16 +12,38 @@ use std::ops::Range;
 #[cfg(feature = "onednn")]
 use super::onednn;
 use super::slices::{self, Shared, Weight};
-use super::tile::{COLUMNS, DEPTH, ROWS, STRIDE, Words, pack_across, pack_along, pack_gathered, tile};
+use super::tile::{COLUMNS, DEPTH, ROWS, Words, pack_across, pack_along, pack_lines, prefetch, tile};
 
-/// Columns of the right operand that are packed together: with [`DEPTH`] words of 4 bytes, 512 KiB.
-const BLOCK: usize = 512;
+/// Columns of the right operand that are packed together.
+const BLOCK: usize = 256;
+/// Most words along the depth that are packed together; sums pass through memory as often as this is exceeded. With
+/// [`BLOCK`] columns of 4 bytes, 640 KiB.
+const DEEPEST: usize = 640;
+/// Most words of a left operand that is packed whole, 32 MiB; what is larger is packed as it passes by.
+const WHOLE: usize = 8 << 20;
 
 /// The operand whose rows are the rows of the result.
 pub(super) trait Left: Sync {
-    /// Packs `rows` at `depth`, one every `step` words.
+    /// Packs `rows` (at most 12) at `depth`, one every `step` words.
     fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize);
+
+    /// The rows as they lie in memory, where that is as words.
+    fn lines(&self, _words: Words) -> Option<Lines> {
+        None
+    }
 }
+
+/// Rows of words in memory: the first, and how far it is to the next.
+#[derive(Clone, Copy)]
+pub(super) struct Lines {
+    first: *const u32,
+    step: usize,
+}
+
+// SAFETY: they are read only, by tasks that end before the operand is given back.
+unsafe impl Send for Lines {}
+// SAFETY: likewise.
+unsafe impl Sync for Lines {}
 
 /// The operand whose columns are the columns of the result.
 pub(super) trait Right: Sync {
@@ -132,6 +155,15 @@ pub(super) unsafe fn write<L: Left, R: Right>(
     let (row_parts, column_parts) = shares(size, threads);
     let rows = size.m.div_ceil(row_parts).next_multiple_of(ROWS);
     let columns = size.n.div_ceil(column_parts).next_multiple_of(COLUMNS);
+    let mut whole = WHOLE_LEFT.take();
+    // Half a word at the end would bring a value that does not belong to the row.
+    let lines = match left.lines(words).filter(|_| size.k.is_multiple_of(words.per())) {
+        // oneDNN packs for itself.
+        None if column_parts > 1 && !(cfg!(feature = "onednn") && words == Words::Bf16) => {
+            packed_whole(words, size, left, &mut whole)
+        }
+        lines => lines,
+    };
     let work = |task: usize| {
         let (i, j) = (task % row_parts * rows, task / row_parts * columns);
         let rows = i.min(size.m)..(i + rows).min(size.m);
@@ -140,9 +172,31 @@ pub(super) unsafe fn write<L: Left, R: Right>(
             return;
         }
         // SAFETY: the tasks part the result.
-        unsafe { block(words, rows, columns, size, left, right, start, out, place) }
+        unsafe { block(words, rows, columns, size, left, lines, right, start, out, place) }
     };
     slices::for_each(row_parts * column_parts, work);
+    WHOLE_LEFT.set(whole);
+}
+
+/// Packs all rows of the left operand at once, unless they are too many.
+fn packed_whole<L: Left>(words: Words, size: Size, left: &L, whole: &mut Vec<u32>) -> Option<Lines> {
+    // An odd number of cache lines from row to row, so that rows lie in different sets of the cache.
+    let step = (size.k.div_ceil(words.per()).div_ceil(16) | 1) * 16;
+    let rows = size.m.next_multiple_of(ROWS);
+    if rows * step > WHOLE {
+        return None;
+    }
+    if whole.len() < rows * step {
+        whole.resize(rows * step, 0);
+    }
+    let together = size.m.div_ceil(4 * slices::threads()).next_multiple_of(ROWS);
+    slices::for_chunks(&mut whole[..rows * step], together * step, |i, to| {
+        let rows = (i * together).min(size.m)..((i + 1) * together).min(size.m);
+        for (i, to) in rows.clone().step_by(ROWS).zip(to.chunks_mut(ROWS * step)) {
+            left.pack_rows(words, i..(i + ROWS).min(rows.end), 0..size.k, to, step);
+        }
+    });
+    Some(Lines { first: whole.as_ptr(), step })
 }
 
 /// Into how many parts rows and columns go: columns so that a block fits the cache, and both so that every thread has
@@ -159,8 +213,12 @@ fn shares(size: Size, threads: usize) -> (usize, usize) {
             break;
         }
     }
+    // Parts of whole panels, of which every thread gets as many.
+    let panels = |parts: usize| size.n.div_ceil(COLUMNS).div_ceil(parts);
     if row_parts == 1 && column_parts > 1 && column_parts < 16 * threads {
-        column_parts = column_parts.next_multiple_of(threads);
+        let first = column_parts.next_multiple_of(threads);
+        let work = |parts: usize| panels(parts) * parts;
+        column_parts = (first..=2 * first).step_by(threads).min_by_key(|parts| work(*parts)).unwrap_or(first);
     }
     (row_parts, column_parts)
 }
@@ -174,12 +232,14 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// A left operand that is packed whole.
+    static WHOLE_LEFT: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The rows and columns that one task computes.
 ///
 /// # Safety
-/// As [`write`].
+/// As [`write`]; `lines` are those of the left operand.
 #[allow(clippy::too_many_arguments)]
 unsafe fn block<L: Left, R: Right>(
     words: Words,
@@ -187,6 +247,7 @@ unsafe fn block<L: Left, R: Right>(
     columns: Range<usize>,
     size: Size,
     left: &L,
+    lines: Option<Lines>,
     right: &R,
     start: Start,
     out: Shared,
@@ -201,29 +262,59 @@ unsafe fn block<L: Left, R: Right>(
             return;
         }
     }
-    let most = DEPTH * words.per();
-    let unit = right.depth_unit() * words.per();
-    let (unit, most) = if unit <= most { (unit, most / unit * unit) } else { (words.per(), most) };
+    let per = words.per();
+    let unit = right.depth_unit() * per;
+    // What may be packed at once.
+    let most = DEPTH * per;
+    let piece = if unit <= most { most / unit * unit } else { most };
     // Blocks of about the same depth: every one of them passes over the sums.
-    let deep = size.k.div_ceil(size.k.div_ceil(most)).next_multiple_of(unit);
-    let panels = columns.len().div_ceil(COLUMNS);
+    let deep = size.k.div_ceil(size.k.div_ceil(DEEPEST * per)).next_multiple_of(if unit <= most {
+        unit
+    } else {
+        per
+    });
+    let step = deep.div_ceil(per) * COLUMNS;
     // Taken out, not borrowed: packing is foreign code.
     let mut scratch = SCRATCH.take();
-    scratch.left.resize(ROWS * STRIDE, 0);
-    let step = DEPTH * COLUMNS;
+    let left_step = deep.div_ceil(per).next_multiple_of(16) + 16;
+    if scratch.left.len() < ROWS * left_step {
+        scratch.left.resize(ROWS * left_step, 0);
+    }
+    let panels = columns.len().div_ceil(COLUMNS);
     if scratch.right.len() < panels * step {
         scratch.right.resize(panels * step, 0);
     }
     for first in (0..size.k).step_by(deep) {
         let depth = first..(first + deep).min(size.k);
-        let count = depth.len().div_ceil(words.per());
-        right.pack_columns(words, columns.clone(), depth.clone(), &mut scratch.right, step);
+        let count = depth.len().div_ceil(per);
+        for k in depth.clone().step_by(piece) {
+            let to = &mut scratch.right[(k - first) / per * COLUMNS..];
+            right.pack_columns(words, columns.clone(), k..(k + piece).min(depth.end), to, step);
+        }
         for i in rows.clone().step_by(ROWS) {
             let height = ROWS.min(rows.end - i);
-            left.pack_rows(words, i..i + height, depth.clone(), &mut scratch.left, STRIDE);
+            let (left, left_step) = match lines {
+                // SAFETY: all rows of a whole tile are there.
+                Some(Lines { first: line, step }) if height == ROWS => unsafe {
+                    (line.add(i * step + first / per), step)
+                },
+                _ => {
+                    left.pack_rows(words, i..i + height, depth.clone(), &mut scratch.left, left_step);
+                    (scratch.left.as_ptr(), left_step)
+                }
+            };
+            let sums = Tile { words, height, width: COLUMNS, count, m: size.m, left, left_step };
             for (panel, j) in columns.clone().step_by(COLUMNS).enumerate() {
-                let width = COLUMNS.min(columns.end - j);
-                let sums = Tile { words, height, width, count, m: size.m, left: scratch.left.as_ptr() };
+                let sums = Tile { width: COLUMNS.min(columns.end - j), ..sums };
+                if let Some(lines) = lines {
+                    // The next rows come nearer meanwhile, a share with each tile.
+                    let share = count.div_ceil(panels).next_multiple_of(16);
+                    for row in (i + ROWS..i + 2 * ROWS).take_while(|row| *row < rows.end) {
+                        for w in (panel * share..((panel + 1) * share).min(count)).step_by(16) {
+                            prefetch(lines.first.wrapping_add(row * lines.step + first / per + w));
+                        }
+                    }
+                }
                 // SAFETY: the operands are packed; the caller's promise.
                 unsafe {
                     let right = scratch.right.as_ptr().add(panel * step);
@@ -236,6 +327,7 @@ unsafe fn block<L: Left, R: Right>(
 }
 
 /// One tile of one depth block.
+#[derive(Clone, Copy)]
 struct Tile {
     words: Words,
     height: usize,
@@ -244,6 +336,7 @@ struct Tile {
     /// Rows of the whole result.
     m: usize,
     left: *const u32,
+    left_step: usize,
 }
 
 impl Tile {
@@ -252,7 +345,7 @@ impl Tile {
     /// # Safety
     /// As [`tile`], and [`write`] for the places.
     unsafe fn write(&self, right: *const u32, i: usize, j: usize, start: Start, out: *mut f32, place: Place) {
-        let Self { words, height, width, count, m, left } = *self;
+        let Self { words, height, width, count, m, left, left_step } = *self;
         let at = |j: usize| j / place.part * place.part_step + j % place.part;
         let together = j % place.part + width <= place.part;
         let mut apart = [0f32; ROWS * COLUMNS];
@@ -287,7 +380,7 @@ impl Tile {
                     Start::Zero | Start::Output => break,
                 }
             }
-            tile(words, height, width, count, left, right, to, row, !matches!(start, Start::Zero));
+            tile(words, height, width, count, left, left_step, right, to, row, !matches!(start, Start::Zero));
             if !together {
                 for (r, values) in apart.chunks_exact(COLUMNS).enumerate().take(height) {
                     for (c, value) in values.iter().enumerate().take(width) {
@@ -352,6 +445,20 @@ impl Left for Along<'_> {
             unsafe { pack_along(words, rows.len(), depth.len(), |i| values[first(i)..].as_ptr(), to, step) }
         });
     }
+
+    fn lines(&self, words: Words) -> Option<Lines> {
+        let (first, step) = match (words, self.values) {
+            (Words::F32, Weight::F32(values)) => (values.as_ptr().cast(), self.step),
+            (Words::Bf16, Weight::Bf16(values))
+                if self.step.is_multiple_of(2) && values.as_ptr().cast::<u32>().is_aligned() =>
+            {
+                (values.as_ptr().cast(), self.step / 2)
+            }
+            _ => return None,
+        };
+        // Rows at multiples of 2 KiB would drive each other out of the cache.
+        (step % 512 != 0).then_some(Lines { first, step })
+    }
 }
 
 impl Left for Across<'_> {
@@ -399,33 +506,15 @@ impl Right for Across<'_> {
         to: &mut [u32],
         step: usize,
     ) {
-        thread_local! {
-            static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        for (panel, j) in columns.clone().step_by(COLUMNS).enumerate() {
+            let width = COLUMNS.min(columns.end - j);
+            let to = &mut to[panel * step..];
+            let line = |k: usize| (depth.start + k) * self.step + j;
+            as_stored!(self.values, values => {
+                // SAFETY: `new` has checked that all lines are there.
+                unsafe { pack_lines(words, width, depth.len(), |k| values[line(k)..].as_ptr(), to, COLUMNS) }
+            });
         }
-        let mut wide = WIDE.take();
-        // Where the first line begins, from one line to the next, and the first column that is there.
-        let (from, apart, first) = match self.values {
-            Weight::F32(values) => (values[depth.start * self.step..].as_ptr(), self.step, 0),
-            values => {
-                wide.resize(depth.len() * columns.len(), 0.0);
-                for (k, line) in depth.clone().zip(wide.chunks_exact_mut(columns.len())) {
-                    let start = k * self.step + columns.start;
-                    values.widen(start..start + columns.len(), line);
-                }
-                (wide.as_ptr(), columns.len(), columns.start)
-            }
-        };
-        let mut offsets = [0usize; 2 * DEPTH];
-        let offsets = &mut offsets[..depth.len()];
-        offsets.iter_mut().enumerate().for_each(|(k, offset)| *offset = k * apart);
-        for (half, j) in columns.clone().step_by(16).enumerate() {
-            // The last column once more where there are less than 16: its sums are not written.
-            let places = std::array::from_fn(|c| ((j + c).min(columns.end - 1) - first) as u32);
-            let to = &mut to[half / 2 * step + half % 2 * 16..];
-            // SAFETY: `new` has checked that all lines are there.
-            unsafe { pack_gathered(words, from, offsets, &places, to, COLUMNS) }
-        }
-        WIDE.set(wide);
     }
 }
 
@@ -468,10 +557,9 @@ mod tests {
                 let one = multiplied(words, size, &left, &Along::new(Weight::F32(&b), k, n, k), start, place);
                 let two =
                     multiplied(words, size, &left, &Across::new(Weight::F32(&across), n, n, k), start, place);
-                // bf16 products of these values are exact; sums of 1029 of them are not, and oneDNN adds more of them one
-                // after the other than we do.
+                // Products of these values are exact; sums of 1029 of them are not.
                 let largest = expected.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-                let most = if cfg!(feature = "onednn") { 2e-4 + 1e-5 * largest } else { 2e-4 };
+                let most = 2e-4 + 1e-5 * largest;
                 assert!(apart(&one, &expected) < most, "{words:?} {m}×{n}×{k}: {}", apart(&one, &expected));
                 assert_eq!(one, two, "{words:?} {m}×{n}×{k}");
             }

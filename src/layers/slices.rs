@@ -112,7 +112,7 @@ pub(super) fn parallelism() -> Parallelism {
 /// Calls `work(i, chunk)` for the `i`-th chunk of `size` values of `out`, on all threads.
 ///
 /// With one thread it runs where it is called: rayon would send the work of several shards to its one worker.
-pub(super) fn for_chunks(out: &mut [f32], size: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+pub(super) fn for_chunks<T: Send>(out: &mut [T], size: usize, work: impl Fn(usize, &mut [T]) + Sync) {
     if threads() == 1 {
         out.chunks_mut(size).enumerate().for_each(|(i, chunk)| work(i, chunk));
     } else {

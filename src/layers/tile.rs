@@ -72,6 +72,42 @@ pub(super) trait Value: Copy + Send + Sync {
     /// `from` points to `count` values; the processor has AVX-512.
     #[cfg(target_arch = "x86_64")]
     unsafe fn load(from: *const Self, count: usize) -> std::arch::x86_64::__m512;
+
+    /// The first `count` (at most 32) values from `from` on as words of two bf16, then zeros.
+    ///
+    /// # Safety
+    /// `from` points to `count` values; the processor has AVX-512 and multiplies bf16.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+    unsafe fn load_pairs(from: *const Self, count: usize) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let low = Self::load(from, count.min(16));
+            let high = match count.saturating_sub(16) {
+                0 => _mm512_setzero_ps(),
+                rest => Self::load(from.add(16), rest.min(16)),
+            };
+            std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low))
+        }
+    }
+
+    /// The first `count` (at most 16) values from `from` on, each as a bf16 in the lower half of a word.
+    ///
+    /// # Safety
+    /// Likewise.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+    unsafe fn load_halves(from: *const Self, count: usize) -> std::arch::x86_64::__m512i {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let narrow = _mm512_cvtneps_pbh(Self::load(from, count));
+            _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(narrow))
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -104,6 +140,26 @@ impl Value for bf16 {
         // SAFETY: the mask leaves out what lies beyond `count`.
         let half = unsafe { _mm256_maskz_loadu_epi16(mask(count), from.cast()) };
         _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+    }
+
+    // They are stored as they are wanted.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+    unsafe fn load_pairs(from: *const Self, count: usize) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::*;
+        let mask = if count >= 32 { u32::MAX } else { (1 << count) - 1 };
+        // SAFETY: the mask leaves out what lies beyond `count`.
+        _mm512_castsi512_ps(unsafe { _mm512_maskz_loadu_epi16(mask, from.cast()) })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+    unsafe fn load_halves(from: *const Self, count: usize) -> std::arch::x86_64::__m512i {
+        use std::arch::x86_64::*;
+        // SAFETY: likewise.
+        _mm512_cvtepu16_epi32(unsafe { _mm256_maskz_loadu_epi16(mask(count), from.cast()) })
     }
 }
 
@@ -215,6 +271,82 @@ pub(super) unsafe fn pack_across<V: Value>(
     }
 }
 
+/// Packs rows of runs of `taps` (at most 16) bf16 that are turned around each, as pairs: run `o` of row `i` begins at
+/// `run(o, i)` and goes to values `o · taps` and on of row `i`, `step` words from row to row.
+///
+/// # Safety
+/// Each run has `taps` values.
+pub(super) unsafe fn pack_turned(
+    rows: usize,
+    runs: usize,
+    taps: usize,
+    run: impl Fn(usize, usize) -> *const bf16,
+    to: &mut [u32],
+    step: usize,
+) {
+    let length = runs * taps;
+    assert!(taps <= 16 && (rows == 0 || (rows - 1) * step + length.div_ceil(2) <= to.len()));
+    for o in 0..runs {
+        for i in 0..rows {
+            let from = run(o, i);
+            let row = to[i * step..].as_mut_ptr().cast::<bf16>();
+            #[cfg(target_arch = "x86_64")]
+            if o * taps + 16 <= length && has_avx512() {
+                // SAFETY: the processor has AVX-512; what is written beyond this run belongs to the row's next one.
+                unsafe { x86::turn_run(from, taps, row.add(o * taps)) };
+                continue;
+            }
+            for t in 0..taps {
+                // SAFETY: the caller's promise; the assertion bounds what is written.
+                unsafe { *row.add(o * taps + t) = *from.add(taps - 1 - t) };
+            }
+        }
+    }
+    if length % 2 == 1 {
+        (0..rows).for_each(|i| to[i * step + length / 2] &= 0xffff);
+    }
+}
+
+/// Packs lines that run across the depth: word `w` of column `j` comes from the `j`-th values of the lines `w`, or `2 w`
+/// and `2 w + 1`, and goes to `to[w · step + j]`; `line(k)` is where line `k` of `depth` begins. At most 32 columns.
+///
+/// # Safety
+/// Each line has `columns` values.
+pub(super) unsafe fn pack_lines<V: Value>(
+    words: Words,
+    columns: usize,
+    depth: usize,
+    line: impl Fn(usize) -> *const V,
+    to: &mut [u32],
+    step: usize,
+) {
+    let count = depth.div_ceil(words.per());
+    assert!(
+        columns <= COLUMNS && (count == 0 || (count - 1) * step + columns.next_multiple_of(16) <= to.len())
+    );
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        // SAFETY: the processor has AVX-512, and bf16 where words are pairs; the caller's promise.
+        unsafe {
+            match words {
+                Words::F32 => x86::lines_f32(columns, depth, line, to.as_mut_ptr(), step),
+                Words::Bf16 => x86::lines_bf16(columns, depth, line, to.as_mut_ptr(), step),
+            }
+        }
+        return;
+    }
+    // SAFETY: the caller's promise.
+    let at = |k: usize, j: usize| if k < depth { unsafe { (*line(k).add(j)).wide() } } else { 0.0 };
+    for w in 0..count {
+        for (j, to) in to[w * step..][..columns].iter_mut().enumerate() {
+            *to = match words {
+                Words::F32 => at(w, j).to_bits(),
+                Words::Bf16 => pair(at(2 * w, j), at(2 * w + 1, j)),
+            };
+        }
+    }
+}
+
 /// Packs 16 columns that lie `columns` apart (one word each) in `from`, for every offset of `depth`:
 /// `to[w · step + j]`.
 ///
@@ -255,11 +387,24 @@ pub(super) unsafe fn pack_gathered(
     }
 }
 
+/// Asks for the cache line of `at`, which is soon read; any address will do.
+#[inline(always)]
+pub(super) fn prefetch(at: *const u32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: it is but a hint, and SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::*;
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// `out[i · row + j] = or += Σ left[i, w] · right[w, j]` for `rows` (at most 12) and `columns` (at most 32).
 ///
 /// # Safety
-/// `left` has `rows` rows of [`STRIDE`] words (rows are read in fours), `right` `depth` rows of 32 words, and `out` may be
-/// written where it is told to.
+/// `left` has `rows` rows, `step` words from one to the next; they are read to the next multiple of 4, all 12 without
+/// AVX-512. `right` has `depth` rows of 32 words, and `out` may be written where it is told to.
 #[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn tile(
     words: Words,
@@ -267,33 +412,36 @@ pub(super) unsafe fn tile(
     columns: usize,
     depth: usize,
     left: *const u32,
+    step: usize,
     right: *const u32,
     out: *mut f32,
     row: usize,
     add: bool,
 ) {
-    debug_assert!(rows <= ROWS && columns <= COLUMNS && depth <= DEPTH);
+    debug_assert!(rows <= ROWS && columns <= COLUMNS);
     #[cfg(target_arch = "x86_64")]
     {
         if has_avx512() {
             // SAFETY: the processor has AVX-512, and bf16 where words are pairs.
             return unsafe {
                 match words {
-                    Words::F32 => x86::tile_f32(rows, columns, depth, left, right, out, row, add),
-                    Words::Bf16 => x86::tile_bf16(rows, columns, depth, left, right, out, row, add),
+                    Words::F32 => x86::tile_f32(rows, columns, depth, left, step, right, out, row, add),
+                    Words::Bf16 => x86::tile_bf16(rows, columns, depth, left, step, right, out, row, add),
                 }
             };
         }
         use std::arch::is_x86_feature_detected as has;
         if has!("avx2") && has!("fma") {
             // SAFETY: the processor has AVX2 and FMA.
-            return unsafe { x86::tile_avx2(rows, columns, depth, left, right, out, row, add) };
+            return unsafe { x86::tile_avx2(rows, columns, depth, left, step, right, out, row, add) };
         }
     }
     debug_assert!(words == Words::F32, "pairs need a processor that multiplies bf16");
     // SAFETY: the caller's promise.
     unsafe {
-        tile_plain::<{ cfg!(target_arch = "aarch64") }>(rows, columns, depth, left, right, out, row, add)
+        tile_plain::<{ cfg!(target_arch = "aarch64") }>(
+            rows, columns, depth, left, step, right, out, row, add,
+        )
     }
 }
 
@@ -308,6 +456,7 @@ unsafe fn tile_plain<const FUSED: bool>(
     columns: usize,
     depth: usize,
     left: *const u32,
+    step: usize,
     right: *const u32,
     out: *mut f32,
     row: usize,
@@ -321,7 +470,7 @@ unsafe fn tile_plain<const FUSED: bool>(
                 let b = unsafe { &*right.add(w * COLUMNS + j).cast::<[f32; 16]>() };
                 for (r, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: the panel has room for all 12 rows.
-                    let a = unsafe { *left.add((i + r) * STRIDE + w).cast::<f32>() };
+                    let a = unsafe { *left.add((i + r) * step + w).cast::<f32>() };
                     for (sum, b) in sums.iter_mut().zip(b) {
                         *sum = if FUSED { a.mul_add(*b, *sum) } else { a * b + *sum };
                     }
@@ -345,7 +494,7 @@ unsafe fn tile_plain<const FUSED: bool>(
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{COLUMNS, STRIDE, Value, tile_plain};
+    use super::{COLUMNS, Value, tile_plain};
 
     /// The first `count` of 16 lanes.
     #[inline(always)]
@@ -358,13 +507,9 @@ mod x86 {
         (f32, $V:ident, $row:expr, $k:expr, $depth:expr) => {
             $V::load($row.add($k), $depth - $k)
         };
-        (bf16, $V:ident, $row:expr, $k:expr, $depth:expr) => {{
-            let low = $V::load($row.add($k), ($depth - $k).min(16));
-            let rest = ($depth - $k).saturating_sub(16);
-            let high =
-                if rest == 0 { _mm512_setzero_ps() } else { $V::load($row.add($k + 16), rest.min(16)) };
-            std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low))
-        }};
+        (bf16, $V:ident, $row:expr, $k:expr, $depth:expr) => {
+            $V::load_pairs($row.add($k), $depth - $k)
+        };
     }
 
     macro_rules! forms {
@@ -411,6 +556,7 @@ mod x86 {
                 columns: usize,
                 depth: usize,
                 left: *const u32,
+                step: usize,
                 right: *const u32,
                 out: *mut f32,
                 row: usize,
@@ -419,9 +565,9 @@ mod x86 {
                 // SAFETY: the caller's promise; rows are read in fours.
                 unsafe {
                     match rows {
-                        0..=4 => $tile_of::<4>(rows, columns, depth, left, right, out, row, add),
-                        5..=8 => $tile_of::<8>(rows, columns, depth, left, right, out, row, add),
-                        _ => $tile_of::<12>(rows, columns, depth, left, right, out, row, add),
+                        0..=4 => $tile_of::<4>(rows, columns, depth, left, step, right, out, row, add),
+                        5..=8 => $tile_of::<8>(rows, columns, depth, left, step, right, out, row, add),
+                        _ => $tile_of::<12>(rows, columns, depth, left, step, right, out, row, add),
                     }
                 }
             }
@@ -433,6 +579,7 @@ mod x86 {
                 columns: usize,
                 depth: usize,
                 left: *const u32,
+                step: usize,
                 right: *const u32,
                 out: *mut f32,
                 row: usize,
@@ -451,7 +598,7 @@ mod x86 {
                         let b = right.add(w * COLUMNS).cast::<f32>();
                         let b = [_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16))];
                         for (i, sums) in sums.iter_mut().enumerate() {
-                            let a = _mm512_set1_ps(*left.add(i * STRIDE + w).cast::<f32>());
+                            let a = _mm512_set1_ps(*left.add(i * step + w).cast::<f32>());
                             sums[0] = $multiply(sums[0], a, b[0]);
                             sums[1] = $multiply(sums[1], a, b[1]);
                         }
@@ -505,6 +652,68 @@ mod x86 {
             )
         }
     );
+
+    /// Turns `taps` values around; `to` has room for 16.
+    ///
+    /// # Safety
+    /// `from` has `taps` values.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    pub(super) unsafe fn turn_run(from: *const half::bf16, taps: usize, to: *mut half::bf16) {
+        let places = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let places = _mm256_sub_epi16(_mm256_set1_epi16(taps as i16 - 1), places);
+        // SAFETY: the mask leaves out what lies beyond; the caller's promise.
+        unsafe {
+            let values = _mm256_maskz_loadu_epi16(mask(taps), from.cast());
+            _mm256_storeu_si256(to.cast(), _mm256_permutexvar_epi16(places, values));
+        }
+    }
+
+    /// # Safety
+    /// As [`super::pack_lines`].
+    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw")]
+    pub(super) unsafe fn lines_f32<V: Value>(
+        columns: usize,
+        depth: usize,
+        line: impl Fn(usize) -> *const V,
+        to: *mut u32,
+        step: usize,
+    ) {
+        for k in 0..depth {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let line = line(k);
+                for j in (0..columns).step_by(16) {
+                    _mm512_storeu_ps(to.add(k * step + j).cast(), V::load(line.add(j), columns - j));
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`super::pack_lines`].
+    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
+    pub(super) unsafe fn lines_bf16<V: Value>(
+        columns: usize,
+        depth: usize,
+        line: impl Fn(usize) -> *const V,
+        to: *mut u32,
+        step: usize,
+    ) {
+        for (w, k) in (0..depth).step_by(2).enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (first, second) = (line(k), (k + 1 < depth).then(|| line(k + 1)));
+                for j in (0..columns).step_by(16) {
+                    let low = V::load_halves(first.add(j), columns - j);
+                    let high = second
+                        .map_or(_mm512_setzero_si512(), |second| V::load_halves(second.add(j), columns - j));
+                    let words = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+                    _mm512_storeu_si512(to.add(w * step + j).cast(), words);
+                }
+            }
+        }
+    }
 
     /// How 16 columns lie in the source.
     enum Lie {
@@ -630,12 +839,47 @@ mod x86 {
         columns: usize,
         depth: usize,
         left: *const u32,
+        step: usize,
         right: *const u32,
         out: *mut f32,
         row: usize,
         add: bool,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { tile_plain::<true>(rows, columns, depth, left, right, out, row, add) }
+        unsafe { tile_plain::<true>(rows, columns, depth, left, step, right, out, row, add) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turned_runs_are_pairs_of_the_values_turned_around() {
+        for (rows, runs, taps) in [(1usize, 1usize, 1usize), (5, 7, 9), (12, 40, 9), (3, 4, 16), (2, 9, 1), (4, 5, 3)] {
+            let values: Vec<bf16> = (0..rows * runs * taps).map(|i| bf16::from_bits(i as u16 + 1)).collect();
+            let step = (runs * taps).div_ceil(2) + 1;
+            let mut packed = vec![u32::MAX; rows * step];
+            // SAFETY: each run has `taps` values.
+            unsafe {
+                let run = |o: usize, i: usize| values[(o * rows + i) * taps..].as_ptr();
+                pack_turned(rows, runs, taps, run, &mut packed, step);
+            }
+            for (i, row) in packed.chunks_exact(step).enumerate() {
+                for k in 0..runs * taps {
+                    let (o, t) = (k / taps, k % taps);
+                    let got = (row[k / 2] >> (16 * (k % 2))) as u16;
+                    assert_eq!(
+                        got,
+                        values[(o * rows + i) * taps + taps - 1 - t].to_bits(),
+                        "{taps}: {i}, {k}"
+                    );
+                }
+                if runs * taps % 2 == 1 {
+                    assert_eq!(row[runs * taps / 2] >> 16, 0);
+                }
+                assert_eq!(row[step - 1], u32::MAX);
+            }
+        }
     }
 }

@@ -324,7 +324,8 @@ impl Transformer {
             })?;
         }
         told.piece(&self.proj_out, &[x, &tokens], |proj_out, inputs, pass| {
-            &inputs[0] + proj_out.forward_last(&inputs[1], pass)?.transpose(1, 2)?.reshape(inputs[0].shape())?
+            &inputs[0]
+                + proj_out.forward_last(&inputs[1], pass)?.transpose(1, 2)?.reshape(inputs[0].shape())?
         })
     }
 
