@@ -31,6 +31,7 @@ mod product;
 mod recompute;
 mod reconstruction;
 mod slices;
+mod thin;
 mod tile;
 mod winograd;
 

@@ -380,7 +380,19 @@ impl Tile {
                     Start::Zero | Start::Output => break,
                 }
             }
-            tile(words, height, width, count, left, left_step, right, to, row, !matches!(start, Start::Zero));
+            tile(
+                words,
+                height,
+                width,
+                count,
+                left,
+                left_step,
+                right,
+                COLUMNS,
+                to,
+                row,
+                !matches!(start, Start::Zero),
+            );
             if !together {
                 for (r, values) in apart.chunks_exact(COLUMNS).enumerate().take(height) {
                     for (c, value) in values.iter().enumerate().take(width) {

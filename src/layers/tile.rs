@@ -44,10 +44,22 @@ impl Words {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-fn has_avx512() -> bool {
-    use std::arch::is_x86_feature_detected as has;
-    has!("avx512f") && has!("avx512vl") && has!("avx512dq") && has!("avx512bw") && has!("avx2") && has!("fma")
+/// Whether the processor has AVX-512, as far as the kernels here use it.
+pub(super) fn has_avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        has!("avx512f")
+            && has!("avx512vl")
+            && has!("avx512dq")
+            && has!("avx512bw")
+            && has!("avx2")
+            && has!("fma")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
 }
 
 /// Whether the processor multiplies bf16.
@@ -404,7 +416,7 @@ pub(super) fn prefetch(at: *const u32) {
 ///
 /// # Safety
 /// `left` has `rows` rows, `step` words from one to the next; they are read to the next multiple of 4, all 12 without
-/// AVX-512. `right` has `depth` rows of 32 words, and `out` may be written where it is told to.
+/// AVX-512. `right` has `depth` rows of 32 words, `right_step` words from one to the next, and `out` may be written where it is told to.
 #[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn tile(
     words: Words,
@@ -414,6 +426,7 @@ pub(super) unsafe fn tile(
     left: *const u32,
     step: usize,
     right: *const u32,
+    right_step: usize,
     out: *mut f32,
     row: usize,
     add: bool,
@@ -425,22 +438,28 @@ pub(super) unsafe fn tile(
             // SAFETY: the processor has AVX-512, and bf16 where words are pairs.
             return unsafe {
                 match words {
-                    Words::F32 => x86::tile_f32(rows, columns, depth, left, step, right, out, row, add),
-                    Words::Bf16 => x86::tile_bf16(rows, columns, depth, left, step, right, out, row, add),
+                    Words::F32 => {
+                        x86::tile_f32(rows, columns, depth, left, step, right, right_step, out, row, add)
+                    }
+                    Words::Bf16 => {
+                        x86::tile_bf16(rows, columns, depth, left, step, right, right_step, out, row, add)
+                    }
                 }
             };
         }
         use std::arch::is_x86_feature_detected as has;
         if has!("avx2") && has!("fma") {
             // SAFETY: the processor has AVX2 and FMA.
-            return unsafe { x86::tile_avx2(rows, columns, depth, left, step, right, out, row, add) };
+            return unsafe {
+                x86::tile_avx2(rows, columns, depth, left, step, right, right_step, out, row, add)
+            };
         }
     }
     debug_assert!(words == Words::F32, "pairs need a processor that multiplies bf16");
     // SAFETY: the caller's promise.
     unsafe {
         tile_plain::<{ cfg!(target_arch = "aarch64") }>(
-            rows, columns, depth, left, step, right, out, row, add,
+            rows, columns, depth, left, step, right, right_step, out, row, add,
         )
     }
 }
@@ -458,6 +477,7 @@ unsafe fn tile_plain<const FUSED: bool>(
     left: *const u32,
     step: usize,
     right: *const u32,
+    right_step: usize,
     out: *mut f32,
     row: usize,
     add: bool,
@@ -467,7 +487,7 @@ unsafe fn tile_plain<const FUSED: bool>(
             let mut sums = [[0f32; 16]; 6];
             for w in 0..depth {
                 // SAFETY: the caller's promise.
-                let b = unsafe { &*right.add(w * COLUMNS + j).cast::<[f32; 16]>() };
+                let b = unsafe { &*right.add(w * right_step + j).cast::<[f32; 16]>() };
                 for (r, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: the panel has room for all 12 rows.
                     let a = unsafe { *left.add((i + r) * step + w).cast::<f32>() };
@@ -494,7 +514,7 @@ unsafe fn tile_plain<const FUSED: bool>(
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{COLUMNS, Value, tile_plain};
+    use super::{Value, tile_plain};
 
     /// The first `count` of 16 lanes.
     #[inline(always)]
@@ -558,6 +578,7 @@ mod x86 {
                 left: *const u32,
                 step: usize,
                 right: *const u32,
+                right_step: usize,
                 out: *mut f32,
                 row: usize,
                 add: bool,
@@ -565,9 +586,15 @@ mod x86 {
                 // SAFETY: the caller's promise; rows are read in fours.
                 unsafe {
                     match rows {
-                        0..=4 => $tile_of::<4>(rows, columns, depth, left, step, right, out, row, add),
-                        5..=8 => $tile_of::<8>(rows, columns, depth, left, step, right, out, row, add),
-                        _ => $tile_of::<12>(rows, columns, depth, left, step, right, out, row, add),
+                        0..=4 => {
+                            $tile_of::<4>(rows, columns, depth, left, step, right, right_step, out, row, add)
+                        }
+                        5..=8 => {
+                            $tile_of::<8>(rows, columns, depth, left, step, right, right_step, out, row, add)
+                        }
+                        _ => {
+                            $tile_of::<12>(rows, columns, depth, left, step, right, right_step, out, row, add)
+                        }
                     }
                 }
             }
@@ -581,6 +608,7 @@ mod x86 {
                 left: *const u32,
                 step: usize,
                 right: *const u32,
+                right_step: usize,
                 out: *mut f32,
                 row: usize,
                 add: bool,
@@ -595,7 +623,7 @@ mod x86 {
                 for w in 0..depth {
                     // SAFETY: the caller's promise.
                     unsafe {
-                        let b = right.add(w * COLUMNS).cast::<f32>();
+                        let b = right.add(w * right_step).cast::<f32>();
                         let b = [_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16))];
                         for (i, sums) in sums.iter_mut().enumerate() {
                             let a = _mm512_set1_ps(*left.add(i * step + w).cast::<f32>());
@@ -841,12 +869,13 @@ mod x86 {
         left: *const u32,
         step: usize,
         right: *const u32,
+        right_step: usize,
         out: *mut f32,
         row: usize,
         add: bool,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { tile_plain::<true>(rows, columns, depth, left, step, right, out, row, add) }
+        unsafe { tile_plain::<true>(rows, columns, depth, left, step, right, right_step, out, row, add) }
     }
 }
 
@@ -856,7 +885,9 @@ mod tests {
 
     #[test]
     fn turned_runs_are_pairs_of_the_values_turned_around() {
-        for (rows, runs, taps) in [(1usize, 1usize, 1usize), (5, 7, 9), (12, 40, 9), (3, 4, 16), (2, 9, 1), (4, 5, 3)] {
+        for (rows, runs, taps) in
+            [(1usize, 1usize, 1usize), (5, 7, 9), (12, 40, 9), (3, 4, 16), (2, 9, 1), (4, 5, 3)]
+        {
             let values: Vec<bf16> = (0..rows * runs * taps).map(|i| bf16::from_bits(i as u16 + 1)).collect();
             let step = (runs * taps).div_ceil(2) + 1;
             let mut packed = vec![u32::MAX; rows * step];
