@@ -280,6 +280,10 @@ fn by_parts<const M: usize, const N: usize>(
     work: impl Fn([&mut [f32]; M], [&[f32]; N]) + Sync,
 ) {
     let length = changed.first().map_or(0, |values| values.len());
+    // Asking for the number of cores reads a dozen files, which takes longer than a small tensor.
+    if length <= MANY {
+        return work(changed, others);
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let part = length.div_ceil(cores).max(MANY);
     if length <= part {
