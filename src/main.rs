@@ -8,10 +8,10 @@ use difflora::{cli, failure::Failure, layers, progress, train};
 fn main() -> ExitCode {
     layers::keep_freed_memory();
     // SAFETY: no thread has been started yet.
-    unsafe { layers::rest_idle_threads() };
+    unsafe { layers::let_waiting_threads_sleep() };
     let cli = cli::Cli::parse();
     if cli.command.trains_in_shards() {
-        // SAFETY: no thread has been started yet.
+        // SAFETY: likewise.
         unsafe { train::single_threaded_kernels() };
     }
     match cli::run(cli) {

@@ -92,6 +92,11 @@ impl Sizes {
         Product { m, n, k, scale, add, parallelism }
     }
 
+    /// Threads over the people.
+    fn threads(&self) -> usize {
+        slices::threads_for(self.people * self.rows * self.rank * (self.k + self.n))
+    }
+
     fn person<'a>(&self, values: &'a [f32], person: usize, size: usize) -> &'a [f32] {
         &values[person * size..][..size]
     }
@@ -121,7 +126,7 @@ impl Sizes {
 
     /// Adds s·(x·downᵀ)·upᵀ.
     fn forward(&self, x: &[f32], down: &[f32], up: &[f32], y: &mut [f32]) {
-        slices::for_chunks(y, self.rows * self.n, |person, y| {
+        slices::for_chunks_on(self.threads(), y, self.rows * self.n, |person, y| {
             if self.is_thin() {
                 let (x, down) = (self.person(x, person, self.rows * self.k), self.down(down, person));
                 let h = self.thin(self.k).into_rank(x, down, self.scale);
@@ -165,7 +170,7 @@ impl Sizes {
 
     /// Adds grad_h·down.
     fn add_grad_input(&self, grad_h: &[[Vec<f32>; 3]], down: &[f32], grad_x: &mut [f32]) {
-        slices::for_chunks(grad_x, self.rows * self.k, |person, grad_x| {
+        slices::for_chunks_on(self.threads(), grad_x, self.rows * self.k, |person, grad_x| {
             let [_, _, grad_h] = &grad_h[person];
             if self.is_thin() {
                 return self.thin(self.k).add_from_rank(grad_h, self.down(down, person), grad_x);
@@ -234,7 +239,7 @@ impl CustomOp3 for AdaptedOp {
             slices::with_values(x, |values| {
                 slices::with_values(down, |down| {
                     slices::with_values(up, |up| -> Result<_> {
-                        let parts = slices::map_indices(people, |person| {
+                        let parts = slices::map_indices_on(self.sizes.threads(), people, |person| {
                             self.sizes.backward([values, down, up, grad], person)
                         });
                         let grad_x = if x.track_op() {

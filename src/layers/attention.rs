@@ -109,6 +109,11 @@ impl AttentionOp {
         softmax_rows(&mut scores[..rows * m], m, self.causal.then_some(first));
     }
 
+    /// Multiply-adds of a forward pass; the exponential of a score is as much as 16.
+    fn work(&self, [b, n, m, width]: [usize; 4]) -> usize {
+        b * n * m * (2 * width + 16 * self.heads)
+    }
+
     fn forward(&self, q: &[f32], k: &[f32], v: &[f32], size: [usize; 4]) -> Vec<f32> {
         let [b, n, m, width] = size;
         let d = width / self.heads;
@@ -116,12 +121,13 @@ impl AttentionOp {
             return vec![0.0; b * n * width];
         }
         // With few heads a head's queries are parted, so that every thread has some.
-        let wanted = slices::threads().div_ceil(b * self.heads).min(n.div_ceil(tile::ROWS));
+        let threads = slices::threads_for(self.work(size));
+        let wanted = threads.div_ceil(b * self.heads).min(n.div_ceil(tile::ROWS));
         let parts = n.div_ceil(QUERIES).max(wanted);
         let each = n.div_ceil(parts).next_multiple_of(tile::ROWS);
         let mut y = vec![0f32; b * n * width];
         let out = Shared::new(y.as_mut_ptr());
-        slices::for_each(b * self.heads * parts, |task| {
+        slices::for_each_on(threads, b * self.heads * parts, |task| {
             let (sample, head, first) =
                 (task / parts / self.heads, task / parts % self.heads, task % parts * each);
             let queries = first.min(n)..(first + each).min(n);
@@ -149,7 +155,8 @@ impl AttentionOp {
     fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32], size: [usize; 4]) -> [Vec<f32>; 3] {
         let [b, n, m, width] = size;
         let d = width / self.heads;
-        let heads = slices::map_indices(b * self.heads, |i| {
+        let threads = slices::threads_for(3 * self.work(size));
+        let heads = slices::map_indices_on(threads, b * self.heads, |i| {
             let (sample, column) = (i / self.heads, i % self.heads * d);
             let part = |x, row: usize| head_of(x, row, column, width);
             let [q, grad] = [q, grad].map(|x| part(x, sample * n));
@@ -225,9 +232,13 @@ impl Head<'_> {
     /// `y` has `d` values to write in each of the rows of `queries`.
     unsafe fn attend(&self, queries: Range<usize>, y: *mut f32) {
         let Self { d, width, .. } = *self;
-        let (n, panel) = (queries.len(), tile::DEPTH * tile::COLUMNS);
+        let n = queries.len();
         let (depths, columns) = (d.div_ceil(tile::DEPTH), d.div_ceil(tile::COLUMNS));
-        let key_panels = KEYS / tile::COLUMNS;
+        let seen = if self.causal { queries.end } else { self.keys };
+        let each = seen.div_ceil(seen.div_ceil(KEYS)).next_multiple_of(tile::COLUMNS);
+        // No more than this head needs: for few and short keys clearing a whole block takes longer than the products.
+        let key_panels = each / tile::COLUMNS;
+        let panel = tile::COLUMNS * d.min(tile::DEPTH).max(each);
         let keys = Along::new(Weight::F32(self.k), width, self.keys, d);
         let values = Across::new(Weight::F32(self.v), width, d, self.keys);
         let q = Along::new(Weight::F32(self.q), width, queries.end, d);
@@ -237,8 +248,6 @@ impl Head<'_> {
         let mut scores = vec![0f32; tile::ROWS * tile::STRIDE];
         let mut gathered =
             Gathered { top: vec![f32::NEG_INFINITY; n], total: vec![0.0; n], sums: vec![0.0; n * d] };
-        let seen = if self.causal { queries.end } else { self.keys };
-        let each = seen.div_ceil(seen.div_ceil(KEYS)).next_multiple_of(tile::COLUMNS);
         for first in (0..seen).step_by(each) {
             let block = first..(first + each).min(seen);
             for (i, from) in (0..d).step_by(tile::DEPTH).enumerate() {

@@ -93,7 +93,7 @@ mod tests {
         let loss = || -> Result<Tensor> {
             let inner = (weight.as_tensor().clone(), basis.as_tensor().clone());
             let h = linear(&x, &weight, None)?;
-            let h = recomputed(&[&h], move |x| {
+            let h = recomputed(&[&h], move |x, _| {
                 linear(&x[0], &inner.0, None)? * inner.1.sum_all()?.to_scalar::<f32>()? as f64
             })?;
             let y = expand_patches(&project_patches(&h, &basis, None)?, &basis, None, 6)?;

@@ -114,7 +114,6 @@ fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass: Pass) -> 
         Some(last) if *last == input => *last = output,
         _ => candle_core::bail!("linear layer {input} → {output} was given {:?}", x.shape()),
     }
-    let rows = x.elem_count() / input;
     let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
     if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
         // Whatever its shape: a gradient would be copied for each change of it.
@@ -122,7 +121,7 @@ fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass: Pass) -> 
         let (weight, bias) = (weight.contiguous()?, bias.as_ref().unwrap_or(&none));
         return x.contiguous()?.apply_op3(&weight, bias, LinearOp(pass));
     }
-    let y = x.reshape((rows, input))?.matmul(&super::like(weight, x)?.t()?)?;
+    let y = x.reshape(((), input))?.matmul(&super::like(weight, x)?.t()?)?;
     let y = match bias {
         Some(bias) => y.broadcast_add(&bias)?,
         None => y,
@@ -131,15 +130,6 @@ fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass: Pass) -> 
 }
 
 struct LinearOp(Pass);
-
-/// A shape whose last axis is `width` instead.
-pub(super) fn with_last(dims: &[usize], width: usize) -> Shape {
-    let mut dims = dims.to_vec();
-    if let Some(last) = dims.last_mut() {
-        *last = width;
-    }
-    dims.into()
-}
 
 impl CustomOp3 for LinearOp {
     fn name(&self) -> &'static str {
@@ -190,6 +180,15 @@ impl CustomOp3 for LinearOp {
     }
 }
 
+/// The shape of (…, in) with another last axis.
+pub(super) fn with_last(dims: &[usize], last: usize) -> Shape {
+    let mut dims = dims.to_vec();
+    if let Some(width) = dims.last_mut() {
+        *width = last;
+    }
+    dims.into()
+}
+
 /// x·Wᵀ + b of `rows` rows, k → n; an empty `bias` is none.
 pub(super) fn product(x: &[f32], weight: Weight, bias: &[f32], [rows, n, k]: [usize; 3]) -> Vec<f32> {
     let start = if bias.is_empty() { Start::Zero } else { Start::Columns(bias) };
@@ -237,5 +236,39 @@ slices::vectorised! {
                 *sum += value;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::diffusion::noise::normal;
+
+    #[test]
+    fn inputs_of_any_rank_have_the_gradients_of_a_plain_product() -> Result<()> {
+        let draw = |i: u64, shape: &[usize]| Var::from_tensor(&normal(4, i, shape, &Device::Cpu)?);
+        let (weight, bias) = (draw(0, &[5, 6])?, draw(1, &[5])?);
+        for shape in [&[4, 6][..], &[2, 3, 6], &[2, 1, 3, 6]] {
+            let x = draw(2, shape)?;
+            let ours = linear(&x, &weight, Some(&bias))?;
+            let flat = x.reshape(((), 6))?.matmul(&weight.t()?)?.broadcast_add(&bias)?;
+            let theirs = flat.reshape(with_last(shape, 5))?;
+            let g = normal(4, 3, ours.shape(), &Device::Cpu)?;
+            let grads = |y: &Tensor| (y * &g)?.sum_all()?.backward();
+            let (our_grads, their_grads) = (grads(&ours)?, grads(&theirs)?);
+            let mut pairs = vec![(ours, theirs)];
+            for var in [&x, &weight, &bias] {
+                let grads = [&our_grads, &their_grads].map(|grads| grads.get(var).cloned());
+                let [Some(ours), Some(theirs)] = grads else { panic!("no gradient") };
+                pairs.push((ours, theirs));
+            }
+            for (ours, theirs) in pairs {
+                let apart = (ours - theirs)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(apart < 1e-5, "{shape:?}: {apart}");
+            }
+        }
+        Ok(())
     }
 }

@@ -19,7 +19,6 @@ mod attention;
 mod clip_transformer;
 mod conv;
 mod gathered;
-mod idle;
 mod linear;
 mod low_rank;
 mod memory;
@@ -33,6 +32,8 @@ mod reconstruction;
 mod slices;
 mod thin;
 mod tile;
+mod tokens;
+mod waiting;
 mod winograd;
 
 pub use activation::{Activation, geglu, upsample_nearest2x};
@@ -40,7 +41,6 @@ pub use attention::attention;
 pub use clip_transformer::{ClipTransformer, ClipTransformerSizes};
 pub use conv::{Conv2d, ConvGeometry};
 pub use gathered::backward;
-pub use idle::rest_idle_threads;
 pub use linear::{Adapter, Linear, linear};
 pub use low_rank::add_low_rank;
 pub use memory::keep_freed_memory;
@@ -49,6 +49,8 @@ pub use patchwise::{Correction, expand_patches, project_patches};
 pub use recompute::{Pass, recomputed};
 pub use reconstruction::reconstruction_errors;
 pub(crate) use slices::vectorised;
+pub use tokens::{add_to_channels, pixels, tokens};
+pub use waiting::let_waiting_threads_sleep;
 
 use candle_core::{DType, Device, Result, Tensor};
 

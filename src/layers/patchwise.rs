@@ -184,7 +184,7 @@ impl Sizes {
 
     /// Calls `work` with one run of patches after the other, on all threads; results in order.
     fn runs<T: Send>(&self, work: impl Fn(&mut dyn Iterator<Item = Span>) -> T + Sync + Send) -> Vec<T> {
-        slices::map_indices(self.patches.div_ceil(TOGETHER), |run| {
+        slices::map_indices_on(slices::threads(), self.patches.div_ceil(TOGETHER), |run| {
             let patches: Range<usize> = run * TOGETHER..((run + 1) * TOGETHER).min(self.patches);
             work(&mut patches.map(|index| self.span(index)))
         })

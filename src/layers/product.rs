@@ -151,7 +151,7 @@ pub(super) unsafe fn write<L: Left, R: Right>(
     if let Start::Columns(values) = start {
         assert!(values.len() >= size.n);
     }
-    let threads = slices::threads();
+    let threads = slices::threads_for(size.m * size.n * size.k);
     let (row_parts, column_parts) = shares(size, threads);
     let rows = size.m.div_ceil(row_parts).next_multiple_of(ROWS);
     let columns = size.n.div_ceil(column_parts).next_multiple_of(COLUMNS);
@@ -174,7 +174,7 @@ pub(super) unsafe fn write<L: Left, R: Right>(
         // SAFETY: the tasks part the result.
         unsafe { block(words, rows, columns, size, left, lines, right, start, out, place) }
     };
-    slices::for_each(row_parts * column_parts, work);
+    slices::for_each_on(threads, row_parts * column_parts, work);
     WHOLE_LEFT.set(whole);
 }
 

@@ -36,7 +36,7 @@ impl CustomOp2 for Errors {
         x_hat_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, x_hat) = (slices::operand(x, x_layout)?, slices::operand(x_hat, x_hat_layout)?);
-        let parts = slices::map_indices(x.len().div_ceil(CHUNK), |i| {
+        let parts = slices::map_indices_on(slices::threads(), x.len().div_ceil(CHUNK), |i| {
             let chunk = i * CHUNK..((i + 1) * CHUNK).min(x.len());
             errors(&x[chunk.clone()], &x_hat[chunk], self.squared)
         });

@@ -101,6 +101,18 @@ pub(super) fn threads() -> usize {
     *THREADS.get_or_init(candle_core::utils::get_num_threads)
 }
 
+/// Multiply-adds, or what takes as long, from which on other threads are woken: some 300 µs of one thread. Waking costs
+/// each of them 20 to 50, and they look for more work for a while before they sleep again.
+const WORTH_SHARING: usize = 1 << 24;
+
+/// A value of an element-wise kernel (exponential, norm, copy), in multiply-adds.
+const ELEMENT: usize = 32;
+
+/// Threads for a kernel of `work` multiply-adds.
+pub(super) fn threads_for(work: usize) -> usize {
+    if work < WORTH_SHARING { 1 } else { threads() }
+}
+
 /// The threads as `gemm` wants them.
 pub(super) fn parallelism() -> Parallelism {
     match threads() {
@@ -109,29 +121,48 @@ pub(super) fn parallelism() -> Parallelism {
     }
 }
 
-/// Calls `work(i, chunk)` for the `i`-th chunk of `size` values of `out`, on all threads.
+/// Calls `work(i, chunk)` for the `i`-th chunk of `size` values of `out`, on all threads where there are many values.
 ///
 /// With one thread it runs where it is called: rayon would send the work of several shards to its one worker.
 pub(super) fn for_chunks<T: Send>(out: &mut [T], size: usize, work: impl Fn(usize, &mut [T]) + Sync) {
-    if threads() == 1 {
+    for_chunks_on(threads_for(out.len() * ELEMENT), out, size, work);
+}
+
+/// The same on `threads` threads, one or all ([`threads_for`]).
+pub(super) fn for_chunks_on<T: Send>(
+    threads: usize,
+    out: &mut [T],
+    size: usize,
+    work: impl Fn(usize, &mut [T]) + Sync,
+) {
+    if threads == 1 {
         out.chunks_mut(size).enumerate().for_each(|(i, chunk)| work(i, chunk));
     } else {
         out.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| work(i, chunk));
     }
 }
 
-/// Calls `work(0)`, …, `work(count − 1)` on all threads, likewise.
+/// Calls `work(0)`, …, `work(count − 1)` on all threads.
 pub(super) fn for_each(count: usize, work: impl Fn(usize) + Sync + Send) {
-    if threads() == 1 || count == 1 {
+    for_each_on(threads(), count, work);
+}
+
+/// The same on `threads` threads, likewise.
+pub(super) fn for_each_on(threads: usize, count: usize, work: impl Fn(usize) + Sync + Send) {
+    if threads == 1 || count == 1 {
         (0..count).for_each(work);
     } else {
         (0..count).into_par_iter().with_max_len(1).for_each(work);
     }
 }
 
-/// `work(0)`, …, `work(count − 1)` on all threads, in order.
-pub(super) fn map_indices<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
-    if threads() == 1 || count == 1 {
+/// `work(0)`, …, `work(count − 1)` on `threads` threads, in order.
+pub(super) fn map_indices_on<T: Send>(
+    threads: usize,
+    count: usize,
+    work: impl Fn(usize) -> T + Sync + Send,
+) -> Vec<T> {
+    if threads == 1 || count == 1 {
         (0..count).map(work).collect()
     } else {
         (0..count).into_par_iter().with_max_len(1).map(work).collect()
@@ -229,6 +260,7 @@ impl Product {
             (rows.max(1) - 1) * matrix.row + (columns.max(1) - 1) * matrix.column
         };
         assert!(end(m, k, &a) < a.values.len() && end(k, n, &b) < b.values.len());
+        let parallelism = if threads_for(m * n * k) == 1 { Parallelism::None } else { self.parallelism };
         // SAFETY: the assert bounds every element that is read; for those written the caller vouches.
         unsafe {
             gemm::gemm(
@@ -250,7 +282,7 @@ impl Product {
                 false,
                 false,
                 false,
-                self.parallelism,
+                parallelism,
             )
         }
     }

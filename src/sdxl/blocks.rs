@@ -5,8 +5,8 @@ use candle_core::{Module, Result as Computed, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::layers::{
-    Conv2d, ConvGeometry, GroupNorm, Layer, LayerNorm, Linear, Pass, Visit, attention, geglu, recomputed,
-    upsample_nearest2x,
+    Conv2d, ConvGeometry, GroupNorm, Layer, LayerNorm, Linear, Pass, Visit, add_to_channels, attention,
+    geglu, pixels, recomputed, tokens, upsample_nearest2x,
 };
 
 /// Groups and ε of a level's GroupNorms.
@@ -266,8 +266,7 @@ impl Resnet {
     /// `x` (B, C, H, W), `emb` (B, E) after SiLU → (B, C', H, W).
     fn compute(&self, x: &Tensor, emb: &Tensor, pass: Pass) -> Computed<Tensor> {
         let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let time = self.time_emb_proj.forward(emb)?.unsqueeze(2)?.unsqueeze(3)?; // (B, C', 1, 1)
-        let h = h.broadcast_add(&time)?;
+        let h = add_to_channels(&h, &self.time_emb_proj.forward(emb)?)?;
         let h = self.conv2.forward_last(&self.norm2.forward_silu(&h)?, pass)?;
         match &self.conv_shortcut {
             Some(shortcut) => shortcut.forward_last(x, pass)? + h,
@@ -313,19 +312,17 @@ impl Transformer {
     /// `x` (B, D, H, W) → same.
     fn forward(&self, x: &Tensor, told: Told) -> Computed<Tensor> {
         let ends = (self.norm.clone(), self.proj_in.clone());
-        let mut tokens = told.piece(&ends, &[x], |(norm, proj_in), x, pass| {
-            let (b, d, h, w) = x[0].dims4()?;
-            let tokens = norm.forward(&x[0])?.reshape((b, d, h * w))?.transpose(1, 2)?; // (B, H·W, D)
-            proj_in.forward_last(&tokens, pass)
+        let mut y = told.piece(&ends, &[x], |(norm, proj_in), x, pass| {
+            proj_in.forward_last(&tokens(&norm.forward(&x[0])?)?, pass) // (B, H·W, D)
         })?;
         for block in &self.blocks {
-            tokens = told.piece(block, &[&tokens, told.context], |block, inputs, pass| {
+            y = told.piece(block, &[&y, told.context], |block, inputs, pass| {
                 block.forward(&inputs[0], &inputs[1], pass)
             })?;
         }
-        told.piece(&self.proj_out, &[x, &tokens], |proj_out, inputs, pass| {
-            &inputs[0]
-                + proj_out.forward_last(&inputs[1], pass)?.transpose(1, 2)?.reshape(inputs[0].shape())?
+        told.piece(&self.proj_out, &[x, &y], |proj_out, inputs, pass| {
+            let (_, _, h, w) = inputs[0].dims4()?;
+            &inputs[0] + pixels(&proj_out.forward_last(&inputs[1], pass)?, h, w)?
         })
     }
 
