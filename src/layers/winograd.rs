@@ -133,10 +133,11 @@ impl Winograd {
     }
 
     /// Whether it is quicker than sums over patches: there are channels enough to make up for the transforms, and tiles
-    /// enough that at most half of the products are left.
+    /// enough that at most half of the products are left. A sample is judged by itself, so that it is computed alone as
+    /// it is among others.
     pub(super) fn is_quicker(&self) -> bool {
-        let direct = TAPS * self.b * self.h_out * self.w_out;
-        let products = POINTS * self.tiles().next_multiple_of(COLUMNS);
+        let direct = TAPS * self.h_out * self.w_out;
+        let products = POINTS * (self.tiles_high() * self.tiles_wide()).next_multiple_of(COLUMNS);
         self.c_in.min(self.c_out) >= 32 && 2 * products <= direct
     }
 
@@ -618,6 +619,10 @@ mod tests {
         let alone: Vec<f32> =
             alone.flat_map(|x| sized(1, 33, 40, 24, 40, [1, 1]).convolve(x, &kernels, &[])).collect();
         assert!(alone == together);
+        for side in [4, 8, 12, 16, 20, 64] {
+            let quicker = |b| sized(b, 64, 64, side, side, [1, 1]).is_quicker();
+            assert!(quicker(1) == quicker(8) && quicker(1) == (side >= 16));
+        }
     }
 
     #[test]
