@@ -233,7 +233,7 @@ mod tests {
 
     /// Σ a · b over what `at` tells of each step.
     fn naive(steps: usize, at: impl Fn(usize) -> (f32, f32)) -> f32 {
-        (0..steps).map(|i| at(i)).map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32
+        (0..steps).map(at).map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32
     }
 
     #[test]
