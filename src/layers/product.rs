@@ -151,7 +151,8 @@ pub(super) unsafe fn write<L: Left, R: Right>(
     if let Start::Columns(values) = start {
         assert!(values.len() >= size.n);
     }
-    let threads = slices::threads_for(size.m * size.n * size.k);
+    // With few rows the time goes into reading and packing the right operand.
+    let threads = slices::threads_for(size.m.max(ROWS) * size.n * size.k);
     let (row_parts, column_parts) = shares(size, threads);
     let rows = size.m.div_ceil(row_parts).next_multiple_of(ROWS);
     let columns = size.n.div_ceil(column_parts).next_multiple_of(COLUMNS);
