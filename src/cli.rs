@@ -3,7 +3,8 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::{commands, progress};
+use crate::commands;
+use crate::progress;
 
 /// From one photo of a face to a personal SDXL LoRA in seconds, and the pictures it draws.
 #[derive(Debug, Parser)]

@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
-use crate::{files, progress};
+use crate::files;
+use crate::progress;
 
 /// Bytes from which on a hash is worth remembering: a tenth of a second.
 const LARGE: u64 = 128 << 20;

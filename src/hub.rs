@@ -13,8 +13,9 @@ use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::failure::Failure;
+use crate::hashes;
 use crate::model_files::{DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS};
-use crate::{hashes, progress};
+use crate::progress;
 
 /// A repository at a revision.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,7 +3,11 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use difflora::{cli, failure::Failure, layers, progress, train};
+use difflora::cli;
+use difflora::failure::Failure;
+use difflora::layers;
+use difflora::progress;
+use difflora::train;
 
 fn main() -> ExitCode {
     layers::keep_freed_memory();

@@ -14,7 +14,8 @@ use image::{
 };
 
 use crate::failure::Failure;
-use crate::{files, progress};
+use crate::files;
+use crate::progress;
 
 /// Most pixels that are decoded; a file that claims more is refused before memory is taken for it.
 pub const MAX_PIXELS: u64 = 100_000_000;

@@ -10,12 +10,14 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::dreambooth::{self, Downs, Frozen, Lessons, Recipe};
-use super::face::open_encoder;
-use super::{device, models};
 use crate::cli::Common;
+use crate::commands::dreambooth::{self, Downs, Frozen, Lessons, Recipe};
+use crate::commands::face::open_encoder;
+use crate::commands::{device, models};
 use crate::dataset::{self, CaptionOptions, Person, Scene};
 use crate::failure::Failure;
+use crate::files;
+use crate::hashes;
 use crate::hypernet::ModelId;
 use crate::identity::clip::{ImageEncoder, ImageInput};
 use crate::identity::{FaceEncoder, catalog};
@@ -25,9 +27,9 @@ use crate::lora::keys::BlockLayout;
 use crate::lora::layout::LoraLayout;
 use crate::output::print_line;
 use crate::picture::Picture;
+use crate::progress;
 use crate::sdxl::pipeline::Sdxl;
 use crate::train::shards::in_threads_or_turn;
-use crate::{files, hashes, progress};
 
 /// Arguments of `difflora build-dataset`.
 ///

@@ -13,16 +13,19 @@ use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use self::measure::{Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired};
-use self::table::{interval, obeyed, plain, table};
-use super::build_dataset::{self, Header, Row};
-use super::functional::{Refinement, learning_rate, refine};
-use super::{device, models};
 use crate::cli::Common;
+use crate::commands::build_dataset::{self, Header, Row};
+use crate::commands::eval::measure::{
+    Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired,
+};
+use crate::commands::eval::table::{interval, obeyed, plain, table};
+use crate::commands::functional::{Refinement, learning_rate, refine};
+use crate::commands::{device, models};
 use crate::dataset::judge::{Judge as AttributeJudge, Record};
 use crate::dataset::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
 use crate::diffusion::noise;
 use crate::failure::Failure;
+use crate::files;
 use crate::hypernet::{Hypernet, ModelId, SampleOptions};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder, Identity, cosine};
@@ -35,10 +38,10 @@ use crate::lora::strength::Strength;
 use crate::metrics::Mean;
 use crate::output::print_line;
 use crate::picture::{Picture, contact_sheet};
+use crate::progress;
 use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
 use crate::train::shards::in_threads_or_turn;
-use crate::{files, progress};
 
 /// Arguments of `difflora eval`.
 ///

@@ -11,16 +11,17 @@ use anyhow::{Context, Result};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use super::photos::{Photos, Seen};
 use crate::cli::Common;
+use crate::commands::photos::{Photos, Seen};
 use crate::failure::Failure;
+use crate::files;
 use crate::identity::align::{SIDE, align};
 use crate::identity::catalog;
 use crate::identity::detect::Face;
 use crate::identity::one_person::{groups, mean_direction};
 use crate::identity::{FaceEncoder, Quality, cosine};
 use crate::output::print_line;
-use crate::{files, progress};
+use crate::progress;
 
 /// Arguments of `difflora face`.
 #[derive(Debug, clap::Args)]

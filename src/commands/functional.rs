@@ -16,7 +16,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 
-use super::build_dataset::{self, read_manifest};
+use crate::commands::build_dataset::{self, read_manifest};
 use crate::dataset::{CaptionOptions, Person, caption};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::failure::Failure;
@@ -24,13 +24,14 @@ use crate::layers::{Adapter, Layer};
 use crate::lora::layout::LoraLayout;
 use crate::lora::{Lora, LoraLayer};
 use crate::picture::{Filter, Picture};
+use crate::progress;
 use crate::sdxl::pipeline::{Sdxl, time_ids};
 use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
 use crate::sdxl::vae::Vae;
+use crate::train;
 use crate::train::optimiser::{AdamW, AdamWOptions};
 use crate::train::shards::gradients;
-use crate::{progress, train};
 
 /// The LoRAs of K people beside each other, by the path of their layer.
 pub type Adapters = BTreeMap<String, Adapter>;

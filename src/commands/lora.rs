@@ -10,8 +10,8 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::models;
 use crate::cli::Common;
+use crate::commands::models;
 use crate::failure::Failure;
 use crate::files::{self, check_writable};
 use crate::lora::change::Changes;

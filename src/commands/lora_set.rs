@@ -13,7 +13,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::build_dataset::{Header, Row, read_manifest};
+use crate::commands::build_dataset::{Header, Row, read_manifest};
 use crate::failure::Failure;
 use crate::hypernet::ModelId;
 use crate::hypernet::rows::Rows;
@@ -23,8 +23,9 @@ use crate::lora::file;
 use crate::lora::keys::BlockLayout;
 use crate::lora::layout::LoraLayout;
 use crate::model_files::ModelFiles;
+use crate::progress;
 use crate::train::shards::in_threads;
-use crate::{progress, weights};
+use crate::weights;
 
 /// What `build-dataset` wrote.
 pub struct LoraSet {
@@ -455,7 +456,7 @@ fn embedding(path: &Path, tensors: &HashMap<String, Tensor>, name: &str) -> Resu
 pub(super) mod tests {
     use std::collections::BTreeMap;
 
-    use super::*;
+    use crate::commands::*;
     use crate::diffusion::noise::normal;
     use crate::hypernet::ModelId;
     use crate::hypernet::delta::DeltaSpace;

@@ -10,19 +10,21 @@ use serde_json::json;
 
 use crate::cli::Common;
 use crate::failure::Failure;
+use crate::files as disk;
+use crate::hashes;
 use crate::hub::{self, Repository, Weights};
 use crate::hypernet::ModelId;
 use crate::identity::catalog::{self, FaceModel};
 use crate::lora::keys::BlockLayout;
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use crate::output::print_line;
+use crate::progress;
 use crate::sdxl::architecture;
 use crate::sdxl::single_file;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
 use crate::sdxl::unet::UNet;
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::{Vae, VaeConfig};
-use crate::{files as disk, hashes, progress};
 
 /// The bundle that this program carries: a small SDXL and a hypernetwork for it, made by `scripts/make-tiny.sh`.
 static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");

@@ -10,9 +10,10 @@ use serde_json::json;
 use crate::cli::Common;
 use crate::dataset::{self, CaptionOptions, Person, Scene};
 use crate::failure::Failure;
+use crate::files;
 use crate::output::print_line;
 use crate::picture::Picture;
-use crate::{files, progress};
+use crate::progress;
 
 /// Arguments of `difflora portraits`.
 ///

@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use clap::CommandFactory;
 
 use crate::cli::Cli;
-use crate::{files, output};
+use crate::files;
+use crate::output;
 
 /// Arguments of `difflora completions`.
 #[derive(Debug, clap::Args)]

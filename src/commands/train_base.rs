@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::Common;
 use crate::failure::Failure;
+use crate::files;
 use crate::output::print_line;
+use crate::progress;
 use crate::train::run::{End, Keeping};
-use crate::{files, progress};
 
 /// Arguments of `difflora train-base`.
 ///

@@ -17,16 +17,16 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use self::best::Best;
-use self::lessons::Lessons;
-use self::report::{print_report, report};
-use self::trained_prior::TrainedPrior;
-use super::build_dataset::Header;
-use super::functional::Album;
-use super::lora_set::{FormWanted, LoraSet, Reading};
-use super::train_lae::Settings;
-use super::{device, models};
 use crate::cli::Common;
+use crate::commands::build_dataset::Header;
+use crate::commands::functional::Album;
+use crate::commands::lora_set::{FormWanted, LoraSet, Reading};
+use crate::commands::train_dit::best::Best;
+use crate::commands::train_dit::lessons::Lessons;
+use crate::commands::train_dit::report::{print_report, report};
+use crate::commands::train_dit::trained_prior::TrainedPrior;
+use crate::commands::train_lae::Settings;
+use crate::commands::{device, models};
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule};
 use crate::diffusion::shifted::Shift;
 use crate::failure::Failure;
@@ -38,12 +38,13 @@ use crate::hypernet::{
 };
 use crate::model_files::{ModelFiles, save_json};
 use crate::output::print_line;
+use crate::progress;
 use crate::sdxl::pipeline::Sdxl;
+use crate::train;
 use crate::train::parallel;
 use crate::train::run::{self, End, Keeping, Plan};
 use crate::train::shards::Loss;
 use crate::weights::Trainable;
-use crate::{progress, train};
 
 /// Arguments of `difflora train-dit`.
 ///
@@ -527,10 +528,10 @@ fn validation_error(lessons: &Lessons, denoiser: &Denoiser) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::lora_set::tests::write_dataset;
-    use super::super::train_lae;
-    use super::super::train_lae::tests::{SETTINGS, args as lae_args, quiet};
     use super::*;
+    use crate::commands::lora_set::tests::write_dataset;
+    use crate::commands::train_lae;
+    use crate::commands::train_lae::tests::{SETTINGS, args as lae_args, quiet};
     use crate::identity::Identity;
     use candle_core::Device;
     use serde_json::Value;

@@ -9,9 +9,9 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::lora_set::{FormWanted, LoraSet, Reading};
-use super::{device, train_dit};
 use crate::cli::Common;
+use crate::commands::lora_set::{FormWanted, LoraSet, Reading};
+use crate::commands::{device, train_dit};
 use crate::failure::Failure;
 use crate::hypernet::codec::{LoraCodec, blocks};
 use crate::hypernet::delta::DeltaSpace;
@@ -23,11 +23,12 @@ use crate::lora::canonical::Canonical;
 use crate::metrics::Mean;
 use crate::model_files::save_json;
 use crate::output::print_line;
+use crate::progress;
+use crate::train;
 use crate::train::parallel;
 use crate::train::run::{self, End, Keeping, Plan};
 use crate::train::shards::Loss;
 use crate::weights::Trainable;
-use crate::{progress, train};
 
 /// Arguments of `difflora train-lae`.
 ///
@@ -559,8 +560,8 @@ fn print_table(reports: &[(String, Value)]) -> Result<()> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::lora_set::tests::write_dataset;
-    use super::*;
+    use crate::commands::*;
+    use crate::lora_set::tests::write_dataset;
     use crate::model_files::ModelFiles;
 
     /// Settings for the dataset of [`write_dataset`], whose LoRAs have four dimensions.

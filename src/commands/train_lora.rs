@@ -15,25 +15,26 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::json;
 
-use self::classroom::{Person, Queue, Room};
-use self::lessons::{Encoders, Lessons, Scaling};
-use self::samples::Easel;
-use self::settings::{Crop, LossScale, Settings};
-use super::device::{self, Precision};
-use super::dreambooth::adapters;
-use super::dreambooth::draws::Timesteps;
-use super::dreambooth::{Networks, Targets};
-use super::models;
 use crate::cli::Common;
+use crate::commands::device::{self, Precision};
+use crate::commands::dreambooth::adapters;
+use crate::commands::dreambooth::draws::Timesteps;
+use crate::commands::dreambooth::{Networks, Targets};
+use crate::commands::models;
+use crate::commands::train_lora::classroom::{Person, Queue, Room};
+use crate::commands::train_lora::lessons::{Encoders, Lessons, Scaling};
+use crate::commands::train_lora::samples::Easel;
+use crate::commands::train_lora::settings::{Crop, LossScale, Settings};
 use crate::failure::Failure;
+use crate::files;
 use crate::identity::FaceEncoder;
 use crate::output::print_line;
 use crate::picture::pictures_in;
+use crate::progress;
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::unet::UNetConfig;
 use crate::train::schedule::Decay;
 use crate::train::shards::in_threads;
-use crate::{files, progress};
 
 /// Arguments of `difflora train-lora`.
 ///

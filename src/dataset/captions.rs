@@ -9,7 +9,7 @@
 use rand::Rng;
 use rand::seq::SliceRandom;
 
-use super::people::{
+use crate::dataset::people::{
     Beard, Colour, Expression, EyeColour, Facing, Glasses, HairColour, HairStyle, Hat, Identity, Person,
     Scene, Style, stream,
 };

@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use super::{Identity, Scene};
+use crate::dataset::{Identity, Scene};
 use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear};
 use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
 use crate::picture::{Filter, Picture};

@@ -12,7 +12,7 @@ use std::f32::consts::PI;
 
 use rand::RngCore;
 
-use super::people::{
+use crate::dataset::people::{
     Beard, Colour, Expression, EyeColour, Glasses, HairColour, HairStyle, Hat, Person, Scene, Style, stream,
 };
 

@@ -18,7 +18,8 @@ use super::header::{Entry, Header, Storage};
 use super::keys::{self, BlockLayout, Key, Part};
 use super::{Lora, LoraError, listed_for_user};
 use crate::failure::Failure;
-use crate::{hashes, progress};
+use crate::hashes;
+use crate::progress;
 
 /// How the keys of a file are spelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 
-use super::optimiser::blend;
+use crate::train::optimiser::blend;
 
 /// The average of named variables.
 pub struct Ema {

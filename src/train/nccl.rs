@@ -1,4 +1,4 @@
-//! The mean of gradients over the GPUs of a [`Group`](super::parallel::Group) by NCCL: end to end in one all-reduce, in the
+//! The mean of gradients over the GPUs of a [`Group`](crate::train::parallel::Group) by NCCL: end to end in one all-reduce, in the
 //! stream that computed them, so that nothing is copied to the CPU and nothing is waited for.
 //!
 //! NCCL's calls have no time limit. A process that has gone is noticed where the group exchanges the loss, before each
@@ -10,7 +10,7 @@ use candle_core::cuda_backend::cudarc::nccl::result::NcclError;
 use candle_core::cuda_backend::cudarc::nccl::safe::{Comm, Id, ReduceOp};
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, DType, Device, InplaceOp1, Layout, Tensor};
 
-use super::shards::Gradients;
+use crate::train::shards::Gradients;
 
 /// The GPU on which `gradients` are, if they are on one.
 pub fn gpu(gradients: &Gradients) -> Option<CudaDevice> {

@@ -14,8 +14,8 @@ use anyhow::{Context, Result};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp2, Layout, Storage, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::shards::Gradients;
 use crate::layers::vectorised;
+use crate::train::shards::Gradients;
 
 /// AdamW over named variables, with clipping of the gradient's norm.
 ///

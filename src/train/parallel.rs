@@ -22,10 +22,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
-#[cfg(feature = "nccl")]
-use super::nccl::{self, Gpus};
-use super::shards::Sum;
 use crate::failure::Failure;
+#[cfg(feature = "nccl")]
+use crate::train::nccl::{self, Gpus};
+use crate::train::shards::Sum;
 
 /// Processes that train together.
 pub struct Group {

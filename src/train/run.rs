@@ -9,14 +9,14 @@ use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::checkpoint;
-use super::ema::Ema;
-use super::log::Log;
-use super::optimiser::{AdamW, AdamWOptions};
-use super::parallel;
-use super::schedule::Schedule;
-use super::shards::{self, Gradients, Loss, Sum};
 use crate::progress;
+use crate::train::checkpoint;
+use crate::train::ema::Ema;
+use crate::train::log::Log;
+use crate::train::optimiser::{AdamW, AdamWOptions};
+use crate::train::parallel;
+use crate::train::schedule::Schedule;
+use crate::train::shards::{self, Gradients, Loss, Sum};
 
 /// How a network is trained, whatever it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -316,10 +316,10 @@ fn set(vars: &BTreeMap<String, Var>, values: &std::collections::HashMap<String, 
 mod tests {
     use candle_core::Device;
 
-    use super::super::schedule::Decay;
     use super::*;
     use crate::diffusion::noise;
     use crate::layers::linear;
+    use crate::train::schedule::Decay;
     use crate::weights::Trainable;
 
     fn plan() -> Plan {

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Result, anyhow};
 use candle_core::{Device, Tensor, Var};
 
-use super::optimiser::blend;
-use super::parallel;
 use crate::layers::backward;
+use crate::train::optimiser::blend;
+use crate::train::parallel;
 
 /// Gradients by the name of their variable.
 pub type Gradients = BTreeMap<String, Tensor>;

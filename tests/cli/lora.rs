@@ -13,7 +13,8 @@ use difflora::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS}
 use difflora::sdxl::pipeline::Sdxl;
 use serde_json::Value;
 
-use crate::{Run, difflora};
+use crate::Run;
+use crate::difflora;
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use crate::{Run, difflora, difflora_with};
+use crate::Run;
+use crate::difflora;
+use crate::difflora_with;
 
 const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 

@@ -12,7 +12,8 @@ use difflora::lora::keys::BlockLayout;
 use difflora::picture::Picture;
 use tempfile::TempDir;
 
-use crate::{difflora, difflora_with};
+use crate::difflora;
+use crate::difflora_with;
 
 /// Three people with three pictures each, painted once a test.
 struct World {

@@ -8,7 +8,7 @@
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 
-use super::adapters::{Networks, Student};
+use crate::commands::dreambooth::adapters::{Networks, Student};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::sdxl::text::TextConditioning;
 use crate::train::shards::Gradients;

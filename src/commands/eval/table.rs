@@ -1,6 +1,6 @@
 //! The tables of `difflora eval`, in Markdown that is also aligned for a terminal.
 
-use super::measure::Obedience;
+use crate::commands::eval::measure::Obedience;
 use crate::metrics::Mean;
 
 /// Columns as wide as their widest cell; the first to the left, the others to the right.

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::{Encoder, Pictures, print_json, short_names, tell_several, write_vectors};
+use crate::commands::face::{Encoder, Pictures, print_json, short_names, tell_several, write_vectors};
 use crate::commands::{models, photos::Photos};
 use crate::files;
 use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};

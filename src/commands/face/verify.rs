@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::{Encoder, People, Pictures, print_json};
+use crate::commands::face::{Encoder, People, Pictures, print_json};
 use crate::failure::Failure;
 use crate::identity::verification::{Pairs, Spread};
 use crate::output::print_line;

@@ -6,22 +6,24 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::Args;
-use super::loras::{Chosen, apply_to_text, apply_to_unet};
-use super::settings::Settings;
 use crate::cli::Common;
+use crate::commands::r#gen::Args;
+use crate::commands::r#gen::loras::{Chosen, apply_to_text, apply_to_unet};
+use crate::commands::r#gen::settings::Settings;
 use crate::diffusion::noise;
 use crate::failure::Failure;
+use crate::files;
 use crate::hypernet::ModelId;
 use crate::output::print_line;
 use crate::picture::Picture;
+use crate::progress;
 use crate::progress::Stage;
 use crate::sdxl::pipeline::{Denoiser, Drawing, Sampler, Sizes, Step, Unloaded, decode};
 use crate::sdxl::preview::LatentColours;
 use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
 use crate::sdxl::vae::Vae;
-use crate::{files, progress, weights};
+use crate::weights;
 
 /// What is to be drawn, checked before anything is loaded.
 pub(super) struct Plan {

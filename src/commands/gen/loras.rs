@@ -6,10 +6,11 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::super::device::Precision;
-use super::super::models;
-use super::{Args, LoraMode};
+use crate::commands::device::Precision;
+use crate::commands::r#gen::{Args, LoraMode};
+use crate::commands::models;
 use crate::failure::Failure;
+use crate::hashes;
 use crate::layers::Visit;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
 use crate::lora::change::Changes;
@@ -18,10 +19,10 @@ use crate::lora::report::Report;
 use crate::lora::strength::Strength;
 use crate::lora::{Lora, LoraError, listed_for_user};
 use crate::model_files::ModelFiles;
+use crate::progress;
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::text::TextEncoders;
 use crate::sdxl::unet::UNet;
-use crate::{hashes, progress};
 
 /// A LoRA with its name, strength and short hash, for the picture's text.
 pub(super) struct Chosen {

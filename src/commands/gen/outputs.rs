@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::{Args, LoraMode};
+use crate::commands::r#gen::{Args, LoraMode};
 use crate::failure::Failure;
 use crate::files;
 use crate::picture::PictureFormat;

@@ -8,11 +8,11 @@ use candle_core::{DType, Device};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::super::face::open_encoder;
-use super::super::functional::{Refinement, refine};
-use super::super::models;
-use super::super::photos::Photos;
-use super::Args;
+use crate::commands::face::open_encoder;
+use crate::commands::functional::{Refinement, refine};
+use crate::commands::r#gen::Args;
+use crate::commands::models;
+use crate::commands::photos::Photos;
 use crate::failure::Failure;
 use crate::hashes;
 use crate::hypernet::{Config, DenoiserConfig, Hypernet, ModelId, SampleOptions, mixture};

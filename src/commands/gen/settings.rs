@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use super::loras::Chosen;
+use crate::commands::r#gen::loras::Chosen;
 use crate::hypernet::ModelId;
 use crate::sdxl::pipeline::Sampler;
 

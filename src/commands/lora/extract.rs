@@ -7,8 +7,8 @@ use anyhow::Result;
 use candle_core::{DType, Tensor};
 use serde_json::json;
 
-use super::{COMPONENTS, module_of, summary, write};
 use crate::cli::Common;
+use crate::commands::lora::{COMPONENTS, module_of, summary, write};
 use crate::commands::models;
 use crate::lora::change::{Change, Changes, Form};
 use crate::lora::edit;

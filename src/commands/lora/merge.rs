@@ -14,8 +14,8 @@ use candle_core::Tensor;
 use safetensors::tensor::View;
 use serde_json::json;
 
-use super::{COMPONENTS, Given, module_of, tell};
 use crate::cli::Common;
+use crate::commands::lora::{COMPONENTS, Given, module_of, tell};
 use crate::failure::Failure;
 use crate::files;
 use crate::lora::apply;

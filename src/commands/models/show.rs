@@ -3,8 +3,8 @@
 use anyhow::Result;
 use serde_json::json;
 
-use super::{BaseOptions, find_base};
 use crate::cli::Common;
+use crate::commands::models::{BaseOptions, find_base};
 use crate::failure::Failure;
 use crate::output::print_line;
 use crate::sdxl::architecture;

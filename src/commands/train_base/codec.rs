@@ -1,6 +1,6 @@
 //! The first stage: a VAE that keeps faces sharp enough to be told apart.
 //!
-//! The encoder is set in closed form (see [`super::patches`]); the decoder is trained to undo it.
+//! The encoder is set in closed form (see [`crate::commands::train_base::patches`]); the decoder is trained to undo it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,8 +11,8 @@ use rand::Rng;
 use rand::seq::index;
 use serde::{Deserialize, Serialize};
 
-use super::gallery::{self, Gallery};
-use super::patches::Patches;
+use crate::commands::train_base::gallery::{self, Gallery};
+use crate::commands::train_base::patches::Patches;
 use crate::model_files::{DIFFUSERS_WEIGHTS, save_component};
 use crate::picture::{Picture, contact_sheet};
 use crate::progress;
@@ -47,7 +47,12 @@ struct Recipe<'a> {
 }
 
 /// Trains the VAE and writes it to `out`/vae.
-pub fn train(all: &super::Settings, gallery: &mut Gallery, keeping: &Keeping, out: &Path) -> Result<End> {
+pub fn train(
+    all: &crate::commands::train_base::Settings,
+    gallery: &mut Gallery,
+    keeping: &Keeping,
+    out: &Path,
+) -> Result<End> {
     let settings = &all.vae;
     gallery.paint()?;
     let gallery = &*gallery;

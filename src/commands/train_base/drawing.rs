@@ -9,11 +9,13 @@ use rand::Rng;
 use rand::seq::index;
 use serde::{Deserialize, Serialize};
 
-use super::gallery::Gallery;
+use crate::commands::train_base::gallery::Gallery;
+use crate::dataset;
 use crate::diffusion::sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
 use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use crate::picture::{Picture, contact_sheet};
+use crate::progress;
 use crate::sdxl::folder::SdxlParts;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel, TextConditioning, TextEncoders};
 use crate::sdxl::tokenizer::{ClipTokenizer, build_vocabulary};
@@ -23,7 +25,6 @@ use crate::train::run::{self, End, Keeping, Plan};
 use crate::train::shards::{Loss, in_threads};
 use crate::train::{self, checkpoint};
 use crate::weights::Trainable;
-use crate::{dataset, progress};
 
 /// Sizes and recipe of the denoiser.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,7 +70,7 @@ struct Drawing {
 /// Trains UNet and text encoders on the latents of `out`/vae and writes the whole model to `out`. They start from the
 /// weights of the model `from`, or from noise.
 pub fn train(
-    all: &super::Settings,
+    all: &crate::commands::train_base::Settings,
     gallery: &mut Gallery,
     keeping: &Keeping,
     out: &Path,
@@ -182,7 +183,12 @@ fn words() -> Vec<&'static str> {
 }
 
 /// The scaled latents of all pictures, made once and kept in `folder`. (pictures, C, h, w).
-fn latents(vae: &Vae, all: &super::Settings, gallery: &mut Gallery, folder: &Path) -> Result<Tensor> {
+fn latents(
+    vae: &Vae,
+    all: &crate::commands::train_base::Settings,
+    gallery: &mut Gallery,
+    folder: &Path,
+) -> Result<Tensor> {
     let path = folder.join("latents.safetensors");
     // The scale was measured on the trained weights, so it stands for them.
     let made_of = serde_json::json!({ "pictures": all.pictures, "vae": vae.config() });

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-use super::Validation;
+use crate::commands::train_dit::Validation;
 use crate::progress;
 use crate::train::checkpoint;
 use crate::train::ema::Ema;

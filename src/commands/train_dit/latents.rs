@@ -10,7 +10,8 @@ use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
-use crate::{files, progress};
+use crate::files;
+use crate::progress;
 
 /// Latents (M, L) as f32 in the tensor `z` of a safetensors file.
 pub struct LatentFile {

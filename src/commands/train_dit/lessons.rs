@@ -5,9 +5,9 @@ use candle_core::{Device, Tensor};
 use rand::seq::SliceRandom;
 use serde_json::json;
 
-use super::Recipe;
-use super::latents::{CHUNK, LatentFile};
 use crate::commands::lora_set::LoraSet;
+use crate::commands::train_dit::Recipe;
+use crate::commands::train_dit::latents::{CHUNK, LatentFile};
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::hypernet::mixer::MixerKind;

@@ -4,9 +4,9 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::latents::CHUNK;
-use super::lessons::Lessons;
 use crate::commands::lora_set::{LoraSet, Split};
+use crate::commands::train_dit::latents::CHUNK;
+use crate::commands::train_dit::lessons::Lessons;
 use crate::hypernet::mixer::GateFigures;
 use crate::hypernet::rows::Rows;
 use crate::hypernet::{Hypernet, LoraCodec, SampleOptions};

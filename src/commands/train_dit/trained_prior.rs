@@ -8,7 +8,7 @@ use candle_core::{Tensor, Var};
 use candle_nn::VarBuilder;
 use rand_chacha::ChaCha8Rng;
 
-use super::Recipe;
+use crate::commands::train_dit::Recipe;
 use crate::diffusion::shifted::Shift;
 use crate::hypernet::prior::Prior;
 use crate::train;

@@ -17,7 +17,7 @@ use rand::Rng;
 use rand_distr::StandardNormal;
 use serde_json::{Value, json};
 
-use super::{HELD_OUT, Recipe, paint, soften};
+use crate::commands::train_encoder::{HELD_OUT, Recipe, paint, soften};
 use crate::dataset::{Person, Scene};
 use crate::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig, ImageEncoder};
 use crate::identity::portrait::{MARGIN, square_around};

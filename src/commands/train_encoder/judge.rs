@@ -9,7 +9,7 @@ use rand::Rng;
 use rand_distr::StandardNormal;
 use serde_json::{Value, json};
 
-use super::{HELD_OUT, Recipe, paint, soften};
+use crate::commands::train_encoder::{HELD_OUT, Recipe, paint, soften};
 use crate::dataset::judge::{self, Config, Network, NetworkConfig, Record};
 use crate::dataset::{Identity, Person, Scene};
 use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component};

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::samples::Easel;
-use super::settings::Settings;
 use crate::commands::dreambooth::Networks;
+use crate::commands::train_lora::samples::Easel;
+use crate::commands::train_lora::settings::Settings;
 use crate::picture::pictures_in;
 use crate::progress;
 use crate::sdxl::pipeline::Unloaded;

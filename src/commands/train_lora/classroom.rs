@@ -9,13 +9,13 @@ use candle_core::Device;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use super::learner::Learner;
-use super::lessons::{self, Encoders, Lessons, Scaling};
-use super::metadata::{self, SETTINGS_STAMP};
-use super::samples::Easel;
-use super::settings::Settings;
 use crate::commands::dreambooth::objective::{self, Lesson, Objective};
 use crate::commands::dreambooth::{Downs, Networks, Site, Student};
+use crate::commands::train_lora::learner::Learner;
+use crate::commands::train_lora::lessons::{self, Encoders, Lessons, Scaling};
+use crate::commands::train_lora::metadata::{self, SETTINGS_STAMP};
+use crate::commands::train_lora::samples::Easel;
+use crate::commands::train_lora::settings::Settings;
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::failure::Failure;
 use crate::files;

@@ -7,10 +7,10 @@ use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use super::lessons::{Lessons, Scaling};
-use super::settings::{LossScale, ScaleRule, Settings};
 use crate::commands::dreambooth::objective::{Batch, Words};
 use crate::commands::dreambooth::{Downs, Site, Student, draws};
+use crate::commands::train_lora::lessons::{Lessons, Scaling};
+use crate::commands::train_lora::settings::{LossScale, ScaleRule, Settings};
 use crate::diffusion::noise;
 use crate::progress;
 use crate::sdxl::text::TextConditioning;

@@ -7,9 +7,9 @@ use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use sha2::{Digest, Sha256};
 
-use super::settings::{Crop, Latents, Pictures, Settings, ToldSizes};
 use crate::commands::dreambooth::draws;
 use crate::commands::dreambooth::objective::Words;
+use crate::commands::train_lora::settings::{Crop, Latents, Pictures, Settings, ToldSizes};
 use crate::dataset::augment::{self, Cut};
 use crate::diffusion::noise;
 use crate::failure::Failure;

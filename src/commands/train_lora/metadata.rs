@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::classroom::Room;
-use super::learner::Learner;
-use super::settings::Crop;
 use crate::commands::device::Precision;
 use crate::commands::dreambooth::Targets;
+use crate::commands::train_lora::classroom::Room;
+use crate::commands::train_lora::learner::Learner;
+use crate::commands::train_lora::settings::Crop;
 use crate::diffusion::schedule::Prediction;
 use crate::lora::TRIGGER_PHRASE;
 

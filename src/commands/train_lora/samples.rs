@@ -5,15 +5,16 @@ use std::path::Path;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
-use super::settings::Settings;
 use crate::commands::dreambooth::{Networks, Student};
+use crate::commands::train_lora::settings::Settings;
 use crate::diffusion::noise;
 use crate::diffusion::schedule::NoiseSchedule;
+use crate::files;
 use crate::picture::{Picture, contact_sheet};
+use crate::progress;
 use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Tiling, Unloaded};
 use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
-use crate::{files, progress};
 
 /// What draws besides the UNet.
 pub struct Easel {
