@@ -3,8 +3,8 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use crate::commands;
-use crate::progress;
+use crate::output::Output;
+use crate::{commands, progress};
 
 /// From one photo of a face to a personal SDXL LoRA in seconds, and the pictures it draws.
 #[derive(Debug, Parser)]
@@ -18,24 +18,10 @@ use crate::progress;
 pub struct Cli {
     #[command(flatten)]
     /// What every command takes.
-    pub common: Common,
+    pub output: Output,
     #[command(subcommand)]
     /// What to do.
     pub command: Command,
-}
-
-/// Options that every command takes.
-#[derive(Clone, Debug, clap::Args)]
-pub struct Common {
-    /// Print results as JSON on stdout.
-    #[arg(long, global = true, env = "DIFFLORA_JSON")]
-    pub json: bool,
-    /// No progress bars and no notes on stderr.
-    #[arg(long, short, global = true, env = "DIFFLORA_QUIET")]
-    pub quiet: bool,
-    /// Say on stderr how long each stage of the work takes, and all names in warnings instead of the first ten.
-    #[arg(long, short, global = true, env = "DIFFLORA_VERBOSE")]
-    pub verbose: bool,
 }
 
 /// One subcommand, one story in `commands/`.
@@ -87,22 +73,22 @@ impl Command {
 
 /// Runs the command that was asked for.
 pub fn run(cli: Cli) -> Result<()> {
-    progress::set_quiet(cli.common.quiet);
-    progress::set_verbose(cli.common.verbose);
+    progress::set_quiet(cli.output.quiet);
+    progress::set_verbose(cli.output.verbose);
     progress::catch_interrupts()?;
     match cli.command {
-        Command::Gen(args) => commands::r#gen::run(*args, &cli.common),
-        Command::TrainLora(args) => commands::train_lora::run(*args, &cli.common),
-        Command::Lora(args) => commands::lora::run(args, &cli.common),
-        Command::Face(args) => commands::face::run(args, &cli.common),
-        Command::Models(args) => commands::models::run(args, &cli.common),
-        Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.common),
-        Command::TrainLae(args) => commands::train_lae::run(args, &cli.common),
-        Command::TrainDit(args) => commands::train_dit::run(args, &cli.common),
-        Command::Eval(args) => commands::eval::run(args, &cli.common),
-        Command::Portraits(args) => commands::portraits::run(args, &cli.common),
-        Command::TrainBase(args) => commands::train_base::run(args, &cli.common),
-        Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.common),
+        Command::Gen(args) => commands::r#gen::run(*args, &cli.output),
+        Command::TrainLora(args) => commands::train_lora::run(*args, &cli.output),
+        Command::Lora(args) => commands::lora::run(args, &cli.output),
+        Command::Face(args) => commands::face::run(args, &cli.output),
+        Command::Models(args) => commands::models::run(args, &cli.output),
+        Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.output),
+        Command::TrainLae(args) => commands::train_lae::run(args, &cli.output),
+        Command::TrainDit(args) => commands::train_dit::run(args, &cli.output),
+        Command::Eval(args) => commands::eval::run(args, &cli.output),
+        Command::Portraits(args) => commands::portraits::run(args, &cli.output),
+        Command::TrainBase(args) => commands::train_base::run(args, &cli.output),
+        Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.output),
         Command::Completions(args) => commands::shell::completions(&args),
         Command::Man(args) => commands::shell::man(&args),
     }

@@ -13,6 +13,8 @@
 
 pub mod cli;
 pub mod commands;
+pub mod eval;
+pub mod recipes;
 
 // The four rooms, in the order in which data passes.
 pub mod identity;
@@ -27,15 +29,14 @@ pub mod sdxl;
 pub mod dataset;
 pub mod diffusion;
 pub mod layers;
+pub mod synthetic;
 pub mod train;
 
+pub mod device;
 pub mod failure;
 pub mod files;
-pub mod hashes;
-pub mod hub;
-pub mod metrics;
-pub mod model_files;
 pub mod output;
 pub mod picture;
 pub mod progress;
+pub mod statistics;
 pub mod weights;

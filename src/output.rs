@@ -5,9 +5,23 @@ use std::io::{ErrorKind, Write};
 
 use anyhow::{Context, Result};
 
+/// Options that every command takes.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Output {
+    /// Print results as JSON on stdout.
+    #[arg(long, global = true, env = "DIFFLORA_JSON")]
+    pub json: bool,
+    /// No progress bars and no notes on stderr.
+    #[arg(long, short, global = true, env = "DIFFLORA_QUIET")]
+    pub quiet: bool,
+    /// Say on stderr how long each stage of the work takes, and all names in warnings instead of the first ten.
+    #[arg(long, short, global = true, env = "DIFFLORA_VERBOSE")]
+    pub verbose: bool,
+}
+
 /// Prints a line on standard output, as `println!` does, but never panics.
 ///
-/// A reader that has read enough and went away (`difflora lora inspect FILE | head`) is no error: the work goes on.
+/// A closed pipe (`difflora lora inspect FILE | head`) is not an error; the command continues.
 ///
 /// # Errors
 /// Standard output cannot be written for another reason, for example a full disk behind `> FILE`.

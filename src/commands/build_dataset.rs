@@ -10,14 +10,11 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::cli::Common;
-use crate::commands::dreambooth::{self, Downs, Frozen, Lessons, Recipe};
 use crate::commands::face::open_encoder;
-use crate::commands::{device, models};
-use crate::dataset::{self, CaptionOptions, Person, Scene};
+use crate::commands::models;
+use crate::device;
 use crate::failure::Failure;
 use crate::files;
-use crate::hashes;
 use crate::hypernet::ModelId;
 use crate::identity::clip::{ImageEncoder, ImageInput};
 use crate::identity::{FaceEncoder, catalog};
@@ -25,11 +22,15 @@ use crate::lora::Lora;
 use crate::lora::file::{self, Format};
 use crate::lora::keys::BlockLayout;
 use crate::lora::layout::LoraLayout;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::picture::Picture;
 use crate::progress;
+use crate::recipes::dreambooth::lockstep::{self, Downs, Frozen, Lessons, Recipe};
 use crate::sdxl::pipeline::Sdxl;
+use crate::synthetic::{self, CaptionOptions, Person, Scene};
 use crate::train::shards::in_threads_or_turn;
+use crate::weights::sha256;
 
 /// Arguments of `difflora build-dataset`.
 ///
@@ -40,86 +41,86 @@ use crate::train::shards::in_threads_or_turn;
 pub struct Args {
     /// Folder for the dataset; made where it is missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
-    out: PathBuf,
+    pub out: PathBuf,
     /// People, pictures and recipe, as in configs/dataset-tiny.toml.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
-    config: PathBuf,
+    pub config: PathBuf,
     /// The model that the LoRAs are for.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
-    base: String,
+    pub base: String,
     #[command(flatten)]
-    base_options: models::BaseOptions,
+    pub base_options: models::BaseOptions,
     /// The encoder of whole pictures.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
-    image_encoder: String,
+    pub image_encoder: String,
     /// The encoder of faces, which becomes the condition of hypernetworks for this dataset.
     #[arg(long, value_name = "NAME|DIR", default_value = catalog::BUILT_IN, env = "DIFFLORA_FACE_ENCODER")]
-    face_encoder: String,
+    pub face_encoder: String,
     /// Where to compute.
     #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
-    device: String,
+    pub device: String,
     /// Train so many people twice, with other pictures and noise, and print how far their two LoRAs agree.
     #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_SIGNAL")]
-    signal: u64,
+    pub signal: u64,
     /// Stop after the basis and the signal.
     #[arg(long, env = "DIFFLORA_SIGNAL_ONLY")]
-    signal_only: bool,
+    pub signal_only: bool,
 }
 
 /// The file given by `--config`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Settings {
+pub struct Settings {
     /// Who.
-    people: People,
+    pub people: People,
     /// What each is learnt from.
-    pictures: Pictures,
+    pub pictures: Pictures,
     /// People in one forward pass.
-    people_per_batch: u64,
+    pub people_per_batch: u64,
     /// What of a photo the image encoder is shown, and which of its outputs is kept: `output = "projected"` or
     /// `"penultimate"`, `blank_background = true` against backgrounds that leak into the identity.
     #[serde(default, skip_serializing_if = "ImageInput::is_default")]
-    image_input: ImageInput,
+    pub image_input: ImageInput,
     /// DreamBooth of each person.
-    recipe: Recipe,
+    pub recipe: Recipe,
     /// How the shared basis is learnt; without it the `down`s are random.
-    basis: Option<Basis>,
+    pub basis: Option<Basis>,
 }
 
 /// Painted people by their numbers: first those to learn from, then those held out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct People {
+pub struct People {
     /// Seed of the population; the base model must have been trained on another.
-    seed: u64,
+    pub seed: u64,
     /// For training the hypernetwork.
-    train: u64,
+    pub train: u64,
     /// For judging it.
-    held_out: u64,
+    pub held_out: u64,
 }
 
 /// The scenes, the same for all people.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Pictures {
+pub struct Pictures {
     /// Pixels on a side.
-    size: usize,
+    pub size: usize,
     /// Pictures a LoRA is trained on.
-    scenes: u64,
+    pub scenes: u64,
     /// Seed of those scenes.
-    seed: u64,
+    pub seed: u64,
     /// Plain photos a person is embedded from; none is trained on.
-    references: u64,
+    pub references: u64,
 }
 
 /// People who teach the basis and are in neither split.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Basis {
+pub struct Basis {
     /// How many.
-    people: u64,
+    pub people: u64,
     /// Steps of learning it.
-    steps: u64,
+    pub steps: u64,
 }
 
 /// One line of manifest.jsonl.
@@ -158,16 +159,16 @@ pub struct Header {
 }
 
 /// Everything that stays the same from person to person.
-struct Workshop {
-    settings: Settings,
-    model: Sdxl,
-    layout: BlockLayout,
-    faces: FaceEncoder,
-    images: ImageEncoder,
+pub struct Workshop {
+    pub settings: Settings,
+    pub model: Sdxl,
+    pub layout: BlockLayout,
+    pub faces: FaceEncoder,
+    pub images: ImageEncoder,
 }
 
 /// Builds the dataset, or the rest of it.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let text =
         std::fs::read_to_string(&args.config).map_err(|error| Failure::unusable(&args.config, error))?;
     let settings: Settings = toml::from_str(&text).map_err(|error| Failure::unusable(&args.config, error))?;
@@ -193,7 +194,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let downs = workshop.basis(&args.out.join("basis.safetensors"), &stamp)?;
     if args.signal > 0 {
         let cosine = workshop.signal(&downs, args.signal)?;
-        if common.json {
+        if output.json {
             print_line!("{}", serde_json::json!({ "signal": cosine, "people": args.signal }))?;
         } else {
             print_line!(
@@ -225,7 +226,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     files::write_whole(&path, serde_json::to_string_pretty(&header)?.as_bytes())?;
     files::write_whole(&args.out.join("settings.toml"), toml::to_string(&workshop.settings)?.as_bytes())?;
     let rows = workshop.train_all(&args.out, &downs, &stamp)?;
-    if common.json {
+    if output.json {
         print_line!("{}", serde_json::json!({ "people": rows, "out": args.out }))?;
     } else {
         print_line!("{rows} people in {}", args.out.display())?;
@@ -249,27 +250,27 @@ pub fn read_manifest(folder: &Path) -> Result<Vec<Row>> {
 }
 
 /// SHA-256 of what decides a LoRA, shortened.
-fn stamp(settings: &Settings, base: &ModelId) -> Result<String> {
-    Ok(hashes::of_bytes(&serde_json::to_vec(&(settings, base))?)[..12].to_string())
+pub fn stamp(settings: &Settings, base: &ModelId) -> Result<String> {
+    Ok(sha256::of_bytes(&serde_json::to_vec(&(settings, base))?)[..12].to_string())
 }
 
 impl Workshop {
-    fn frozen(&self) -> Frozen<'_> {
+    pub fn frozen(&self) -> Frozen<'_> {
         Frozen { unet: &self.model.unet, schedule: &self.model.schedule }
     }
 
-    fn face_encoder(&self) -> ModelId {
+    pub fn face_encoder(&self) -> ModelId {
         let [_, (name, sha256)] = self.faces.provenance();
         ModelId { name: name.into(), sha256 }
     }
 
     /// The pictures of `people` in the scenes of `seed`, as latents, and the captions.
-    fn lessons(&self, people: &[Person], seed: u64) -> Result<Lessons> {
+    pub fn lessons(&self, people: &[Person], seed: u64) -> Result<Lessons> {
         let Pictures { size, scenes, .. } = self.settings.pictures;
         let list: Vec<Scene> = (0..scenes).map(|i| scene(seed, i)).collect();
         let said = CaptionOptions { subject: "person", attributes: 0, drop: 0.0 };
         let captions: Vec<String> =
-            list.iter().map(|scene| dataset::caption(&people[0], scene, said, seed)).collect();
+            list.iter().map(|scene| synthetic::caption(&people[0], scene, said, seed)).collect();
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         let mut latents = Vec::new();
         for person in people {
@@ -288,25 +289,25 @@ impl Workshop {
         })
     }
 
-    fn people(&self, seed: u64, numbers: impl IntoIterator<Item = u64>) -> Vec<Person> {
+    pub fn people(&self, seed: u64, numbers: impl IntoIterator<Item = u64>) -> Vec<Person> {
         numbers.into_iter().map(|number| Person::new(seed, number)).collect()
     }
 
     /// The shared `down`s: read when they are there, otherwise random or learnt, and kept in `path`.
-    fn basis(&self, path: &Path, stamp: &str) -> Result<Downs> {
+    pub fn basis(&self, path: &Path, stamp: &str) -> Result<Downs> {
         if path.exists() {
             let tensors = crate::weights::read_file(path)?;
             return Ok(tensors.into_iter().collect());
         }
         let recipe = &self.settings.recipe;
-        let mut downs = dreambooth::random_downs(&self.model.unet, recipe)?;
+        let mut downs = lockstep::random_downs(&self.model.unet, recipe)?;
         if let Some(basis) = &self.settings.basis {
             // A population of its own.
             let people = self.people(self.settings.people.seed ^ 0xba515, 1..=basis.people);
             let recipe = Recipe { steps: basis.steps, ..recipe.clone() };
             let lessons = self.lessons(&people, self.settings.pictures.seed)?;
             let bar = progress::bar(basis.steps, "basis");
-            downs = dreambooth::learn_downs(self.frozen(), &downs, &lessons, &recipe, |loss| {
+            downs = lockstep::learn_downs(self.frozen(), &downs, &lessons, &recipe, |loss| {
                 bar.set_message(format!("loss {:.4}", loss / basis.people as f64));
                 bar.inc(1);
                 progress::check()
@@ -318,7 +319,7 @@ impl Workshop {
         Ok(downs)
     }
 
-    fn vector_layout(&self, downs: &Downs) -> Result<LoraLayout> {
+    pub fn vector_layout(&self, downs: &Downs) -> Result<LoraLayout> {
         let recipe = &self.settings.recipe;
         let mut layers: BTreeMap<String, (Tensor, usize)> = BTreeMap::new();
         self.model.unet.clone().visit_linears(&mut |path, linear| {
@@ -342,7 +343,7 @@ impl Workshop {
 
     /// Mean cosine of each person's two LoRAs, trained with other pictures, timesteps and noise, around the means
     /// of both runs: about what any predictor can reach.
-    fn signal(&self, downs: &Downs, count: u64) -> Result<f64> {
+    pub fn signal(&self, downs: &Downs, count: u64) -> Result<f64> {
         let layout = self.vector_layout(downs)?;
         let people = self.people(self.settings.people.seed, 1..=count);
         let bar = progress::bar(2 * self.settings.recipe.steps, "signal");
@@ -351,7 +352,7 @@ impl Workshop {
             let lessons = self.lessons(&people, self.settings.pictures.seed + 1000 * again)?;
             let recipe =
                 Recipe { seed: self.settings.recipe.seed + 1000 * again, ..self.settings.recipe.clone() };
-            let loras = dreambooth::train(self.frozen(), downs, &lessons, &recipe, |_| {
+            let loras = lockstep::train(self.frozen(), downs, &lessons, &recipe, |_| {
                 bar.inc(1);
                 progress::check()
             })?;
@@ -369,7 +370,7 @@ impl Workshop {
     }
 
     /// Trains everybody who has no row yet; gives the number of rows.
-    fn train_all(&self, out: &Path, downs: &Downs, stamp: &str) -> Result<usize> {
+    pub fn train_all(&self, out: &Path, downs: &Downs, stamp: &str) -> Result<usize> {
         let People { seed, train, held_out } = self.settings.people;
         let path = out.join("manifest.jsonl");
         let mut done = std::collections::BTreeSet::new();
@@ -398,7 +399,7 @@ impl Workshop {
             let (mut loss, mut losses) = (0.0, 0.0);
             let steps = self.settings.recipe.steps;
             let mut step = 0;
-            let loras = dreambooth::train(self.frozen(), downs, &lessons, &self.settings.recipe, |value| {
+            let loras = lockstep::train(self.frozen(), downs, &lessons, &self.settings.recipe, |value| {
                 step += 1;
                 if 10 * step > 9 * steps {
                     (loss, losses) = (loss + value / people.len() as f64, losses + 1.0);
@@ -419,7 +420,7 @@ impl Workshop {
 
     /// Writes one person's files, and then the row that makes them count.
     #[allow(clippy::too_many_arguments)]
-    fn keep(
+    pub fn keep(
         &self,
         out: &Path,
         person: &Person,
@@ -461,13 +462,13 @@ impl Workshop {
     }
 
     /// Plain photos of a person, in scenes that no LoRA is trained on.
-    fn references(&self, person: &Person) -> Result<Vec<Picture>> {
+    pub fn references(&self, person: &Person) -> Result<Vec<Picture>> {
         let Pictures { size, references, seed, .. } = self.settings.pictures;
         (0..references.max(1)).map(|i| picture(person, &reference_scene(seed, i), size)).collect()
     }
 
     /// `face` (references, 512) and `image` (references, D).
-    fn embed(&self, references: &[Picture], id: &str) -> Result<BTreeMap<String, Tensor>> {
+    pub fn embed(&self, references: &[Picture], id: &str) -> Result<BTreeMap<String, Tensor>> {
         let (mut face, mut image) = (Vec::new(), Vec::new());
         for reference in references {
             let found = self.faces.search(reference)?;
@@ -487,7 +488,7 @@ impl Workshop {
 pub fn scene(seed: u64, i: u64) -> Scene {
     let scene = Scene::draw(seed, i);
     // Three scenes of four are photos: there a person is best seen.
-    if i.is_multiple_of(4) { scene } else { Scene { style: dataset::Style::Photo, ..scene } }
+    if i.is_multiple_of(4) { scene } else { Scene { style: synthetic::Style::Photo, ..scene } }
 }
 
 /// The scene of reference picture `i`: a plain photo from any side.
@@ -497,7 +498,7 @@ pub fn reference_scene(seed: u64, i: u64) -> Scene {
 
 /// A painted picture.
 pub fn picture(person: &Person, scene: &Scene, size: usize) -> Result<Picture> {
-    let rgb = dataset::paint(person, scene, size, 1);
+    let rgb = synthetic::paint(person, scene, size, 1);
     Ok(Picture { width: size, height: size, rgb })
 }
 

@@ -1,9 +1,6 @@
 //! `difflora eval`: does a generated LoRA draw the person? Held-out people, drawn in several ways from the same
 //! noise, before judges that no training has seen.
 
-mod measure;
-mod table;
-
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,17 +10,12 @@ use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::cli::Common;
 use crate::commands::build_dataset::{self, Header, Row};
-use crate::commands::eval::measure::{
-    Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired,
-};
-use crate::commands::eval::table::{interval, obeyed, plain, table};
-use crate::commands::functional::{Refinement, learning_rate, refine};
-use crate::commands::{device, models};
-use crate::dataset::judge::{Judge as AttributeJudge, Record};
-use crate::dataset::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
+use crate::commands::models;
+use crate::device;
 use crate::diffusion::noise;
+use crate::eval::metrics::{Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired};
+use crate::eval::tables::{interval, obeyed, plain, table};
 use crate::failure::Failure;
 use crate::files;
 use crate::hypernet::{Hypernet, ModelId, SampleOptions};
@@ -35,12 +27,16 @@ use crate::lora::change::Changes;
 use crate::lora::file;
 use crate::lora::keys::BlockLayout;
 use crate::lora::strength::Strength;
-use crate::metrics::Mean;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::picture::{Picture, contact_sheet};
 use crate::progress;
+use crate::recipes::dreambooth::functional_loss::{Refinement, learning_rate, refine};
 use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
+use crate::statistics::Mean;
+use crate::synthetic::judge::{Judge as AttributeJudge, Record};
+use crate::synthetic::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
 use crate::train::shards::in_threads_or_turn;
 
 /// Arguments of `difflora eval`.
@@ -54,64 +50,64 @@ use crate::train::shards::in_threads_or_turn;
 pub struct Args {
     /// The dataset, as `build-dataset` writes it.
     #[arg(long, value_name = "DIR", required_unless_present = "base_only", env = "DIFFLORA_DATASET")]
-    dataset: Option<PathBuf>,
+    pub dataset: Option<PathBuf>,
     /// The hypernetwork.
     #[arg(long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
-    hypernet: String,
+    pub hypernet: String,
     /// The model that the LoRAs are for.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
-    base: String,
+    pub base: String,
     #[command(flatten)]
-    base_options: models::BaseOptions,
+    pub base_options: models::BaseOptions,
     /// The encoder of whole pictures.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
-    image_encoder: String,
+    pub image_encoder: String,
     /// The judge of attributes; without one prompts and factors are not judged. The built-in one when not given.
     #[arg(long, value_name = "NAME|DIR", env = "DIFFLORA_JUDGE")]
-    judge: Option<String>,
+    pub judge: Option<String>,
     /// At most so many held-out people; all when not given.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "DIFFLORA_PEOPLE")]
-    people: Option<u64>,
+    pub people: Option<u64>,
     /// Pictures of each person and way; four prompts take turns.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64), env = "DIFFLORA_PICTURES")]
-    pictures: u64,
+    pub pictures: u64,
     /// Sampling steps of a picture.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_STEPS")]
-    steps: u64,
+    pub steps: u64,
     /// Weight of the prompt against no prompt.
     #[arg(long, value_name = "X", default_value_t = 3.0, env = "DIFFLORA_GUIDANCE")]
-    guidance: f64,
+    pub guidance: f64,
     /// Sampling method.
     #[arg(long, value_enum, default_value_t = Sampler::Euler, env = "DIFFLORA_SAMPLER")]
-    sampler: Sampler,
+    pub sampler: Sampler,
     /// Latents that the hypernetwork samples and averages.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_SAMPLES")]
-    samples: u64,
+    pub samples: u64,
     /// How far from the mean LoRA: factor on the generated latent.
     #[arg(long, value_name = "X", default_value_t = 1.0, env = "DIFFLORA_STRENGTH")]
-    strength: f64,
+    pub strength: f64,
     /// Draw also with the generated LoRA after so many fine-tuning steps on the photo, as `gen --refine` takes them.
     #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
-    refine: Option<u32>,
+    pub refine: Option<u32>,
     /// Learning rate of these steps.
     #[arg(long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
-    refine_rate: f64,
+    pub refine_rate: f64,
     /// Of all noise.
     #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
-    seed: u64,
+    pub seed: u64,
     /// Where to compute.
     #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
-    device: String,
+    pub device: String,
     /// Folder for table.json, table.md and sheet.png; made where it is missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
-    out: Option<PathBuf>,
+    pub out: Option<PathBuf>,
     /// Judge the base alone, by N pictures (100) from captions of random scenes.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "100", value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_BASE_ONLY")]
-    base_only: Option<u64>,
+    pub base_only: Option<u64>,
 }
 
 /// Evaluates a hypernetwork, or a base model alone.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out)
             .with_context(|| format!("cannot make the folder `{}`", out.display()))?;
@@ -132,7 +128,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         files::write_whole(&out.join("table.md"), text.as_bytes())?;
         sheet.save(&out.join("sheet.png"), None)?;
     }
-    if common.json {
+    if output.json {
         print_line!("{report}")?;
     } else {
         crate::output::print(format_args!("{text}"))?;
@@ -141,29 +137,29 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
 }
 
 /// The report, its table, and the contact sheet.
-type Findings = (serde_json::Value, String, Picture);
+pub type Findings = (serde_json::Value, String, Picture);
 
 /// One row of the table.
 #[derive(Serialize)]
-struct Method {
-    method: &'static str,
+pub struct Method {
+    pub method: &'static str,
     #[serde(skip)]
-    title: &'static str,
+    pub title: &'static str,
     #[serde(flatten)]
-    figures: Figures,
+    pub figures: Figures,
     /// Mean difference of the pictures to those with the own LoRA, in parts of the range of a pixel.
-    pixels_from_own: Option<Mean>,
+    pub pixels_from_own: Option<Mean>,
 }
 
 /// A paired difference in similarity.
 #[derive(Serialize)]
-struct Difference {
-    of: &'static str,
-    over: &'static str,
-    similarity: Option<Mean>,
+pub struct Difference {
+    pub of: &'static str,
+    pub over: &'static str,
+    pub similarity: Option<Mean>,
 }
 
-fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
+pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let mut bench = Bench::open(args)?;
     let header: Header = read_json(&dataset.join("dataset.json"))?;
     let hypernet_files = models::find_hypernet(&args.hypernet, args.base_options.offline)?;
@@ -326,7 +322,7 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
 }
 
 /// Detection rate of the base and what it makes of captions.
-fn judge_base(args: &Args, count: u64) -> Result<Findings> {
+pub fn judge_base(args: &Args, count: u64) -> Result<Findings> {
     let bench = Bench::open(args)?;
     let scenes: Vec<Scene> = (0..count).map(|i| Scene::draw(args.seed, i)).collect();
     let words: Vec<String> = scenes
@@ -387,10 +383,10 @@ fn judge_base(args: &Args, count: u64) -> Result<Findings> {
 }
 
 /// Pictures of the base that are drawn together.
-const BATCH: usize = 4;
+pub const BATCH: usize = 4;
 
 /// What is asked for in picture `i` of a person: photos that show who it is, and one with things on the face.
-fn prompt(i: u64) -> Scene {
+pub fn prompt(i: u64) -> Scene {
     let (expression, background) = match i % 4 {
         0 => (Expression::Smiling, Colour::Red),
         1 => (Expression::Neutral, Colour::Blue),
@@ -403,41 +399,41 @@ fn prompt(i: u64) -> Scene {
 }
 
 /// The caption of a scene that says nothing about the person.
-fn say(scene: &Scene) -> String {
+pub fn say(scene: &Scene) -> String {
     caption(&Person::new(0, 0), scene, CaptionOptions::default(), 0)
 }
 
 /// The base model and everybody who looks at its pictures.
-struct Bench {
-    base: ModelId,
-    model: Sdxl,
-    layout: BlockLayout,
-    faces: FaceEncoder,
-    recogniser: identity::Judge,
-    attributes: Option<AttributeJudge>,
+pub struct Bench {
+    pub base: ModelId,
+    pub model: Sdxl,
+    pub layout: BlockLayout,
+    pub faces: FaceEncoder,
+    pub recogniser: identity::Judge,
+    pub attributes: Option<AttributeJudge>,
 }
 
 /// What is drawn: noise and prompts of the same number.
-struct Stage {
-    seed: u64,
+pub struct Stage {
+    pub seed: u64,
     /// What tells each sample's noise from the others'.
-    grains: Vec<u64>,
+    pub grains: Vec<u64>,
     /// (B, C, h, w)
-    noise: Tensor,
-    prompts: TextConditioning,
-    negative: TextConditioning,
-    drawing: Drawing,
+    pub noise: Tensor,
+    pub prompts: TextConditioning,
+    pub negative: TextConditioning,
+    pub drawing: Drawing,
 }
 
 /// Pictures, and what was seen in them.
-struct Drawn {
-    pictures: Vec<Picture>,
-    seen: Vec<Seen>,
+pub struct Drawn {
+    pub pictures: Vec<Picture>,
+    pub seen: Vec<Seen>,
 }
 
 impl Drawn {
     /// Mean difference to pictures of the same noise and prompts, in parts of the range of a pixel.
-    fn pixels_from(&self, other: &Self) -> f64 {
+    pub fn pixels_from(&self, other: &Self) -> f64 {
         let both = self.pictures.iter().zip(&other.pictures).flat_map(|(a, b)| a.rgb.iter().zip(&b.rgb));
         let apart: Vec<f64> = both.map(|(a, b)| f64::from(a.abs_diff(*b)) / 255.0).collect();
         apart.iter().sum::<f64>() / apart.len() as f64
@@ -445,26 +441,26 @@ impl Drawn {
 }
 
 /// A held-out person.
-struct Sitter {
-    photo: Picture,
-    photo_seen: Seen,
-    condition: Identity,
-    target: Target,
+pub struct Sitter {
+    pub photo: Picture,
+    pub photo_seen: Seen,
+    pub condition: Identity,
+    pub target: Target,
 }
 
 /// A held-out person as drawn.
-struct Portrayed {
-    sitter: Sitter,
-    difflora: Drawn,
-    refined: Option<Drawn>,
-    own: Drawn,
+pub struct Portrayed {
+    pub sitter: Sitter,
+    pub difflora: Drawn,
+    pub refined: Option<Drawn>,
+    pub own: Drawn,
     /// With the own LoRA as the autoencoder restores it.
-    restored: Drawn,
-    nearest: Option<Drawn>,
+    pub restored: Drawn,
+    pub nearest: Option<Drawn>,
 }
 
 impl Bench {
-    fn open(args: &Args) -> Result<Self> {
+    pub fn open(args: &Args) -> Result<Self> {
         let files = models::find_base(&args.base, &args.base_options)?;
         let model = Sdxl::open(&files, DType::F32, &device::open(&args.device)?)?;
         let attributes = match &args.judge {
@@ -488,7 +484,7 @@ impl Bench {
     }
 
     /// Noise is by the scene's place in the list that it came from: `grain` is its own number.
-    fn stage(&self, scenes: &[Scene], words: &[String], args: &Args) -> Result<Stage> {
+    pub fn stage(&self, scenes: &[Scene], words: &[String], args: &Args) -> Result<Stage> {
         let size = self.model.native_size();
         let shape = self.model.latent_shape(size, size)?;
         let grains: Vec<u64> = scenes.iter().map(|scene| scene.grain).collect();
@@ -510,7 +506,7 @@ impl Bench {
     }
 
     /// Draws with `lora` merged in a copy of the model; weights that it does not change are shared.
-    fn draw(&self, stage: &Stage, lora: Option<&Lora>) -> Result<Drawn> {
+    pub fn draw(&self, stage: &Stage, lora: Option<&Lora>) -> Result<Drawn> {
         let mut model = self.model.clone();
         if let Some(lora) = lora {
             let loras = [(&Changes::from(lora), Strength::all(1.0))];
@@ -526,7 +522,7 @@ impl Bench {
         Ok(Drawn { pictures, seen })
     }
 
-    fn look(&self, pictures: &[Picture]) -> Result<Vec<Seen>> {
+    pub fn look(&self, pictures: &[Picture]) -> Result<Vec<Seen>> {
         let attributes: Vec<Option<Attributes>> = match &self.attributes {
             Some(judge) => {
                 let both = judge.classes(pictures)?.into_iter().zip(judge.factors(pictures)?);
@@ -543,7 +539,7 @@ impl Bench {
     }
 
     /// The first photo with a face is the condition; the others tell what the person looks like.
-    fn sitter(&self, person: &Person, photos: &[Picture], images: &ImageEncoder) -> Result<Sitter> {
+    pub fn sitter(&self, person: &Person, photos: &[Picture], images: &ImageEncoder) -> Result<Sitter> {
         let mut condition = None;
         let mut others: Vec<Vec<f32>> = Vec::new();
         for photo in photos {
@@ -569,34 +565,34 @@ impl Bench {
         })
     }
 
-    fn lora(&self, path: &Path) -> Result<Lora> {
+    pub fn lora(&self, path: &Path) -> Result<Lora> {
         file::read(path, &self.layout)
     }
 
-    fn record(&self) -> Option<&Record> {
+    pub fn record(&self) -> Option<&Record> {
         self.attributes.as_ref().map(AttributeJudge::record)
     }
 
     /// The factors that the judge of attributes can see: it explains half of their variance or more.
-    fn visible(&self) -> Vec<usize> {
+    pub fn visible(&self) -> Vec<usize> {
         let factors = self.record().map_or(&[][..], |record| &record.factors);
         factors.iter().enumerate().filter(|(_, factor)| factor.r2 >= 0.5).map(|(i, _)| i).collect()
     }
 
-    fn recogniser_id(&self) -> ModelId {
+    pub fn recogniser_id(&self) -> ModelId {
         let (name, sha256) = self.recogniser.provenance();
         ModelId { name: name.into(), sha256 }
     }
 }
 
 /// The people that the hypernetwork has learned from.
-struct Known {
+pub struct Known {
     /// Mean of the face vectors, and the LoRA.
-    people: Vec<(Vec<f32>, PathBuf)>,
+    pub people: Vec<(Vec<f32>, PathBuf)>,
 }
 
 impl Known {
-    fn read(dataset: &Path, rows: &[Row]) -> Result<Self> {
+    pub fn read(dataset: &Path, rows: &[Row]) -> Result<Self> {
         let read = |row: &Row| {
             let path = dataset.join(&row.embeddings);
             let tensors = crate::weights::read_file(&path)?;
@@ -609,7 +605,7 @@ impl Known {
     }
 
     /// The LoRA of the person with the most similar face.
-    fn nearest(&self, face: &[f32]) -> Option<PathBuf> {
+    pub fn nearest(&self, face: &[f32]) -> Option<PathBuf> {
         let similarity = |person: &(Vec<f32>, PathBuf)| cosine(&person.0, face);
         let nearest = self.people.iter().max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
         nearest.map(|(_, lora)| lora.clone())
@@ -618,19 +614,19 @@ impl Known {
 
 /// The part of the dataset's `settings.toml` that tells how photos are painted.
 #[derive(Deserialize)]
-struct DatasetSettings {
-    pictures: Pictures,
+pub struct DatasetSettings {
+    pub pictures: Pictures,
 }
 
 #[derive(Deserialize)]
-struct Pictures {
-    size: usize,
-    seed: u64,
-    references: u64,
+pub struct Pictures {
+    pub size: usize,
+    pub seed: u64,
+    pub references: u64,
 }
 
 impl DatasetSettings {
-    fn read(dataset: &Path) -> Result<Pictures> {
+    pub fn read(dataset: &Path) -> Result<Pictures> {
         let path = dataset.join("settings.toml");
         let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
         let settings: Self = toml::from_str(&text).map_err(|error| Failure::unusable(&path, error))?;
@@ -638,13 +634,13 @@ impl DatasetSettings {
     }
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
     serde_json::from_slice(&bytes).map_err(|error| Failure::unusable(path, error))
 }
 
 /// The mean of vectors; only its direction is used.
-fn mean_vector(vectors: &[Vec<f32>]) -> Option<Vec<f32>> {
+pub fn mean_vector(vectors: &[Vec<f32>]) -> Option<Vec<f32>> {
     let (first, rest) = vectors.split_first()?;
     let mut sum = first.clone();
     for vector in rest {
@@ -655,13 +651,13 @@ fn mean_vector(vectors: &[Vec<f32>]) -> Option<Vec<f32>> {
 }
 
 /// Unit normal noise of `shape` for each sample, (B, C, h, w): the start is draw 0, what a sampler adds comes after.
-fn grain_noise(seed: u64, grains: &[u64], draw: u64, shape: &[usize]) -> Result<Tensor> {
+pub fn grain_noise(seed: u64, grains: &[u64], draw: u64, shape: &[usize]) -> Result<Tensor> {
     let one = |grain: &u64| noise::normal(seed, grain + (draw << 40), shape, &Device::Cpu);
     let noise: Vec<Tensor> = grains.iter().map(one).collect::<candle_core::Result<_>>()?;
     Ok(Tensor::stack(&noise, 0)?)
 }
 
-fn people_table(
+pub fn people_table(
     methods: &[Method],
     differences: &[Difference],
     people: usize,
@@ -731,7 +727,7 @@ fn people_table(
     text
 }
 
-fn obedience_table(list: &[Obedience], record: &Record) -> String {
+pub fn obedience_table(list: &[Obedience], record: &Record) -> String {
     let head = ["asked for", "pictures", "obeyed", "judge on paintings"].map(String::from);
     let rows: Vec<Vec<String>> = list
         .iter()
@@ -749,7 +745,7 @@ fn obedience_table(list: &[Obedience], record: &Record) -> String {
 }
 
 /// A row a person: the photo, then for the first and the last prompt no LoRA, DiffLoRA, own LoRA.
-fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Picture {
+pub fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Picture {
     let row = |portrayed: &'_ Portrayed| -> Vec<Picture> {
         let mut row = vec![portrayed.sitter.photo.clone()];
         let last = base.pictures.len() - 1;
@@ -764,7 +760,7 @@ fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Picture {
 }
 
 /// Small pictures are shown at twice their size.
-fn sheet(rows: &[Vec<&Picture>]) -> Picture {
+pub fn sheet(rows: &[Vec<&Picture>]) -> Picture {
     let side = rows.iter().flatten().map(|picture| picture.width.max(picture.height)).max().unwrap_or(64);
     contact_sheet(rows, if side <= 128 { 2 * side } else { side }, 6)
 }

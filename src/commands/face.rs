@@ -11,15 +11,15 @@ use anyhow::{Context, Result};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use crate::cli::Common;
-use crate::commands::photos::{Photos, Seen};
 use crate::failure::Failure;
 use crate::files;
 use crate::identity::align::{SIDE, align};
 use crate::identity::catalog;
 use crate::identity::detect::Face;
 use crate::identity::one_person::{groups, mean_direction};
+use crate::identity::photos::{Photos, Seen};
 use crate::identity::{FaceEncoder, Quality, cosine};
+use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
 
@@ -153,8 +153,8 @@ pub(super) fn open_encoder(name: &str) -> Result<FaceEncoder> {
 }
 
 /// Does what was asked for.
-pub fn run(args: Args, common: &Common) -> Result<()> {
-    let json = common.json;
+pub fn run(args: Args, output: &Output) -> Result<()> {
+    let json = output.json;
     match args.action {
         Action::Detect { pictures, encoder, draw } => {
             detect(&pictures, &encoder.load()?, draw.as_deref(), json)

@@ -2,10 +2,9 @@
 
 mod draw;
 mod identity;
-mod loras;
+pub(crate) mod loras;
 mod outputs;
 mod person;
-mod settings;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -13,19 +12,19 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::json;
 
-use crate::cli::Common;
-use crate::commands::device::{self, Precision};
 use crate::commands::r#gen::draw::{Plan, draw};
 use crate::commands::r#gen::identity::IdentityOptions;
 use crate::commands::r#gen::loras::{check_loras, chosen_loras};
 use crate::commands::r#gen::outputs::Outputs;
 use crate::commands::r#gen::person::make_lora;
 use crate::commands::models;
+use crate::device::{self, Precision};
 use crate::lora::file::{self, Format};
-use crate::model_files::WeightType;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::progress::{self, Stage};
 use crate::sdxl::pipeline::{Sampler, Tiling, Unloaded};
+use crate::weights::model_folder::WeightType;
 
 /// Arguments of `difflora gen`.
 ///
@@ -179,7 +178,7 @@ fn two_numbers(text: &str, between: char) -> Option<[usize; 2]> {
 }
 
 /// Makes the LoRA, and draws.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let start = Instant::now();
     let outputs = Outputs::plan(&args)?;
     let device = device::open(&args.device)?;
@@ -207,7 +206,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
             let levels = models::block_layout(&base_files)?;
             file::write(path, lora, args.lora_format, &levels)?;
             report["lora"] = json!(path);
-            say(common, format_args!("LoRA    {}", path.display()))?;
+            say(output, format_args!("LoRA    {}", path.display()))?;
         }
     }
     if let Some((plan, model)) = drawing {
@@ -221,17 +220,17 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         let loras = chosen_loras(&args, person.as_ref().map(|(lora, _)| lora), &base_files)?;
         clock.end();
         report["loras"] = check_loras(&model, &loras, &args)?;
-        report["pictures"] = draw(&args, &plan, &model, &base, &loras, &outputs.pictures, common)?;
+        report["pictures"] = draw(&args, &plan, &model, &base, &loras, &outputs.pictures, output)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
-    if common.json {
+    if output.json {
         print_line!("{report:#}")?;
     }
     Ok(())
 }
 
-fn say(common: &Common, line: std::fmt::Arguments) -> Result<()> {
-    if common.json { Ok(()) } else { print_line!("{line}") }
+fn say(output: &Output, line: std::fmt::Arguments) -> Result<()> {
+    if output.json { Ok(()) } else { print_line!("{line}") }
 }
 
 #[cfg(test)]

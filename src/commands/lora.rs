@@ -10,7 +10,6 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::cli::Common;
 use crate::commands::models;
 use crate::failure::Failure;
 use crate::files::{self, check_writable};
@@ -21,8 +20,9 @@ use crate::lora::keys::BlockLayout;
 use crate::lora::report::Report;
 use crate::lora::strength::Strength;
 use crate::lora::{LoraError, listed};
-use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::output::Output;
 use crate::output::print_line;
+use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 
 /// Arguments of `difflora lora`.
 #[derive(Debug, clap::Args)]
@@ -172,15 +172,15 @@ fn a_share(share: f64, option: &str) -> Result<f64> {
 }
 
 /// Runs what was asked for.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let find = |name: &str| open_base(name, args.base_config.as_deref());
     let base = args.base.as_deref().map(find).transpose()?;
     let layout = base.as_ref().map(models::block_layout).transpose()?.unwrap_or_default();
     match args.action {
-        Action::Inspect { file } => inspect(&file, &layout, common),
-        Action::Convert { input, output, format } => {
-            check_writable(&output)?;
-            write(&output, &file::read_changes(&input, &layout)?, format, &layout, common, json!({}))
+        Action::Inspect { file } => inspect(&file, &layout, output),
+        Action::Convert { input, output: out, format } => {
+            check_writable(&out)?;
+            write(&out, &file::read_changes(&input, &layout)?, format, &layout, output, json!({}))
         }
         Action::Merge { lora, out, length, format } => match base {
             Some(base) => {
@@ -190,22 +190,22 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
                 }
                 let begin = Instant::now();
                 let loras = read_all(&lora, &layout)?;
-                merge::run(&base, &loras, begin, &out, common)
+                merge::run(&base, &loras, begin, &out, output)
             }
             None => {
                 check_writable(&out)?;
                 let loras = read_all(&lora, &layout)?;
-                write_sum(&loras, length.keep()?, &out, format, &layout, common)
+                write_sum(&loras, length.keep()?, &out, format, &layout, output)
             }
         },
-        Action::Resize { input, output, length, format } => {
-            check_writable(&output)?;
+        Action::Resize { input, output: out, length, format } => {
+            check_writable(&out)?;
             let keep = length.keep()?;
             if keep == Keep::All {
                 return Err(Failure::Usage("how short? give --rank N or --keep SHARE".into()).into());
             }
             let loras = read_all(&[input.display().to_string()], &layout)?;
-            write_sum(&loras, keep, &output, format, &layout, common)
+            write_sum(&loras, keep, &out, format, &layout, output)
         }
         Action::Mix { lora, out, length, format } => {
             check_writable(&out)?;
@@ -216,31 +216,31 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
             }
             let share = |lora: Given| Given { strength: lora.strength.times(1.0 / total), ..lora };
             let loras: Vec<Given> = loras.into_iter().map(share).collect();
-            write_sum(&loras, length.keep()?, &out, format, &layout, common)
+            write_sum(&loras, length.keep()?, &out, format, &layout, output)
         }
         Action::Extract { before, after, out, rank, layers_only, format } => {
             check_writable(&out)?;
             let wanted = extract::Wanted { rank: rank as usize, format, layers_only };
-            extract::run(&find(&before)?, &find(&after)?, &out, &wanted, common)
+            extract::run(&find(&before)?, &find(&after)?, &out, &wanted, output)
         }
-        Action::Perturb { input, output, which, with, share, seed } => {
-            check_writable(&output)?;
+        Action::Perturb { input, output: out, which, with, share, seed } => {
+            check_writable(&out)?;
             let share = a_share(share, "--share")?;
             let mut changes = file::read_changes(&input, &layout)?;
             let count = edit::perturb(&mut changes, which, share, with, seed)
                 .map_err(|error| Failure::unusable(&input, error))?;
-            write(&output, &changes, Format::Kohya, &layout, common, json!({ "replaced": count }))
+            write(&out, &changes, Format::Kohya, &layout, output, json!({ "replaced": count }))
         }
-        Action::Diff { one, two } => diff(&one, &two, &layout, common),
+        Action::Diff { one, two } => diff(&one, &two, &layout, output),
     }
 }
 
-fn inspect(path: &Path, layout: &BlockLayout, common: &Common) -> Result<()> {
+fn inspect(path: &Path, layout: &BlockLayout, output: &Output) -> Result<()> {
     let mut file = file::open(path)?;
     let report =
         Report::read(&mut file, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
     let bytes = file.metadata()?.len();
-    if common.json {
+    if output.json {
         let mut value = serde_json::to_value(&report)?;
         value["file"] = json!(path);
         value["bytes"] = json!(bytes);
@@ -318,14 +318,14 @@ fn write_sum(
     out: &Path,
     format: Format,
     layout: &BlockLayout,
-    common: &Common,
+    output: &Output,
 ) -> Result<()> {
     let files: Vec<(&Changes, Strength)> =
         loras.iter().map(|lora| (&lora.changes, lora.strength.clone())).collect();
     let names: Vec<String> = loras.iter().map(|lora| lora.path.display().to_string()).collect();
     let (sum, kept) = edit::sum(&files, keep)
         .map_err(|error| Failure::Unusable(format!("cannot use {}: {error}", listed(&names))))?;
-    write(out, &sum, format, layout, common, summary(&kept))
+    write(out, &sum, format, layout, output, summary(&kept))
 }
 
 /// Ranks and shares over all modules.
@@ -342,7 +342,7 @@ fn write(
     changes: &Changes,
     format: Format,
     layout: &BlockLayout,
-    common: &Common,
+    output: &Output,
     mut told: Value,
 ) -> Result<()> {
     let bytes = file::changes_to_bytes(changes, format, layout).map_err(|error| {
@@ -353,11 +353,11 @@ fn write(
     files::write_whole(path, &bytes)?;
     told["file"] = json!(path);
     told["modules"] = json!(changes.modules.len());
-    tell(&told, common)
+    tell(&told, output)
 }
 
-fn tell(told: &Value, common: &Common) -> Result<()> {
-    if common.json {
+fn tell(told: &Value, output: &Output) -> Result<()> {
+    if output.json {
         return print_line!("{told:#}");
     }
     for (name, value) in told.as_object().into_iter().flatten() {
@@ -366,14 +366,14 @@ fn tell(told: &Value, common: &Common) -> Result<()> {
     Ok(())
 }
 
-fn diff(one: &Path, two: &Path, layout: &BlockLayout, common: &Common) -> Result<()> {
+fn diff(one: &Path, two: &Path, layout: &BlockLayout, output: &Output) -> Result<()> {
     let (a, b) = (file::read_changes(one, layout)?, file::read_changes(two, layout)?);
     let (modules, all) = edit::compare(&a, &b).map_err(|error| Failure::unusable(two, error))?;
     let only = |a: &Changes, b: &Changes| -> Vec<String> {
         a.modules.keys().filter(|module| !b.modules.contains_key(*module)).cloned().collect()
     };
     let (only_one, only_two) = (only(&a, &b), only(&b, &a));
-    if common.json {
+    if output.json {
         let told = json!({
             "modules": modules, "together": all, "only_in_first": only_one, "only_in_second": only_two,
         });

@@ -8,15 +8,12 @@ use anyhow::{Result, bail};
 use include_dir::{Dir, include_dir};
 use serde_json::json;
 
-use crate::cli::Common;
 use crate::failure::Failure;
 use crate::files as disk;
-use crate::hashes;
-use crate::hub::{self, Repository, Weights};
 use crate::hypernet::ModelId;
 use crate::identity::catalog::{self, FaceModel};
 use crate::lora::keys::BlockLayout;
-use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
 use crate::sdxl::architecture;
@@ -25,6 +22,9 @@ use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
 use crate::sdxl::unet::UNet;
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::{Vae, VaeConfig};
+use crate::weights::hub::{self, Repository, Weights};
+use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::weights::sha256;
 
 /// The bundle that this program carries: a small SDXL and a hypernetwork for it, made by `scripts/make-tiny.sh`.
 static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");
@@ -88,9 +88,9 @@ enum Command {
 }
 
 /// Runs what was asked for.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     match args.command {
-        Command::List => list(common),
+        Command::List => list(output),
         Command::Path { name } => {
             print_line!("{}", on_the_hub(&name)?.cached()?.display())?;
             Ok(())
@@ -108,8 +108,8 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
             print_line!("{}", folder.display())?;
             Ok(())
         }
-        Command::Verify { name, options } => verify(&name, &options, common),
-        Command::Show(args) => show::run(&args, common),
+        Command::Verify { name, options } => verify(&name, &options, output),
+        Command::Show(args) => show::run(&args, output),
     }
 }
 
@@ -120,7 +120,7 @@ fn pull_faces(model: &FaceModel) -> Result<PathBuf> {
     let folder = repository.fetch_files(model.files().map(|file| file.path))?;
     for file in model.files() {
         let path = folder.join(file.path);
-        let found = hashes::of_file(&path)?;
+        let found = sha256::of_file(&path)?;
         if found != file.sha256 {
             let why = format!(
                 "its SHA-256 is {found}, that of {} is {}; delete it and pull again",
@@ -144,7 +144,7 @@ fn on_the_hub(name: &str) -> Result<Repository> {
     })
 }
 
-fn list(common: &Common) -> Result<()> {
+fn list(output: &Output) -> Result<()> {
     let state = |repository: &Repository| match (repository.cached(), repository.folder()) {
         (Ok(folder), _) => ("whole", Some(folder)),
         (Err(_), Some(folder)) => ("in part", Some(folder)),
@@ -160,7 +160,7 @@ fn list(common: &Common) -> Result<()> {
         let (state, folder) = state(&repository);
         rows.push((name.to_string(), repository.id, state, folder));
     }
-    if common.json {
+    if output.json {
         let rows: Vec<_> = rows
             .iter()
             .map(|(name, id, state, folder)| json!({ "name": name, "id": id, "state": state, "folder": folder }))
@@ -176,7 +176,7 @@ fn list(common: &Common) -> Result<()> {
 }
 
 /// Checks every part of a model without keeping it.
-fn verify(name: &str, options: &BaseOptions, common: &Common) -> Result<()> {
+fn verify(name: &str, options: &BaseOptions, output: &Output) -> Result<()> {
     let files = find_base(name, options)?;
     architecture::require_sdxl(&files)?;
     let unet: UNetConfig = files.config("unet/config.json")?;
@@ -195,7 +195,7 @@ fn verify(name: &str, options: &BaseOptions, common: &Common) -> Result<()> {
             ModelFiles::BuiltIn { .. } => 0,
         };
     }
-    if common.json {
+    if output.json {
         print_line!("{:#}", json!({ "base": name, "whole": true, "checksums": checksums }))?;
     } else {
         print_line!(

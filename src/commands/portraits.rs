@@ -7,13 +7,13 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::cli::Common;
-use crate::dataset::{self, CaptionOptions, Person, Scene};
 use crate::failure::Failure;
 use crate::files;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::picture::Picture;
 use crate::progress;
+use crate::synthetic::{self, CaptionOptions, Person, Scene};
 
 /// Arguments of `difflora portraits`.
 ///
@@ -54,7 +54,7 @@ pub struct Args {
 }
 
 /// Paints the people.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     check_writable(&args.out)?;
     let bar = progress::bar(args.people * args.pictures, "painting");
     (args.first..args.first + args.people).into_par_iter().try_for_each(|number| {
@@ -62,7 +62,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         paint_person(&person, &args, || bar.inc(1))
     })?;
     bar.finish_and_clear();
-    if common.json {
+    if output.json {
         let last = args.first + args.people - 1;
         let report =
             json!({ "out": args.out, "first": args.first, "last": last, "pictures_each": args.pictures });
@@ -87,8 +87,8 @@ fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> 
             Some(seed) => Scene::draw(seed, number),
             None => Scene::draw_for(person, number),
         };
-        let rgb = dataset::paint(person, &scene, args.size.into(), args.supersample.into());
-        let caption = dataset::caption(person, &scene, options, args.seed);
+        let rgb = synthetic::paint(person, &scene, args.size.into(), args.supersample.into());
+        let caption = synthetic::caption(person, &scene, options, args.seed);
         let picture = format!("{number:04}.png");
         Picture { width: args.size.into(), height: args.size.into(), rgb }
             .save(&folder.join(&picture), None)?;
@@ -111,7 +111,7 @@ struct Record {
 /// `person.json`: seed, number, identity words and factors, and one line a picture.
 fn about(person: &Person, records: &[String]) -> Result<String> {
     let Person { seed, number, identity } = person;
-    let words = serde_json::to_string(&dataset::identity_words(identity))?;
+    let words = serde_json::to_string(&synthetic::identity_words(identity))?;
     let factors = serde_json::to_string(identity)?;
     let pictures = records.join(",\n");
     Ok(format!(

@@ -1,22 +1,19 @@
 //! `difflora train-base`: a small SDXL from nothing, trained on painted portraits.
 
-mod codec;
-mod drawing;
-mod gallery;
-mod patches;
-
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 
-use crate::cli::Common;
 use crate::failure::Failure;
 use crate::files;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
-use crate::train::run::{End, Keeping};
+use crate::recipes::base::config::Settings;
+use crate::recipes::base::{unet, vae};
+use crate::synthetic::image_set::Gallery;
+use crate::train::trainer::{End, Keeping};
 
 /// Arguments of `difflora train-base`.
 ///
@@ -59,22 +56,8 @@ enum Stage {
     All,
 }
 
-/// The file given by `--config`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Settings {
-    /// Of weights, batches and noise.
-    seed: u64,
-    /// What is painted to learn from.
-    pictures: gallery::Settings,
-    /// Sizes and recipe of the VAE.
-    vae: codec::Settings,
-    /// Sizes and recipe of UNet and text encoders.
-    unet: drawing::Settings,
-}
-
 /// Trains the stages that were asked for.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let settings = read(&args)?;
     let training = args.out.join("training");
     std::fs::create_dir_all(&training)
@@ -87,16 +70,16 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
         save_every: Duration::from_secs(300),
     };
-    let mut gallery = gallery::Gallery::new(&settings.pictures);
+    let mut gallery = Gallery::new(&settings.pictures);
     if matches!(args.stage, Stage::Vae | Stage::All) {
-        let end = codec::train(&settings, &mut gallery, &keeping("vae"), &args.out)?;
-        if report(end, "vae", common)? {
+        let end = vae::train(&settings, &mut gallery, &keeping("vae"), &args.out)?;
+        if report(end, "vae", output)? {
             return Ok(());
         }
     }
     if matches!(args.stage, Stage::Unet | Stage::All) {
-        let end = drawing::train(&settings, &mut gallery, &keeping("unet"), &args.out, args.from.as_deref())?;
-        report(end, "unet", common)?;
+        let end = unet::train(&settings, &mut gallery, &keeping("unet"), &args.out, args.from.as_deref())?;
+        report(end, "unet", output)?;
     }
     Ok(())
 }
@@ -118,11 +101,11 @@ fn read(args: &Args) -> Result<Settings> {
 }
 
 /// Says how a stage ended; whether it paused.
-fn report(end: End, stage: &str, common: &Common) -> Result<bool> {
+fn report(end: End, stage: &str, output: &Output) -> Result<bool> {
     if let End::Paused { step } = end {
         progress::note(format_args!("stage {stage} stops at step {step}; --resume goes on"));
     }
-    if common.json {
+    if output.json {
         let (finished, step) = match end {
             End::Finished | End::Stopped { .. } => (true, None),
             End::Paused { step } => (false, Some(step)),

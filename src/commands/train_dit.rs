@@ -1,11 +1,5 @@
 //! `difflora train-dit`: a person's embeddings → the latent of their LoRA.
 
-mod best;
-mod latents;
-mod lessons;
-mod report;
-mod trained_prior;
-
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -17,16 +11,11 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::cli::Common;
 use crate::commands::build_dataset::Header;
-use crate::commands::functional::Album;
-use crate::commands::lora_set::{FormWanted, LoraSet, Reading};
-use crate::commands::train_dit::best::Best;
-use crate::commands::train_dit::lessons::Lessons;
-use crate::commands::train_dit::report::{print_report, report};
-use crate::commands::train_dit::trained_prior::TrainedPrior;
+use crate::commands::models;
 use crate::commands::train_lae::Settings;
-use crate::commands::{device, models};
+use crate::dataset::lora_dataset::{FormWanted, LoraSet, Reading};
+use crate::device;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule};
 use crate::diffusion::shifted::Shift;
 use crate::failure::Failure;
@@ -36,15 +25,21 @@ use crate::hypernet::prior::PriorConfig;
 use crate::hypernet::{
     Denoiser, DenoiserConfig, Hypernet, LoraCodec, ModelId, SampleOptions, diffusion_of_latents,
 };
-use crate::model_files::{ModelFiles, save_json};
+use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
+use crate::recipes::dit::best_checkpoint::Best;
+use crate::recipes::dit::learned_prior::TrainedPrior;
+use crate::recipes::dit::report::{print_report, report};
+use crate::recipes::dit::training_set::Lessons;
+use crate::recipes::dreambooth::functional_loss::Album;
 use crate::sdxl::pipeline::Sdxl;
 use crate::train;
-use crate::train::parallel;
-use crate::train::run::{self, End, Keeping, Plan};
+use crate::train::distributed;
 use crate::train::shards::Loss;
+use crate::train::trainer::{self, End, Keeping, Plan};
 use crate::weights::Trainable;
+use crate::weights::model_folder::{ModelFiles, save_json};
 
 /// Arguments of `difflora train-dit`.
 ///
@@ -55,28 +50,28 @@ use crate::weights::Trainable;
 pub struct Args {
     /// Folder that `build-dataset` wrote.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_DATASET")]
-    dataset: PathBuf,
+    pub dataset: PathBuf,
     /// Folder that `train-lae` wrote for the same dataset.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_LAE")]
-    lae: PathBuf,
+    pub lae: PathBuf,
     /// Folder for the hypernetwork; made where it is missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
-    out: PathBuf,
+    pub out: PathBuf,
     /// Sizes and recipe, as in configs/hypernet-tiny.toml.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
-    config: PathBuf,
+    pub config: PathBuf,
     /// The model that the LoRAs are for, where the recipe has a loss of pictures (`functional`).
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
-    base: String,
+    pub base: String,
     /// Where to compute.
     #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
-    device: String,
+    pub device: String,
     /// Go on from the last checkpoint of the same settings.
     #[arg(long, env = "DIFFLORA_RESUME")]
-    resume: bool,
+    pub resume: bool,
     /// Stop after so many minutes with a checkpoint; --resume goes on.
     #[arg(long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
-    minutes: Option<f64>,
+    pub minutes: Option<f64>,
 }
 
 impl Args {
@@ -92,58 +87,58 @@ impl Args {
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Of weights, batches and noise.
-    seed: u64,
+    pub seed: u64,
     /// How face and picture become one condition.
     #[serde(default)]
-    mixer: MixerKind,
+    pub mixer: MixerKind,
     /// Values in a token.
-    token: usize,
+    pub token: usize,
     /// Depth, width and heads by a name: S, B, L or XL.
     #[serde(default)]
-    size: Option<DitSize>,
+    pub size: Option<DitSize>,
     /// D of transformer and mixer, where not that of `size`.
     #[serde(default)]
-    width: Option<usize>,
+    pub width: Option<usize>,
     /// Blocks, likewise.
     #[serde(default)]
-    depth: Option<usize>,
+    pub depth: Option<usize>,
     /// H, likewise.
     #[serde(default)]
-    heads: Option<usize>,
+    pub heads: Option<usize>,
     /// How tokens know their place.
     #[serde(default)]
-    position: Position,
+    pub position: Position,
     /// How noise grows from t = 0 to T.
     #[serde(default)]
-    schedule: NoiseGrowth,
+    pub schedule: NoiseGrowth,
     /// w_t of the loss.
     #[serde(default)]
-    weights: Weights,
+    pub weights: Weights,
     /// A mixture of Gaussians in which the diffusion ends, in the place of N(0, I).
     #[serde(default)]
-    prior: Option<PriorConfig>,
+    pub prior: Option<PriorConfig>,
     /// DDIM steps of the finished hypernetwork, unless asked otherwise.
-    steps: usize,
+    pub steps: usize,
     /// Its guidance; 1 is none.
-    guidance: f64,
+    pub guidance: f64,
     /// Whether the transformer corrects a ridge regression or makes the whole latent.
-    linear_guess: bool,
+    pub linear_guess: bool,
     /// Penalties of the ridge regression, of which cross validation takes the best.
-    penalties: Vec<f64>,
+    pub penalties: Vec<f64>,
     /// Parts of that cross validation; the rows of a person are in one part.
-    folds: usize,
+    pub folds: usize,
     /// σ of the noise added to standardised embeddings.
-    condition_noise: f64,
+    pub condition_noise: f64,
     /// Part of the samples that are told nothing about the person.
-    drop: f64,
+    pub drop: f64,
     /// Steps, batch, rate.
-    plan: Plan,
+    pub plan: Plan,
     /// When to look at people kept apart, and when to stop.
     #[serde(default)]
-    validation: Option<Validation>,
+    pub validation: Option<Validation>,
     /// A loss of pictures beside that of latents; needs --base.
     #[serde(default)]
-    functional: Option<Functional>,
+    pub functional: Option<Functional>,
 }
 
 /// What the decoded LoRA pays for the pictures of its person, beside the distance of latents.
@@ -151,17 +146,17 @@ pub struct Recipe {
 #[serde(deny_unknown_fields)]
 pub struct Functional {
     /// Weight of the base's diffusion loss.
-    weight: f64,
+    pub weight: f64,
     /// People of a shard whose LoRAs are decoded.
-    people: usize,
+    pub people: usize,
     /// Pictures of each.
-    pictures: usize,
+    pub pictures: usize,
 }
 
 /// How noise grows with t.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum NoiseGrowth {
+pub enum NoiseGrowth {
     /// β from 1e-4 to 0.02 in equal steps (Ho et al. 2020; G.pt, HyperDiffusion).
     #[default]
     Linear,
@@ -172,7 +167,7 @@ enum NoiseGrowth {
 /// w_t, the weight of a sample's squared error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Weights {
+pub enum Weights {
     /// The same for all t.
     #[default]
     Uniform,
@@ -185,17 +180,17 @@ enum Weights {
 #[serde(deny_unknown_fields)]
 pub struct Validation {
     /// Their share of the people.
-    share: f64,
+    pub share: f64,
     /// Steps between two looks.
-    every: u64,
+    pub every: u64,
     /// Looks without a gain after which training stops; 0 for never.
     #[serde(default)]
-    patience: u64,
+    pub patience: u64,
 }
 
 impl Recipe {
     /// Depth, width and heads.
-    fn sizes(&self) -> Result<(usize, usize, usize)> {
+    pub fn sizes(&self) -> Result<(usize, usize, usize)> {
         let named = self.size.map(DitSize::sizes);
         let one = |given: Option<usize>, named: Option<usize>, what: &str| {
             given.or(named).ok_or_else(|| {
@@ -208,7 +203,7 @@ impl Recipe {
     }
 
     /// The config of networks for embeddings of `face` and `image` values and latents of `latent`.
-    fn config(&self, [face, image, latent]: [usize; 3], header: &Header) -> Result<DenoiserConfig> {
+    pub fn config(&self, [face, image, latent]: [usize; 3], header: &Header) -> Result<DenoiserConfig> {
         let (depth, width, heads) = self.sizes()?;
         let clusters = self.prior.as_ref().map_or(0, |prior| prior.clusters);
         let mut diffusion = diffusion_of_latents();
@@ -238,7 +233,7 @@ impl Recipe {
     }
 
     /// Refuses values that no training can start from.
-    fn check(&self) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
         let refuse =
             |why: String| Err(Failure::Usage(format!("the recipe of the transformer: {why}")).into());
         if self.folds < 2 {
@@ -267,10 +262,10 @@ impl Recipe {
 }
 
 /// Trains, saves and reports.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let recipe = Settings::read(&args.config)?.dit;
     recipe.check()?;
-    parallel::join()?;
+    distributed::join()?;
     let device = device::open(&args.device)?;
     let training = args.out.join("training");
     std::fs::create_dir_all(&training)
@@ -292,7 +287,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let gallery =
         recipe.functional.as_ref().map(|how| Gallery::open(how, &args, &codec, &set)).transpose()?;
     let (denoiser, end) = train(&recipe, &lessons, gallery.as_ref(), &set, &lae, &keeping)?;
-    if !parallel::leads() {
+    if !distributed::leads() {
         return Ok(());
     }
     let hypernet = Hypernet { codec, denoiser };
@@ -306,7 +301,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         }
         End::Finished => {}
     }
-    if common.json {
+    if output.json {
         print_line!("{report}")?;
     } else {
         print_report(&report)?;
@@ -315,7 +310,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
 }
 
 /// Refuses an autoencoder of other LoRAs than the dataset's.
-fn check(codec: &LoraCodec, set: &LoraSet) -> Result<()> {
+pub fn check(codec: &LoraCodec, set: &LoraSet) -> Result<()> {
     codec.base.demand(&set.header.base, "base model")?;
     if codec.layout.modules != set.layout.modules || codec.layout.shared_down != set.layout.shared_down {
         let why =
@@ -337,7 +332,7 @@ fn check(codec: &LoraCodec, set: &LoraSet) -> Result<()> {
 }
 
 /// Mixer and transformer with averaged weights, or those with the least error on the people kept apart.
-fn train(
+pub fn train(
     recipe: &Recipe,
     lessons: &Lessons,
     gallery: Option<&Gallery>,
@@ -394,26 +389,26 @@ fn train(
         Denoiser::new(config.clone(), stats, weights, device)
     };
     let mut best = Best::open(recipe.validation.as_ref(), keeping, &settings)?;
-    let (end, ema) = run::run_until(plan, &settings, keeping, &vars, loss, |step, ema| {
+    let (end, ema) = trainer::run_until(plan, &settings, keeping, &vars, loss, |step, ema| {
         best.look(step, ema, || validation_error(lessons, &finished(ema.averages())?))
     })?;
     // The others of a group write nothing, so they need not wait for what the first has written.
-    let best = if parallel::leads() { best.averages()? } else { None };
+    let best = if distributed::leads() { best.averages()? } else { None };
     let averages = best.unwrap_or_else(|| ema.averages().clone());
     Ok((finished(&averages)?, end))
 }
 
 /// The networks while they learn.
-struct Pupil {
-    mixer: Mixer,
-    dit: Dit,
-    prior: Option<TrainedPrior>,
-    schedule: NoiseSchedule,
+pub struct Pupil {
+    pub mixer: Mixer,
+    pub dit: Dit,
+    pub prior: Option<TrainedPrior>,
+    pub schedule: NoiseSchedule,
 }
 
 impl Pupil {
     /// E[w_t·‖f(z_t, t, F) − x_0‖²] over the photos `rows`, with the gate's figures.
-    fn loss(
+    pub fn loss(
         &self,
         recipe: &Recipe,
         lessons: &Lessons,
@@ -486,14 +481,14 @@ impl Pupil {
 }
 
 /// The base, and the pictures of the people to learn from.
-struct Gallery<'a> {
-    how: &'a Functional,
-    codec: &'a LoraCodec,
-    album: Album,
+pub struct Gallery<'a> {
+    pub how: &'a Functional,
+    pub codec: &'a LoraCodec,
+    pub album: Album,
 }
 
 impl<'a> Gallery<'a> {
-    fn open(how: &'a Functional, args: &Args, codec: &'a LoraCodec, set: &LoraSet) -> Result<Self> {
+    pub fn open(how: &'a Functional, args: &Args, codec: &'a LoraCodec, set: &LoraSet) -> Result<Self> {
         let files = models::find_base(&args.base, &models::BaseOptions::default())?;
         codec.base.demand(&models::identify(&files, &args.base, models::BASE_WEIGHTS)?, "base model")?;
         let base = Sdxl::open(&files, DType::F32, codec.device())?;
@@ -501,19 +496,19 @@ impl<'a> Gallery<'a> {
     }
 
     /// Of latents z (K, L) of these K people.
-    fn loss(&self, z: &Tensor, people: &[usize], rng: &mut ChaCha8Rng) -> Result<Tensor> {
+    pub fn loss(&self, z: &Tensor, people: &[usize], rng: &mut ChaCha8Rng) -> Result<Tensor> {
         let vectors = self.codec.decode(z)?;
         self.album.loss(&self.codec.layout, &vectors, people, self.how.pictures, rng)
     }
 }
 
-fn scalar(x: &Tensor) -> Result<f64> {
+pub fn scalar(x: &Tensor) -> Result<f64> {
     Ok(f64::from(x.to_scalar::<f32>()?))
 }
 
 /// Error of the latents of the people kept apart, each from a photo: ‖x̂_0 − x_0‖² / ‖x_0‖². With a linear guess, 1
 /// is what the guess alone leaves over.
-fn validation_error(lessons: &Lessons, denoiser: &Denoiser) -> Result<f64> {
+pub fn validation_error(lessons: &Lessons, denoiser: &Denoiser) -> Result<f64> {
     let rows: Vec<u32> = lessons.validation.iter().map(|photos| photos[0]).collect();
     let (face, image) = lessons.embeddings(&rows)?;
     let (face, image) = (denoiser.stats.face.undo(&face)?, denoiser.stats.image.undo(&image)?);
@@ -529,9 +524,9 @@ fn validation_error(lessons: &Lessons, denoiser: &Denoiser) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::lora_set::tests::write_dataset;
     use crate::commands::train_lae;
     use crate::commands::train_lae::tests::{SETTINGS, args as lae_args, quiet};
+    use crate::dataset::lora_dataset::tests::write_dataset;
     use crate::identity::Identity;
     use candle_core::Device;
     use serde_json::Value;

@@ -1,25 +1,18 @@
 //! `difflora train-encoder`: the two small networks that look at portraits of the small world.
 
-mod image;
-mod judge;
-
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rand::Rng;
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::cli::Common;
-use crate::dataset::judge::NetworkConfig;
-use crate::dataset::{self, Person, Scene};
 use crate::failure::Failure;
-use crate::identity::clip::ClipVisionConfig;
+use crate::output::Output;
 use crate::output::print_line;
-use crate::picture::{Filter, Picture};
 use crate::progress;
-use crate::train::run::{End, Keeping, Plan};
+use crate::recipes::encoder::config::Settings;
+use crate::recipes::encoder::{attributes, image};
+use crate::train::trainer::{End, Keeping};
 
 /// Arguments of `difflora train-encoder`.
 ///
@@ -56,28 +49,8 @@ enum Kind {
     Judge,
 }
 
-/// The file given by `--config`.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Settings {
-    image: Recipe<ClipVisionConfig>,
-    judge: Recipe<NetworkConfig>,
-}
-
-/// How one of them is made.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Recipe<C> {
-    /// Of weights, people and scenes; no other training may use it for its people.
-    seed: u64,
-    /// Sizes of the network, as in its `config.json`.
-    model: C,
-    /// Steps, batch, rate.
-    plan: Plan,
-}
-
 /// Trains the network that was asked for.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let text =
         std::fs::read_to_string(&args.config).map_err(|error| Failure::unusable(&args.config, error))?;
     let mut settings: Settings =
@@ -101,45 +74,13 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     };
     let (end, figures) = match args.kind {
         Kind::Image => image::train(&settings.image, &keeping, &args.out)?,
-        Kind::Judge => judge::train(&settings.judge, &keeping, &args.out)?,
+        Kind::Judge => attributes::train(&settings.judge, &keeping, &args.out)?,
     };
     if let End::Paused { step } = end {
         progress::note(format_args!("{name} stops at step {step}; --resume goes on"));
     }
-    if common.json {
+    if output.json {
         print_line!("{}", json!({ "kind": name, "finished": end == End::Finished, "figures": figures }))?;
     }
     Ok(())
-}
-
-/// Number of the first person who is kept out of the training.
-const HELD_OUT: u64 = 1 << 40;
-
-/// Paints somebody as the trainings see them, one point a pixel, with the grain of the scene.
-fn paint(person: &Person, scene: &Scene, size: usize) -> Picture {
-    Picture { width: size, height: size, rgb: dataset::paint(person, scene, size, 1) }
-}
-
-/// Half of the pictures lose some sharpness: drawn portraits, and photos that were scaled, are softer than painted
-/// ones.
-fn soften(picture: Picture, rng: &mut impl Rng) -> Picture {
-    let side = picture.width;
-    if rng.random_bool(0.5) {
-        return picture;
-    }
-    let small = rng.random_range(side / 2..side);
-    picture.resize(small, small, Filter::Bicubic).resize(side, side, Filter::Bicubic)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_settings_in_the_repository_are_read() {
-        let settings: Settings = toml::from_str(include_str!("../../configs/encoder-tiny.toml")).unwrap();
-        for plan in [settings.image.plan, settings.judge.plan] {
-            plan.samples_a_shard().unwrap();
-        }
-    }
 }

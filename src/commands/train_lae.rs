@@ -9,9 +9,9 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::cli::Common;
-use crate::commands::lora_set::{FormWanted, LoraSet, Reading};
-use crate::commands::{device, train_dit};
+use crate::commands::train_dit;
+use crate::dataset::lora_dataset::{FormWanted, LoraSet, Reading};
+use crate::device;
 use crate::failure::Failure;
 use crate::hypernet::codec::{LoraCodec, blocks};
 use crate::hypernet::delta::DeltaSpace;
@@ -20,15 +20,16 @@ use crate::hypernet::pca::{EXACT, Pca};
 use crate::hypernet::rows::{Rows, Standardised};
 use crate::hypernet::stats::{Scaling, Standardise};
 use crate::lora::canonical::Canonical;
-use crate::metrics::Mean;
-use crate::model_files::save_json;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
+use crate::statistics::Mean;
 use crate::train;
-use crate::train::parallel;
-use crate::train::run::{self, End, Keeping, Plan};
+use crate::train::distributed;
 use crate::train::shards::Loss;
+use crate::train::trainer::{self, End, Keeping, Plan};
 use crate::weights::Trainable;
+use crate::weights::model_folder::save_json;
 
 /// Arguments of `difflora train-lae`.
 ///
@@ -39,31 +40,31 @@ use crate::weights::Trainable;
 pub struct Args {
     /// Folder that `build-dataset` wrote.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_DATASET")]
-    dataset: PathBuf,
+    pub dataset: PathBuf,
     /// Folder for the autoencoder; made where it is missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
-    out: PathBuf,
+    pub out: PathBuf,
     /// Sizes and recipe, as in configs/hypernet-tiny.toml.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
-    config: PathBuf,
+    pub config: PathBuf,
     /// A list of [[variant]]s, each with a `name` and what it changes in [lae], as in configs/lae-sweep-tiny.toml.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_SWEEP")]
-    sweep: Option<PathBuf>,
+    pub sweep: Option<PathBuf>,
     /// Leave out people whose files are missing.
     #[arg(long, env = "DIFFLORA_SKIP_MISSING")]
-    skip_missing: bool,
+    pub skip_missing: bool,
     /// Gigabytes of LoRAs that are kept in memory; the rest of a larger dataset is read again in each step.
     #[arg(long, value_name = "GB", default_value_t = 2.0, env = "DIFFLORA_MEMORY")]
-    memory: f64,
+    pub memory: f64,
     /// Where to compute.
     #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
-    device: String,
+    pub device: String,
     /// Go on from the last checkpoint of the same settings.
     #[arg(long, env = "DIFFLORA_RESUME")]
-    resume: bool,
+    pub resume: bool,
     /// Stop after so many minutes with a checkpoint; --resume goes on.
     #[arg(long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
-    minutes: Option<f64>,
+    pub minutes: Option<f64>,
 }
 
 impl Args {
@@ -97,36 +98,36 @@ impl Settings {
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Of weights, batches and noise.
-    seed: u64,
+    pub seed: u64,
     /// The form that the factors of each LoRA are brought to.
     #[serde(default)]
-    canonical: Canonical,
+    pub canonical: Canonical,
     /// What is taken off and divided by before the network sees a LoRA.
     #[serde(default)]
-    scaling: Scaling,
+    pub scaling: Scaling,
     /// Which network.
-    network: Network,
+    pub network: Network,
     /// What the reconstruction pays for.
     #[serde(default)]
-    distance: Distance,
+    pub distance: Distance,
     /// λ of L_WP.
-    weight_preserved: f64,
+    pub weight_preserved: f64,
     /// Weight of 1 − cos(ΔŴ, ΔW).
     #[serde(default)]
-    angle: f64,
+    pub angle: f64,
     /// σ of the noise added to the standardised weights: the encoder must not lean on single ones.
     #[serde(default)]
-    input_noise: f64,
+    pub input_noise: f64,
     /// Noise added to the latents, as a part of their RMS: near latents decode to near LoRAs.
-    latent_noise: f64,
+    pub latent_noise: f64,
     /// Steps, batch, rate.
-    plan: Plan,
+    pub plan: Plan,
 }
 
 /// [`LaeConfig`] without the length of the vectors, which the dataset decides.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-enum Network {
+pub enum Network {
     /// Closed form; nothing is trained.
     Pca { latent: usize },
     /// The paper's convolutions with a dense bottleneck.
@@ -149,7 +150,7 @@ enum Network {
 }
 
 impl Network {
-    fn config(&self, input: usize) -> LaeConfig {
+    pub fn config(&self, input: usize) -> LaeConfig {
         match self.clone() {
             Self::Pca { latent } => LaeConfig::Pca { input, latent },
             Self::Conv1dDense { latent, patch, channels } => {
@@ -166,23 +167,23 @@ impl Network {
 /// The file given by `--sweep`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Sweep {
-    variant: Vec<Variant>,
+pub struct Sweep {
+    pub variant: Vec<Variant>,
 }
 
 /// One autoencoder of a comparison.
 #[derive(Deserialize)]
-struct Variant {
+pub struct Variant {
     /// Its folder, and its row in the table.
-    name: String,
+    pub name: String,
     /// Keys of `[lae]` with other values; tables are merged key by key, except `network`.
     #[serde(flatten)]
-    changes: toml::Table,
+    pub changes: toml::Table,
 }
 
 impl Variant {
     /// `recipe` with the changes.
-    fn recipe(&self, recipe: &Recipe) -> Result<Recipe> {
+    pub fn recipe(&self, recipe: &Recipe) -> Result<Recipe> {
         let mut table = toml::Table::try_from(recipe)?;
         merge(&mut table, &self.changes);
         let wrong = |error| Failure::Usage(format!("variant `{}` of the sweep: {error}", self.name));
@@ -190,7 +191,7 @@ impl Variant {
     }
 }
 
-fn merge(table: &mut toml::Table, changes: &toml::Table) {
+pub fn merge(table: &mut toml::Table, changes: &toml::Table) {
     for (key, change) in changes {
         match (table.get_mut(key), change) {
             // A network of another kind has other keys.
@@ -205,9 +206,9 @@ fn merge(table: &mut toml::Table, changes: &toml::Table) {
 }
 
 /// Trains, saves and reports.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let recipe = Settings::read(&args.config)?.lae;
-    parallel::join()?;
+    distributed::join()?;
     let how = How {
         device: device::open(&args.device)?,
         resume: args.resume,
@@ -220,7 +221,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     };
     let Some(path) = &args.sweep else {
         let Some(report) = make(&recipe, &open(&recipe)?, &args.out, &how)? else { return Ok(()) };
-        if common.json {
+        if output.json {
             print_line!("{report}")?;
         } else {
             print_report(&report)?;
@@ -249,13 +250,13 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         set = Some(opened);
         reports.extend(report.map(|report| (name.clone(), report)));
     }
-    if !parallel::leads() {
+    if !distributed::leads() {
         return Ok(());
     }
     let table: Value =
         reports.iter().map(|(name, report)| json!({ "name": name, "report": report })).collect();
     save_json(&args.out.join("sweep.json"), &table)?;
-    if common.json {
+    if output.json {
         print_line!("{table}")?;
     } else {
         print_table(&reports)?;
@@ -264,23 +265,23 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
 }
 
 /// The report of a variant that was finished with the same recipe.
-fn finished(out: &Path, recipe: &Recipe) -> Option<Value> {
+pub fn finished(out: &Path, recipe: &Recipe) -> Option<Value> {
     let report: Value =
         serde_json::from_slice(&std::fs::read(out.join("training/report.json")).ok()?).ok()?;
     (report["finished"] == true && report["recipe"] == serde_json::to_value(recipe).ok()?).then_some(report)
 }
 
 /// What is the same for all autoencoders of a call.
-struct How {
-    device: Device,
-    resume: bool,
-    deadline: Option<Instant>,
+pub struct How {
+    pub device: Device,
+    pub resume: bool,
+    pub deadline: Option<Instant>,
 }
 
 /// One autoencoder in `out`, and its report. Of a group only the first process writes them, and the others have none.
-fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Option<Value>> {
+pub fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Option<Value>> {
     let training = out.join("training");
-    if parallel::leads() {
+    if distributed::leads() {
         std::fs::create_dir_all(&training)
             .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
     }
@@ -294,7 +295,7 @@ fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Option<
     let start = Instant::now();
     let (codec, end) = train(recipe, set, &how.device, &keeping)?;
     let seconds = start.elapsed().as_secs_f64();
-    if !parallel::leads() {
+    if !distributed::leads() {
         return Ok(None);
     }
     // Half precision: its error is a thousandth of what the autoencoder leaves out.
@@ -309,7 +310,7 @@ fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Option<
 }
 
 /// The autoencoder with averaged weights.
-fn train(recipe: &Recipe, set: &LoraSet, device: &Device, keeping: &Keeping) -> Result<(LoraCodec, End)> {
+pub fn train(recipe: &Recipe, set: &LoraSet, device: &Device, keeping: &Keeping) -> Result<(LoraCodec, End)> {
     let vectors = &set.train.vectors;
     let config = recipe.network.config(vectors.width());
     check_people(recipe, &config, vectors.count())?;
@@ -335,7 +336,7 @@ fn train(recipe: &Recipe, set: &LoraSet, device: &Device, keeping: &Keeping) -> 
 }
 
 /// Refuses a dataset that is too small for the recipe.
-fn check_people(recipe: &Recipe, config: &LaeConfig, people: usize) -> Result<()> {
+pub fn check_people(recipe: &Recipe, config: &LaeConfig, people: usize) -> Result<()> {
     if let Some((patch, components)) = config.start()
         && components >= people
     {
@@ -357,7 +358,7 @@ fn check_people(recipe: &Recipe, config: &LaeConfig, people: usize) -> Result<()
 }
 
 /// Gradient descent on `device` from `start`, or a random one; the rows are read by the CPU.
-fn descend(
+pub fn descend(
     recipe: &Recipe,
     config: &LaeConfig,
     set: &LoraSet,
@@ -405,12 +406,12 @@ fn descend(
         Ok(Loss { value: total, parts })
     };
     let settings = json!({ "lae": recipe, "dataset": set.stamp, "people": x.count() });
-    let (end, ema) = run::run(plan, &settings, keeping, &vars, loss, |_, _| Ok(()))?;
+    let (end, ema) = trainer::run(plan, &settings, keeping, &vars, loss, |_, _| Ok(()))?;
     Ok((ema.averages().clone(), end))
 }
 
 /// What the autoencoder keeps of the LoRAs of people held out, in ΔW and in the weights.
-fn report(codec: &LoraCodec, set: &LoraSet, end: End, seconds: f64) -> Result<Value> {
+pub fn report(codec: &LoraCodec, set: &LoraSet, end: End, seconds: f64) -> Result<Value> {
     let device = codec.device();
     let space = DeltaSpace::new(&codec.layout, device)?;
     let mean = mean_row(codec, set)?.to_device(device)?;
@@ -448,20 +449,20 @@ fn report(codec: &LoraCodec, set: &LoraSet, end: End, seconds: f64) -> Result<Va
 }
 
 /// The mean LoRA (1, P), whatever the scaling takes off.
-fn mean_row(codec: &LoraCodec, set: &LoraSet) -> Result<Tensor> {
+pub fn mean_row(codec: &LoraCodec, set: &LoraSet) -> Result<Tensor> {
     let whole = Standardise::of(&set.train.vectors, &[codec.lae.config().input()], Scaling::Element)?;
     Ok(whole.mean().unsqueeze(0)?)
 }
 
 /// Errors among the smallest quarter of the standardised weights of each person, the next, and so on.
 #[derive(Default)]
-struct Quarters {
+pub struct Quarters {
     /// Σ (x − x̂)² and Σ x².
-    sums: [(f64, f64); 4],
+    pub sums: [(f64, f64); 4],
 }
 
 impl Quarters {
-    fn add(&mut self, guess: &Tensor, truth: &Tensor) -> Result<()> {
+    pub fn add(&mut self, guess: &Tensor, truth: &Tensor) -> Result<()> {
         for (guess, truth) in guess.to_vec2::<f32>()?.iter().zip(truth.to_vec2::<f32>()?) {
             let mut pairs: Vec<(f32, f32)> = truth.into_iter().zip(guess.iter().copied()).collect();
             pairs.sort_unstable_by(|a, b| a.0.abs().total_cmp(&b.0.abs()));
@@ -476,19 +477,19 @@ impl Quarters {
         Ok(())
     }
 
-    fn by_magnitude(&self) -> Vec<f64> {
+    pub fn by_magnitude(&self) -> Vec<f64> {
         self.sums.iter().map(|(error, power)| error / power.max(f64::MIN_POSITIVE)).collect()
     }
 
     /// Σ‖x̂ − x‖² / Σ‖x‖² over all weights.
-    fn relative_error(&self) -> f64 {
+    pub fn relative_error(&self) -> f64 {
         let (error, power) = self.sums.iter().fold((0.0, 0.0), |all, one| (all.0 + one.0, all.1 + one.1));
         error / f64::max(power, f64::MIN_POSITIVE)
     }
 }
 
 /// `mean ± half of the interval`.
-fn interval(value: &Value) -> String {
+pub fn interval(value: &Value) -> String {
     let mean = value["mean"].as_f64().unwrap_or(f64::NAN);
     match value["half_width"].as_f64() {
         Some(half) => format!("{mean:.3} ± {half:.3}"),
@@ -496,12 +497,12 @@ fn interval(value: &Value) -> String {
     }
 }
 
-fn quarters(report: &Value) -> String {
+pub fn quarters(report: &Value) -> String {
     let numbers = report["relative_error_by_magnitude"].as_array().into_iter().flatten();
     numbers.map(|value| format!("{:.2}", value.as_f64().unwrap_or(f64::NAN))).collect::<Vec<_>>().join(" ")
 }
 
-fn print_report(report: &Value) -> Result<()> {
+pub fn print_report(report: &Value) -> Result<()> {
     print_line!(
         "{} values in {}: {:.0} times smaller; {} LoRAs to learn from, {} held out",
         report["parameters"],
@@ -528,7 +529,7 @@ fn print_report(report: &Value) -> Result<()> {
     Ok(())
 }
 
-fn print_table(reports: &[(String, Value)]) -> Result<()> {
+pub fn print_table(reports: &[(String, Value)]) -> Result<()> {
     let widest = reports.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     print_line!(
         "{:widest$}  {:>6}  {:>7}  {:>15}  {:>15}  {:>15}  {:>15}  {:>23}  {:>7}",
@@ -560,12 +561,12 @@ fn print_table(reports: &[(String, Value)]) -> Result<()> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use crate::commands::*;
-    use crate::lora_set::tests::write_dataset;
-    use crate::model_files::ModelFiles;
+    use super::*;
+    use crate::dataset::lora_dataset::tests::write_dataset;
+    use crate::weights::model_folder::ModelFiles;
 
     /// Settings for the dataset of [`write_dataset`], whose LoRAs have four dimensions.
-    pub(in crate::commands) const SETTINGS: &str = r#"
+    pub const SETTINGS: &str = r#"
         [lae]
         seed = 1
         network = { kind = "conv1d_dense", latent = 4, patch = 8, channels = 2 }
@@ -589,7 +590,7 @@ pub(super) mod tests {
     "#;
 
     /// Arguments with the files of a folder.
-    pub(in crate::commands) fn args(folder: &Path, settings: &str) -> Args {
+    pub fn args(folder: &Path, settings: &str) -> Args {
         std::fs::write(folder.join("settings.toml"), settings).unwrap();
         Args {
             dataset: folder.join("dataset"),
@@ -604,12 +605,12 @@ pub(super) mod tests {
         }
     }
 
-    pub(in crate::commands) fn quiet() -> Common {
-        Common { json: true, quiet: true, verbose: false }
+    pub fn quiet() -> Output {
+        Output { json: true, quiet: true, verbose: false }
     }
 
     #[test]
-    fn an_autoencoder_is_trained_that_restores_the_loras_of_new_people() {
+    pub fn an_autoencoder_is_trained_that_restores_the_loras_of_new_people() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 40);
         run(args(folder.path(), SETTINGS), &quiet()).unwrap();
@@ -625,7 +626,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_paused_training_goes_on_to_the_same_weights() {
+    pub fn a_paused_training_goes_on_to_the_same_weights() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 40);
         let weights = || std::fs::read(folder.path().join("lae/lae.safetensors")).unwrap();
@@ -638,7 +639,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_dataset_larger_than_the_memory_gives_the_same_autoencoder() {
+    pub fn a_dataset_larger_than_the_memory_gives_the_same_autoencoder() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 40);
         let weights = |memory| {
@@ -649,7 +650,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn every_option_of_the_recipe_trains_and_opens_again() {
+    pub fn every_option_of_the_recipe_trains_and_opens_again() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 40);
         let settings = SETTINGS.replacen(
@@ -674,7 +675,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_sweep_makes_all_variants_and_a_table() {
+    pub fn a_sweep_makes_all_variants_and_a_table() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 40);
         let sweep = folder.path().join("sweep.toml");
@@ -710,7 +711,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_checkpoint_of_another_recipe_is_refused_with_what_differs() {
+    pub fn a_checkpoint_of_another_recipe_is_refused_with_what_differs() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 40);
         run(Args { minutes: Some(0.0), ..args(folder.path(), SETTINGS) }, &quiet()).unwrap();
@@ -720,7 +721,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn too_few_people_for_the_batch_are_refused() {
+    pub fn too_few_people_for_the_batch_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 20);
         let error = run(args(folder.path(), SETTINGS), &quiet()).unwrap_err();
@@ -728,7 +729,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn latents_longer_than_the_dataset_are_refused() {
+    pub fn latents_longer_than_the_dataset_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(&folder.path().join("dataset"), 20);
         let error = run(args(folder.path(), &SETTINGS.replace("latent = 4", "latent = 24")), &quiet());
@@ -736,7 +737,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_settings_in_the_repository_are_read() {
+    pub fn the_settings_in_the_repository_are_read() {
         let settings: Settings = toml::from_str(include_str!("../../configs/hypernet-tiny.toml")).unwrap();
         settings.lae.plan.samples_a_shard().unwrap();
         let sweep: Sweep = toml::from_str(include_str!("../../configs/lae-sweep-tiny.toml")).unwrap();

@@ -1,13 +1,5 @@
 //! `difflora train-lora`: a folder of one person's pictures → LoRA (DreamBooth); or many people, a LoRA each.
 
-mod class_pictures;
-mod classroom;
-mod learner;
-mod lessons;
-mod metadata;
-mod samples;
-mod settings;
-
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
@@ -15,25 +7,25 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::json;
 
-use crate::cli::Common;
-use crate::commands::device::{self, Precision};
-use crate::commands::dreambooth::adapters;
-use crate::commands::dreambooth::draws::Timesteps;
-use crate::commands::dreambooth::{Networks, Targets};
 use crate::commands::models;
-use crate::commands::train_lora::classroom::{Person, Queue, Room};
-use crate::commands::train_lora::lessons::{Encoders, Lessons, Scaling};
-use crate::commands::train_lora::samples::Easel;
-use crate::commands::train_lora::settings::{Crop, LossScale, Settings};
+use crate::device::{self, Precision};
 use crate::failure::Failure;
 use crate::files;
 use crate::identity::FaceEncoder;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::picture::pictures_in;
 use crate::progress;
+use crate::recipes::dreambooth::batch_trainer::{Person, Queue, Room};
+use crate::recipes::dreambooth::config::{Crop, LossScale, Settings};
+use crate::recipes::dreambooth::data_order::Timesteps;
+use crate::recipes::dreambooth::image_dataset::{Encoders, Lessons, Scaling};
+use crate::recipes::dreambooth::lockstep::{Networks, Targets};
+use crate::recipes::dreambooth::previews::Easel;
+use crate::recipes::dreambooth::{class_images, image_dataset, targets};
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::unet::UNetConfig;
-use crate::train::schedule::Decay;
+use crate::train::lr_schedule::Decay;
 use crate::train::shards::in_threads;
 
 /// Arguments of `difflora train-lora`.
@@ -45,150 +37,150 @@ use crate::train::shards::in_threads;
 pub struct Args {
     /// Folder of pictures of one person.
     #[arg(value_name = "PICTURES", required_unless_present = "many")]
-    pictures: Option<PathBuf>,
+    pub pictures: Option<PathBuf>,
     /// Folder of people, each a folder of pictures, instead of one person's pictures.
     #[arg(long, value_name = "DIR", conflicts_with = "pictures", env = "DIFFLORA_MANY")]
-    many: Option<PathBuf>,
+    pub many: Option<PathBuf>,
     /// People who share each forward pass of the frozen base.
     #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_PEOPLE_PER_BATCH")]
-    people_per_batch: u32,
+    pub people_per_batch: u32,
     /// With --many: groups of people that train at the same time, a thread each. For small bases as many as there are
     /// cores; with 1, each operation uses all cores.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_GROUPS")]
-    groups: u32,
+    pub groups: u32,
     /// LoRA to write; with --many a folder, for PERSON.safetensors each.
     #[arg(long, value_name = "FILE.safetensors|DIR", env = "DIFFLORA_OUT")]
-    out: PathBuf,
+    pub out: PathBuf,
     /// A preset (tiny, sdxl-dreambooth) or a TOML file like those in configs/, which may name a preset that it changes:
     /// preset = "tiny". By itself the preset that fits the base.
     #[arg(long, value_name = "NAME|FILE", env = "DIFFLORA_CONFIG")]
-    config: Option<PathBuf>,
+    pub config: Option<PathBuf>,
     /// The model that the LoRA is for.
     #[arg(long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
-    base: String,
+    pub base: String,
     #[command(flatten)]
-    base_options: models::BaseOptions,
+    pub base_options: models::BaseOptions,
     /// Where to compute.
     #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
-    device: String,
+    pub device: String,
     /// Go on from the state that an interrupted run left.
     #[arg(long, env = "DIFFLORA_RESUME")]
-    resume: bool,
+    pub resume: bool,
     #[command(flatten)]
-    options: Options,
+    pub options: Options,
 }
 
 /// Options that change the settings.
 #[derive(Debug, clap::Args)]
-struct Options {
+pub struct Options {
     /// What the person is.
     #[arg(long, value_name = "WORD", env = "DIFFLORA_CLASS_WORD")]
-    class_word: Option<String>,
+    pub class_word: Option<String>,
     /// A rare word that calls the person; without it the class word does.
     #[arg(long, value_name = "WORD", env = "DIFFLORA_TRIGGER")]
-    trigger: Option<String>,
+    pub trigger: Option<String>,
     /// Caption of pictures without a text beside them; {} stands for trigger and class word.
     #[arg(long, value_name = "TEXT", env = "DIFFLORA_TEMPLATE")]
-    template: Option<String>,
+    pub template: Option<String>,
     /// Rank of every layer.
     #[arg(long, value_name = "R", env = "DIFFLORA_RANK")]
-    rank: Option<usize>,
+    pub rank: Option<usize>,
     /// The LoRA is scaled by alpha / rank; the rank where it is not given.
     #[arg(long, value_name = "F", env = "DIFFLORA_ALPHA")]
-    alpha: Option<f64>,
+    pub alpha: Option<f64>,
     /// Which layers are adapted.
     #[arg(long, value_enum, env = "DIFFLORA_TARGETS")]
-    targets: Option<Targets>,
+    pub targets: Option<Targets>,
     /// Train `up` alone and leave `down` as the seed draws it, so that LoRAs of one seed can be compared.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FREEZE_A")]
-    freeze_a: Option<bool>,
+    pub freeze_a: Option<bool>,
     /// Train LoRAs of both text encoders too.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_TEXT_ENCODERS")]
-    text_encoders: Option<bool>,
+    pub text_encoders: Option<bool>,
     /// Steps of the optimiser.
     #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
-    steps: Option<u64>,
+    pub steps: Option<u64>,
     /// Steps for each picture of a person, instead of the same number for all.
     #[arg(long, value_name = "N", env = "DIFFLORA_STEPS_PER_PICTURE")]
-    steps_per_picture: Option<u64>,
+    pub steps_per_picture: Option<u64>,
     /// Samples of a forward pass.
     #[arg(long, value_name = "N", env = "DIFFLORA_BATCH")]
-    batch: Option<usize>,
+    pub batch: Option<usize>,
     /// Forward passes of a step.
     #[arg(long, value_name = "N", env = "DIFFLORA_ACCUMULATE")]
-    accumulate: Option<u64>,
+    pub accumulate: Option<u64>,
     /// The highest learning rate.
     #[arg(long, value_name = "F", env = "DIFFLORA_LR")]
-    lr: Option<f64>,
+    pub lr: Option<f64>,
     /// Likewise for the text encoders.
     #[arg(long, value_name = "F", env = "DIFFLORA_TEXT_ENCODER_LR")]
-    text_encoder_lr: Option<f64>,
+    pub text_encoder_lr: Option<f64>,
     /// The way of the learning rate after the warm-up.
     #[arg(long, value_enum, env = "DIFFLORA_LR_SCHEDULE")]
-    lr_schedule: Option<Decay>,
+    pub lr_schedule: Option<Decay>,
     /// Steps of linear growth of the learning rate.
     #[arg(long, value_name = "N", env = "DIFFLORA_WARMUP")]
-    warmup: Option<u64>,
+    pub warmup: Option<u64>,
     /// AdamW's weight decay.
     #[arg(long, value_name = "F", env = "DIFFLORA_WEIGHT_DECAY")]
-    weight_decay: Option<f64>,
+    pub weight_decay: Option<f64>,
     /// Longest gradient; 0 for no bound.
     #[arg(long, value_name = "F", env = "DIFFLORA_CLIP")]
-    clip: Option<f64>,
+    pub clip: Option<f64>,
     /// Decay of the average of the weights that becomes the LoRA; 0 for the weights themselves.
     #[arg(long, value_name = "F", env = "DIFFLORA_EMA")]
-    ema: Option<f64>,
+    pub ema: Option<f64>,
     /// Pixels on a side; the base's own where it is not given.
     #[arg(long, value_name = "PX", env = "DIFFLORA_RESOLUTION")]
-    resolution: Option<usize>,
+    pub resolution: Option<usize>,
     /// What of a picture is shown: the square in the middle, a random square, or nearly all in one of many proportions.
     #[arg(long, value_enum, env = "DIFFLORA_CROP")]
-    crop: Option<Crop>,
+    pub crop: Option<Crop>,
     /// Mirror each picture every other time, at random.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FLIP")]
-    flip: Option<bool>,
+    pub flip: Option<bool>,
     /// Change brightness, contrast and saturation by up to this part.
     #[arg(long, value_name = "F", env = "DIFFLORA_COLOUR")]
-    colour: Option<f64>,
+    pub colour: Option<f64>,
     /// How timesteps are drawn.
     #[arg(long, value_enum, env = "DIFFLORA_TIMESTEPS")]
-    timesteps: Option<Timesteps>,
+    pub timesteps: Option<Timesteps>,
     /// γ of min-SNR weighting (the paper's is 5); 0 for none.
     #[arg(long, value_name = "F", env = "DIFFLORA_MIN_SNR_GAMMA")]
-    min_snr_gamma: Option<f64>,
+    pub min_snr_gamma: Option<f64>,
     /// Noise that all pixels of a channel share, as a part of the noise.
     #[arg(long, value_name = "F", env = "DIFFLORA_NOISE_OFFSET")]
-    noise_offset: Option<f64>,
+    pub noise_offset: Option<f64>,
     /// Folder of class pictures for prior preservation; those that are missing are drawn by the base.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_CLASS_PICTURES")]
-    class_pictures: Option<PathBuf>,
+    pub class_pictures: Option<PathBuf>,
     /// How many class pictures; 100 where only their folder is given.
     #[arg(long, value_name = "N", env = "DIFFLORA_NUM_CLASS_PICTURES")]
-    num_class_pictures: Option<u64>,
+    pub num_class_pictures: Option<u64>,
     /// What class pictures show; the template with the class word alone where it is not given.
     #[arg(long, value_name = "TEXT", env = "DIFFLORA_CLASS_PROMPT")]
-    class_prompt: Option<String>,
+    pub class_prompt: Option<String>,
     /// Weight of the class pictures.
     #[arg(long, value_name = "F", env = "DIFFLORA_PRIOR_WEIGHT")]
-    prior_weight: Option<f64>,
+    pub prior_weight: Option<f64>,
     /// Number type of the frozen weights; the LoRA itself is trained in f32. On a CPU they are widened as they are used.
     #[arg(long, value_enum, env = "DIFFLORA_DTYPE")]
-    dtype: Option<Precision>,
+    pub dtype: Option<Precision>,
     /// Factor on the loss against underflow of f16 gradients on a GPU: none, dynamic, or a number.
     #[arg(long, value_name = "none|dynamic|F", env = "DIFFLORA_LOSS_SCALE")]
-    loss_scale: Option<LossScale>,
+    pub loss_scale: Option<LossScale>,
     /// Steps between checkpoints.
     #[arg(long, value_name = "N", env = "DIFFLORA_CHECKPOINT_EVERY")]
-    checkpoint_every: Option<u64>,
+    pub checkpoint_every: Option<u64>,
     /// Draw a contact sheet every N steps; 0 for none.
     #[arg(long, value_name = "N", env = "DIFFLORA_SAMPLE_EVERY")]
-    sample_every: Option<u64>,
+    pub sample_every: Option<u64>,
     /// What the sheets show, a row each; the template's caption where it is not given.
     #[arg(long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_SAMPLE_PROMPT")]
-    sample_prompt: Vec<String>,
+    pub sample_prompt: Vec<String>,
     /// Of the start, the order of pictures, timesteps and noise.
     #[arg(long, env = "DIFFLORA_SEED")]
-    seed: Option<u64>,
+    pub seed: Option<u64>,
 }
 
 impl Args {
@@ -199,7 +191,7 @@ impl Args {
 }
 
 /// Trains the LoRAs and writes them.
-pub fn run(args: Args, common: &Common) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let base_files = models::find_base(&args.base, &args.base_options)?;
     let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
     let small = base_files.config::<UNetConfig>("unet/config.json")?.sample_size <= SMALL_LATENTS;
@@ -232,7 +224,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
         Networks { unet: model.outline()?.unet, text: settings.lora.text_encoders.then(|| text.clone()) };
     let rank = settings.lora.rank;
     let sites = |networks: &Networks| {
-        adapters::sites(networks, settings.lora.targets, rank).map_err(|error| usage(format!("{error:#}")))
+        targets::sites(networks, settings.lora.targets, rank).map_err(|error| usage(format!("{error:#}")))
     };
     sites(&networks)?; // names and shapes are enough to refuse a rank before anything long begins
 
@@ -244,7 +236,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     if let (true, Some(easel)) = (prior, &easel) {
         let folder =
             class_folder.ok_or_else(|| usage("class pictures need a folder: --class-pictures DIR".into()))?;
-        class_pictures::complete(folder, &model, &text, easel, &settings)?;
+        class_images::complete(folder, &model, &text, easel, &settings)?;
     }
     let sample_prompts = match &settings.samples.prompts[..] {
         [] => vec![settings.caption()],
@@ -256,7 +248,7 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let encoders = Encoders { vae, text, device: device.clone() };
     let class = match class_folder.filter(|_| prior) {
         Some(folder) => {
-            let mut pictures = lessons::read_pictures(folder, &settings.class_prompt())?;
+            let mut pictures = image_dataset::read_pictures(folder, &settings.class_prompt())?;
             pictures.truncate(settings.objective.class_pictures as usize);
             Some(Lessons::new(pictures, &settings, side, &encoders)?)
         }
@@ -274,8 +266,8 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     networks.unet = model.load_unet()?;
     networks.visit_layers(&mut |_, mut layer| layer.set_adapter(None));
     let sites = sites(&networks)?;
-    let downs = adapters::random_downs(&sites, rank, settings.seed)?;
-    let weight_norm = adapters::weight_norm(&networks, &sites)?;
+    let downs = targets::random_downs(&sites, rank, settings.seed)?;
+    let weight_norm = targets::weight_norm(&networks, &sites)?;
     let half = networks.unet.compute_dtype() == DType::F16;
     let room = Room {
         networks,
@@ -302,14 +294,14 @@ pub fn run(args: Args, common: &Common) -> Result<()> {
     let groups = if alone { 1 } else { args.groups as usize };
     in_threads(groups, |_| room.teach(&queue, seats, &bar))?;
     bar.finish_and_clear();
-    report(&args, common, &queue)
+    report(&args, output, &queue)
 }
 
 /// Side of the latents up to which a base is a small one, for which the preset `tiny` is made.
-const SMALL_LATENTS: usize = 32;
+pub const SMALL_LATENTS: usize = 32;
 
 /// Who is to be learnt, and where each LoRA goes.
-fn people(args: &Args) -> Result<Vec<Person>> {
+pub fn people(args: &Args) -> Result<Vec<Person>> {
     let make = |folder: &Path| {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))
     };
@@ -321,7 +313,7 @@ fn people(args: &Args) -> Result<Vec<Person>> {
     };
     let people = match (&args.many, &args.pictures) {
         (Some(folder), _) => {
-            let folders = lessons::people_in(folder)?;
+            let folders = image_dataset::people_in(folder)?;
             make(&args.out)?;
             let out = |folder: &Path| {
                 let mut name = folder.file_name().unwrap_or_default().to_os_string();
@@ -343,9 +335,9 @@ fn people(args: &Args) -> Result<Vec<Person>> {
 }
 
 /// Says what was made; with failures among many people, the error that names them.
-fn report(args: &Args, common: &Common, queue: &Queue) -> Result<()> {
+pub fn report(args: &Args, output: &Output, queue: &Queue) -> Result<()> {
     let (done, failed) = queue.results();
-    if common.json {
+    if output.json {
         let loras: Vec<_> = done
             .iter()
             .map(|(lora, pictures, loss)| json!({ "lora": lora, "pictures": pictures, "loss": loss }))
@@ -367,7 +359,7 @@ fn report(args: &Args, common: &Common, queue: &Queue) -> Result<()> {
 
 impl Options {
     /// Puts what was given over `settings`.
-    fn apply(&self, settings: &mut Settings) {
+    pub fn apply(&self, settings: &mut Settings) {
         fn set<T: Clone>(to: &mut T, from: &Option<T>) {
             if let Some(value) = from {
                 *to = value.clone();

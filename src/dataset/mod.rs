@@ -1,14 +1,4 @@
-//! The small world: procedural people with captions, made to train small models and to judge them.
+//! A folder of LoRAs, one a person: the training set of the hypernetwork.
 
-pub mod augment;
-mod captions;
-pub mod judge;
-mod people;
-mod portraits;
-
-pub use captions::{CaptionOptions, caption, identity_words, vocabulary};
-pub use people::{
-    Beard, Colour, Expression, EyeColour, Facing, Glasses, HairColour, HairStyle, Hat, Identity, Person,
-    Scene, Style,
-};
-pub use portraits::paint;
+pub mod latents;
+pub mod lora_dataset;

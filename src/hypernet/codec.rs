@@ -13,8 +13,8 @@ use super::{Config, FORMAT, ModelId, Weights, write_tensors};
 use crate::lora::Lora;
 use crate::lora::canonical::{Canonical, Form};
 use crate::lora::layout::LoraLayout;
-use crate::model_files::{ModelFiles, save_json};
 use crate::weights::frozen;
+use crate::weights::model_folder::{ModelFiles, save_json};
 
 /// A trained autoencoder with what its vectors mean. `train-lae` writes one, a hypernetwork contains one.
 #[derive(Clone, Debug)]

@@ -196,7 +196,7 @@ impl Denoiser {
 
     pub(super) fn open(
         config: &DenoiserConfig,
-        files: &crate::model_files::ModelFiles,
+        files: &crate::weights::model_folder::ModelFiles,
         device: &Device,
     ) -> Result<Self> {
         let networks = files.load("", "dit", DType::F32, device, |vb| Networks::new(config, vb))?;

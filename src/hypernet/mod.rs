@@ -39,7 +39,7 @@ use crate::identity::Identity;
 use crate::lora::Lora;
 use crate::lora::canonical::Canonical;
 use crate::lora::layout::LoraLayout;
-use crate::model_files::{ModelFiles, save_json};
+use crate::weights::model_folder::{ModelFiles, save_json};
 
 /// The whole of it: a person goes in, a LoRA comes out.
 #[derive(Clone, Debug)]

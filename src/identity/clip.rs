@@ -14,8 +14,8 @@ use super::portrait::{blank_background, portrait_crop};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear, compute_dtype,
 };
-use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS};
 use crate::picture::{Filter, Picture};
+use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS};
 
 /// Picture and face → unit vector of what the person looks like, the second condition of the hypernetwork.
 #[derive(Clone, Debug)]
@@ -412,8 +412,8 @@ mod tests {
     use candle_core::DType;
 
     use super::*;
-    use crate::model_files::{save_component, save_json};
     use crate::weights::Trainable;
+    use crate::weights::model_folder::{save_component, save_json};
 
     #[test]
     fn an_image_encoder_opens_from_its_folder_and_gives_unit_vectors() {

@@ -182,7 +182,7 @@ impl Detector {
     /// Name and SHA-256 of the ONNX file, for the record.
     pub fn provenance(&self) -> (&str, String) {
         match &self.0 {
-            Kind::Yunet(_) => ("yunet-2023mar", crate::hashes::of_bytes(YUNET)),
+            Kind::Yunet(_) => ("yunet-2023mar", crate::weights::sha256::of_bytes(YUNET)),
             Kind::Scrfd(network, _) => (network.name(), network.sha256()),
         }
     }

@@ -12,6 +12,7 @@ pub mod detect;
 pub mod one_person;
 pub mod onnx;
 pub mod onnx_header;
+pub mod photos;
 pub mod portrait;
 pub mod quality;
 pub mod recognise;

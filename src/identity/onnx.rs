@@ -13,7 +13,7 @@ use rten::{Model, NodeId, ValueView};
 
 use super::onnx_header::Header;
 use crate::failure::Failure;
-use crate::hashes;
+use crate::weights::sha256;
 
 /// A network from an ONNX file with one picture-like input.
 pub struct Network {
@@ -65,7 +65,7 @@ impl Network {
         };
         let shape_fits = input.shape.len() == 4 && input.shape[1].is_none_or(|channels| channels == 3);
         ensure!(shape_fits, "its input is {input}, wanted a picture [B, 3, height, width]");
-        let sha256 = hashes::of_bytes(&bytes);
+        let sha256 = sha256::of_bytes(&bytes);
         let model = Model::load(bytes).map_err(|error| anyhow!("it cannot be run: {error}"))?;
         let input = model.node_id(&input.name)?;
         let output_names: Vec<String> = header.outputs.iter().map(|output| output.name.clone()).collect();
@@ -106,7 +106,7 @@ impl Network {
     /// SHA-256 of the ONNX file in lower-case hex digits.
     pub fn sha256(&self) -> String {
         match &self.weights {
-            Weights::Embedded(bytes) => hashes::of_bytes(bytes),
+            Weights::Embedded(bytes) => sha256::of_bytes(bytes),
             Weights::File { sha256 } => sha256.clone(),
         }
     }

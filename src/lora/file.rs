@@ -14,12 +14,12 @@ use candle_core::{CpuStorage, DType, Tensor};
 use safetensors::tensor::View;
 
 use super::change::{Change, Changes, Form, Magnitude, Matrix};
-use super::header::{Entry, Header, Storage};
 use super::keys::{self, BlockLayout, Key, Part};
 use super::{Lora, LoraError, listed_for_user};
 use crate::failure::Failure;
-use crate::hashes;
 use crate::progress;
+use crate::weights::header::{Entry, Header, Storage};
+use crate::weights::sha256;
 
 /// How the keys of a file are spelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -451,7 +451,7 @@ pub fn changes_to_bytes(changes: &Changes, format: Format, layout: &BlockLayout)
         data.extend_from_slice(&View::data(tensor));
     }
     let mut metadata = described(changes, format);
-    metadata.insert("modelspec.hash_sha256".to_string(), format!("0x{}", hashes::of_bytes(&data)));
+    metadata.insert("modelspec.hash_sha256".to_string(), format!("0x{}", sha256::of_bytes(&data)));
     let mut bytes = Header::of(metadata, entries).to_bytes();
     bytes.extend(data);
     Ok(bytes)
@@ -657,7 +657,7 @@ mod tests {
         let bytes = to_bytes(&lora, Format::Kohya, &BlockLayout::default())?;
         let header = u64::from_le_bytes(bytes[..8].try_into()?) as usize;
         let (again, _) = from_bytes(&bytes, &BlockLayout::default())?;
-        let hash = format!("0x{}", hashes::of_bytes(&bytes[8 + header..]));
+        let hash = format!("0x{}", sha256::of_bytes(&bytes[8 + header..]));
         assert_eq!(again.metadata["modelspec.hash_sha256"], hash);
         assert_eq!(again.metadata["ss_network_dim"], "2");
         Ok(())

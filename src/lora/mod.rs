@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 pub mod file;
-pub mod header;
 pub mod keys;
 
 pub mod change;
@@ -199,7 +198,7 @@ pub enum LoraError {
     },
     /// A file that is damaged or no safetensors.
     #[error(transparent)]
-    Header(#[from] header::HeaderError),
+    Header(#[from] crate::weights::header::HeaderError),
     /// A module that has no name in a file format.
     #[error("layer `{module}` has no name in {format} files")]
     NoName {

@@ -8,8 +8,8 @@ use candle_core::DType;
 use serde::Serialize;
 
 use super::file::{self, AdapterAlphas};
-use super::header::{Entry, Header};
 use super::keys::{BlockLayout, Part};
+use crate::weights::header::{Entry, Header};
 
 /// The facts about a file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]

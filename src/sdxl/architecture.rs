@@ -7,7 +7,7 @@ use super::single_file::Shapes;
 use super::text::ClipTextConfig;
 use super::unet::UNetConfig;
 use super::vae::VaeConfig;
-use crate::model_files::ModelFiles;
+use crate::weights::model_folder::ModelFiles;
 
 /// Fails unless the configs of a diffusers folder are those of an SDXL whose parts fit each other.
 ///

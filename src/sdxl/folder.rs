@@ -11,7 +11,7 @@ use super::text::ClipTextConfig;
 use super::unet::UNetConfig;
 use super::vae::VaeConfig;
 use crate::files::write_whole;
-use crate::model_files::{DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, save_component, save_json};
+use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, save_component, save_json};
 
 /// Weights by their names in diffusers or transformers.
 pub type Weights = BTreeMap<String, Tensor>;
@@ -104,8 +104,8 @@ mod tests {
     use super::super::unet::UNet;
     use super::super::vae::Vae;
     use super::*;
-    use crate::model_files::{ModelFiles, WeightType};
     use crate::weights::Trainable;
+    use crate::weights::model_folder::{ModelFiles, WeightType};
 
     /// Random weights for a network, by name.
     fn random<T>(seed: u64, build: impl FnOnce(candle_nn::VarBuilder) -> Result<T>) -> Weights {

@@ -4,6 +4,7 @@ pub mod architecture;
 mod blocks;
 pub mod counts;
 pub mod folder;
+pub mod infotext;
 pub mod pipeline;
 pub mod preview;
 pub mod single_file;
@@ -12,4 +13,4 @@ pub mod tokenizer;
 pub mod unet;
 pub mod vae;
 
-pub use crate::model_files as files;
+pub use crate::weights::model_folder as files;

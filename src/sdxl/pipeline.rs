@@ -10,8 +10,8 @@ use super::{architecture, counts};
 pub use crate::diffusion::sampler::Sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
 use crate::layers::{Visit, compute_dtype};
-use crate::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, WeightType};
 use crate::picture::Picture;
+use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, WeightType};
 
 /// Text encoders, UNet, VAE and schedule of one model.
 #[derive(Clone)]

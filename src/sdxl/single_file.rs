@@ -25,10 +25,10 @@ use serde_json::{Map, Value, json};
 use super::architecture;
 use super::tokenizer::clip_vocabulary;
 use crate::failure::Failure;
-use crate::lora::header::Header;
 use crate::lora::keys::{self, BlockLayout};
-use crate::model_files::{Assembled, Form, ModelFiles, Place};
 use crate::progress;
+use crate::weights::header::Header;
+use crate::weights::model_folder::{Assembled, Form, ModelFiles, Place};
 
 const UNET: &str = "model.diffusion_model.";
 const VAE: &str = "first_stage_model.";

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Layer, LayerNorm, Linear, Visit, compute_dtype,
 };
-use crate::model_files::{ModelFiles, TRANSFORMERS_WEIGHTS, WeightType};
+use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, WeightType};
 
 use super::tokenizer::ClipTokenizer;
 

@@ -22,7 +22,7 @@ use tokenizers::{
     PreTokenizedString, PreTokenizer, SplitDelimiterBehavior, Tokenizer, TruncationParams,
 };
 
-use crate::model_files::ModelFiles;
+use crate::weights::model_folder::ModelFiles;
 
 const BOS: &str = "<|startoftext|>";
 const EOS: &str = "<|endoftext|>";

@@ -32,7 +32,7 @@ const KEY: &str = "training";
 
 /// Writes the state after `step` steps; `parts` are groups of tensors, each with a name of its own.
 ///
-/// The old file stays readable until the new one is whole. Of a [`parallel`](crate::train::parallel) group only the first
+/// The old file stays readable until the new one is whole. Of a [`parallel`](crate::train::distributed) group only the first
 /// process writes; all read.
 pub fn save<S: Serialize>(
     path: &Path,
@@ -40,7 +40,7 @@ pub fn save<S: Serialize>(
     settings: &S,
     parts: &[(&str, BTreeMap<String, Tensor>)],
 ) -> Result<()> {
-    if !crate::train::parallel::leads() {
+    if !crate::train::distributed::leads() {
         return Ok(());
     }
     let header = serde_json::to_string(&Header { step, settings: serde_json::to_value(settings)? })?;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 
-use crate::train::optimiser::blend;
+use crate::train::adamw::blend;
 
 /// The average of named variables.
 pub struct Ema {

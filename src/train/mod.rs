@@ -4,16 +4,16 @@
 //! A step draws everything that is random from [`rng`] of the run's seed and the step's number, so that a run
 //! that was stopped and resumed is the run that never stopped.
 
+pub mod adamw;
 pub mod checkpoint;
+pub mod distributed;
 pub mod ema;
 pub mod log;
+pub mod lr_schedule;
 #[cfg(feature = "nccl")]
 mod nccl;
-pub mod optimiser;
-pub mod parallel;
-pub mod run;
-pub mod schedule;
 pub mod shards;
+pub mod trainer;
 
 use candle_core::{Device, Shape, Tensor};
 use rand::{Rng, SeedableRng};

@@ -1,4 +1,4 @@
-//! The mean of gradients over the GPUs of a [`Group`](crate::train::parallel::Group) by NCCL: end to end in one all-reduce, in the
+//! The mean of gradients over the GPUs of a [`Group`](crate::train::distributed::Group) by NCCL: end to end in one all-reduce, in the
 //! stream that computed them, so that nothing is copied to the CPU and nothing is waited for.
 //!
 //! NCCL's calls have no time limit. A process that has gone is noticed where the group exchanges the loss, before each

@@ -12,8 +12,8 @@ use anyhow::{Result, anyhow};
 use candle_core::{Device, Tensor, Var};
 
 use crate::layers::backward;
-use crate::train::optimiser::blend;
-use crate::train::parallel;
+use crate::train::adamw::blend;
+use crate::train::distributed;
 
 /// Gradients by the name of their variable.
 pub type Gradients = BTreeMap<String, Tensor>;
@@ -61,7 +61,7 @@ pub fn gradients(
             gradients,
         })
     };
-    let group = parallel::group();
+    let group = distributed::group();
     let own = group.map_or(Ok(0..shards), |group| group.own_shards(shards))?;
     let shards = own.len();
     let mut total = None;

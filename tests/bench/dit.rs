@@ -10,8 +10,8 @@ use difflora::diffusion::schedule::NoiseSchedule;
 use difflora::hypernet::diffusion_of_latents;
 use difflora::hypernet::dit::{Dit, DitConfig, DitSize, Position};
 use difflora::hypernet::mixer::{Mixer, MixerConfig, MixerKind};
+use difflora::train::adamw::{AdamW, AdamWOptions};
 use difflora::train::ema::Ema;
-use difflora::train::optimiser::{AdamW, AdamWOptions};
 use difflora::train::shards::gradients;
 use difflora::weights::{Trainable, frozen};
 

@@ -9,8 +9,8 @@ use difflora::commands::models;
 use difflora::diffusion::noise::normal;
 use difflora::lora::change::{Change, Changes, Form, Magnitude};
 use difflora::lora::file::{self, Format};
-use difflora::model_files::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use difflora::sdxl::pipeline::Sdxl;
+use difflora::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use serde_json::Value;
 
 use crate::Run;
@@ -438,7 +438,7 @@ fn one_file_and_a_folder_are_merged_alike_and_compared_with_each_other() {
     let by_hand =
         (original.to_dtype(DType::F32).unwrap() + by_hand).unwrap().to_dtype(original.dtype()).unwrap();
     assert_eq!(far(&by_hand, &a["text_encoder_2/encoder.layers.0.self_attn.k_proj.weight"]), 0.0);
-    let header = difflora::lora::header::Header::read(&mut fs::File::open(&file_out).unwrap()).unwrap();
+    let header = difflora::weights::header::Header::read(&mut fs::File::open(&file_out).unwrap()).unwrap();
     assert_eq!(header.metadata["difflora.merged"], "lora.safetensors:0.5");
     assert_eq!(header.metadata["format"], "pt");
 
@@ -575,15 +575,15 @@ fn gen_tells_what_each_lora_is_and_records_where_its_own_comes_from() {
     let quiet = ok(&[&arguments[..], &["--quiet"]].concat());
     assert!(!quiet.stderr.contains("note: LoRA"), "{}", quiet.stderr);
 
-    let header = difflora::lora::header::Header::read(&mut fs::File::open(&own).unwrap()).unwrap();
+    let header = difflora::weights::header::Header::read(&mut fs::File::open(&own).unwrap()).unwrap();
     let mut files = Vec::new();
     for file in ["config.json", "lae.safetensors", "dit.safetensors", "stats.safetensors"] {
         files.extend(models::built_in("hypernet").unwrap().read(file).unwrap().iter());
     }
-    assert_eq!(header.metadata["difflora.hypernet_sha256"], difflora::hashes::of_bytes(&files));
+    assert_eq!(header.metadata["difflora.hypernet_sha256"], difflora::weights::sha256::of_bytes(&files));
     assert_eq!(
         header.metadata["difflora.reference_sha256"],
-        difflora::hashes::of_file(Path::new(photo)).unwrap()
+        difflora::weights::sha256::of_file(Path::new(photo)).unwrap()
     );
     assert_eq!(header.metadata["modelspec.resolution"], "64x64");
     for key in ["hypernet", "base_sha256", "face_encoder", "face_encoder_sha256", "identity_seed", "version"]

@@ -8,7 +8,7 @@ use difflora::hypernet::dit::{Dit, DitConfig, Position};
 use difflora::hypernet::lae::{self, CorrectionConfig, Distance, Lae, LaeConfig, Nonlinearity, Norm, Stage};
 use difflora::hypernet::mixer::{Mixer, MixerConfig, MixerKind};
 use difflora::hypernet::ridge::Ridge;
-use difflora::train::optimiser::{AdamW, AdamWOptions};
+use difflora::train::adamw::{AdamW, AdamWOptions};
 use difflora::train::shards::gradients;
 use difflora::weights::Trainable;
 

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
 use clap::ValueEnum;
-use difflora::model_files::ModelFiles;
 use difflora::picture::Picture;
 use difflora::sdxl::pipeline::{Drawing, Sampler, Sdxl, Sizes, Tiling};
+use difflora::weights::model_folder::ModelFiles;
 use serde::Deserialize;
 
 use crate::golden::{Golden, assert_close};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor, Var};
 use difflora::layers::Adapter;
 use difflora::sdxl::unet::{UNet, UNetConfig};
-use difflora::train::optimiser::{AdamW, AdamWOptions};
+use difflora::train::adamw::{AdamW, AdamWOptions};
 use difflora::train::shards::Gradients;
 use difflora::weights;
 

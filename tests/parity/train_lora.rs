@@ -4,17 +4,17 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use difflora::commands::dreambooth::adapters::sites;
-use difflora::commands::dreambooth::objective::{Batch, Objective, Words, gradients};
-use difflora::commands::dreambooth::{Networks, Student, Targets};
 use difflora::commands::models;
 use difflora::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
 use difflora::lora::change::Form;
+use difflora::recipes::dreambooth::lockstep::{Networks, Student, Targets};
+use difflora::recipes::dreambooth::loss::{Batch, Objective, Words, gradients};
+use difflora::recipes::dreambooth::targets::sites;
 use difflora::sdxl::text::{ClipTextConfig, ClipTextModel, TextEncoders};
 use difflora::sdxl::tokenizer::ClipTokenizer;
 use difflora::sdxl::unet::UNet;
-use difflora::train::optimiser::AdamWOptions;
-use difflora::train::run::State;
+use difflora::train::adamw::AdamWOptions;
+use difflora::train::trainer::State;
 use difflora::weights;
 use serde_json::Value;
 

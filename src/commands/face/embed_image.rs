@@ -6,9 +6,10 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::commands::face::{Encoder, Pictures, print_json, short_names, tell_several, write_vectors};
-use crate::commands::{models, photos::Photos};
+use crate::commands::models;
 use crate::files;
 use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};
+use crate::identity::photos::Photos;
 use crate::output::print_line;
 
 /// Embeddings of an image encoder instead of a face encoder's.

@@ -6,18 +6,18 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use crate::cli::Common;
 use crate::commands::r#gen::Args;
 use crate::commands::r#gen::loras::{Chosen, apply_to_text, apply_to_unet};
-use crate::commands::r#gen::settings::Settings;
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::files;
 use crate::hypernet::ModelId;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::picture::Picture;
 use crate::progress;
 use crate::progress::Stage;
+use crate::sdxl::infotext::Settings;
 use crate::sdxl::pipeline::{Denoiser, Drawing, Sampler, Sizes, Step, Unloaded, decode};
 use crate::sdxl::preview::LatentColours;
 use crate::sdxl::text::TextConditioning;
@@ -76,7 +76,7 @@ pub(super) fn draw(
     base: &ModelId,
     loras: &[Chosen],
     paths: &[PathBuf],
-    common: &Common,
+    output: &Output,
 ) -> Result<Value> {
     let (prompts, negative) = encode(args, model, loras)?;
     let mut vae = None;
@@ -138,7 +138,7 @@ pub(super) fn draw(
         picture.save(path, (!args.no_metadata).then_some(&text))?;
         let mut told = settings.to_json();
         told["file"] = json!(path);
-        if common.json {
+        if output.json {
             files::write_whole(&path.with_extension("json"), format!("{told:#}\n").as_bytes())?;
         } else {
             bar.suspend(|| print_line!("picture {}", path.display()))?;

@@ -6,11 +6,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::commands::device::Precision;
 use crate::commands::r#gen::{Args, LoraMode};
 use crate::commands::models;
+use crate::device::Precision;
 use crate::failure::Failure;
-use crate::hashes;
 use crate::layers::Visit;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
 use crate::lora::change::Changes;
@@ -18,24 +17,25 @@ use crate::lora::file;
 use crate::lora::report::Report;
 use crate::lora::strength::Strength;
 use crate::lora::{Lora, LoraError, listed_for_user};
-use crate::model_files::ModelFiles;
 use crate::progress;
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::text::TextEncoders;
 use crate::sdxl::unet::UNet;
+use crate::weights::model_folder::ModelFiles;
+use crate::weights::sha256;
 
 /// A LoRA with its name, strength and short hash, for the picture's text.
-pub(super) struct Chosen {
-    pub(super) name: String,
-    pub(super) strength: Strength,
-    pub(super) hash: String,
-    pub(super) changes: Changes,
+pub(crate) struct Chosen {
+    pub(crate) name: String,
+    pub(crate) strength: Strength,
+    pub(crate) hash: String,
+    pub(crate) changes: Changes,
     /// What the file is.
-    pub(super) report: Report,
+    pub(crate) report: Report,
 }
 
 /// The person's LoRA and those of `--lora`.
-pub(super) fn chosen_loras(args: &Args, person: Option<&Lora>, base: &ModelFiles) -> Result<Vec<Chosen>> {
+pub(crate) fn chosen_loras(args: &Args, person: Option<&Lora>, base: &ModelFiles) -> Result<Vec<Chosen>> {
     let layout = models::block_layout(base)?;
     let mut chosen = Vec::new();
     if let Some(lora) = person {
@@ -63,7 +63,7 @@ pub(super) fn chosen_loras(args: &Args, person: Option<&Lora>, base: &ModelFiles
 ///
 /// # Errors
 /// [`Failure::Unusable`] for a LoRA that is not; [`Failure::Usage`] for one that cannot change the prompt alone.
-pub(super) fn check_loras(model: &Unloaded, chosen: &[Chosen], args: &Args) -> Result<Value> {
+pub(crate) fn check_loras(model: &Unloaded, chosen: &[Chosen], args: &Args) -> Result<Value> {
     if chosen.is_empty() {
         return Ok(json!([]));
     }
@@ -96,7 +96,7 @@ pub(super) fn check_loras(model: &Unloaded, chosen: &[Chosen], args: &Args) -> R
 }
 
 /// Puts the LoRAs into the UNet.
-pub(super) fn apply_to_unet(unet: &mut UNet, chosen: &[Chosen], args: &Args) -> Result<()> {
+pub(crate) fn apply_to_unet(unet: &mut UNet, chosen: &[Chosen], args: &Args) -> Result<()> {
     let loras = in_order(chosen);
     if args.dtype == Precision::F32 {
         apply::widen(|visit| unet.visit_layers(visit), &loras)?;
@@ -120,7 +120,7 @@ pub(super) fn apply_to_unet(unet: &mut UNet, chosen: &[Chosen], args: &Args) -> 
 }
 
 /// Puts the LoRAs into the text encoders. A prompt's batch is one, so these have no halves.
-pub(super) fn apply_to_text(text: &mut TextEncoders, chosen: &[Chosen], args: &Args) -> Result<()> {
+pub(crate) fn apply_to_text(text: &mut TextEncoders, chosen: &[Chosen], args: &Args) -> Result<()> {
     let loras = in_order(chosen);
     if args.dtype == Precision::F32 {
         apply::widen(|visit| text.visit_layers(visit), &loras)?;
@@ -153,7 +153,7 @@ fn in_order(chosen: &[Chosen]) -> Vec<(&Changes, Strength)> {
 /// change it (`modules/hashes.py`, `addnet_hash_safetensors`).
 fn lora_hash(bytes: &[u8]) -> String {
     let header = bytes.first_chunk::<8>().map_or(0, |length| u64::from_le_bytes(*length) as usize);
-    hashes::of_bytes(bytes.get(header.saturating_add(8)..).unwrap_or(bytes))
+    sha256::of_bytes(bytes.get(header.saturating_add(8)..).unwrap_or(bytes))
 }
 
 #[cfg(test)]
@@ -165,6 +165,6 @@ mod tests {
         let file =
             |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"data"].concat();
         assert_eq!(lora_hash(&file("{}")), lora_hash(&file("{\"__metadata__\": {}}")));
-        assert_eq!(lora_hash(&file("{}")), hashes::of_bytes(b"data"));
+        assert_eq!(lora_hash(&file("{}")), sha256::of_bytes(b"data"));
     }
 }

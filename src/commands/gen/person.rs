@@ -9,21 +9,21 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::commands::face::open_encoder;
-use crate::commands::functional::{Refinement, refine};
 use crate::commands::r#gen::Args;
 use crate::commands::models;
-use crate::commands::photos::Photos;
 use crate::failure::Failure;
-use crate::hashes;
 use crate::hypernet::{Config, DenoiserConfig, Hypernet, ModelId, SampleOptions, mixture};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
+use crate::identity::photos::Photos;
 use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
 use crate::lora::{Lora, TRIGGER_PHRASE};
-use crate::model_files::ModelFiles;
 use crate::picture::Picture;
 use crate::progress::{self, Stage};
+use crate::recipes::dreambooth::functional_loss::{Refinement, refine};
 use crate::sdxl::pipeline::Sdxl;
+use crate::weights::model_folder::ModelFiles;
+use crate::weights::sha256;
 
 /// Photos → identities → latent → LoRA for a `base` that draws `size` pixels across, and what is worth telling of it.
 pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Device) -> Result<(Lora, Value)> {
@@ -174,7 +174,7 @@ fn hypernet_sha256(files: &ModelFiles) -> Result<String> {
     for file in ["config.json", "lae.safetensors", "dit.safetensors", "stats.safetensors"] {
         hash.update(files.read(file)?);
     }
-    Ok(hashes::in_hex(hash))
+    Ok(sha256::in_hex(hash))
 }
 
 /// What one photo tells.
@@ -248,7 +248,7 @@ fn look_at(
         Ok(Reference {
             face: faces.embed(picture, chosen)?,
             image: images.embed(picture, chosen)?,
-            sha256: hashes::of_file(path)?,
+            sha256: sha256::of_file(path)?,
             faces: search.faces.len(),
             chosen: chosen.clone(),
             quality: Quality::of(picture, chosen, &search.faces),

@@ -7,15 +7,15 @@ use anyhow::Result;
 use candle_core::{DType, Tensor};
 use serde_json::json;
 
-use crate::cli::Common;
 use crate::commands::lora::{COMPONENTS, module_of, summary, write};
 use crate::commands::models;
 use crate::lora::change::{Change, Changes, Form};
 use crate::lora::edit;
 use crate::lora::file::Format;
 use crate::lora::{listed, listed_for_user};
-use crate::model_files::ModelFiles;
+use crate::output::Output;
 use crate::progress;
+use crate::weights::model_folder::ModelFiles;
 
 /// How the difference is stored.
 pub(super) struct Wanted {
@@ -33,7 +33,7 @@ pub(super) fn run(
     after: &ModelFiles,
     out: &Path,
     wanted: &Wanted,
-    common: &Common,
+    output: &Output,
 ) -> Result<()> {
     let layout = models::block_layout(before)?;
     let mut changes = Changes::default();
@@ -118,7 +118,7 @@ pub(super) fn run(
     let mut told = summary(&kept);
     told["biases_and_norms"] = json!(whole);
     told["left_out"] = json!(left_out);
-    write(out, &changes, wanted.format, &layout, common, told)
+    write(out, &changes, wanted.format, &layout, output, told)
 }
 
 /// A name under which two models agree.

@@ -14,16 +14,16 @@ use candle_core::Tensor;
 use safetensors::tensor::View;
 use serde_json::json;
 
-use crate::cli::Common;
 use crate::commands::lora::{COMPONENTS, Given, module_of, tell};
 use crate::failure::Failure;
 use crate::files;
 use crate::lora::apply;
 use crate::lora::change::Change;
-use crate::lora::header::{Entry, Header, Storage};
 use crate::lora::{LoraError, listed_for_user};
-use crate::model_files::{Form, ModelFiles};
+use crate::output::Output;
 use crate::progress;
+use crate::weights::header::{Entry, Header, Storage};
+use crate::weights::model_folder::{Form, ModelFiles};
 
 /// Writes `base` with all `loras`, whose reading began at `begin`, to `out`: a folder for a folder, a file for a file.
 pub(super) fn run(
@@ -31,7 +31,7 @@ pub(super) fn run(
     loras: &[Given],
     begin: Instant,
     out: &Path,
-    common: &Common,
+    output: &Output,
 ) -> Result<()> {
     let read = begin.elapsed();
     check_target(base, out)?;
@@ -60,14 +60,14 @@ pub(super) fn run(
     }
     let kind = if matches!(base, ModelFiles::Assembled(_)) { "file" } else { "folder" };
     let mut told = json!({ kind: out, "modules": matched });
-    if common.json {
+    if output.json {
         let lora = |lora: &Given| json!({ "file": lora.path, "weight": lora.weight, "modules": lora.changes.modules.len() });
         told["loras"] = loras.iter().map(lora).collect();
         // Reading the LoRAs, adding them up in memory, and all of it with reading and writing of the model.
         let [loras, merging, all] = [read, spent, begin.elapsed()].map(|time| time.as_secs_f64());
         told["seconds"] = json!({ "loras": loras, "merging": merging, "all": all });
     }
-    tell(&told, common)
+    tell(&told, output)
 }
 
 /// The result of a file is a file, that of a folder a new folder.

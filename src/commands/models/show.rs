@@ -3,9 +3,9 @@
 use anyhow::Result;
 use serde_json::json;
 
-use crate::cli::Common;
 use crate::commands::models::{BaseOptions, find_base};
 use crate::failure::Failure;
+use crate::output::Output;
 use crate::output::print_line;
 use crate::sdxl::architecture;
 use crate::sdxl::counts::{self, Cost};
@@ -32,7 +32,7 @@ pub struct Args {
 }
 
 /// Prints the table.
-pub fn run(args: &Args, common: &Common) -> Result<()> {
+pub fn run(args: &Args, output: &Output) -> Result<()> {
     let files = find_base(&args.base, &args.options)?;
     architecture::require_sdxl(&files)?;
     let unet: UNetConfig = files.config("unet/config.json")?;
@@ -65,7 +65,7 @@ pub fn run(args: &Args, common: &Common) -> Result<()> {
     ];
     let parameters: u64 = parts.iter().map(|(_, cost)| cost.parameters).sum();
 
-    if common.json {
+    if output.json {
         let part = |(name, cost): &(&str, Cost)| {
             json!({
                 "part": name,

@@ -1,0 +1,20 @@
+//! The file that `train-base --config` takes.
+
+use serde::{Deserialize, Serialize};
+
+use super::{unet, vae};
+use crate::synthetic::image_set;
+
+/// The file given by `--config`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Of weights, batches and noise.
+    pub seed: u64,
+    /// What is painted to learn from.
+    pub pictures: image_set::Settings,
+    /// Sizes and recipe of the VAE.
+    pub vae: vae::Settings,
+    /// Sizes and recipe of UNet and text encoders.
+    pub unet: unet::Settings,
+}

@@ -1,0 +1,164 @@
+//! The first stage: a VAE that keeps faces sharp enough to be told apart.
+//!
+//! The encoder is set in closed form (see [`crate::recipes::base::patch_pca`]); the decoder is trained to undo it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use rand::Rng;
+use rand::seq::index;
+use serde::{Deserialize, Serialize};
+
+use crate::picture::{Picture, contact_sheet};
+use crate::progress;
+use crate::recipes::base::patch_pca::Patches;
+use crate::sdxl::vae::{Vae, VaeConfig};
+use crate::synthetic::image_set::{self, Gallery};
+use crate::train;
+use crate::train::shards::Loss;
+use crate::train::trainer::{self, End, Keeping, Plan};
+use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, save_component};
+use crate::weights::{self, Trainable};
+
+/// Sizes and recipe of the VAE.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// `vae/config.json`; the scaling factor is measured.
+    pub model: VaeConfig,
+    /// Standard deviation of the noise that is added to latents, so that the decoder forgives a denoiser's errors.
+    pub noise: f64,
+    /// Weight of the absolute error of the differences between neighbouring pixels.
+    pub edges: f64,
+    /// Steps between sheets of pictures.
+    pub sheet_every: u64,
+    /// Steps, batch, rate.
+    pub plan: Plan,
+}
+
+/// What decides the VAE: a checkpoint of other settings is refused.
+#[derive(Serialize)]
+struct Recipe<'a> {
+    seed: u64,
+    pictures: &'a image_set::Settings,
+    vae: &'a Settings,
+}
+
+/// Trains the VAE and writes it to `out`/vae.
+pub fn train(
+    all: &crate::recipes::base::config::Settings,
+    gallery: &mut Gallery,
+    keeping: &Keeping,
+    out: &Path,
+) -> Result<End> {
+    let settings = &all.vae;
+    gallery.paint()?;
+    let gallery = &*gallery;
+    let trainable = Trainable::new(all.seed);
+    let vae = Vae::new(&settings.model, trainable.builder(&Device::Cpu))?;
+    let mut vars = trainable.vars();
+    let patches = Patches::fit(&gallery.sample(2048)?, settings.model.latent_channels)?;
+    patches.write(&settings.model, &vars)?;
+    progress::note(format_args!("the latents keep {:.2} % of the variance of a patch", 100.0 * patches.kept));
+    let set: BTreeMap<String, Tensor> = vars
+        .iter()
+        .map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach())))
+        .collect::<Result<_>>()?;
+    let encoder = Vae::new(
+        &settings.model,
+        weights::frozen(set.clone().into_iter().collect(), DType::F32, &Device::Cpu),
+    )?;
+    vars.retain(|name, _| name.starts_with("decoder.") || name.starts_with("post_quant_conv."));
+
+    let recipe = Recipe { seed: all.seed, pictures: &all.pictures, vae: settings };
+    let shown = gallery.strangers(16)?;
+    let samples = settings.plan.samples_a_shard()?;
+    let loss = |step: u64, shard: usize| {
+        let mut rng = train::rng(all.seed, step * settings.plan.shards as u64 + shard as u64);
+        let numbers = index::sample(&mut rng, gallery.len(), samples).into_vec();
+        loss(&encoder, &vae, settings, &gallery.batch(&numbers)?, &mut rng)
+    };
+    let (end, ema) = trainer::run(&settings.plan, &recipe, keeping, &vars, loss, |step, ema| {
+        if step % settings.sheet_every == 0 {
+            let path = keeping.folder.join(format!("vae-{step:06}.png"));
+            ema.averaged(|| sheet(&vae, &shown)?.save(&path, None))?;
+        }
+        Ok(())
+    })?;
+    if end == End::Finished {
+        let mut weights = set;
+        weights.extend(ema.averages().clone());
+        finish(&settings.model, gallery, &weights, out)?;
+    }
+    Ok(end)
+}
+
+/// Absolute error of the reconstruction and of its edges. `x` (B, 3, H, W) in [−1, 1].
+fn loss(encoder: &Vae, vae: &Vae, settings: &Settings, x: &Tensor, rng: &mut impl Rng) -> Result<Loss> {
+    let (mean, _) = encoder.encode(x)?;
+    let z = (&mean + (train::normal(rng, mean.shape(), mean.device())? * settings.noise)?)?;
+    let error = (vae.decode(&z)? - x)?;
+    let mut value = error.abs()?.mean_all()?;
+    let mut parts = vec![("l1", number(&value)?)];
+    if settings.edges > 0.0 {
+        let difference = |axis: usize| -> Result<Tensor> {
+            let length = error.dim(axis)? - 1;
+            Ok((error.narrow(axis, 1, length)? - error.narrow(axis, 0, length)?)?.abs()?.mean_all()?)
+        };
+        let edges = (difference(2)? + difference(3)?)?;
+        parts.push(("edges", number(&edges)?));
+        value = (value + (edges * settings.edges)?)?;
+    }
+    Ok(Loss { value, parts })
+}
+
+fn number(x: &Tensor) -> Result<f64> {
+    Ok(f64::from(x.to_scalar::<f32>()?))
+}
+
+/// Measures the scale of the latents, writes the model and says how well it reconstructs strangers.
+fn finish(
+    config: &VaeConfig,
+    gallery: &Gallery,
+    average: &BTreeMap<String, Tensor>,
+    out: &Path,
+) -> Result<()> {
+    let tensors = average.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+    let vae = Vae::new(config, weights::frozen(tensors, DType::F32, &Device::Cpu))?;
+    let count = 1024.min(gallery.len());
+    let stride = gallery.len() / count;
+    let mut latents = Vec::new();
+    for numbers in (0..count).map(|i| i * stride).collect::<Vec<_>>().chunks(64) {
+        latents.push(vae.encode(&gallery.batch(numbers)?)?.0);
+    }
+    let latents = Tensor::cat(&latents, 0)?.flatten_all()?;
+    let centre = number(&latents.mean(0)?)?;
+    let deviation = number(&(latents - centre)?.sqr()?.mean(0)?)?.sqrt();
+    let config = VaeConfig { scaling_factor: 1.0 / deviation, force_upcast: false, ..config.clone() };
+    save_component(out, "vae", DIFFUSERS_WEIGHTS, &config.to_json(), average, DType::F16)?;
+    let x = gallery.strangers(64)?;
+    let error =
+        (vae.decode(&vae.encode(&x)?.0)?.clamp(-1f32, 1f32)? - &x)?.sqr()?.flatten_from(1)?.mean(1)?;
+    let psnr =
+        error.to_vec1::<f32>()?.iter().map(|mse| 10.0 * (4.0 / f64::from(*mse)).log10()).sum::<f64>() / 64.0;
+    progress::note(format_args!(
+        "the VAE reconstructs strangers at {psnr:.2} dB; latents have mean {centre:.2} and deviation {deviation:.2}"
+    ));
+    Ok(())
+}
+
+/// Pictures above what comes back. `x` (B, 3, H, W).
+fn sheet(vae: &Vae, x: &Tensor) -> Result<Picture> {
+    let pictures = |x: &Tensor| -> Result<Vec<Picture>> {
+        (0..x.dim(0)?).map(|i| Picture::from_tensor(&x.get(i)?.clamp(-1f32, 1f32)?)).collect()
+    };
+    let (before, after) = (pictures(x)?, pictures(&vae.decode(&vae.encode(x)?.0)?)?);
+    let rows: Vec<Vec<&Picture>> = before
+        .chunks(8)
+        .zip(after.chunks(8))
+        .flat_map(|(before, after)| [before.iter().collect(), after.iter().collect()])
+        .collect();
+    Ok(contact_sheet(&rows, 128, 2))
+}

@@ -1,0 +1,84 @@
+//! The best weights so far, by the error on people kept apart; beside the checkpoint, so that a run that goes on
+//! knows them.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
+use serde_json::Value;
+
+use crate::commands::train_dit::Validation;
+use crate::progress;
+use crate::train::checkpoint;
+use crate::train::ema::Ema;
+use crate::train::log::Log;
+use crate::train::trainer::Keeping;
+
+/// Looks at the averages now and then and keeps the best. Does nothing without a [`Validation`].
+pub struct Best<'a> {
+    validation: Option<&'a Validation>,
+    settings: &'a Value,
+    /// `NAME.best.safetensors`
+    path: PathBuf,
+    log: Option<Log>,
+    /// Step and error of the weights in the file.
+    best: Option<(u64, f64)>,
+}
+
+impl<'a> Best<'a> {
+    /// Takes up what a run that goes on had found.
+    pub fn open(validation: Option<&'a Validation>, keeping: &Keeping, settings: &'a Value) -> Result<Self> {
+        let path = keeping.folder.join(format!("{}.best.safetensors", keeping.name));
+        let mut best = None;
+        let mut log = None;
+        if validation.is_some() {
+            if keeping.resume && path.exists() {
+                let saved = checkpoint::load(&path, settings)?;
+                let error = saved.part("validation").remove("error").context("no error in it")?;
+                best = Some((saved.step, error.to_scalar::<f64>()?));
+            }
+            // Lines behind the checkpoint are written once more, with the same figures.
+            let after = best.map_or(0, |(step, _)| step);
+            log = Some(Log::open(&keeping.folder.join(format!("{}.validation.jsonl", keeping.name)), after)?);
+        }
+        Ok(Self { validation, settings, path, log, best })
+    }
+
+    /// After step `step`: looks when it is time, and says whether to go on.
+    pub fn look(
+        &mut self,
+        step: u64,
+        ema: &Ema,
+        error: impl FnOnce() -> Result<f64>,
+    ) -> Result<ControlFlow<()>> {
+        let Some(validation) = self.validation.filter(|validation| step.is_multiple_of(validation.every))
+        else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        let error = error()?;
+        if let Some(log) = &mut self.log {
+            log.write(step, &[("error", error)])?;
+        }
+        if self.best.is_none_or(|(_, least)| error < least) {
+            let figure = BTreeMap::from([("error".to_string(), Tensor::new(error, &Device::Cpu)?)]);
+            let parts = [("average", ema.averages().clone()), ("validation", figure)];
+            checkpoint::save(&self.path, step, self.settings, &parts)?;
+            self.best = Some((step, error));
+        }
+        let since = self.best.map_or(0, |(best, _)| step.saturating_sub(best)) / validation.every;
+        let enough = validation.patience > 0 && since >= validation.patience;
+        Ok(if enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+
+    /// The best averages; none where there was no look.
+    pub fn averages(&self) -> Result<Option<BTreeMap<String, Tensor>>> {
+        let Some((step, error)) = self.best else { return Ok(None) };
+        progress::note(format_args!(
+            "the weights after step {step} are kept: error {error:.4} on the people kept apart"
+        ));
+        let saved = checkpoint::load(&self.path, self.settings)?;
+        Ok(Some(saved.part("average").into_iter().collect()))
+    }
+}

@@ -1,0 +1,382 @@
+//! How a LoRA is trained: a preset, over it a TOML file, over that the command line.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::device::Precision;
+use crate::failure::Failure;
+use crate::recipes::dreambooth::data_order::Timesteps;
+use crate::recipes::dreambooth::lockstep::Targets;
+use crate::train::adamw::AdamWOptions;
+use crate::train::lr_schedule::{Decay, Schedule};
+
+/// The presets, by the name that `--config` takes.
+pub const PRESETS: [(&str, &str); 2] = [
+    ("tiny", include_str!("../../../configs/train-lora-tiny.toml")),
+    ("sdxl-dreambooth", include_str!("../../../configs/train-lora-sdxl-dreambooth.toml")),
+];
+
+/// Everything that decides a LoRA besides base and pictures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Of the start, the order of pictures, timesteps and noise.
+    pub seed: u64,
+    /// What is trained.
+    pub lora: Factors,
+    /// What is asked of it.
+    pub objective: Objective,
+    /// What it is shown.
+    pub pictures: Pictures,
+    /// How it is brought there.
+    pub training: Training,
+    /// Pictures along the way.
+    pub samples: Samples,
+}
+
+/// The LoRA's factors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Factors {
+    /// R of every layer.
+    pub rank: usize,
+    /// ΔW is scaled by alpha / R; R where it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// Which layers.
+    pub targets: Targets,
+    /// `down` stays as the seed draws it.
+    pub freeze_a: bool,
+    /// The text encoders get a LoRA too.
+    pub text_encoders: bool,
+}
+
+/// The loss.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Objective {
+    /// How timesteps are drawn.
+    pub timesteps: Timesteps,
+    /// γ of min-SNR; 0 for none.
+    pub min_snr_gamma: f64,
+    /// Noise that all pixels of a channel share, as a part of the noise.
+    pub noise_offset: f64,
+    /// Class pictures for prior preservation; 0 for none.
+    pub class_pictures: u64,
+    /// What class pictures show; `template` with the class word alone where it is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class_prompt: Option<String>,
+    /// λ, their weight.
+    pub prior_weight: f64,
+}
+
+/// The pictures and their captions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pictures {
+    /// What the person is.
+    pub class_word: String,
+    /// A rare word that calls the person; empty for none.
+    pub trigger: String,
+    /// The caption of pictures without a text beside them; `{}` stands for trigger and class word.
+    pub template: String,
+    /// Pixels on a side; 0 for the base's own. With buckets, the side of the square of equal area.
+    pub resolution: usize,
+    /// What of a picture is shown.
+    pub crop: Crop,
+    /// Each picture mirrored every other time, at random.
+    pub flip: bool,
+    /// Brightness, contrast and saturation change by up to this part.
+    pub colour: f64,
+    /// Which latents stand for a picture.
+    pub latents: Latents,
+    /// What SDXL is told of sizes and crops.
+    pub sizes: ToldSizes,
+}
+
+/// What of a picture is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Crop {
+    /// The largest square in the middle.
+    Center,
+    /// A square at another place each time.
+    Random,
+    /// Nearly all: sizes of equal area in many proportions, each pass with pictures of one.
+    Buckets,
+}
+
+/// Which latents stand for a picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Latents {
+    /// The mean of the VAE's distribution.
+    Mean,
+    /// Another sample of it each time, as in diffusers.
+    Sample,
+}
+
+/// What SDXL is told of sizes and crops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ToldSizes {
+    /// The size of the file, what was cut off, and the size that is trained on.
+    Picture,
+    /// The size that is trained on, and no crop.
+    Target,
+}
+
+/// Steps and optimiser.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// Steps of the optimiser.
+    pub steps: u64,
+    /// Where it is not 0, each person has so many steps for each of the person's pictures instead.
+    pub steps_per_picture: u64,
+    /// Samples of a forward pass.
+    pub batch: usize,
+    /// Forward passes of a step.
+    pub accumulate: u64,
+    /// The highest learning rate.
+    pub lr: f64,
+    /// Likewise for the text encoders.
+    pub text_encoder_lr: f64,
+    /// The way from the highest rate to the last step.
+    pub schedule: Decay,
+    /// Steps of linear growth at the start.
+    pub warmup: u64,
+    /// The last rate as a part of the highest.
+    pub floor: f64,
+    /// β₁ and β₂ of AdamW.
+    pub betas: [f64; 2],
+    /// ε of AdamW.
+    pub eps: f64,
+    /// λ of AdamW.
+    pub weight_decay: f64,
+    /// Longest gradient; 0 for no bound.
+    pub clip: f64,
+    /// Decay of the average of the weights that becomes the LoRA; 0 for the weights themselves.
+    pub ema: f64,
+    /// Number type of the frozen weights.
+    pub dtype: Precision,
+    /// Factor on the loss against underflow of 16-bit gradients.
+    pub loss_scale: LossScale,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+}
+
+/// Factor on the loss. It counts where f16 is computed in, on GPUs; on the CPU 16-bit weights are widened.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", untagged)]
+pub enum LossScale {
+    /// Always the same.
+    Static(f64),
+    /// By a rule.
+    Rule(ScaleRule),
+}
+
+/// How the factor is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScaleRule {
+    /// 1.
+    None,
+    /// From 65536 on: halved when a gradient overflows (the step is left out), doubled after 2000 good steps, as
+    /// PyTorch's `GradScaler`.
+    Dynamic,
+}
+
+impl std::str::FromStr for LossScale {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match (text, text.parse::<f64>()) {
+            ("none", _) => Ok(Self::Rule(ScaleRule::None)),
+            ("dynamic", _) => Ok(Self::Rule(ScaleRule::Dynamic)),
+            (_, Ok(factor)) if factor > 0.0 && factor.is_finite() => Ok(Self::Static(factor)),
+            _ => Err("write none, dynamic, or a factor above 0".into()),
+        }
+    }
+}
+
+/// Pictures along the way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Samples {
+    /// Steps between them; 0 for none.
+    pub every: u64,
+    /// What they show; the template's caption where there is none.
+    pub prompts: Vec<String>,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Guidance.
+    pub guidance: f64,
+}
+
+impl Settings {
+    /// The preset `default`, or the one that `config` names; where `config` is a file, over it what that file says.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] for a name that is no preset and no file, [`Failure::Unusable`] for a file with an unknown key
+    /// or a value of the wrong kind.
+    pub fn read(config: Option<&Path>, default: &str) -> Result<Self> {
+        let preset = |name: &str| PRESETS.iter().find(|(known, _)| *known == name).map(|(_, text)| *text);
+        let fallback = preset(default).context("the preset is built in")?;
+        let Some(path) = config else { return Ok(toml::from_str(fallback)?) };
+        let name = path.to_string_lossy();
+        if let Some(text) = preset(&name) {
+            return Ok(toml::from_str(text)?);
+        }
+        if !path.exists() {
+            let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
+            let why = format!("`{name}` is no file and no preset; presets are {}", names.join(", "));
+            return Err(Failure::Usage(why).into());
+        }
+        let text = std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error))?;
+        let mut file: toml::Table = toml::from_str(&text).map_err(|error| Failure::unusable(path, error))?;
+        let below = match file.remove("preset") {
+            None => fallback,
+            Some(toml::Value::String(name)) => {
+                preset(&name).ok_or_else(|| Failure::unusable(path, format!("`{name}` is no preset")))?
+            }
+            Some(_) => return Err(Failure::unusable(path, "`preset` is a name in quotes")),
+        };
+        let mut whole: toml::Table = toml::from_str(below)?;
+        lay_over(&mut whole, file);
+        whole.try_into().map_err(|error| Failure::unusable(path, error))
+    }
+
+    /// Steps for somebody with so many pictures.
+    pub fn steps(&self, pictures: usize) -> u64 {
+        match self.training.steps_per_picture {
+            0 => self.training.steps,
+            each => each * pictures as u64,
+        }
+    }
+
+    /// α.
+    pub fn alpha(&self) -> f64 {
+        self.lora.alpha.unwrap_or(self.lora.rank as f64)
+    }
+
+    /// Trigger and class word, as captions call the person.
+    pub fn called(&self) -> String {
+        format!("{} {}", self.pictures.trigger, self.pictures.class_word).trim().to_string()
+    }
+
+    /// The caption of a picture without a text of its own.
+    pub fn caption(&self) -> String {
+        self.pictures.template.replace("{}", &self.called())
+    }
+
+    /// What class pictures show.
+    pub fn class_prompt(&self) -> String {
+        let plain = || self.pictures.template.replace("{}", &self.pictures.class_word);
+        self.objective.class_prompt.clone().unwrap_or_else(plain)
+    }
+
+    /// The learning rate over the run.
+    pub fn rate(&self) -> Schedule {
+        let Training { lr, warmup, schedule, floor, .. } = self.training;
+        Schedule { peak: lr, warmup, decay: schedule, floor }
+    }
+
+    /// The optimiser's constants.
+    pub fn optimiser(&self) -> AdamWOptions {
+        let Training { betas, eps, weight_decay, clip, .. } = self.training;
+        AdamWOptions { betas, eps, weight_decay, clip }
+    }
+
+    /// Refuses what cannot be meant.
+    pub fn check(&self) -> Result<()> {
+        let Training { steps, batch, accumulate, lr, ema, betas, checkpoint_every, .. } = self.training;
+        let objective = &self.objective;
+        let wrong = [
+            (self.lora.rank == 0, "rank is 0; take 1 or more"),
+            (self.alpha() <= 0.0 || !self.alpha().is_finite(), "alpha must be above 0"),
+            (steps == 0 || steps > 10_000_000, "steps must be 1 to 10000000"),
+            (batch == 0 || batch > 1024, "batch must be 1 to 1024"),
+            (accumulate == 0 || accumulate > 1024, "accumulate must be 1 to 1024"),
+            (lr <= 0.0 || !lr.is_finite(), "lr must be above 0"),
+            (!(0.0..1.0).contains(&ema), "ema must be at least 0 and below 1"),
+            (betas.iter().any(|beta| !(0.0..1.0).contains(beta)), "betas must be at least 0 and below 1"),
+            (checkpoint_every == 0, "checkpoint_every must be 1 or more"),
+            (objective.min_snr_gamma < 0.0, "min_snr_gamma must not be negative"),
+            (!objective.noise_offset.is_finite(), "noise_offset must be a number"),
+            (objective.prior_weight < 0.0, "prior_weight must not be negative"),
+            (!(0.0..1.0).contains(&self.pictures.colour), "colour must be at least 0 and below 1"),
+            (!self.pictures.template.contains("{}"), "template needs a {} for the person"),
+        ];
+        match wrong.iter().find(|(is, _)| *is) {
+            Some((_, why)) => bail!(Failure::Usage((*why).to_string())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Puts the values of `above` over those of `below`, table by table.
+fn lay_over(below: &mut toml::Table, above: toml::Table) {
+    for (key, value) in above {
+        match (below.get_mut(&key), value) {
+            (Some(toml::Value::Table(below)), toml::Value::Table(above)) => lay_over(below, above),
+            (_, value) => drop(below.insert(key, value)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Settings> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.toml");
+        std::fs::write(&path, text).unwrap();
+        Settings::read(Some(&path), "tiny")
+    }
+
+    #[test]
+    fn presets_are_whole_and_pass_their_own_check() {
+        for (name, _) in PRESETS {
+            let settings = Settings::read(Some(Path::new(name)), "tiny").unwrap();
+            settings.check().unwrap();
+            let again: Settings = toml::from_str(&toml::to_string(&settings).unwrap()).unwrap();
+            assert_eq!(again, settings, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_changes_what_it_names_and_leaves_the_rest() {
+        let plain = Settings::read(None, "tiny").unwrap();
+        let mut wanted = plain.clone();
+        (wanted.lora.rank, wanted.training.loss_scale) = (2, LossScale::Static(128.0));
+        assert_eq!(read("[lora]\nrank = 2\n[training]\nloss_scale = 128.0").unwrap(), wanted);
+        let sdxl = read("preset = \"sdxl-dreambooth\"\nseed = 4").unwrap();
+        assert_eq!((sdxl.lora.rank, sdxl.seed, sdxl.pictures.crop), (8, 4, Crop::Buckets));
+    }
+
+    #[test]
+    fn unknown_keys_and_values_are_refused_by_name() {
+        for (text, words) in [
+            ("[lora]\nranks = 2", "ranks"),
+            ("rank = 2", "rank"),
+            ("[lora]\ntargets = \"all\"", "all"),
+            ("preset = \"sd15\"", "sd15"),
+            ("[lora", "run.toml"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(
+                matches!(error.downcast_ref(), Some(Failure::Unusable(text)) if text.contains(words)),
+                "{error}"
+            );
+        }
+        assert!(
+            Settings::read(Some(Path::new("no-such")), "tiny")
+                .unwrap_err()
+                .to_string()
+                .contains("sdxl-dreambooth")
+        );
+    }
+}

@@ -1,0 +1,348 @@
+//! The pictures and captions that one LoRA is learnt from, as the networks take them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use rand::Rng;
+use sha2::{Digest, Sha256};
+
+use crate::diffusion::noise;
+use crate::failure::Failure;
+use crate::identity::FaceEncoder;
+use crate::layers::compute_dtype;
+use crate::picture::{Picture, pictures_in};
+use crate::progress;
+use crate::recipes::dreambooth::augment::{self, Cut};
+use crate::recipes::dreambooth::config::{Crop, Latents, Pictures, Settings, ToldSizes};
+use crate::recipes::dreambooth::data_order;
+use crate::recipes::dreambooth::loss::Words;
+use crate::sdxl::pipeline::Sizes;
+use crate::sdxl::text::{TextConditioning, TextEncoders};
+use crate::sdxl::vae::Vae;
+
+/// A picture and what it is called.
+pub struct Captioned {
+    /// Upright.
+    pub picture: Picture,
+    /// What it shows.
+    pub caption: String,
+}
+
+/// Reads the pictures of a folder with their captions: the text beside a picture, in a .txt of the same name, or
+/// `caption`. What cannot be read is named and left out.
+///
+/// # Errors
+/// [`Failure::Unusable`] when no picture is left, or a caption is not UTF-8.
+pub fn read_pictures(folder: &Path, caption: &str) -> Result<Vec<Captioned>> {
+    let mut read = Vec::new();
+    let mut left_out = 0;
+    for path in pictures_in(folder)? {
+        progress::check()?;
+        match Picture::open(&path) {
+            Ok(picture) => read.push(Captioned { picture, caption: caption_beside(&path, caption)? }),
+            Err(error) => {
+                left_out += 1;
+                progress::warn(format_args!("left out: {error:#}"));
+            }
+        }
+    }
+    if read.is_empty() {
+        let why = match left_out {
+            0 => "there is no picture in this folder".to_string(),
+            n => format!("none of its {n} pictures can be read"),
+        };
+        return Err(Failure::unusable(folder, why));
+    }
+    Ok(read)
+}
+
+/// The text beside a picture.
+fn caption_beside(picture: &Path, otherwise: &str) -> Result<String> {
+    let path = picture.with_extension("txt");
+    if !path.exists() {
+        return Ok(otherwise.to_string());
+    }
+    let bytes = std::fs::read(&path).map_err(|error| Failure::unusable(&path, error))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Failure::unusable(&path, format!("byte {} is not UTF-8; save the caption as UTF-8", at + 1))
+    })?;
+    // Editors on Windows put a byte order mark in front.
+    Ok(text.trim_start_matches('\u{feff}').trim().to_string())
+}
+
+/// Warns of what makes a poor LoRA but is allowed: few pictures, and pictures without a face.
+pub fn warn_of_poor_pictures(name: &str, pictures: &[Captioned], faces: &FaceEncoder) -> Result<()> {
+    if pictures.len() < 3 {
+        let count = pictures.len();
+        progress::warn(format_args!(
+            "{name}: only {count} {}; the LoRA will learn them by heart",
+            if count == 1 { "picture" } else { "pictures" }
+        ));
+    }
+    let mut without = 0;
+    for Captioned { picture, .. } in pictures {
+        progress::check()?;
+        without += usize::from(faces.search(picture)?.faces.is_empty());
+    }
+    if without > 0 {
+        progress::warn(format_args!("{name}: no face is found in {without} of {} pictures", pictures.len()));
+    }
+    Ok(())
+}
+
+/// The parts of a model that turn pictures and captions into what the UNet takes.
+pub struct Encoders {
+    /// Pictures to latents.
+    pub vae: Vae,
+    /// Captions to conditioning.
+    pub text: TextEncoders,
+    /// Where the UNet computes.
+    pub device: Device,
+}
+
+/// One person's pictures, or those of the class.
+pub struct Lessons {
+    shown: Vec<Shown>,
+    captions: Captions,
+    /// The captions themselves.
+    texts: Vec<String>,
+    /// For views that are drawn anew each time.
+    vae: Option<Vae>,
+    how: Pictures,
+    seed: u64,
+    device: Device,
+    /// SHA-256 of pixels and captions.
+    pub sha256: String,
+}
+
+/// One picture.
+struct Shown {
+    /// Where views are drawn anew.
+    picture: Option<Picture>,
+    /// Encoded beforehand: as it is, and mirrored where flips are wanted.
+    encoded: Vec<(Moments, Sizes)>,
+    /// Width and height that it is shown in.
+    size: [usize; 2],
+    /// Only pictures of one group share a pass.
+    group: usize,
+    /// Place in the captions.
+    caption: usize,
+}
+
+/// Mean and deviation of the VAE's distribution, (1, C, h, w) in its own scale.
+#[derive(Clone)]
+struct Moments {
+    mean: Tensor,
+    deviation: Tensor,
+}
+
+/// All captions, each once.
+enum Captions {
+    Encoded(TextConditioning),
+    Tokens(Tensor, Tensor),
+}
+
+impl Lessons {
+    /// Encodes what can be encoded beforehand: captions unless text encoders train, latents unless crops or colours
+    /// are random.
+    pub fn new(
+        pictures: Vec<Captioned>,
+        settings: &Settings,
+        side: usize,
+        encoders: &Encoders,
+    ) -> Result<Self> {
+        let how = settings.pictures.clone();
+        let factor = encoders.vae.config().factor();
+        let sizes = match how.crop {
+            Crop::Buckets => augment::buckets(side, (side / 16).next_multiple_of(factor)),
+            _ => vec![[side, side]],
+        };
+        let mut hash = Sha256::new();
+        let mut captions: Vec<String> = Vec::new();
+        let mut lessons = Vec::new();
+        let anew = how.crop == Crop::Random || how.colour > 0.0;
+        for Captioned { picture, caption } in pictures {
+            progress::check()?;
+            hash.update((picture.width as u64).to_le_bytes());
+            hash.update(&picture.rgb);
+            hash.update(&caption);
+            let group = augment::nearest_bucket(&sizes, [picture.width, picture.height]);
+            let size = sizes[group];
+            let caption = captions.iter().position(|known| *known == caption).unwrap_or_else(|| {
+                captions.push(caption);
+                captions.len() - 1
+            });
+            let mut encoded = Vec::new();
+            if !anew {
+                let cut = augment::cut(&picture, size, [0.5, 0.5]);
+                encoded.push((moments(&encoders.vae, &cut.picture, &encoders.device)?, told(&how, &cut)));
+                if how.flip {
+                    let cut = cut.mirrored();
+                    encoded.push((moments(&encoders.vae, &cut.picture, &encoders.device)?, told(&how, &cut)));
+                }
+            }
+            lessons.push(Shown { picture: anew.then_some(picture), encoded, size, group, caption });
+        }
+        let told: Vec<&str> = captions.iter().map(String::as_str).collect();
+        for caption in &told {
+            if let Some(end) = encoders.text.cut(caption)? {
+                progress::warn(format_args!("a caption is too long; its end is cut off: `{end}`"));
+            }
+        }
+        let encoded = if settings.lora.text_encoders {
+            let (one, two) = encoders.text.tokens(&told)?;
+            Captions::Tokens(one, two)
+        } else {
+            Captions::Encoded(encoders.text.encode_prompts(&told)?)
+        };
+        Ok(Self {
+            shown: lessons,
+            captions: encoded,
+            texts: captions,
+            vae: anew.then(|| encoders.vae.clone()),
+            how,
+            seed: settings.seed,
+            device: encoders.device.clone(),
+            sha256: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        })
+    }
+
+    /// How many pictures there are; never 0.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.shown.len()
+    }
+
+    /// Width, height and number of pictures of each size that is trained on.
+    pub fn sizes(&self) -> std::collections::BTreeMap<[usize; 2], usize> {
+        let mut sizes = std::collections::BTreeMap::new();
+        self.shown.iter().for_each(|shown| *sizes.entry(shown.size).or_default() += 1);
+        sizes
+    }
+
+    /// How many pictures have each caption.
+    pub fn caption_counts(&self) -> std::collections::BTreeMap<&str, usize> {
+        let mut counts = std::collections::BTreeMap::new();
+        self.shown
+            .iter()
+            .for_each(|shown| *counts.entry(self.texts[shown.caption].as_str()).or_default() += 1);
+        counts
+    }
+
+    /// The pictures of pass `pass` (numbers), `batch` of them.
+    pub fn choose(&self, pass: u64, batch: usize) -> Vec<usize> {
+        let groups: Vec<usize> = self.shown.iter().map(|shown| shown.group).collect();
+        data_order::in_turn_by_group(self.seed, pass, batch, &groups)
+    }
+
+    /// Their latents (n, C, h, w), scaled as the UNet wants them, and their sizes and crops (n, 6).
+    pub fn latents(&self, chosen: &[usize], pass: u64, vae: &Scaling) -> Result<(Tensor, Tensor)> {
+        let (mut latents, mut time_ids) = (Vec::new(), Vec::new());
+        for (i, &picture) in chosen.iter().enumerate() {
+            // One stream a sample: 4096 is more than any batch.
+            let mut rng = noise::generator(self.seed ^ 0xa46, pass * 4096 + i as u64);
+            let (moments, sizes) = self.view(&self.shown[picture], &mut rng)?;
+            let z = match self.how.latents {
+                Latents::Mean => moments.mean,
+                Latents::Sample => {
+                    let unit = crate::train::normal(&mut rng, moments.mean.shape(), moments.mean.device())?;
+                    (&moments.mean + (unit * &moments.deviation)?)?
+                }
+            };
+            latents.push(vae.to_latents(&z)?);
+            time_ids.push(sizes.time_ids(1, &self.device)?);
+        }
+        Ok((Tensor::cat(&latents, 0)?, Tensor::cat(&time_ids, 0)?))
+    }
+
+    /// One look at a picture.
+    fn view(&self, shown: &Shown, rng: &mut impl Rng) -> Result<(Moments, Sizes)> {
+        let mirrored = self.how.flip && rng.random::<bool>();
+        let (Some(picture), Some(vae)) = (&shown.picture, &self.vae) else {
+            return Ok(shown.encoded[usize::from(mirrored)].clone());
+        };
+        let place = if self.how.crop == Crop::Random { [rng.random(), rng.random()] } else { [0.5, 0.5] };
+        let mut cut = augment::cut(picture, shown.size, place);
+        if mirrored {
+            cut = cut.mirrored();
+        }
+        if self.how.colour > 0.0 {
+            cut.picture = augment::jitter_colour(&cut.picture, self.how.colour, rng);
+        }
+        Ok((moments(vae, &cut.picture, &self.device)?, told(&self.how, &cut)))
+    }
+
+    /// The captions of `chosen`.
+    pub fn words(&self, chosen: &[usize]) -> Result<Words> {
+        let index: Vec<u32> = chosen.iter().map(|picture| self.shown[*picture].caption as u32).collect();
+        let index = Tensor::new(index, &self.device)?;
+        Ok(match &self.captions {
+            Captions::Encoded(text) => Words::Encoded(TextConditioning {
+                context: text.context.index_select(&index, 0)?,
+                pooled: text.pooled.index_select(&index, 0)?,
+            }),
+            Captions::Tokens(one, two) => {
+                Words::Tokens(one.index_select(&index, 0)?, two.index_select(&index, 0)?)
+            }
+        })
+    }
+}
+
+/// The linear map from a VAE's latents to the diffusion model's, without the VAE itself.
+#[derive(Clone)]
+pub struct Scaling {
+    /// Per channel, (1, C, 1, 1).
+    shift: Tensor,
+    factor: Tensor,
+}
+
+impl Scaling {
+    /// That of `vae`.
+    pub fn of(vae: &Vae, device: &Device) -> Result<Self> {
+        let channels = vae.config().latent_channels;
+        let at = |value: f32| vae.to_latents(&Tensor::full(value, (1, channels, 1, 1), device)?);
+        let shift = at(0.0)?;
+        Ok(Self { factor: (at(1.0)? - &shift)?, shift })
+    }
+
+    fn to_latents(&self, z: &Tensor) -> Result<Tensor> {
+        Ok(z.broadcast_mul(&self.factor)?.broadcast_add(&self.shift)?)
+    }
+}
+
+fn moments(vae: &Vae, picture: &Picture, device: &Device) -> Result<Moments> {
+    let dtype = compute_dtype(vae.dtype(), device);
+    let (mean, log_variance) = vae.encode(&picture.to_tensor(device)?.unsqueeze(0)?.to_dtype(dtype)?)?;
+    let deviation = (log_variance.to_dtype(DType::F32)? * 0.5)?.exp()?;
+    Ok(Moments { mean: mean.to_dtype(DType::F32)?, deviation })
+}
+
+fn told(how: &Pictures, cut: &Cut) -> Sizes {
+    let target = [cut.picture.width, cut.picture.height];
+    match how.sizes {
+        ToldSizes::Picture => Sizes { original: cut.original, crop: cut.crop, target },
+        ToldSizes::Target => Sizes::of(target[0], target[1]),
+    }
+}
+
+/// The folders in `folder`, a person each, sorted by name.
+///
+/// # Errors
+/// [`Failure::Unusable`] when there is none.
+pub fn people_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(|error| Failure::unusable(folder, error))?;
+    let mut people = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|error| Failure::unusable(folder, error))?;
+        if entry.path().is_dir() && !entry.file_name().to_string_lossy().starts_with('.') {
+            people.push(entry.path());
+        }
+    }
+    if people.is_empty() {
+        return Err(Failure::unusable(folder, "there is no folder in it; each person's pictures lie in one"));
+    }
+    people.sort();
+    Ok(people)
+}

@@ -1,0 +1,347 @@
+//! One person's LoRA in training: what it learns from, where it stands, and when it stops.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+use crate::diffusion::noise;
+use crate::progress;
+use crate::recipes::dreambooth::config::{LossScale, ScaleRule, Settings};
+use crate::recipes::dreambooth::data_order;
+use crate::recipes::dreambooth::image_dataset::{Lessons, Scaling};
+use crate::recipes::dreambooth::lockstep::{Downs, Site, Student};
+use crate::recipes::dreambooth::loss::{Batch, Words};
+use crate::sdxl::text::TextConditioning;
+use crate::train::log::Log;
+use crate::train::shards::Gradients;
+use crate::train::trainer::State;
+
+/// One person in training.
+pub struct Learner {
+    /// As warnings and logs call the person.
+    pub name: String,
+    /// The LoRA to write.
+    pub out: PathBuf,
+    /// State, log and samples.
+    pub folder: PathBuf,
+    /// The person's pictures.
+    pub lessons: Lessons,
+    /// The adapters.
+    pub student: Student,
+    state: State,
+    /// What must be the same for a checkpoint to be taken up.
+    stamp: Value,
+    log: Log,
+    health: Health,
+    /// Sums since the last line of the log: loss, norm of the gradient, steps.
+    recent: [f64; 3],
+    scaled: Option<ScaleRule>,
+    /// Length of the weights beside which it trains.
+    weight_norm: f64,
+    /// Steps from the first to the last.
+    pub steps: u64,
+}
+
+/// A LoRA so many times as heavy as the weights that it changes has destroyed them: usual ones stay below 1.
+const TOO_HEAVY: f64 = 3.0;
+
+/// Steps between looks at the LoRA's weight.
+const WEIGH: u64 = 10;
+
+/// Steps between lines of the log.
+const REPORT: u64 = 20;
+
+/// The figure under which a checkpoint keeps the factor on the loss, and the steps since it last changed.
+const SCALE: &str = "loss_scale";
+const GOOD_STEPS: &str = "good_steps";
+
+impl Learner {
+    /// At the start, or with `resume` where the checkpoint in `folder` is.
+    ///
+    /// # Errors
+    /// A checkpoint that was made with another `stamp`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        name: String,
+        out: PathBuf,
+        folder: PathBuf,
+        lessons: Lessons,
+        (sites, downs, weight_norm): (&[Site], &Downs, f64),
+        settings: &Settings,
+        stamp: Value,
+        resume: bool,
+        half: bool,
+    ) -> Result<Self> {
+        let mut student = Student::new(sites, downs, settings.alpha())?;
+        if !settings.lora.freeze_a {
+            student.learn_downs()?;
+        }
+        let ema = (settings.training.ema > 0.0).then_some(settings.training.ema);
+        let mut state = State::new(student.vars().clone(), settings.optimiser(), ema)?;
+        let slower = settings.training.text_encoder_lr / settings.training.lr;
+        for prefix in ["up.text_encoder", "down.text_encoder"] {
+            state.optimiser().scale_rate(prefix, slower);
+        }
+        let scaled = match settings.training.loss_scale {
+            LossScale::Static(factor) => {
+                state.figures.insert(SCALE.into(), factor);
+                Some(ScaleRule::None)
+            }
+            LossScale::Rule(ScaleRule::Dynamic) if half => {
+                state.figures.insert(SCALE.into(), 65536.0);
+                state.figures.insert(GOOD_STEPS.into(), 0.0);
+                Some(ScaleRule::Dynamic)
+            }
+            LossScale::Rule(_) => None,
+        };
+        let checkpoint = folder.join(CHECKPOINT);
+        if resume && checkpoint.exists() {
+            state.load(&checkpoint, &stamp)?;
+        }
+        let log = Log::open(&folder.join("lora.jsonl"), state.step)?;
+        let health = Health::default();
+        let recent = [0.0; 3];
+        let steps = settings.steps(lessons.len());
+        Ok(Self {
+            name,
+            out,
+            folder,
+            lessons,
+            student,
+            state,
+            stamp,
+            log,
+            health,
+            recent,
+            scaled,
+            weight_norm,
+            steps,
+        })
+    }
+
+    /// Steps made.
+    pub fn step(&self) -> u64 {
+        self.state.step
+    }
+
+    /// Whether all steps are made.
+    pub fn is_done(&self) -> bool {
+        self.state.step >= self.steps
+    }
+
+    /// The mean loss of the last steps.
+    pub fn loss(&self) -> f64 {
+        self.health.recent()
+    }
+
+    /// What is learnt from in part `part` of the next step, class pictures included.
+    pub fn batch(
+        &self,
+        settings: &Settings,
+        class: Option<&Lessons>,
+        scaling: &Scaling,
+        timesteps: usize,
+        part: u64,
+        device: &Device,
+    ) -> Result<Batch> {
+        let (seed, training) = (settings.seed, &settings.training);
+        let pass = self.state.step * training.accumulate + part;
+        let chosen = self.lessons.choose(pass, training.batch);
+        let (mut x0, mut time_ids) = self.lessons.latents(&chosen, pass, scaling)?;
+        let mut words = self.lessons.words(&chosen)?;
+        let mut class_pictures = 0;
+        if let Some(class) = class {
+            let chosen = class.choose(pass, training.batch);
+            let (latents, sizes) = class.latents(&chosen, pass, scaling)?;
+            x0 = Tensor::cat(&[&x0, &latents], 0)?;
+            time_ids = Tensor::cat(&[&time_ids, &sizes], 0)?;
+            words = joined(words, class.words(&chosen)?)?;
+            class_pictures = chosen.len();
+        }
+        let (n, c, h, w) = x0.dims4()?;
+        let objective = &settings.objective;
+        let mut rng = noise::generator(seed, pass);
+        // The class pictures' timesteps are drawn behind the person's, so that these stay what they are without them.
+        let mut t = objective.timesteps.draw(n - class_pictures, timesteps, &mut rng);
+        t.extend(objective.timesteps.draw(class_pictures, timesteps, &mut rng));
+        Ok(Batch {
+            x0,
+            eps: data_order::eps(seed, pass, [n, c, h, w], objective.noise_offset, device)?,
+            timesteps: t,
+            words,
+            time_ids,
+            class_pictures,
+            scale: self.scale(),
+        })
+    }
+
+    fn scale(&self) -> f64 {
+        self.state.figures.get(SCALE).copied().unwrap_or(1.0)
+    }
+
+    /// Makes a step with the gradients of the scaled loss.
+    ///
+    /// # Errors
+    /// A loss or a gradient that is not finite, a loss that runs away, a LoRA that grows beyond measure: the last
+    /// checkpoint is left alone then.
+    pub fn learn(&mut self, mut gradients: Gradients, loss: f64, settings: &Settings) -> Result<()> {
+        let scale = self.scale();
+        if scale != 1.0 {
+            for gradient in gradients.values_mut() {
+                *gradient = (gradient.to_dtype(DType::F32)? / scale)?;
+            }
+        }
+        let rate = settings.rate().learning_rate(self.state.step, self.steps);
+        if !loss.is_finite() {
+            return self.stop("the loss is NaN or infinite", settings);
+        }
+        let norm = crate::train::adamw::norm(&gradients)?;
+        if !norm.is_finite() {
+            if self.scaled != Some(ScaleRule::Dynamic) || scale <= 1.0 {
+                return self.stop("the gradient is NaN or infinite", settings);
+            }
+            self.state.skip();
+            self.state.figures.insert(SCALE.into(), scale / 2.0);
+            self.state.figures.insert(GOOD_STEPS.into(), 0.0);
+            return Ok(());
+        }
+        if let Some(start) = self.health.runs_away(loss) {
+            let recent = self.health.recent();
+            return self.stop(&format!("the loss grew from {start:.3} to {recent:.3}"), settings);
+        }
+        self.state.update(&gradients, rate)?;
+        if self.scaled == Some(ScaleRule::Dynamic)
+            && let Some(good) = self.state.figures.get_mut(GOOD_STEPS)
+        {
+            *good += 1.0;
+            if *good >= 2000.0 {
+                *good = 0.0;
+                self.state.figures.insert(SCALE.into(), scale * 2.0);
+            }
+        }
+        let step = self.state.step;
+        self.recent = [self.recent[0] + loss, self.recent[1] + norm, self.recent[2] + 1.0];
+        if step.is_multiple_of(REPORT) || step == self.steps {
+            let [loss, norm, count] = self.recent;
+            let figures = [("rate", rate), ("loss", loss / count), ("gradient_norm", norm / count)];
+            self.log.write(step, &figures)?;
+            self.recent = [0.0; 3];
+        }
+        let keep = step.is_multiple_of(settings.training.checkpoint_every);
+        if keep || step.is_multiple_of(WEIGH) {
+            let times = self.student.delta_norm()? / self.weight_norm;
+            if !times.is_finite() || times > TOO_HEAVY {
+                return self.stop(&format!("the LoRA has grown to {times:.1} times the weights"), settings);
+            }
+        }
+        if keep && self.health.is_good() {
+            // A full disk is no reason to lose the run: the old checkpoint is whole, and the next may fit.
+            if let Err(error) = self.save() {
+                progress::warn(format_args!("{}: {error:#}; the checkpoint before it is kept", self.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&self, what: &str, settings: &Settings) -> Result<()> {
+        let kept = match self.folder.join(CHECKPOINT) {
+            path if path.exists() => format!("the last good state is kept in `{}`", path.display()),
+            _ => "there is no checkpoint yet".to_string(),
+        };
+        bail!(
+            "{}: {what} after {} steps; the learning rate {:e} may be too high, try a tenth of it{}; {kept}",
+            self.name,
+            self.state.step,
+            settings.training.lr,
+            if settings.training.clip == 0.0 { " or --clip 1" } else { "" }
+        )
+    }
+
+    /// Writes the state; what was there stays until the new file is whole.
+    pub fn save(&self) -> Result<()> {
+        self.state.save(&self.folder.join(CHECKPOINT), &self.stamp)
+    }
+
+    /// The adapters as they would be written now: averages where they are kept.
+    pub fn result(&self) -> Student {
+        self.student.at(&self.state.result())
+    }
+}
+
+/// The file of a state, in a person's folder.
+pub const CHECKPOINT: &str = "lora.checkpoint.safetensors";
+
+/// Samples of the person and of the class as one.
+fn joined(own: Words, class: Words) -> Result<Words> {
+    let cat = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 0);
+    Ok(match (own, class) {
+        (Words::Encoded(a), Words::Encoded(b)) => Words::Encoded(TextConditioning {
+            context: cat(&a.context, &b.context)?,
+            pooled: cat(&a.pooled, &b.pooled)?,
+        }),
+        (Words::Tokens(a, a_2), Words::Tokens(b, b_2)) => Words::Tokens(cat(&a, &b)?, cat(&a_2, &b_2)?),
+        _ => bail!("captions of person and class are encoded in two ways"),
+    })
+}
+
+/// Whether the loss runs away.
+#[derive(Default)]
+struct Health {
+    first: Vec<f64>,
+    last: VecDeque<f64>,
+}
+
+impl Health {
+    /// Steps whose mean is looked at: the loss of a single one says little, timesteps differ too much.
+    const WINDOW: usize = 10;
+
+    /// Times the loss of the start, or of an answer of zeros, 1, whichever is more.
+    const TOO_MUCH: f64 = 4.0;
+
+    /// Takes a loss; gives the mean at the start when the mean now is too much more.
+    fn runs_away(&mut self, loss: f64) -> Option<f64> {
+        if self.first.len() < Self::WINDOW {
+            self.first.push(loss);
+        }
+        self.last.push_back(loss);
+        if self.last.len() > Self::WINDOW {
+            self.last.pop_front();
+        }
+        let start = self.start();
+        let full = self.last.len() == Self::WINDOW;
+        (full && self.recent() > Self::TOO_MUCH * start.max(1.0)).then_some(start)
+    }
+
+    /// Whether a state is worth keeping: the loss is not on its way up already.
+    fn is_good(&self) -> bool {
+        self.recent() <= Self::TOO_MUCH / 2.0 * self.start().max(1.0)
+    }
+
+    fn start(&self) -> f64 {
+        self.first.iter().sum::<f64>() / self.first.len().max(1) as f64
+    }
+
+    fn recent(&self) -> f64 {
+        self.last.iter().sum::<f64>() / self.last.len().max(1) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_that_grows_is_noticed_and_one_that_jumps_is_not() {
+        let mut health = Health::default();
+        for i in 0..200 {
+            // Single steps of high loss are usual.
+            assert!(health.runs_away(if i % 7 == 0 { 3.0 } else { 0.2 }).is_none() && health.is_good());
+        }
+        let grows = (0..60).map(|i| 0.2 * 1.2f64.powi(i));
+        let at = grows.take_while(|loss| health.runs_away(*loss).is_none()).count();
+        assert!((15..40).contains(&at) && !health.is_good(), "{at}");
+    }
+}

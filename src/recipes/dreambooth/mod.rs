@@ -1,0 +1,15 @@
+//! DreamBooth LoRAs: one person, or many in one forward pass.
+
+pub mod augment;
+pub mod batch_trainer;
+pub mod class_images;
+pub mod config;
+pub mod data_order;
+pub mod functional_loss;
+pub mod image_dataset;
+pub mod lockstep;
+pub mod lora_trainer;
+pub mod loss;
+pub mod metadata;
+pub mod previews;
+pub mod targets;

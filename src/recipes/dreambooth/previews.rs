@@ -1,0 +1,107 @@
+//! Pictures that a LoRA in training draws, as contact sheets.
+
+use std::path::Path;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+
+use crate::diffusion::noise;
+use crate::diffusion::schedule::NoiseSchedule;
+use crate::files;
+use crate::picture::{Picture, contact_sheet};
+use crate::progress;
+use crate::recipes::dreambooth::config::Settings;
+use crate::recipes::dreambooth::lockstep::{Networks, Student};
+use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Tiling, Unloaded};
+use crate::sdxl::text::{TextConditioning, TextEncoders};
+use crate::sdxl::vae::Vae;
+
+/// What draws besides the UNet.
+pub struct Easel {
+    vae: Vae,
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+    device: Device,
+    /// (C, h, w)
+    shape: [usize; 3],
+    negative: TextConditioning,
+}
+
+/// Pictures of a prompt on a sheet.
+const COLUMNS: usize = 4;
+
+impl Easel {
+    /// Of `model`, for squares of `side` pixels.
+    pub fn new(model: &Unloaded, text: &TextEncoders, vae: Vae, side: usize) -> Result<Self> {
+        Ok(Self {
+            vae,
+            schedule: model.schedule.clone(),
+            sampler: model.sampler.unwrap_or(Sampler::Ddim),
+            device: model.device.clone(),
+            shape: model.latent_shape(side, side)?,
+            negative: model.negative(text, None)?,
+        })
+    }
+
+    /// Draws a picture of each prompt from the noise of `seed`, `seed` + 1, ….
+    pub fn draw(
+        &self,
+        networks: &Networks,
+        prompts: &TextConditioning,
+        seed: u64,
+        steps: usize,
+        guidance_scale: f64,
+    ) -> Result<Vec<Picture>> {
+        let [c, h, w] = self.shape;
+        let mut pictures = Vec::new();
+        for i in 0..prompts.context.dim(0)? {
+            let prompt = TextConditioning {
+                context: prompts.context.narrow(0, i, 1)?,
+                pooled: prompts.pooled.narrow(0, i, 1)?,
+            };
+            let seed = seed + i as u64;
+            let normal = |stream: u64| noise::normal(seed, stream, (1, c, h, w), &self.device);
+            let drawing = Drawing {
+                steps,
+                guidance_scale,
+                sampler: self.sampler,
+                sizes: None,
+                vae_tiling: Tiling::Auto,
+            };
+            let painter = Painter { unet: &networks.unet, vae: &self.vae, schedule: &self.schedule };
+            let fresh = |step: usize| Ok(normal(1 + step as u64)?);
+            let drawn =
+                painter.draw(&normal(0)?, &prompt, &self.negative, drawing, fresh, |_| progress::check())?;
+            pictures.extend(drawn);
+        }
+        Ok(pictures)
+    }
+
+    /// Draws what `student` has learnt: a row of pictures a prompt, the same noise at every time, into `path`.
+    pub fn sheet(
+        &self,
+        networks: &Networks,
+        student: &Student,
+        encoded: &TextConditioning,
+        settings: &Settings,
+        path: &Path,
+    ) -> Result<()> {
+        let mut networks = networks.clone();
+        networks.attach(&[student])?;
+        let samples = &settings.samples;
+        let mut rows = Vec::new();
+        for i in 0..encoded.context.dim(0)? {
+            let same = |x: &Tensor| -> Result<Tensor> {
+                let row = x.narrow(0, i, 1)?.to_dtype(DType::F32)?;
+                Ok(Tensor::cat(&vec![row; COLUMNS], 0)?)
+            };
+            let prompts =
+                TextConditioning { context: same(&encoded.context)?, pooled: same(&encoded.pooled)? };
+            rows.push(self.draw(&networks, &prompts, settings.seed, samples.steps, samples.guidance)?);
+        }
+        let rows: Vec<Vec<&Picture>> = rows.iter().map(|row| row.iter().collect()).collect();
+        let side = self.shape[1].max(self.shape[2]) * self.vae.config().factor();
+        std::fs::create_dir_all(files::folder_of(path))?;
+        contact_sheet(&rows, side.min(256), 4).save(path, None)
+    }
+}

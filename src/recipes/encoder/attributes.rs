@@ -1,0 +1,126 @@
+//! The judge, trained on painted people and scenes: cross entropy for each attribute of the scene, squared error
+//! for each factor of the person.
+
+use std::path::Path;
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use rand::Rng;
+use rand_distr::StandardNormal;
+use serde_json::{Value, json};
+
+use crate::picture::Picture;
+use crate::progress;
+use crate::recipes::encoder::config::{HELD_OUT, Recipe, paint, soften};
+use crate::synthetic::judge::{self, Config, Network, NetworkConfig, Record};
+use crate::synthetic::{Identity, Person, Scene};
+use crate::train;
+use crate::train::shards::{Loss, in_threads};
+use crate::train::trainer::{self, End, Keeping};
+use crate::weights::Trainable;
+use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component};
+
+/// Trains the judge, measures it on strangers and writes it to `out`.
+pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
+    let model = &recipe.model;
+    let trainable = Trainable::new(recipe.seed);
+    let network = Network::new(model, trainable.builder(&Device::Cpu))?;
+
+    let (shards, samples) = (recipe.plan.shards as u64, recipe.plan.samples_a_shard()?);
+    let loss = |step: u64, shard: usize| {
+        let number = step * shards + shard as u64;
+        let mut rng = train::rng(recipe.seed, number);
+        let (mut pictures, mut truth) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
+        for person in number * samples as u64..(number + 1) * samples as u64 {
+            let (picture, right) = sitting(recipe.seed, person, model.image_size);
+            pictures.push(grain(soften(picture, &mut rng), &mut rng));
+            truth.push(right);
+        }
+        error(&network.forward(&judge::pixels(&pictures, model.image_size)?)?, &truth)
+    };
+    let (end, ema) = trainer::run(&recipe.plan, recipe, keeping, &trainable.vars(), loss, |_, _| Ok(()))?;
+    if end != End::Finished {
+        return Ok((end, Value::Null));
+    }
+    let write = |config: Value| {
+        save_component(out, "", TRANSFORMERS_WEIGHTS, &config, ema.averages(), candle_core::DType::F16)
+    };
+    // Measured as it will be opened, with weights of 16 bits.
+    write(json!(model))?;
+    let record = measure(out, model, recipe.seed)?;
+    write(json!(Config { network: model.clone(), judge: record.clone() }))?;
+    Ok((end, json!(record)))
+}
+
+/// What is to be seen in a picture.
+type Truth = ([usize; Scene::CLASSES], [f32; Identity::COUNT]);
+
+/// Person `number` in a scene, and what is to be seen.
+fn sitting(seed: u64, number: u64, size: usize) -> (Picture, Truth) {
+    let person = Person::new(seed, number);
+    let scene = Scene::draw_for(&person, 0);
+    (paint(&person, &scene, size), (scene.classes(), person.identity.to_array()))
+}
+
+/// A little noise on half of the pictures, as codecs leave it.
+fn grain(mut picture: Picture, rng: &mut impl Rng) -> Picture {
+    if rng.random_bool(0.5) {
+        let deviation = rng.random_range(0.0..6.0f32);
+        for byte in &mut picture.rgb {
+            *byte = (f32::from(*byte) + deviation * rng.sample::<f32, _>(StandardNormal)).round() as u8;
+        }
+    }
+    picture
+}
+
+/// `outputs` (B, [`judge::outputs`]) against what is to be seen: mean cross entropy of the attributes plus twice the
+/// mean squared error of the factors, so that both parts start at about the same height.
+fn error(outputs: &Tensor, truth: &[Truth]) -> Result<Loss> {
+    let device = outputs.device();
+    let mut entropy = outputs.narrow(0, 0, 1)?.sum_all()?.zeros_like()?;
+    for (i, range) in judge::class_outputs().into_iter().enumerate() {
+        let right: Vec<u32> = truth.iter().map(|(classes, _)| classes[i] as u32).collect();
+        let logits = outputs.narrow(1, range.start, range.len())?;
+        entropy = (entropy + candle_nn::loss::cross_entropy(&logits, &Tensor::new(right, device)?)?)?;
+    }
+    let entropy = (entropy / Scene::CLASSES as f64)?;
+    let range = judge::factor_outputs();
+    let right: Vec<f32> = truth.iter().flat_map(|(_, factors)| factors.map(judge::scaled)).collect();
+    let right = Tensor::from_vec(right, (truth.len(), range.len()), device)?;
+    let squares = (outputs.narrow(1, range.start, range.len())? - right)?.sqr()?.mean_all()?;
+    let parts = vec![
+        ("entropy", f64::from(entropy.to_scalar::<f32>()?)),
+        ("squares", f64::from(squares.to_scalar::<f32>()?)),
+    ];
+    Ok(Loss { value: (entropy + (squares * 2.0)?)?, parts })
+}
+
+/// People for the measurement.
+const STRANGERS: u64 = 2000;
+
+fn measure(out: &Path, model: &NetworkConfig, seed: u64) -> Result<Record> {
+    let build = |vb| Network::new(model, vb);
+    let files = ModelFiles::folder(out)?;
+    let network = files.load("", TRANSFORMERS_WEIGHTS, candle_core::DType::F32, &Device::Cpu, build)?;
+    const TOGETHER: u64 = 50;
+    let parts = in_threads((STRANGERS / TOGETHER) as usize, |part| {
+        progress::check()?;
+        let (mut pictures, mut truth) = (Vec::new(), Vec::new());
+        for number in (0..TOGETHER).map(|i| HELD_OUT + part as u64 * TOGETHER + i) {
+            let (picture, right) = sitting(seed, number, model.image_size);
+            pictures.push(picture);
+            truth.push(right);
+        }
+        Ok((network.forward(&judge::pixels(&pictures, model.image_size)?)?.to_vec2::<f32>()?, truth))
+    })?;
+    let (rows, truth): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+    let record = Record::measure(&rows.concat(), &truth.concat());
+    let accuracies = record.attributes.iter().map(|a| format!("{} {:.1} %", a.name, 100.0 * a.accuracy));
+    let seen = record.factors.iter().filter(|factor| factor.r2 > 0.2).count();
+    progress::note(format_args!(
+        "of {STRANGERS} strangers the judge tells {}; {seen} of {} factors with R² above 0.2",
+        accuracies.collect::<Vec<_>>().join(", "),
+        Identity::COUNT
+    ));
+    Ok(record)
+}

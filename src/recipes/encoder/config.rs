@@ -1,0 +1,62 @@
+//! The file that `train-encoder --config` takes, and the portraits that both trainings see.
+
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::identity::clip::ClipVisionConfig;
+use crate::picture::{Filter, Picture};
+use crate::synthetic::judge::NetworkConfig;
+use crate::synthetic::{self, Person, Scene};
+use crate::train::trainer::Plan;
+
+/// The file given by `--config`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    pub image: Recipe<ClipVisionConfig>,
+    pub judge: Recipe<NetworkConfig>,
+}
+
+/// How one of them is made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe<C> {
+    /// Of weights, people and scenes; no other training may use it for its people.
+    pub seed: u64,
+    /// Sizes of the network, as in its `config.json`.
+    pub model: C,
+    /// Steps, batch, rate.
+    pub plan: Plan,
+}
+
+/// Number of the first person who is kept out of the training.
+pub const HELD_OUT: u64 = 1 << 40;
+
+/// Paints somebody as the trainings see them, one point a pixel, with the grain of the scene.
+pub fn paint(person: &Person, scene: &Scene, size: usize) -> Picture {
+    Picture { width: size, height: size, rgb: synthetic::paint(person, scene, size, 1) }
+}
+
+/// Half of the pictures lose some sharpness: drawn portraits, and photos that were scaled, are softer than painted
+/// ones.
+pub fn soften(picture: Picture, rng: &mut impl Rng) -> Picture {
+    let side = picture.width;
+    if rng.random_bool(0.5) {
+        return picture;
+    }
+    let small = rng.random_range(side / 2..side);
+    picture.resize(small, small, Filter::Bicubic).resize(side, side, Filter::Bicubic)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_settings_in_the_repository_are_read() {
+        let settings: Settings = toml::from_str(include_str!("../../../configs/encoder-tiny.toml")).unwrap();
+        for plan in [settings.image.plan, settings.judge.plan] {
+            plan.samples_a_shard().unwrap();
+        }
+    }
+}

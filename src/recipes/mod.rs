@@ -1,0 +1,6 @@
+//! Complete trainings, one folder each: what is trained, on which data, with which loss.
+
+pub mod base;
+pub mod dit;
+pub mod dreambooth;
+pub mod encoder;

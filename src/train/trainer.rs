@@ -1,0 +1,375 @@
+//! The loop itself: gradients, a step, the average; now and then a line in the log and a checkpoint.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use crate::progress;
+use crate::train::adamw::{AdamW, AdamWOptions};
+use crate::train::checkpoint;
+use crate::train::distributed;
+use crate::train::ema::Ema;
+use crate::train::log::Log;
+use crate::train::lr_schedule::Schedule;
+use crate::train::shards::{self, Gradients, Loss, Sum};
+
+/// How a network is trained, whatever it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Steps from the first to the last.
+    pub steps: u64,
+    /// Samples a step.
+    pub batch: usize,
+    /// Parts of a batch, each with a graph and a thread of its own; a part of the recipe, since sums depend on it.
+    pub shards: usize,
+    /// The learning rate.
+    pub rate: Schedule,
+    /// AdamW and clipping.
+    #[serde(default)]
+    pub optimiser: AdamWOptions,
+    /// Decay of the average that is kept as the result.
+    pub ema: f64,
+}
+
+impl Plan {
+    /// Samples a shard.
+    ///
+    /// # Errors
+    /// When the batch does not part evenly.
+    pub fn samples_a_shard(&self) -> Result<usize> {
+        anyhow::ensure!(
+            self.shards > 0 && self.batch > 0 && self.batch.is_multiple_of(self.shards),
+            "a batch of {} does not part into {} shards",
+            self.batch,
+            self.shards
+        );
+        Ok(self.batch / self.shards)
+    }
+
+    /// Whether this process will run several shards, one a thread.
+    pub fn trains_in_shards(&self) -> bool {
+        self.shards > distributed::announced()
+    }
+}
+
+/// Where a run keeps its state, and when it stops.
+#[derive(Clone, Debug)]
+pub struct Keeping<'a> {
+    /// `FOLDER/NAME.checkpoint.safetensors` and `FOLDER/NAME.jsonl`.
+    pub folder: &'a Path,
+    /// Names the files and the progress bar.
+    pub name: &'static str,
+    /// Go on from the checkpoint when there is one.
+    pub resume: bool,
+    /// Stop then, with a checkpoint.
+    pub deadline: Option<Instant>,
+    /// Seconds between checkpoints.
+    pub save_every: Duration,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// All steps are made.
+    Finished,
+    /// The deadline came first; `--resume` goes on.
+    Paused {
+        /// Steps made.
+        step: u64,
+    },
+    /// [`run_until`] was told that more steps would not help.
+    Stopped {
+        /// Steps made.
+        step: u64,
+    },
+}
+
+/// Trains `vars` by `plan`: `loss(step, shard)` must draw what is random from its arguments alone. `after` is called
+/// after each step (from 1) with the averages, for pictures along the way.
+///
+/// Ctrl-C saves the state and ends with [`crate::failure::Failure::Interrupted`].
+pub fn run<S: Serialize>(
+    plan: &Plan,
+    settings: &S,
+    keeping: &Keeping,
+    vars: &BTreeMap<String, Var>,
+    loss: impl Fn(u64, usize) -> Result<Loss> + Sync,
+    mut after: impl FnMut(u64, &Ema) -> Result<()>,
+) -> Result<(End, Ema)> {
+    run_until(plan, settings, keeping, vars, loss, |step, ema| {
+        after(step, ema)?;
+        Ok(ControlFlow::Continue(()))
+    })
+}
+
+/// The same, until `after` says that it is enough.
+pub fn run_until<S: Serialize>(
+    plan: &Plan,
+    settings: &S,
+    keeping: &Keeping,
+    vars: &BTreeMap<String, Var>,
+    loss: impl Fn(u64, usize) -> Result<Loss> + Sync,
+    mut after: impl FnMut(u64, &Ema) -> Result<ControlFlow<()>>,
+) -> Result<(End, Ema)> {
+    plan.samples_a_shard()?;
+    let mut state = State::new(vars.clone(), plan.optimiser.clone(), Some(plan.ema))?;
+    let path = keeping.folder.join(format!("{}.checkpoint.safetensors", keeping.name));
+    if keeping.resume && path.exists() {
+        state.load(&path, settings)?;
+    }
+
+    let mut log = Log::open(&keeping.folder.join(format!("{}.jsonl", keeping.name)), state.step)?;
+    let bar = progress::bar(plan.steps, keeping.name);
+    bar.set_position(state.step);
+    bar.reset_eta();
+    let mut recent = Recent::default();
+    let (start, first) = (Instant::now(), state.step);
+    let mut saved_at = Instant::now();
+    while state.step < plan.steps {
+        if progress::interrupted() {
+            state.save(&path, settings)?;
+            progress::check()?;
+        }
+        if keeping.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            state.save(&path, settings)?;
+            bar.finish_and_clear();
+            return Ok((End::Paused { step: state.step }, state.into_ema()?));
+        }
+        let rate = plan.rate.learning_rate(state.step, plan.steps);
+        let Sum { loss, parts, gradients } =
+            shards::gradients(vars, plan.shards, |shard| loss(state.step, shard))?;
+        let norm = state.update(&gradients, rate)?;
+        // A checkpoint needs their memory.
+        drop(gradients);
+        let step = state.step;
+        recent.add(loss, norm, &parts);
+        bar.inc(1);
+        if step % REPORT == 0 || step == plan.steps {
+            let a_second = (step - first) as f64 / start.elapsed().as_secs_f64();
+            let mut figures = vec![("rate", rate), ("samples_a_second", a_second * plan.batch as f64)];
+            figures.extend(recent.means());
+            bar.set_message(format!("loss {:.4} {a_second:.2} it/s", recent.loss()));
+            log.write(step, &figures)?;
+            recent = Recent::default();
+        }
+        if after(step, state.ema.as_ref().context("this run keeps an average")?)?.is_break() {
+            state.save(&path, settings)?;
+            bar.finish_and_clear();
+            return Ok((End::Stopped { step }, state.into_ema()?));
+        }
+        if saved_at.elapsed() >= keeping.save_every {
+            state.save(&path, settings)?;
+            saved_at = Instant::now();
+        }
+    }
+    state.save(&path, settings)?;
+    bar.finish_and_clear();
+    Ok((End::Finished, state.into_ema()?))
+}
+
+/// The figure that counts the optimiser's steps where some were left out.
+const UPDATES: &str = "updates";
+
+/// What changes as a run goes on: weights, their moments and averages, and the number of steps.
+pub struct State {
+    vars: BTreeMap<String, Var>,
+    optimiser: AdamW,
+    ema: Option<Ema>,
+    /// Figures that a run keeps beside them, by name.
+    pub figures: BTreeMap<String, f64>,
+    /// Steps made.
+    pub step: u64,
+}
+
+impl State {
+    /// At the present values of `vars`; `ema` is the decay of their average, where one is kept.
+    pub fn new(vars: BTreeMap<String, Var>, options: AdamWOptions, ema: Option<f64>) -> Result<Self> {
+        let optimiser = AdamW::new(vars.clone(), options)?;
+        let ema = ema.map(|decay| Ema::new(vars.clone(), decay)).transpose()?;
+        Ok(Self { vars, optimiser, ema, figures: BTreeMap::new(), step: 0 })
+    }
+
+    /// The optimiser, to set rates of its own for some variables.
+    pub fn optimiser(&mut self) -> &mut AdamW {
+        &mut self.optimiser
+    }
+
+    /// The variables that train.
+    pub fn vars(&self) -> &BTreeMap<String, Var> {
+        &self.vars
+    }
+
+    /// Makes one step; gives the norm of the gradient before clipping.
+    ///
+    /// # Errors
+    /// A gradient that is not finite: nothing is changed then.
+    pub fn update(&mut self, gradients: &Gradients, rate: f64) -> Result<f64> {
+        let norm = self.optimiser.step(gradients, rate)?;
+        self.step += 1;
+        if let Some(ema) = &mut self.ema {
+            ema.follow(self.step)?;
+        }
+        Ok(norm)
+    }
+
+    /// Counts a step in which nothing was changed.
+    pub fn skip(&mut self) {
+        self.step += 1;
+    }
+
+    /// The averages of the variables, or their values where no average is kept.
+    pub fn result(&self) -> BTreeMap<String, Tensor> {
+        match &self.ema {
+            Some(ema) => ema.averages().clone(),
+            None => self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().detach())).collect(),
+        }
+    }
+
+    /// Writes it all to `path`; what was there stays until the new file is whole.
+    pub fn save<S: Serialize>(&self, path: &Path, settings: &S) -> Result<()> {
+        checkpoint::save(path, self.step, settings, &self.parts()?)
+    }
+
+    /// The groups of tensors that stand for it in a checkpoint.
+    fn parts(&self) -> Result<Vec<(&'static str, BTreeMap<String, Tensor>)>> {
+        let weights = self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        let mut parts = vec![("weights", weights), ("moments", self.optimiser.moments())];
+        parts.extend(self.ema.iter().map(|ema| ("average", ema.averages().clone())));
+        let mut figures = self.figures.clone();
+        if self.optimiser.steps() != self.step {
+            figures.insert(UPDATES.into(), self.optimiser.steps() as f64);
+        }
+        if !figures.is_empty() {
+            let figure = |(name, value)| Ok((name, Tensor::new(&[value], &candle_core::Device::Cpu)?));
+            parts.push(("figures", figures.into_iter().map(figure).collect::<Result<_>>()?));
+        }
+        Ok(parts)
+    }
+
+    /// Goes back to the state that [`State::save`] wrote with the same settings.
+    ///
+    /// # Errors
+    /// See [`checkpoint::load`]; a variable that is missing.
+    pub fn load<S: Serialize>(&mut self, path: &Path, settings: &S) -> Result<()> {
+        let saved = checkpoint::load(path, settings)?;
+        set(&self.vars, &saved.part("weights"))?;
+        for (name, value) in saved.part("figures") {
+            self.figures.insert(name, value.to_vec1::<f64>()?.into_iter().sum());
+        }
+        let updates = self.figures.remove(UPDATES).map_or(saved.step, |updates| updates as u64);
+        self.optimiser.set_moments(&saved.part("moments"), updates)?;
+        if let Some(ema) = &mut self.ema {
+            ema.set(&saved.part("average"))?;
+        }
+        self.step = saved.step;
+        Ok(())
+    }
+
+    fn into_ema(self) -> Result<Ema> {
+        self.ema.context("this run keeps an average")
+    }
+}
+
+/// Steps between lines of the log.
+const REPORT: u64 = 20;
+
+/// Means since the last line of the log.
+#[derive(Default)]
+struct Recent {
+    count: f64,
+    sums: BTreeMap<&'static str, f64>,
+}
+
+impl Recent {
+    fn add(&mut self, loss: f64, norm: f64, parts: &[(&'static str, f64)]) {
+        self.count += 1.0;
+        for (name, value) in [("loss", loss), ("gradient_norm", norm)].iter().chain(parts) {
+            *self.sums.entry(name).or_default() += value;
+        }
+    }
+
+    fn loss(&self) -> f64 {
+        self.sums.get("loss").map_or(f64::NAN, |sum| sum / self.count)
+    }
+
+    fn means(&self) -> Vec<(&'static str, f64)> {
+        self.sums.iter().map(|(name, sum)| (*name, sum / self.count)).collect()
+    }
+}
+
+fn set(vars: &BTreeMap<String, Var>, values: &std::collections::HashMap<String, Tensor>) -> Result<()> {
+    for (name, var) in vars {
+        let value =
+            values.get(name).with_context(|| format!("weight `{name}` is missing in the checkpoint"))?;
+        var.set(&value.to_device(var.device())?)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::diffusion::noise;
+    use crate::layers::linear;
+    use crate::train::lr_schedule::Decay;
+    use crate::weights::Trainable;
+
+    fn plan() -> Plan {
+        Plan {
+            steps: 12,
+            batch: 8,
+            shards: 2,
+            rate: Schedule { peak: 1e-2, warmup: 3, decay: Decay::Cosine, floor: 0.1 },
+            optimiser: AdamWOptions::default(),
+            ema: 0.9,
+        }
+    }
+
+    /// Trains a linear map towards another; `kill_at` breaks off as a crash does. Gives weights and averages.
+    fn train(folder: &Path, resume: bool, kill_at: Option<u64>) -> Option<(Vec<f32>, Vec<f32>)> {
+        let trainable = Trainable::new(1);
+        let weight = trainable.builder(&Device::Cpu).get((3, 5), "weight").unwrap();
+        let truth = noise::normal(2, 0, (3, 5), &Device::Cpu).unwrap();
+        let loss = |step: u64, shard: usize| {
+            let x = noise::normal(3, 2 * step + shard as u64, (4, 5), &Device::Cpu)?;
+            let error = (linear(&x, &weight, None)? - linear(&x, &truth, None)?)?;
+            Ok(Loss::from(error.sqr()?.mean_all()?))
+        };
+        let keeping = Keeping { folder, name: "test", resume, deadline: None, save_every: Duration::ZERO };
+        let after = |step: u64, _: &Ema| match kill_at {
+            Some(kill) if step == kill => anyhow::bail!("killed"),
+            _ => Ok(()),
+        };
+        let (end, ema) = run(&plan(), &plan(), &keeping, &trainable.vars(), loss, after).ok()?;
+        assert_eq!(end, End::Finished);
+        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        Some((values(&weight), values(&ema.averages()["weight"])))
+    }
+
+    #[test]
+    fn a_run_that_was_killed_and_goes_on_ends_in_the_same_bits() {
+        let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let wanted = train(whole.path(), false, None).unwrap();
+        assert!(train(broken.path(), false, Some(5)).is_none());
+        assert!(train(broken.path(), true, Some(9)).is_none());
+        assert_eq!(train(broken.path(), true, None).unwrap(), wanted);
+    }
+
+    #[test]
+    fn other_settings_are_refused_with_what_differs() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(train(folder.path(), false, Some(5)).is_none());
+        let path = folder.path().join("test.checkpoint.safetensors");
+        let other = Plan { batch: 16, ..plan() };
+        let error = checkpoint::load(&path, &other).err().unwrap().to_string();
+        assert!(error.contains("batch") && error.contains('8') && error.contains("16"), "{error}");
+    }
+}

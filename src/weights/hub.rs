@@ -1,0 +1,528 @@
+//! Models of the Hugging Face hub, in the cache that every other program shares.
+//!
+//! A repository that lies whole in the cache is used without asking the network; `difflora models pull` looks for a
+//! newer one. `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean to
+//! huggingface_hub. Only the files that drawing needs are fetched; a download that was cut off goes on where it ended.
+
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::{Cache, Repo, RepoType};
+
+use crate::failure::Failure;
+use crate::progress;
+use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS};
+use crate::weights::sha256;
+
+/// A repository at a revision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Repository {
+    /// `owner/name`
+    pub id: String,
+    /// A branch, a tag or a commit.
+    pub revision: String,
+    /// A whole model in one file, where that is meant and not the diffusers folder.
+    pub file: Option<String>,
+}
+
+impl Repository {
+    /// Reads `owner/name[@revision][:file.safetensors]`; nothing when it is not of that form.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (text, file) = match text.split_once(':') {
+            Some((text, file)) => (text, Some(file)),
+            None => (text, None),
+        };
+        let named = |file: &str| {
+            file.ends_with(".safetensors")
+                && file.split('/').all(|part| !part.is_empty() && !part.starts_with('.'))
+        };
+        if !file.is_none_or(named) {
+            return None;
+        }
+        let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let (owner, name) = id.split_once('/')?;
+        let word = |word: &str| {
+            word.starts_with(|c: char| c.is_ascii_alphanumeric())
+                && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        let fits = word(owner) && word(name) && !revision.is_empty() && !name.ends_with(".safetensors");
+        fits.then(|| Self { id: id.into(), revision: revision.into(), file: file.map(String::from) })
+    }
+
+    /// As [`Repository::parse`] reads it.
+    pub fn name(&self) -> String {
+        let mut name = self.id.clone();
+        if self.revision != "main" {
+            name = format!("{name}@{}", self.revision);
+        }
+        match &self.file {
+            Some(file) => format!("{name}:{file}"),
+            None => name,
+        }
+    }
+
+    /// The folder in the cache, whole or not; nothing when the revision was never fetched.
+    pub fn folder(&self) -> Option<PathBuf> {
+        let repository = cache().path().join(self.repo().folder_name());
+        let commit = std::fs::read_to_string(repository.join("refs").join(&self.revision))
+            .map_or(self.revision.clone(), |commit| commit.trim().to_string());
+        Some(repository.join("snapshots").join(commit)).filter(|folder| folder.is_dir())
+    }
+
+    /// The folder in the cache, or the file where the model lies in one.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] when it is not there or not whole, with the command that fetches it.
+    pub fn cached(&self) -> Result<PathBuf> {
+        let lacking = match self.folder() {
+            None => "it is not in the cache".to_string(),
+            Some(folder) => match self.wanted(&files_of(&folder), Weights::Any) {
+                Ok(wanted) => return Ok(place(folder, &wanted)),
+                Err(lacking) => lacking,
+            },
+        };
+        Err(Failure::Unusable(format!(
+            "cannot use `{}`: {lacking}; with a network, `difflora models pull {}` fetches it into `{}`",
+            self.name(),
+            self.name(),
+            cache().path().display()
+        ))
+        .into())
+    }
+
+    /// Which of the repository's files drawing needs: a diffusers folder's, or a whole model in one file.
+    ///
+    /// # Errors
+    /// What is missing, or which files could be meant.
+    fn wanted(&self, files: &[String], weights: Weights) -> std::result::Result<BTreeSet<String>, String> {
+        if let Some(file) = &self.file {
+            return match files.contains(file) {
+                true => Ok(BTreeSet::from([file.clone()])),
+                false => Err(format!("it has no `{file}`")),
+            };
+        }
+        let whole: Vec<&String> =
+            files.iter().filter(|file| file.ends_with(".safetensors") && !file.contains('/')).collect();
+        match &whole[..] {
+            _ if files.iter().any(|file| file == "model_index.json") => needed(files, weights),
+            [] => needed(files, weights),
+            [one] => Ok(BTreeSet::from([(*one).clone()])),
+            several => {
+                let names = several.iter().map(|file| format!("\n  {}:{file}", self.name()));
+                Err(format!(
+                    "it holds several files that may be models; say which:{}",
+                    names.collect::<String>()
+                ))
+            }
+        }
+    }
+
+    /// The folder in the cache, or the file where the model lies in one; what is missing is fetched unless `offline`.
+    pub fn open(&self, offline: bool) -> Result<PathBuf> {
+        match self.cached() {
+            Err(_) if !(offline || self::offline()) => self.fetch(Weights::Any),
+            cached => cached,
+        }
+    }
+
+    /// Fetches what drawing needs and the cache lacks of the newest commit of the revision; gives its folder, or the
+    /// file where the model lies in one.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] that says what the hub answered and what to do, or that there is no network.
+    pub fn fetch(&self, weights: Weights) -> Result<PathBuf> {
+        let mut fetched = BTreeSet::new();
+        let folder = self.fetch_those(|listed| {
+            fetched = self.wanted(listed, weights).map_err(|why| self.unusable(&why))?;
+            Ok(fetched.clone())
+        })?;
+        Ok(place(folder, &fetched))
+    }
+
+    /// The folder in the cache with these files; they are fetched unless they are there or `offline`.
+    ///
+    /// # Errors
+    /// As [`Repository::fetch`].
+    pub fn open_files(&self, files: &[&str], offline: bool) -> Result<PathBuf> {
+        let lacks = |listed: &[String]| files.iter().find(|file| !listed.iter().any(|other| other == *file));
+        let lacking = match self.folder() {
+            None => "it is not in the cache".to_string(),
+            Some(folder) => match lacks(&files_of(&folder)) {
+                None => return Ok(folder),
+                Some(file) => format!("`{file}` is not in the cache"),
+            },
+        };
+        if offline || self::offline() {
+            return Err(self.unusable(&format!("{lacking}, and the network may not be used")));
+        }
+        self.fetch_those(|listed| match lacks(listed) {
+            None => Ok(files.iter().map(|file| (*file).to_string()).collect()),
+            Some(file) => Err(self.unusable(&format!("it has no `{file}`"))),
+        })
+    }
+
+    fn unusable(&self, why: &str) -> anyhow::Error {
+        Failure::Unusable(format!("cannot use `{}`: {why}", self.name())).into()
+    }
+
+    /// Fetches these files of the newest commit of the revision; gives its folder.
+    ///
+    /// # Errors
+    /// As [`Repository::fetch`].
+    pub fn fetch_files<'a>(&self, files: impl Iterator<Item = &'a str>) -> Result<PathBuf> {
+        self.fetch_those(|_| Ok(files.map(String::from).collect()))
+    }
+
+    /// Fetches what `choose` takes of the files that the repository lists.
+    fn fetch_those(&self, choose: impl FnOnce(&[String]) -> Result<BTreeSet<String>>) -> Result<PathBuf> {
+        let builder = ApiBuilder::from_cache(cache())
+            .with_user_agent("difflora", env!("CARGO_PKG_VERSION"))
+            .with_retries(3)
+            .with_progress(!progress::is_quiet());
+        let builder = match std::env::var("HF_ENDPOINT") {
+            Ok(endpoint) => builder.with_endpoint(endpoint.trim_end_matches('/').to_string()),
+            Err(_) => builder,
+        };
+        let builder = match std::env::var("HF_TOKEN") {
+            Ok(token) if !token.trim().is_empty() => builder.with_token(Some(token.trim().to_string())),
+            _ => builder,
+        };
+        let api = builder.build().map_err(|error| self.explain(error))?.repo(self.repo());
+        let info = api.info().map_err(|error| self.explain(error))?;
+        let listed: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
+        let wanted = choose(&listed)?;
+        let snapshots = cache().path().join(self.repo().folder_name()).join("snapshots");
+        for file in &wanted {
+            progress::check()?;
+            if !snapshots.join(&info.sha).join(file).exists() {
+                api.download(file).map_err(|error| self.explain(error))?;
+            }
+        }
+        cache().repo(self.repo()).create_ref(&info.sha).map_err(|error| self.explain(error.into()))?;
+        self.folder().with_context(|| format!("`{}` was fetched and is not in the cache", self.name()))
+    }
+
+    fn repo(&self) -> Repo {
+        Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone())
+    }
+
+    /// What an error of a download means to a user.
+    fn explain(&self, error: ApiError) -> anyhow::Error {
+        let (id, place) = (&self.id, cache().path().display().to_string());
+        let mut cause = &error;
+        while let ApiError::TooManyRetries(inner) = cause {
+            cause = inner;
+        }
+        let why = match cause {
+            ApiError::RequestError(inner) => refusal(id, inner),
+            ApiError::IoError(inner) if inner.kind() == ErrorKind::StorageFull => Some(format!(
+                "the disk is full; make room in `{place}`, or name another folder in HF_HOME, and call again: what has \
+                 been fetched is kept"
+            )),
+            ApiError::LockAcquisition(_) => {
+                Some("another program is fetching it now; call again later".into())
+            }
+            _ => None,
+        };
+        let why = why.unwrap_or_else(|| {
+            format!(
+                "the download failed ({error}); it goes on where it ended when `difflora models pull {}` is called \
+                 again with a network",
+                self.name()
+            )
+        });
+        Failure::Unusable(format!("cannot fetch `{}`: {why}", self.name())).into()
+    }
+}
+
+/// What the hub means by a status.
+fn refusal(id: &str, error: &ureq::Error) -> Option<String> {
+    let ureq::Error::StatusCode(status) = error else { return None };
+    Some(match status {
+        401 => "the hub wants a token (401): the repository is gated or private, or there is none of this name; make \
+                one at https://huggingface.co/settings/tokens and put it into HF_TOKEN"
+            .to_string(),
+        403 => format!(
+            "the hub refuses your token (403): ask for access at https://huggingface.co/{id} with the account of the \
+             token in HF_TOKEN"
+        ),
+        404 => "the hub knows no such repository, revision or file (404)".to_string(),
+        _ => return None,
+    })
+}
+
+/// Whether `HF_HUB_OFFLINE` forbids the network.
+pub fn offline() -> bool {
+    std::env::var("HF_HUB_OFFLINE")
+        .is_ok_and(|value| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str()))
+}
+
+/// The cache that huggingface_hub uses.
+fn cache() -> Cache {
+    match std::env::var("HF_HUB_CACHE") {
+        Ok(path) if !path.is_empty() => Cache::new(path.into()),
+        _ => Cache::from_env(),
+    }
+}
+
+/// Every repository in the cache.
+pub fn repositories() -> Vec<Repository> {
+    let entries = std::fs::read_dir(cache().path()).into_iter().flatten().flatten();
+    let mut found: Vec<Repository> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            Repository::parse(&name.strip_prefix("models--")?.replacen("--", "/", 1))
+        })
+        .collect();
+    found.sort_by(|a, b| a.id.cmp(&b.id));
+    found
+}
+
+/// Holds the files of a snapshot against the SHA-256 that the hub names large files by; gives how many there were.
+///
+/// # Errors
+/// [`Failure::Unusable`] for the first file that differs.
+pub fn verify_checksums(folder: &Path) -> Result<usize> {
+    let mut checked = 0;
+    for file in files_of(folder) {
+        progress::check()?;
+        let path = folder.join(file);
+        let Ok(blob) = path.canonicalize() else { continue };
+        let name = blob.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.len() != 64 || !name.chars().all(|c| c.is_ascii_hexdigit()) {
+            continue; // a small file, named by its Git hash
+        }
+        let found = sha256::of_file(&path)?;
+        if found != name {
+            let why = format!("its SHA-256 is {found}, the hub's {name}; delete it and pull the model again");
+            return Err(Failure::unusable(&blob, why));
+        }
+        checked += 1;
+    }
+    Ok(checked)
+}
+
+/// Where a model lies: in its folder, or in the one file that was wanted.
+fn place(folder: PathBuf, wanted: &BTreeSet<String>) -> PathBuf {
+    match wanted.first() {
+        Some(file) if wanted.len() == 1 => folder.join(file),
+        _ => folder,
+    }
+}
+
+/// Which weights to fetch where a repository has several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// The full ones, or half-precision ones where there are no others.
+    Any,
+    /// The half-precision ones where there are any.
+    Half,
+}
+
+/// Which of the files of an SDXL repository drawing needs.
+///
+/// # Errors
+/// What is missing.
+fn needed(files: &[String], weights: Weights) -> std::result::Result<BTreeSet<String>, String> {
+    let has = |file: &str| files.iter().any(|other| other == file);
+    let mut wanted = BTreeSet::new();
+    let mut want = |file: String| {
+        if !has(&file) {
+            return Err(format!("it has no `{file}`"));
+        }
+        wanted.insert(file);
+        Ok(())
+    };
+    want("model_index.json".into())
+        .map_err(|lacking| format!("{lacking}, so it is no model in diffusers' layout"))?;
+    want("scheduler/scheduler_config.json".into())?;
+    for folder in ["tokenizer", "tokenizer_2"] {
+        want(format!("{folder}/tokenizer_config.json"))?;
+        if has(&format!("{folder}/tokenizer.json")) && !has(&format!("{folder}/vocab.json")) {
+            want(format!("{folder}/tokenizer.json"))?;
+        } else {
+            want(format!("{folder}/vocab.json"))?;
+            want(format!("{folder}/merges.txt"))?;
+        }
+    }
+    let variants = match weights {
+        Weights::Any => ["", ".fp16"],
+        Weights::Half => [".fp16", ""],
+    };
+    for (folder, stem) in [
+        ("unet", DIFFUSERS_WEIGHTS),
+        ("vae", DIFFUSERS_WEIGHTS),
+        ("text_encoder", TRANSFORMERS_WEIGHTS),
+        ("text_encoder_2", TRANSFORMERS_WEIGHTS),
+    ] {
+        want(format!("{folder}/config.json"))?;
+        let parts = variants.iter().find_map(|variant| weight_files(files, folder, stem, variant));
+        let parts = parts.ok_or_else(|| {
+            let pickled =
+                files.iter().any(|file| file.starts_with(&format!("{folder}/")) && file.ends_with(".bin"));
+            let why = if pickled { "; its `.bin` files are pickles, which are not read" } else { "" };
+            format!("it has no whole `{folder}/{stem}.safetensors`{why}")
+        })?;
+        parts.into_iter().try_for_each(&mut want)?;
+    }
+    Ok(wanted)
+}
+
+/// The files of one component's weights, when all of them are there.
+fn weight_files(files: &[String], folder: &str, stem: &str, variant: &str) -> Option<Vec<String>> {
+    let whole = format!("{folder}/{stem}{variant}.safetensors");
+    if files.contains(&whole) {
+        return Some(vec![whole]);
+    }
+    let index = format!("{folder}/{stem}.safetensors.index{variant}.json");
+    files.contains(&index).then_some(())?;
+    // diffusion_pytorch_model-00001-of-00002.safetensors, with `.fp16` before or after the numbers.
+    let shard = |file: &&String| {
+        let name = file.strip_prefix(&format!("{folder}/{stem}")).filter(|name| !name.contains('/'));
+        name.is_some_and(|name| {
+            name.contains("-of-")
+                && name.ends_with(".safetensors")
+                && name.contains(".fp16") != variant.is_empty()
+        })
+    };
+    let mut shards: Vec<String> = files.iter().filter(shard).cloned().collect();
+    let (_, count) = shards.first()?.split_once("-of-")?;
+    let digits: String = count.chars().take_while(char::is_ascii_digit).collect();
+    (digits.parse() == Ok(shards.len())).then(|| shards.push(index))?;
+    Some(shards)
+}
+
+/// The files of a folder and of those in it, by their paths below it.
+fn files_of(folder: &Path) -> Vec<String> {
+    let list =
+        |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut found = Vec::new();
+    for path in list(folder) {
+        let inner: Vec<PathBuf> = if path.is_dir() { list(&path).collect() } else { vec![path] };
+        // Links of a cache that was cleared lead nowhere; `is_file` looks behind them.
+        let inner =
+            inner.iter().filter(|path| path.is_file()).filter_map(|path| path.strip_prefix(folder).ok());
+        found.extend(inner.map(|path| path.to_string_lossy().replace('\\', "/")));
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repositories_are_told_from_paths() {
+        let revision = |text: &str| Repository::parse(text).map(|it| (it.id, it.revision));
+        let is = |id: &str, revision: &str| Some((id.to_string(), revision.to_string()));
+        assert_eq!(revision("owner/name"), is("owner/name", "main"));
+        assert_eq!(revision("owner/name@refs/pr/1"), is("owner/name", "refs/pr/1"));
+        for text in ["name", "a/b/c", "./a", "../a", "/a", "a/", "owner/name@", "a/b.safetensors", "a b/c"] {
+            assert_eq!(revision(text), None, "{text}");
+        }
+    }
+
+    /// The files of stabilityai/stable-diffusion-xl-base-1.0, in part.
+    fn listed() -> Vec<String> {
+        let mut files: Vec<String> = [
+            "README.md",
+            "sd_xl_base_1.0.safetensors",
+            "model_index.json",
+            "scheduler/scheduler_config.json",
+            "unet/model.onnx",
+            "vae_1_0/diffusion_pytorch_model.safetensors",
+        ]
+        .map(String::from)
+        .into();
+        for folder in ["tokenizer", "tokenizer_2"] {
+            for file in ["merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"] {
+                files.push(format!("{folder}/{file}"));
+            }
+        }
+        for (folder, stem) in [
+            ("unet", DIFFUSERS_WEIGHTS),
+            ("vae", DIFFUSERS_WEIGHTS),
+            ("text_encoder", TRANSFORMERS_WEIGHTS),
+            ("text_encoder_2", TRANSFORMERS_WEIGHTS),
+        ] {
+            files.push(format!("{folder}/config.json"));
+            files.push(format!("{folder}/{stem}.safetensors"));
+            files.push(format!("{folder}/{stem}.fp16.safetensors"));
+        }
+        files
+    }
+
+    #[test]
+    fn only_what_drawing_needs_is_fetched() {
+        let files = needed(&listed(), Weights::Any).unwrap();
+        assert_eq!(files.len(), 2 + 2 * 3 + 4 * 2, "{files:?}");
+        assert!(files.contains("unet/diffusion_pytorch_model.safetensors"));
+        let half = needed(&listed(), Weights::Half).unwrap();
+        assert_eq!(half.len(), files.len());
+        assert!(half.contains("text_encoder/model.fp16.safetensors"));
+        let mut without = listed();
+        without.retain(|file| file != "unet/diffusion_pytorch_model.safetensors");
+        assert!(
+            needed(&without, Weights::Any).unwrap().contains("unet/diffusion_pytorch_model.fp16.safetensors")
+        );
+    }
+
+    #[test]
+    fn shards_are_fetched_with_their_index_and_only_when_all_are_there() {
+        let mut files = listed();
+        files.retain(|file| !file.starts_with("unet/diffusion"));
+        let stem = "unet/diffusion_pytorch_model";
+        files.push(format!("{stem}.safetensors.index.json"));
+        files.push(format!("{stem}-00001-of-00002.safetensors"));
+        assert!(needed(&files, Weights::Any).unwrap_err().contains("unet"));
+        files.push(format!("{stem}-00002-of-00002.safetensors"));
+        let wanted = needed(&files, Weights::Any).unwrap();
+        assert_eq!(wanted.iter().filter(|file| file.starts_with(stem)).count(), 3);
+    }
+
+    #[test]
+    fn a_model_in_one_file_is_picked_or_asked_for() {
+        let files = |names: &[&str]| names.iter().map(|name| (*name).to_string()).collect::<Vec<_>>();
+        let wanted = |text: &str, names: &[&str]| {
+            let wanted = Repository::parse(text).unwrap().wanted(&files(names), Weights::Any);
+            wanted.map(|wanted| wanted.into_iter().collect::<Vec<_>>())
+        };
+        let (one, two) = ("model.safetensors", "model-fp16.safetensors");
+        assert_eq!(wanted("a/b", &["README.md", one, "vae/x.safetensors"]).unwrap(), [one]);
+        let message = wanted("a/b@v1", &[one, two]).unwrap_err();
+        assert!(
+            message.contains("a/b@v1:model.safetensors") && message.contains("a/b@v1:model-fp16"),
+            "{message}"
+        );
+        assert_eq!(wanted("a/b@v1:model-fp16.safetensors", &[one, two]).unwrap(), [two]);
+        assert!(wanted("a/b:x.safetensors", &[one, two]).unwrap_err().contains("x.safetensors"));
+        assert!(wanted("a/b", &["README.md"]).unwrap_err().contains("model_index.json"));
+        // A folder in diffusers' layout goes before the files beside it.
+        let listed = listed();
+        let names: Vec<&str> = listed.iter().map(String::as_str).collect();
+        assert!(wanted("a/b", &names).unwrap().len() > 1);
+        assert_eq!(wanted("a/b:sd_xl_base_1.0.safetensors", &names).unwrap(), ["sd_xl_base_1.0.safetensors"]);
+        assert_eq!(Repository::parse("a/b@v1:c/d.safetensors").unwrap().name(), "a/b@v1:c/d.safetensors");
+        for text in ["a/b:", "a/b:c.bin", "a/b:../c.safetensors", "C:/b.safetensors"] {
+            assert_eq!(Repository::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_repository_lacks_is_said() {
+        let without = |file: &str| {
+            let mut files = listed();
+            files.retain(|other| other != file);
+            needed(&files, Weights::Any).unwrap_err()
+        };
+        assert!(without("model_index.json").contains("diffusers"));
+        assert!(without("vae/config.json").contains("vae/config.json"));
+        let mut pickled = listed();
+        pickled.retain(|file| !file.starts_with("vae/diff"));
+        pickled.push("vae/diffusion_pytorch_model.bin".into());
+        assert!(needed(&pickled, Weights::Any).unwrap_err().contains("pickles"));
+    }
+}

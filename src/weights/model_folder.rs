@@ -1,0 +1,623 @@
+//! The files of a model, on disk or built in: configs, weights, and saving them again.
+//!
+//! A model is a folder as diffusers and transformers write it: one folder a component, each with a `config.json`
+//! and a `.safetensors`. [`ModelFiles::load`] builds a network from such weights and says which tensors were
+//! missing and which were never asked for: a config that does not fit its weights must not draw noise in silence.
+//! A model that lies otherwise, in one file under other names, is an [`Assembled`] folder: names and forms are
+//! translated as tensors are asked for.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use include_dir::Dir;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::safetensors::Stored;
+use crate::failure::Failure;
+use crate::files::write_whole;
+use crate::weights::sha256;
+
+/// Where a diffusers component keeps its weights: `diffusion_pytorch_model.safetensors`.
+pub const DIFFUSERS_WEIGHTS: &str = "diffusion_pytorch_model";
+
+/// Where a transformers component keeps its weights: `model.safetensors`.
+pub const TRANSFORMERS_WEIGHTS: &str = "model";
+
+/// Why a folder of pickles is not read, and what to do about it.
+const PICKLED_FOLDER: &str = "pickled weights can run programs and are not read; convert the folder once with\n  \
+     python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('OLD').save_pretrained('NEW')\"";
+
+/// A model's folder.
+#[derive(Clone, Debug)]
+pub enum ModelFiles {
+    /// On disk.
+    Folder(PathBuf),
+    /// Inside the program.
+    BuiltIn {
+        /// What messages call it, for example `tiny`.
+        name: &'static str,
+        /// The folder, or one below it.
+        dir: &'static Dir<'static>,
+    },
+    /// In one weight file of another layout.
+    Assembled(Arc<Assembled>),
+}
+
+/// The type in which weights are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightType {
+    dtype: DType,
+    /// Whether tensors that are stored as f16 stay so.
+    halves: bool,
+}
+
+impl WeightType {
+    /// `dtype`; but where that is f32 on a CPU, weights that are stored as f16 stay so: kernels widen them as they pack
+    /// them, so that the results are the same to the bit, in half the memory and without the time to fill it.
+    ///
+    /// What then changes a weight has to widen it first ([`crate::lora::apply::widen`]), lest the change be rounded.
+    pub fn as_good_as(dtype: DType, device: &Device) -> Self {
+        Self { dtype, halves: dtype == DType::F32 && matches!(device, Device::Cpu) }
+    }
+
+    /// The same with at least f32.
+    pub fn upcast(self) -> Self {
+        Self { dtype: DType::F32, ..self }
+    }
+}
+
+impl From<DType> for WeightType {
+    fn from(dtype: DType) -> Self {
+        Self { dtype, halves: false }
+    }
+}
+
+/// A folder that is not there: configs in memory, and the tensors of one `.safetensors` under other names.
+#[derive(Debug)]
+pub struct Assembled {
+    /// The weight file.
+    pub file: PathBuf,
+    /// Configs and vocabularies by their path in a folder, for example `unet/config.json`.
+    pub texts: BTreeMap<String, Cow<'static, str>>,
+    /// For each component, for example `unet`, where its tensors lie.
+    pub tensors: BTreeMap<String, BTreeMap<String, Place>>,
+}
+
+/// Where a tensor lies in an [`Assembled`] model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its name in the weight file.
+    pub stored: String,
+    /// How it lies there.
+    pub form: Form,
+}
+
+/// How a tensor is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// As the network wants it.
+    Whole,
+    /// The n-th of three along the first axis: OpenCLIP keeps query, key and value together.
+    Third(usize),
+    /// Rows and columns exchanged.
+    Transposed,
+    /// As a 1×1 convolution, wanted as a matrix.
+    Pointwise,
+}
+
+impl Form {
+    /// The tensor as the network wants it.
+    pub fn take(self, stored: Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Whole => Ok(stored),
+            Self::Third(n) => {
+                let rows = stored.dim(0)? / 3;
+                stored.narrow(0, n * rows, rows)?.contiguous()
+            }
+            Self::Transposed => stored.t()?.contiguous(),
+            Self::Pointwise => stored.flatten_from(1),
+        }
+    }
+
+    /// The stored tensor with `part`, which the network wants, put into its place.
+    pub fn put(self, stored: &Tensor, part: Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Whole => Ok(part),
+            Self::Third(n) => {
+                let rows = stored.dim(0)? / 3;
+                let thirds =
+                    (0..3).map(|i| if i == n { Ok(part.clone()) } else { stored.narrow(0, i * rows, rows) });
+                Tensor::cat(&thirds.collect::<candle_core::Result<Vec<_>>>()?, 0)
+            }
+            Self::Transposed => part.t()?.contiguous(),
+            Self::Pointwise => part.reshape(stored.shape()),
+        }
+    }
+
+    /// The shape that the network wants of a tensor that is stored in this one.
+    pub fn shape(self, stored: &[usize]) -> Vec<usize> {
+        match (self, stored) {
+            (Self::Third(_), [rows, rest @ ..]) => [&[rows / 3], rest].concat(),
+            (Self::Transposed, [rows, columns]) => vec![*columns, *rows],
+            (Self::Pointwise, [out, rest @ ..]) => vec![*out, rest.iter().product()],
+            _ => stored.to_vec(),
+        }
+    }
+}
+
+impl ModelFiles {
+    /// A folder on disk.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] when there is none.
+    pub fn folder(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        if !path.is_dir() {
+            let why = if path.exists() { "it is a file, wanted a model's folder" } else { "no such folder" };
+            return Err(Failure::unusable(&path, why));
+        }
+        Ok(Self::Folder(path))
+    }
+
+    /// What messages call it: the path, or the name of the built-in model.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Folder(path) => path.display().to_string(),
+            Self::BuiltIn { name, .. } => (*name).to_string(),
+            Self::Assembled(model) => model.file.display().to_string(),
+        }
+    }
+
+    /// Whether there is such a file, for example `vae/config.json`.
+    pub fn exists(&self, file: &str) -> bool {
+        match self {
+            Self::Folder(path) => path.join(file).is_file(),
+            Self::BuiltIn { dir, .. } => dir.get_file(dir.path().join(file)).is_some(),
+            Self::Assembled(model) => model.texts.contains_key(file),
+        }
+    }
+
+    /// The bytes of a file.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] when it is missing or cannot be read.
+    pub fn read(&self, file: &str) -> Result<Cow<'static, [u8]>> {
+        match self {
+            Self::Folder(path) => {
+                let path = path.join(file);
+                std::fs::read(&path).map(Cow::Owned).map_err(|error| Failure::unusable(&path, error))
+            }
+            Self::BuiltIn { dir, .. } => self.embedded(dir, file).map(Cow::Borrowed),
+            Self::Assembled(model) => match model.texts.get(file) {
+                Some(text) => Ok(Cow::Owned(text.as_bytes().to_vec())),
+                None => Err(self.unusable(file, "a model in one file has no such part")),
+            },
+        }
+    }
+
+    /// The bytes of a file of a model that lies inside the program.
+    pub fn built_in_bytes(&self, file: &str) -> Result<&'static [u8]> {
+        match self {
+            Self::BuiltIn { dir, .. } => self.embedded(dir, file),
+            _ => Err(self.unusable(file, "it lies outside the program")),
+        }
+    }
+
+    fn embedded(&self, dir: &'static Dir<'static>, file: &str) -> Result<&'static [u8]> {
+        let found = dir.get_file(dir.path().join(file));
+        found
+            .map(|found| found.contents())
+            .ok_or_else(|| self.unusable(file, "the built-in model has no such file"))
+    }
+
+    /// A file of UTF-8 text.
+    pub fn text(&self, file: &str) -> Result<String> {
+        String::from_utf8(self.read(file)?.into_owned()).map_err(|error| self.unusable(file, error))
+    }
+
+    /// A JSON file.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] with the file and the place in it.
+    pub fn json<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
+        serde_json::from_slice(&self.read(file)?).map_err(|error| self.unusable(file, error))
+    }
+
+    /// A component's `config.json`, without the keys that start with `_`, which are remarks of diffusers.
+    pub fn config<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
+        let mut config: serde_json::Map<String, Value> = self.json(file)?;
+        config.retain(|key, _| !key.starts_with('_'));
+        serde_json::from_value(Value::Object(config)).map_err(|error| self.unusable(file, error))
+    }
+
+    /// A network built from the weights of the component in `folder`, which lie in `stem.safetensors`, in
+    /// `stem.fp16.safetensors`, or in the parts that `stem.safetensors.index.json` lists.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] for files that are missing or damaged, and when `build` asks for tensors that are not
+    /// there, or of another shape, or leaves some out.
+    pub fn load<T>(
+        &self,
+        folder: &str,
+        stem: &str,
+        weights: impl Into<WeightType>,
+        device: &Device,
+        build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
+    ) -> Result<T> {
+        self.build(folder, stem, weights.into(), device, false, build)
+    }
+
+    /// Checks the weights as [`ModelFiles::load`] does, and keeps none: what `build` is given is all zeros.
+    pub fn check<T>(
+        &self,
+        folder: &str,
+        stem: &str,
+        build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
+    ) -> Result<()> {
+        self.build(folder, stem, DType::F32.into(), &Device::Cpu, true, build).map(|_| ())
+    }
+
+    fn build<T>(
+        &self,
+        folder: &str,
+        stem: &str,
+        WeightType { dtype, halves }: WeightType,
+        device: &Device,
+        only_check: bool,
+        build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
+    ) -> Result<T> {
+        let (file, weights) = self.weights(folder, stem)?;
+        let names = weights.names();
+        let ledger = Arc::new(Ledger { weights, only_check, halves, ..Ledger::default() });
+        let vb = VarBuilder::from_backend(Box::new(Entries(ledger.clone())), dtype, device.clone());
+        let built = build(vb).map_err(|error| self.unusable(&file, format!("{error:#}")))?;
+        let asked = ledger.asked.lock().expect("no thread panics while it holds the names");
+        let missing: Vec<&String> = asked.difference(&names).collect();
+        if !missing.is_empty() {
+            return Err(self.unusable(&file, format!("{} missing", list(&missing))));
+        }
+        // Old transformers stored the numbers 0, 1, 2, … of the positions.
+        let unused: Vec<&String> =
+            names.difference(&asked).filter(|name| !name.ends_with("position_ids")).collect();
+        if !unused.is_empty() {
+            return Err(self.unusable(
+                &file,
+                format!("{} of no use to the network that `config.json` describes", list(&unused)),
+            ));
+        }
+        Ok(built)
+    }
+
+    /// All tensors of a component by name, as stored.
+    pub fn tensors(&self, folder: &str, stem: &str) -> Result<HashMap<String, Tensor>> {
+        let (file, weights) = self.weights(folder, stem)?;
+        weights
+            .names()
+            .into_iter()
+            .map(|name| Ok((name.clone(), weights.load(&name, None)?)))
+            .collect::<candle_core::Result<_>>()
+            .map_err(|error| self.unusable(&file, error))
+    }
+
+    /// The names of a component's tensors, and what reads one of them as it is stored.
+    pub fn one_by_one(
+        &self,
+        folder: &str,
+        stem: &str,
+    ) -> Result<(BTreeSet<String>, impl Fn(&str) -> Result<Tensor> + '_)> {
+        let (file, weights) = self.weights(folder, stem)?;
+        let names = weights.names();
+        Ok((names, move |name: &str| weights.load(name, None).map_err(|error| self.unusable(&file, error))))
+    }
+
+    /// F16 where the tensor `name` is stored so and `device` is the CPU, whose products widen it as they read it; else F32.
+    /// (Products with weights of bf16 would round what they multiply.)
+    pub fn narrow_dtype(&self, stem: &str, name: &str, device: &Device) -> DType {
+        // What is wrong with the file is told when it is loaded.
+        let narrow = || self.weights("", stem).is_ok_and(|(_, weights)| weights.is_half(name));
+        if device.is_cpu() && narrow() { DType::F16 } else { DType::F32 }
+    }
+
+    /// SHA-256 of a component's weights, in hexadecimal; of the whole file where the model is one file. That of a large
+    /// file on disk is remembered, see [`hashes`].
+    pub fn sha256(&self, folder: &str, stem: &str) -> Result<String> {
+        match self {
+            Self::Assembled(model) => sha256::remembered(std::slice::from_ref(&model.file)),
+            Self::Folder(path) => {
+                let parts: Vec<PathBuf> =
+                    self.weight_files(folder, stem)?.1.iter().map(|part| path.join(part)).collect();
+                sha256::remembered(&parts)
+            }
+            Self::BuiltIn { dir, .. } => {
+                let mut hash = Sha256::new();
+                for part in self.weight_files(folder, stem)?.1 {
+                    hash.update(self.embedded(dir, &part)?);
+                }
+                Ok(sha256::in_hex(hash))
+            }
+        }
+    }
+
+    /// The file that stands for a component's weights in messages, and the files that they lie in.
+    pub fn weight_files(&self, folder: &str, stem: &str) -> Result<(String, BTreeSet<String>)> {
+        let place =
+            |file: &str| if folder.is_empty() { file.to_string() } else { format!("{folder}/{file}") };
+        for variant in ["", ".fp16"] {
+            let whole = place(&format!("{stem}{variant}.safetensors"));
+            if self.exists(&whole) {
+                return Ok((whole.clone(), BTreeSet::from([whole])));
+            }
+            let index = place(&format!("{stem}.safetensors.index{variant}.json"));
+            if self.exists(&index) {
+                let parts = self.json::<ShardIndex>(&index)?.weight_map;
+                if let Some(name) = parts.values().find(|name| name.contains(['/', '\\'])) {
+                    return Err(self.unusable(&index, format!("the part `{name}` lies outside the folder")));
+                }
+                return Ok((index, parts.values().map(|file| place(file)).collect()));
+            }
+        }
+        let pickle = ["diffusion_pytorch_model.bin", "pytorch_model.bin"].map(place);
+        let pickle = pickle.into_iter().find(|file| self.exists(file));
+        let whole = place(&format!("{stem}.safetensors"));
+        Err(match pickle {
+            Some(file) => self.unusable(&file, PICKLED_FOLDER),
+            None => self.unusable(&whole, "no such file"),
+        })
+    }
+
+    fn weights(&self, folder: &str, stem: &str) -> Result<(String, Weights)> {
+        if let Self::Assembled(model) = self {
+            let part = Stored::open(&model.file).map_err(|error| self.unusable(folder, error))?;
+            let places = model.tensors.get(folder).cloned().unwrap_or_default();
+            return Ok((folder.to_string(), Weights { parts: vec![part], places: Some(places) }));
+        }
+        let (file, names) = self.weight_files(folder, stem)?;
+        let mut parts = Vec::new();
+        for name in &names {
+            let opened = match self {
+                Self::BuiltIn { dir, .. } => Stored::in_program(self.embedded(dir, name)?),
+                Self::Folder(path) => Stored::open(&path.join(name)),
+                Self::Assembled(model) => Stored::open(&model.file),
+            };
+            parts.push(opened.map_err(|error| self.unusable(name, error))?);
+        }
+        Ok((file, Weights { parts, places: None }))
+    }
+
+    /// An error about one of the files.
+    pub fn unusable(&self, file: &str, why: impl std::fmt::Display) -> anyhow::Error {
+        match self {
+            Self::Folder(path) => Failure::unusable(&path.join(file), why),
+            Self::BuiltIn { name, .. } => Failure::unusable(Path::new(&format!("{name}:{file}")), why),
+            Self::Assembled(model) => {
+                Failure::unusable(Path::new(&format!("{}:{file}", model.file.display())), why)
+            }
+        }
+    }
+}
+
+/// `3 tensors are`, with the first few names.
+fn list(names: &[&String]) -> String {
+    let shown: Vec<String> = names.iter().take(5).map(|name| format!("`{name}`")).collect();
+    match names.len() {
+        1 => format!("the tensor {} is", shown[0]),
+        n if n <= shown.len() => format!("the tensors {} are", shown.join(", ")),
+        n => format!("{n} tensors ({}, …) are", shown.join(", ")),
+    }
+}
+
+/// Writes the component `folder` of the model in `root`: `config.json` and `stem.safetensors`, each whole or not
+/// at all. `weights` are stored as `dtype`.
+pub fn save_component(
+    root: &Path,
+    folder: &str,
+    stem: &str,
+    config: &Value,
+    weights: &BTreeMap<String, Tensor>,
+    dtype: DType,
+) -> Result<()> {
+    let folder = root.join(folder);
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+    let mut stored = BTreeMap::new();
+    for (name, tensor) in weights {
+        stored.insert(name, tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?.contiguous()?);
+    }
+    // transformers refuses files that do not say which framework's layout they have.
+    let layout = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let bytes = safetensors::serialize(stored, Some(layout)).context("cannot serialise the weights")?;
+    write_whole(&folder.join(format!("{stem}.safetensors")), &bytes)?;
+    save_json(&folder.join("config.json"), config)
+}
+
+/// Writes a JSON file as diffusers does: indented by two, with a line end.
+pub fn save_json(path: &Path, value: &Value) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).context("cannot serialise a config")?;
+    text.push('\n');
+    write_whole(path, text.as_bytes())
+}
+
+/// The tensors of all parts of a component.
+#[derive(Default)]
+struct Weights {
+    parts: Vec<Stored>,
+    /// Where they lie, when not under their own names.
+    places: Option<BTreeMap<String, Place>>,
+}
+
+impl Weights {
+    fn names(&self) -> BTreeSet<String> {
+        match &self.places {
+            Some(places) => places.keys().cloned().collect(),
+            None => self.parts.iter().flat_map(Stored::names).map(String::from).collect(),
+        }
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        match &self.places {
+            Some(places) => places.contains_key(name),
+            None => self.parts.iter().any(|part| part.contains(name)),
+        }
+    }
+
+    /// Where the tensor `name` lies.
+    fn find(&self, name: &str) -> Option<(Place, &Stored)> {
+        let place = match &self.places {
+            Some(places) => places.get(name)?.clone(),
+            None => Place { stored: name.to_string(), form: Form::Whole },
+        };
+        let part = self.parts.iter().find(|part| part.contains(&place.stored))?;
+        Some((place, part))
+    }
+
+    /// Whether the tensor `name` is stored as f16.
+    fn is_half(&self, name: &str) -> bool {
+        self.find(name).is_some_and(|(place, part)| part.is_half(&place.stored))
+    }
+
+    /// The tensor `name` on the CPU, as `dtype` or as stored.
+    fn load(&self, name: &str, dtype: Option<DType>) -> candle_core::Result<Tensor> {
+        let Some((place, part)) = self.find(name) else { candle_core::bail!("there is no tensor `{name}`") };
+        place.form.take(part.load(&place.stored, dtype)?)
+    }
+}
+
+/// `stem.safetensors.index.json`: which part each tensor lies in.
+#[derive(serde::Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Weights, and the names that a network asked for.
+#[derive(Default)]
+struct Ledger {
+    weights: Weights,
+    /// Whether to give zeros, once a tensor has been looked at.
+    only_check: bool,
+    /// Whether what is stored as f16 stays so.
+    halves: bool,
+    asked: Mutex<BTreeSet<String>>,
+}
+
+struct Entries(Arc<Ledger>);
+
+impl SimpleBackend for Entries {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        self.0.asked.lock().expect("no thread panics while it holds the names").insert(name.to_string());
+        if !self.0.weights.contains(name) {
+            // All missing tensors are told together once the network is built.
+            return Tensor::zeros(shape, dtype, device);
+        }
+        let dtype = if self.0.halves && self.0.weights.is_half(name) { DType::F16 } else { dtype };
+        let tensor = self.0.weights.load(name, Some(dtype))?;
+        if tensor.shape() != &shape {
+            candle_core::bail!("tensor `{name}` has shape {:?}, wanted {shape:?}", tensor.shape());
+        }
+        if self.0.only_check {
+            return Tensor::zeros((), dtype, device)?.broadcast_as(shape);
+        }
+        tensor.to_device(device)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        candle_core::bail!("tensor `{name}` was asked for without its shape")
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.weights.contains(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn saved(names: &[&str]) -> (tempfile::TempDir, ModelFiles) {
+        let root = tempfile::tempdir().unwrap();
+        let one = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let weights = names.iter().map(|name| ((*name).to_string(), one.clone())).collect();
+        let config = serde_json::json!({ "_class_name": "Two", "width": 3 });
+        save_component(root.path(), "part", "model", &config, &weights, DType::F16).unwrap();
+        let files = ModelFiles::folder(root.path()).unwrap();
+        (root, files)
+    }
+
+    fn load(files: &ModelFiles, names: &[&str]) -> Result<Vec<Tensor>> {
+        files.load("part", "model", DType::F32, &Device::Cpu, |vb| {
+            names.iter().map(|name| Ok(vb.get((2, 3), name)?)).collect()
+        })
+    }
+
+    #[test]
+    fn saved_weights_and_configs_come_back() {
+        let (_root, files) = saved(&["a", "b"]);
+        let tensors = load(&files, &["a", "b"]).unwrap();
+        assert_eq!(tensors[0].to_vec2::<f32>().unwrap(), [[1.0; 3]; 2]);
+        let config: BTreeMap<String, usize> = files.config("part/config.json").unwrap();
+        assert_eq!(config, BTreeMap::from([("width".to_string(), 3)]));
+        assert_eq!(files.tensors("part", "model").unwrap()["a"].dtype(), DType::F16);
+    }
+
+    #[test]
+    fn missing_unused_and_misshapen_tensors_are_named() {
+        let (_root, files) = saved(&["a", "b"]);
+        let message = |names: &[&str]| format!("{:#}", load(&files, names).unwrap_err());
+        assert!(message(&["a", "b", "c", "d"]).contains("the tensors `c`, `d` are missing"));
+        assert!(message(&["a"]).contains("the tensor `b` is of no use"));
+        let wrong =
+            files.load("part", "model", DType::F32, &Device::Cpu, |vb| Ok(vb.get((3, 2), "a")?)).unwrap_err();
+        assert!(format!("{wrong:#}").contains("`a` has shape [2, 3], wanted [3, 2]"), "{wrong:#}");
+        assert!(wrong.chain().any(|cause| cause.is::<Failure>()));
+    }
+
+    #[test]
+    fn weights_in_parts_or_in_half_precision_are_found() {
+        let (root, files) = saved(&["a", "b"]);
+        let at = |name: &str| root.path().join("part").join(name);
+        std::fs::rename(at("model.safetensors"), at("model.fp16.safetensors")).unwrap();
+        assert_eq!(load(&files, &["a", "b"]).unwrap().len(), 2);
+        std::fs::remove_file(at("model.fp16.safetensors")).unwrap();
+
+        for (name, value) in [("a", 1f32), ("b", 2.0)] {
+            let tensor = Tensor::full(value, (2, 3), &Device::Cpu).unwrap();
+            let weights = HashMap::from([(name, tensor)]);
+            candle_core::safetensors::save(&weights, at(&format!("{name}.safetensors"))).unwrap();
+        }
+        let index = |map: Value, variant: &str| {
+            let name = format!("model.safetensors.index{variant}.json");
+            std::fs::write(at(&name), serde_json::json!({ "weight_map": map }).to_string()).unwrap();
+        };
+        for variant in [".fp16", ""] {
+            index(serde_json::json!({ "a": "a.safetensors", "b": "b.safetensors" }), variant);
+            let tensors = load(&files, &["a", "b"]).unwrap();
+            assert_eq!(tensors[1].to_vec2::<f32>().unwrap(), [[2.0; 3]; 2]);
+        }
+        let message = |files: &ModelFiles| format!("{:#}", load(files, &["a", "b"]).unwrap_err());
+        index(serde_json::json!({ "a": "a.safetensors", "b": "../b.safetensors" }), "");
+        assert!(message(&files).contains("outside the folder"), "{}", message(&files));
+        index(serde_json::json!({ "a": "a.safetensors", "b": "c.safetensors" }), "");
+        assert!(message(&files).contains("c.safetensors"), "{}", message(&files));
+    }
+
+    #[test]
+    fn a_damaged_config_is_told_with_file_and_line() {
+        let (root, files) = saved(&["a"]);
+        std::fs::write(root.path().join("part/config.json"), "{\n \"width\": x\n}").unwrap();
+        let message =
+            format!("{:#}", files.config::<BTreeMap<String, usize>>("part/config.json").unwrap_err());
+        assert!(message.contains("part/config.json") && message.contains("line 2"), "{message}");
+    }
+}
