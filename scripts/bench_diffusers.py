@@ -1,4 +1,4 @@
-"""Draws one picture at SDXL's true size with random weights, in diffusers and in difflora in turn, and compares
+"""Draws one image at SDXL's true size with random weights, in diffusers and in difflora in turn, and compares
 time and memory of the whole processes.
 
     python scripts/bench_diffusers.py make FOLDER                    # random weights, 7 GB in 16 bits
@@ -85,7 +85,7 @@ def make(folder):
 
 
 def draw(folder, size, steps, dtype):
-    """One picture in diffusers; its own process, so that time and memory are its own."""
+    """One image in diffusers; its own process, so that time and memory are its own."""
     import torch
     from diffusers import StableDiffusionXLPipeline
 

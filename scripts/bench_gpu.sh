@@ -1,5 +1,5 @@
 #!/bin/bash
-# What a GPU machine has to show: the same pictures as on the CPU, then time and memory at SDXL's true size beside diffusers.
+# What a GPU machine has to show: the same images as on the CPU, then time and memory at SDXL's true size beside diffusers.
 #
 #     scripts/bench_gpu.sh FOLDER [PROGRAM]
 #
@@ -38,12 +38,12 @@ from safetensors.numpy import load_file
 
 work = sys.argv[1]
 cpu, cuda = (np.asarray(Image.open(f"{work}/{device}.png")).astype(int) for device in ("cpu", "cuda"))
-print(f"largest difference of the pictures: {abs(cpu - cuda).max()} of 255 (2 or less is expected)")
+print(f"largest difference of the images: {abs(cpu - cuda).max()} of 255 (2 or less is expected)")
 cpu, cuda = (load_file(f"{work}/{device}.safetensors") for device in ("cpu", "cuda"))
 apart = max(float(abs(cpu[key].astype("f4") - cuda[key].astype("f4")).max()) for key in cpu)
 print(f"largest difference of the LoRAs: {apart:.1e}")
 if abs(np.asarray(Image.open(f"{work}/cpu.png")).astype(int) - np.asarray(Image.open(f"{work}/cuda.png"))).max() > 2:
-    sys.exit("the pictures differ: figures of speed would mean nothing")
+    sys.exit("the images differ: figures of speed would mean nothing")
 PY
 
 # Peak memory of the GPU while a command runs, MiB.
@@ -56,7 +56,7 @@ watched() {
     echo "peak GPU memory: $(sort -n "$work/memory" | tail -1) MiB"
 }
 
-echo "## A picture of 1024×1024, f16, 30 steps with guidance"
+echo "## A image of 1024×1024, f16, 30 steps with guidance"
 for steps in 1 31; do
     echo "difflora, $steps steps, whole process:"
     watched bash -c "time '$program' gen --quiet --base '$folder' --device cuda --dtype f16 --sampler euler --guidance 5 \
@@ -79,7 +79,7 @@ def draw(steps):
     return time.monotonic() - begin
 draw(2)
 one, many = draw(1), draw(31)
-print(f"diffusers {sys.argv[2]}: a step {(many - one) / 30:.3f} s, a picture of 30 steps {one + 29 * (many - one) / 30:.2f} s, "
+print(f"diffusers {sys.argv[2]}: a step {(many - one) / 30:.3f} s, an image of 30 steps {one + 29 * (many - one) / 30:.2f} s, "
       f"peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
 PY
 for how in eager compiled; do "$python" "$work/draw.py" "$folder" $how; done

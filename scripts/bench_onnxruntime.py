@@ -50,10 +50,10 @@ def embed(files):
     yunet, recogniser = session(assets / "yunet.onnx", threads), session(assets / "mobilefacenet512.onnx", threads)
 
     def one(file):
-        picture = Image.open(file).convert("RGB")
-        _, points, score = detect(yunet, picture, 640, 640)
+        image = Image.open(file).convert("RGB")
+        _, points, score = detect(yunet, image, 640, 640)
         back = np.linalg.inv(SimilarityTransform.from_estimate(points, TEMPLATE).params)[:2].ravel()
-        face = picture.transform((112, 112), Image.AFFINE, back, Image.BILINEAR)
+        face = image.transform((112, 112), Image.AFFINE, back, Image.BILINEAR)
         pixels = (np.asarray(face, np.float32).transpose(2, 0, 1)[None] - 127.5) / 127.5
         vector = recogniser.run(None, {"input": np.ascontiguousarray(pixels)})[0][0]
         return vector / np.linalg.norm(vector) if score > 0.6 else None
@@ -110,7 +110,7 @@ def row(name, theirs, ours, unit):
     print(f"| {name} | {theirs:.3f} {unit} | {ours:.3f} {unit} | {ours / theirs:.2f} |", flush=True)
 
 
-def pictures(difflora, folder, count):
+def images(difflora, folder, count):
     """Half photos, half paintings; the same ones each time."""
     import numpy as np
     from PIL import Image
@@ -124,7 +124,7 @@ def pictures(difflora, folder, count):
         left, top, side = *rng.integers(0, side // 20, 2), side - side // 20
         size = int(rng.integers(600, 1401))
         photo.crop((left, top, left + side, top + side)).resize((size, size), Image.BICUBIC).save(folder / f"photo-{number:04}.jpg", quality=92)
-    paint = [difflora, "portraits", "--people", str(count - count // 2), "--pictures", "1", "--seed", "1", "--size", "512", "--out", str(folder / "painted")]
+    paint = [difflora, "portraits", "--people", str(count - count // 2), "--images", "1", "--seed", "1", "--size", "512", "--out", str(folder / "painted")]
     subprocess.run(paint, check=True, capture_output=True)
 
 
@@ -153,13 +153,13 @@ def main():
             networks(difflora, rounds, arguments.runs, work / "insightface")
         if arguments.only in (None, "photo"):
             photo = work / "photo.jpg"
-            picture = Image.open(ROOT / "tests/data/obama_senate_public_domain.jpg").convert("RGB")
-            side = min(picture.size)
-            picture.crop((0, 0, side, side)).resize((1024, 1024), Image.BICUBIC).save(photo, quality=92)
+            image = Image.open(ROOT / "tests/data/obama_senate_public_domain.jpg").convert("RGB")
+            side = min(image.size)
+            image.crop((0, 0, side, side)).resize((1024, 1024), Image.BICUBIC).save(photo, quality=92)
             processes("one 1024² photo, whole process", 2 * rounds, [*ours, str(photo)], [*reference, str(photo)])
             processes("start alone (`--version`; Python with imports)", 2 * rounds, [difflora, "--version"], reference)
         if arguments.only in (None, "folder"):
-            pictures(difflora, work / "folder", arguments.folder)
+            images(difflora, work / "folder", arguments.folder)
             processes(f"folder of {arguments.folder}, whole process", max(1, rounds // 2), [*ours, str(work / "folder")], [*reference, str(work / "folder")])
 
 

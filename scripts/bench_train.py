@@ -4,9 +4,9 @@
     python scripts/bench_train.py FOLDER [--size 512] [--steps 3] [--programs diffusers:f32 difflora:f16 …]
 
 Both train rank 8 on the attention layers with batch 1 and AdamW. Each program runs with one step and with `--steps`
-more: the difference is the time of the further steps, which leaves out start, loading and the encoding of pictures.
+more: the difference is the time of the further steps, which leaves out start, loading and the encoding of images.
 Memory is the peak of the whole process; diffusers' holds the UNet alone, with latents and text drawn at random, and
-difflora's is the user's command, which begins with pictures and captions. difflora computes in f32 whatever the type of
+difflora's is the user's command, which begins with images and captions. difflora computes in f32 whatever the type of
 the weights, except that it multiplies bf16 where the processor can; weights that are stored in f16 lose nothing by
 staying so. Needs Python with the packages of
 scripts/requirements.txt, 24 GB of memory, and `cargo build --release --locked`.
@@ -56,7 +56,7 @@ def train(folder, size, steps, dtype):
         print(loss.item(), file=sys.stderr)
 
 
-def pictures(folder, size):
+def images(folder, size):
     from PIL import Image
 
     for i in range(3):
@@ -66,7 +66,7 @@ def pictures(folder, size):
 def run(args):
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
-        pictures(work, args.size)
+        images(work, args.size)
         ours = [args.binary, "train-lora", str(work), "--quiet", "--base", str(args.folder), "--rank", "8", "--batch", "1",
                 "--targets", "attn", "--resolution", str(args.size), "--out", str(work / "person.safetensors")]
         theirs = [sys.executable, __file__, str(args.folder), "--loop", "--size", str(args.size)]

@@ -1,9 +1,9 @@
 """Holds CLIP's image encoder against transformers at true size, with random weights in f32.
 
-    python scripts/check_clip.py DIR [--size L14|H14] [--picture FILE]
+    python scripts/check_clip.py DIR [--size L14|H14] [--image FILE]
 
 Makes a CLIPVisionModelWithProjection in DIR (kept for the next time; L14 1.2 GB, H14 2.5 GB), has
-`difflora face embed --image-encoder DIR --whole-picture` write the projected embedding and all tokens of
+`difflora face embed --image-encoder DIR --whole-image` write the projected embedding and all tokens of
 `hidden_states[-2]`, computes both with transformers and its own CLIPImageProcessor, and prints cosines, the largest
 difference, and time and peak memory of both whole processes. Exit code 1 below a cosine of 0.99999.
 
@@ -42,7 +42,7 @@ def make(folder, size):
     CLIPImageProcessor().save_pretrained(folder)
 
 
-def reference(folder, picture, out):
+def reference(folder, image, out):
     import torch
     from PIL import Image
     from safetensors.torch import save_file
@@ -50,7 +50,7 @@ def reference(folder, picture, out):
 
     torch.set_num_threads(2)
     model = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
-    pixels = CLIPImageProcessor.from_pretrained(folder)(Image.open(picture).convert("RGB"), return_tensors="pt").pixel_values
+    pixels = CLIPImageProcessor.from_pretrained(folder)(Image.open(image).convert("RGB"), return_tensors="pt").pixel_values
     with torch.no_grad():
         given = model(pixels, output_hidden_states=True)
     save_file({"projected": given.image_embeds[0].contiguous(), "tokens": given.hidden_states[-2][0].contiguous()}, out)
@@ -70,13 +70,13 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--size", choices=SIZES, default="L14")
-    arguments.add_argument("--picture", type=Path, default=ROOT / "tests/data/astronaut.png")
+    arguments.add_argument("--image", type=Path, default=ROOT / "tests/data/astronaut.png")
     arguments.add_argument("--difflora", default=str(ROOT / "target/release/difflora"))
     arguments.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     arguments = arguments.parse_args()
-    folder, picture = arguments.folder, arguments.picture
+    folder, image = arguments.folder, arguments.image
     if arguments.reference:
-        reference(folder, picture, arguments.reference)
+        reference(folder, image, arguments.reference)
         return
     if not (folder / "model.safetensors").exists():
         make(folder, arguments.size)
@@ -84,11 +84,11 @@ def main():
     from safetensors.numpy import load_file
 
     theirs_file = folder / "theirs.safetensors"
-    theirs_cost = run([sys.executable, __file__, str(folder), "--picture", str(picture), "--reference", str(theirs_file)])
+    theirs_cost = run([sys.executable, __file__, str(folder), "--image", str(image), "--reference", str(theirs_file)])
     theirs, worst = load_file(theirs_file), 1.0
     for output in ("projected", "tokens"):
         ours_file = folder / f"{output}.safetensors"
-        ours_cost = run([arguments.difflora, "face", "embed", str(picture), "--image-encoder", str(folder), "--whole-picture", "--image-output", output, "--out", str(ours_file)])
+        ours_cost = run([arguments.difflora, "face", "embed", str(image), "--image-encoder", str(folder), "--whole-image", "--image-output", output, "--out", str(ours_file)])
         (ours,) = load_file(ours_file).values()
         a, b = ours.astype(np.float64).ravel(), theirs[output].astype(np.float64).ravel()
         if output == "projected":

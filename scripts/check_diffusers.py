@@ -1,4 +1,4 @@
-"""Draws with our base model and our LoRA in diffusers, and compares with the picture that difflora drew.
+"""Draws with our base model and our LoRA in diffusers, and compares with the image that difflora drew.
 
     difflora gen --lora me.safetensors --prompt "a photo of sks person" --init-latents noise.safetensors \\
         --sampler ddim --steps 20 --guidance 3 --out ours.png
@@ -55,7 +55,7 @@ def arguments():
     parser.add_argument("--write-latents", type=pathlib.Path, help="where to put latents made from --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--expect", type=pathlib.Path, help="picture that difflora drew")
-    parser.add_argument("--out", type=pathlib.Path, help="where to put the picture that diffusers drew")
+    parser.add_argument("--out", type=pathlib.Path, help="where to put the image that diffusers drew")
     parser.add_argument("--max-difference", type=int, default=2, help="of 255, allowed for a pixel (default 2)")
     return parser.parse_args()
 
@@ -92,7 +92,7 @@ def main():
         if args.write_latents:
             save_file({"latents": latents}, args.write_latents)
     factor = pipe.vae_scale_factor
-    picture = pipe(
+    image = pipe(
         args.prompt,
         negative_prompt=args.negative_prompt,
         num_inference_steps=args.steps,
@@ -102,12 +102,12 @@ def main():
         width=latents.shape[3] * factor,
     ).images[0]
     if args.out:
-        picture.save(args.out)
+        image.save(args.out)
     if not complete:
         sys.exit("diffusers did not use every layer of the LoRA")
     if args.expect:
         ours = np.asarray(Image.open(args.expect).convert("RGB"), dtype=int)
-        theirs = np.asarray(picture, dtype=int)
+        theirs = np.asarray(image, dtype=int)
         if ours.shape != theirs.shape:
             sys.exit(f"difflora drew {ours.shape}, diffusers {theirs.shape}")
         difference = np.abs(ours - theirs)

@@ -24,13 +24,13 @@ def session(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def detect(yunet, picture, size, frame):
-    """The best face: box, points, score in pixels of the picture."""
-    longer = max(picture.size)
-    width, height = ((side * size + longer // 2) // longer for side in picture.size)
+def detect(yunet, image, size, frame):
+    """The best face: box, points, score in pixels of the image."""
+    longer = max(image.size)
+    width, height = ((side * size + longer // 2) // longer for side in image.size)
     left, top = (frame - width) // 2, (frame - height) // 2
     framed = Image.new("RGB", (frame, frame), (127, 127, 127))
-    framed.paste(picture.resize((width, height), Image.BILINEAR), (left, top))
+    framed.paste(image.resize((width, height), Image.BILINEAR), (left, top))
     blob = np.asarray(framed, np.float32)[:, :, ::-1].transpose(2, 0, 1)[None]
     names = [f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in (8, 16, 32)]
     outputs = dict(zip(names, yunet.run(names, {"input": np.ascontiguousarray(blob)})))
@@ -46,15 +46,15 @@ def detect(yunet, picture, size, frame):
             points = (kps[i].reshape(5, 2) + [c, r]) * stride
             best = (float(score[i]), np.stack([centre - half, centre + half]), points)
     score, box, points = best
-    scale = np.array([picture.width / width, picture.height / height])
+    scale = np.array([image.width / width, image.height / height])
     return (box - [left, top]) * scale, (points - [left, top]) * scale, score
 
 
-def align(picture, points):
+def align(image, points):
     warp = SimilarityTransform.from_estimate(points, TEMPLATE)
     v, u = np.mgrid[:112, :112]
     x, y = warp.inverse(np.stack([u.ravel(), v.ravel()], 1).astype(float)).T
-    image = np.pad(np.asarray(picture, np.float64), ((1, 1), (1, 1), (0, 0)))
+    image = np.pad(np.asarray(image, np.float64), ((1, 1), (1, 1), (0, 0)))
     left, top = np.floor(x), np.floor(y)
     face = np.zeros((112 * 112, 3))
     for dy, wy in ((0, 1 - (y - top)), (1, y - top)):
@@ -68,25 +68,25 @@ def align(picture, points):
 def main(yunet, mobilefacenet, sface, target):
     yunet, mobilefacenet, sface = session(yunet), session(mobilefacenet), session(sface)
     astronaut = Image.open("tests/data/astronaut.png").convert("RGB")
-    pictures = {
+    images = {
         "astronaut": (astronaut, 640, 640),
         "photo": (Image.open("tests/data/obama_senate_public_domain.jpg").convert("RGB"), 640, 640),
         "small": (astronaut.crop((130, 10, 314, 194)).resize((64, 64), Image.BICUBIC), 256, 320),
     }
-    # The sizes that the program chooses: 640, and for pictures of at most 256 pixels 256 in a frame, or, where no face
+    # The sizes that the program chooses: 640, and for images of at most 256 pixels 256 in a frame, or, where no face
     # is sure, that of its three with the best score.
     for name, size, frame in (("senator", 640, 640), ("minister", 640, 640), ("painted", 160, 160), ("painted-small", 256, 320)):
-        pictures[name] = (Image.open(f"tests/data/faces/{name}.png").convert("RGB"), size, frame)
+        images[name] = (Image.open(f"tests/data/faces/{name}.png").convert("RGB"), size, frame)
     golden = {}
-    for name, (picture, size, frame) in pictures.items():
-        box, points, score = detect(yunet, picture, size, frame)
-        face = align(picture, points).transpose(2, 0, 1)[None].astype(np.float32)
+    for name, (image, size, frame) in images.items():
+        box, points, score = detect(yunet, image, size, frame)
+        face = align(image, points).transpose(2, 0, 1)[None].astype(np.float32)
         golden[f"{name}.box"] = box.reshape(4).astype(np.float32)
         golden[f"{name}.points"] = points.astype(np.float32)
         golden[f"{name}.score"] = np.array([score], np.float32)
         golden[f"{name}.mobilefacenet"] = mobilefacenet.run(None, {"input": (face - 127.5) / 127.5})[0][0]
         golden[f"{name}.sface"] = sface.run(None, {"data": face})[0][0]
-        print(name, picture.size, box.round(1).tolist(), round(score, 3))
+        print(name, image.size, box.round(1).tolist(), round(score, 3))
     head = astronaut.crop((130, 10, 314, 194))
     for filter in ("bilinear", "bicubic"):
         for width, height in ((37, 51), (97, 120)):

@@ -144,9 +144,9 @@ def full_size(folder):
     iresnet(str(folder / "w600k_r50.onnx"), 0, (3, 4, 14, 3), (64, 128, 256, 512), 512)
 
 
-def letterbox(picture):
+def letterbox(image):
     """SIDExSIDE at the upper left on black, bilinear in the fixed point of OpenCV's `resize`; and the scale."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     ratio = height / width
     h, w = (SIDE, int(SIDE / ratio)) if ratio > 1 else (int(SIDE * ratio), SIDE)
     def taps(source, target):
@@ -155,16 +155,16 @@ def letterbox(picture):
         fixed = lambda share: np.rint(share * np.float32(2048)).astype(int)
         return first, np.minimum(first + 1, source - 1), fixed(1 - (x - first)), fixed(x - first)
     (top, bottom, *fy), (left, right, *fx) = taps(height, h), taps(width, w)
-    picture = picture.astype(int)
-    along = picture[:, left] * fx[0][:, None] + picture[:, right] * fx[1][:, None] >> 4
+    image = image.astype(int)
+    along = image[:, left] * fx[0][:, None] + image[:, right] * fx[1][:, None] >> 4
     small = (along[top] * fy[0][:, None, None] >> 16) + (along[bottom] * fy[1][:, None, None] >> 16) + 2 >> 2
     framed = np.zeros((SIDE, SIDE, 3))
     framed[:h, :w] = small
     return framed, h / height
 
 
-def candidates(session, picture):
-    framed, scale = letterbox(picture)
+def candidates(session, image):
+    framed, scale = letterbox(image)
     outputs = session.run(None, {"input.1": ((framed - 127.5) / 128).transpose(2, 0, 1)[None].astype(np.float32)})
     found = []
     for level, stride in enumerate(STRIDES):
@@ -184,9 +184,9 @@ def overlap(a, b):
     return wide * high / (size(a) + size(b) - wide * high)
 
 
-def faces(session, picture):
+def faces(session, image):
     """Scores, boxes and points after suppression, best first, or None where rounding might change the list."""
-    (scores, boxes, points), _ = candidates(session, picture)
+    (scores, boxes, points), _ = candidates(session, image)
     if np.abs(scores - 0.5).min() < 3e-4:
         return None
     order = [i for i in np.argsort(-scores) if scores[i] >= 0.5]
@@ -207,12 +207,12 @@ def faces(session, picture):
 def main(folder):
     folder = Path(folder)
     astronaut = Image.open("tests/data/astronaut.png").convert("RGB")
-    pictures = {name: np.asarray(astronaut.crop(box), np.float64) for name, box in {"tall": (130, 10, 350, 500), "wide": (0, 0, 512, 301)}.items()}
+    images = {name: np.asarray(astronaut.crop(box), np.float64) for name, box in {"tall": (130, 10, 350, 500), "wide": (0, 0, 512, 301)}.items()}
     path = str(folder / "scrfd.onnx")
     for seed in range(200):
         # The scores of each stride are shifted until a few anchors pass.
         session = scrfd(path, seed, [(0.01, 0.0)] * 3)
-        _, outputs = candidates(session, pictures["tall"])
+        _, outputs = candidates(session, images["tall"])
         heads = []
         for scores, best in zip(outputs[:3], (1.2, 1.5, 1.8)):
             scores = scores.astype(np.float64).ravel()
@@ -222,7 +222,7 @@ def main(folder):
             factor = best / max(top - cut, 1e-3)
             heads.append((factor, -factor * cut))
         session = scrfd(path, seed, heads)
-        found = {name: faces(session, picture) for name, picture in pictures.items()}
+        found = {name: faces(session, image) for name, image in images.items()}
         print("seed", seed, {name: value is not None for name, value in found.items()}, flush=True)
         if all(value is not None for value in found.values()):
             break

@@ -31,12 +31,12 @@ def main(folder):
         if version(package) != wanted:
             sys.exit(f"{package} is {version(package)}, wanted {wanted}")
     astronaut = np.asarray(Image.open("tests/data/astronaut.png").convert("RGB"))[:, :, ::-1]
-    pictures = {"tall": astronaut[10:500, 130:350], "wide": astronaut[0:301, 0:512]}
+    images = {"tall": astronaut[10:500, 130:350], "wide": astronaut[0:301, 0:512]}
     detector = SCRFD(str(folder / "scrfd.onnx"))
     detector.prepare(-1, det_thresh=0.5, input_size=(640, 640))
     golden = {}
-    for name, picture in pictures.items():
-        faces, points = detector.detect(np.ascontiguousarray(picture))
+    for name, image in images.items():
+        faces, points = detector.detect(np.ascontiguousarray(image))
         print(name, len(faces), "faces, the best", faces[0].round(2).tolist())
         golden |= {f"{name}.scores": faces[:, 4], f"{name}.boxes": faces[:, :4], f"{name}.points": points}
 

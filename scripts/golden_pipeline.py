@@ -1,4 +1,4 @@
-"""Golden values for tests/parity/pipeline.rs: pictures of diffusers' StableDiffusionXLPipeline, and what leads to them.
+"""Golden values for tests/parity/pipeline.rs: images of diffusers' StableDiffusionXLPipeline, and what leads to them.
 
     HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python scripts/golden_pipeline.py [pipeline] [distilled]
 
@@ -195,12 +195,12 @@ def write(file, models, samplers, step_counts, guidances):
                 kept["latents"] = state["latents"].clone()
                 return {}
 
-            picture = pipe(
+            image = pipe(
                 prompt, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance, width=size[0],
                 height=size[1], latents=starts[size].clone(), output_type="np", callback_on_step_end=keep, **more,
             ).images[0]
             tensors[f"{number}.latents"] = kept["latents"]
-            tensors[f"{number}.pixels"] = torch.from_numpy((picture * 255).round().astype("uint8"))
+            tensors[f"{number}.pixels"] = torch.from_numpy((image * 255).round().astype("uint8"))
             cases.append(dict(model=name, sampler=kind, steps=steps, guidance=guidance, width=size[0], height=size[1], prompt=prompt, negative=negative) | {k: list(v) for k, v in more.items()})
 
         for kind, steps, guidance, size in itertools.product(samplers, step_counts, guidances, model["sizes"]):

@@ -105,7 +105,7 @@ def vision(folder):
     config = CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8, projection_dim=10)
     model = randomised(CLIPVisionModelWithProjection(config), 7)
     sizes = dict(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    # Odd sizes on purpose; the picture is stored, so that no decoder comes between.
+    # Odd sizes on purpose; the image is stored, so that no decoder comes between.
     photo = Image.open("tests/data/astronaut.png").convert("RGB").crop((130, 10, 321, 140)).resize((95, 67))
     # Pillow's resizing, by which CLIP was trained; torchvision's differs by a grey level in some pixels.
     pixels = CLIPImageProcessorPil(**sizes)(images=photo, return_tensors="pt")["pixel_values"]

@@ -90,15 +90,15 @@ for part, model in models().items():
 
 generator = torch.Generator().manual_seed(4)
 normal = lambda *shape: torch.randn(*shape, generator=generator)
-pictures, samples = 3, 2
-x0 = normal(pictures + 2, 4, *SIDE)  # the person's, then those of the class
-ids = torch.randint(0, 38, (pictures + 2, 7), generator=generator)
+images, samples = 3, 2
+x0 = normal(images + 2, 4, *SIDE)  # the person's, then those of the class
+ids = torch.randint(0, 38, (images + 2, 7), generator=generator)
 ids[:, 0], ids[:, 5:] = 38, 39
 time_ids = torch.tensor([[48.0, 32, 0, 8, 48, 32], [96, 64, 4, 0, 48, 32], [48, 32, 0, 0, 48, 32]] + 2 * [[48, 32, 0, 0, 48, 32]])
 passes = 2 * STEPS
 draws = dict(
-    chosen=torch.cat([torch.randint(0, pictures, (passes, samples), generator=generator),
-                      torch.arange(pictures, pictures + 2).repeat(passes, 1)], 1),
+    chosen=torch.cat([torch.randint(0, images, (passes, samples), generator=generator),
+                      torch.arange(images, images + 2).repeat(passes, 1)], 1),
     t=torch.randint(0, 1000, (passes, 2 * samples), generator=generator),
     eps=normal(passes, 2 * samples, 4, *SIDE),
 )

@@ -4,7 +4,7 @@
     python scripts/log_to_tensorboard.py OUT.training      # or any folder with *.jsonl below it
     tensorboard --logdir OUT.training/tensorboard
 
-Each `*.jsonl` below the folder becomes a run of its own; contact sheets in `samples/` become its pictures. Run it again
+Each `*.jsonl` below the folder becomes a run of its own; contact sheets in `samples/` become its images. Run it again
 at any time: runs are written anew.
 """
 

@@ -57,7 +57,7 @@ stage dataset "$difflora" build-dataset --out "$data" --config "$configs/dataset
 stage lae "$difflora" train-lae --dataset "$data" --out "$lae" --config "$configs/hypernet-tiny.toml" --resume
 stage dit "$difflora" train-dit --dataset "$data" --lae "$lae" --out "$hypernet" --config "$configs/hypernet-tiny.toml" --resume
 stage eval "$difflora" eval --dataset "$data" --hypernet "$hypernet" --base "$base" --image-encoder "$image" \
-  --judge "$judge" --out "$out/eval" --pictures 8
+  --judge "$judge" --out "$out/eval" --images 8
 
 if [ -n "$install" ]; then
   bundle=$root/src/assets/tiny

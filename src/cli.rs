@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use crate::output::Output;
 use crate::{commands, progress};
 
-/// From one photo of a face to a personal SDXL LoRA in seconds, and the pictures it draws.
+/// From one photo of a face to a personal SDXL LoRA in seconds, and the images it draws.
 #[derive(Debug, Parser)]
 #[command(
     name = "difflora",
@@ -27,9 +27,9 @@ pub struct Cli {
 /// One subcommand, one story in `commands/`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a LoRA from photos of a person, and draw pictures with it.
+    /// Make a LoRA from photos of a person, and draw images with it.
     Gen(Box<commands::r#gen::Args>),
-    /// Train a LoRA on a folder of one person's pictures (DreamBooth), or many at once.
+    /// Train a LoRA on a folder of one person's images (DreamBooth), or many at once.
     TrainLora(Box<commands::train_lora::Args>),
     /// Look into LoRA files, convert, add, shorten, extract, compare and disturb them.
     Lora(commands::lora::Args),
@@ -43,7 +43,7 @@ pub enum Command {
     TrainLae(commands::train_lae::Args),
     /// Train the networks from a person to a LoRA.
     TrainDit(commands::train_dit::Args),
-    /// Judge the pictures of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
+    /// Judge the images of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
     Eval(commands::eval::Args),
     /// Paint people of the small world.
     Portraits(commands::portraits::Args),
@@ -67,6 +67,28 @@ impl Command {
             Self::TrainLae(args) => args.trains_in_shards(),
             Self::TrainDit(args) => args.trains_in_shards(),
             _ => false,
+        }
+    }
+}
+
+/// Environment variables of earlier versions and their present names.
+const RENAMED_VARIABLES: [(&str, &str); 5] = [
+    ("DIFFLORA_PICTURES", "DIFFLORA_IMAGES"),
+    ("DIFFLORA_STEPS_PER_PICTURE", "DIFFLORA_STEPS_PER_IMAGE"),
+    ("DIFFLORA_CLASS_PICTURES", "DIFFLORA_CLASS_IMAGES"),
+    ("DIFFLORA_NUM_CLASS_PICTURES", "DIFFLORA_NUM_CLASS_IMAGES"),
+    ("DIFFLORA_WHOLE_PICTURE", "DIFFLORA_WHOLE_IMAGE"),
+];
+
+/// Gives variables that are set under an old name their present one, unless that is set too.
+///
+/// # Safety
+/// No other thread may run yet: the environment is changed.
+pub unsafe fn accept_old_environment() {
+    for (old, new) in RENAMED_VARIABLES {
+        if let (Some(value), None) = (std::env::var_os(old), std::env::var_os(new)) {
+            // SAFETY: the caller promises that no other thread reads the environment meanwhile.
+            unsafe { std::env::set_var(new, value) };
         }
     }
 }

@@ -8,7 +8,7 @@ pub enum Failure {
     /// The command line asks for something that cannot be (exit code 2).
     #[error("{0}")]
     Usage(String),
-    /// No face was found in a picture that needs one (exit code 3).
+    /// No face was found in an image that needs one (exit code 3).
     #[error("{0}")]
     NoFace(String),
     /// An input file cannot be used: missing, truncated, of another kind or shape (exit code 4).

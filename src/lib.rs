@@ -1,7 +1,7 @@
-//! difflora: from one photo of a face to a personal SDXL LoRA, and the pictures it draws.
+//! difflora: from one photo of a face to a personal SDXL LoRA, and the images it draws.
 //!
 //! ```text
-//! photo ──► identity ──► hypernet ──► lora ──► sdxl ──► pictures
+//! photo ──► identity ──► hypernet ──► lora ──► sdxl ──► images
 //! ```
 //!
 //! Four rooms in the order in which data passes; they meet only in [`commands`].
@@ -35,8 +35,8 @@ pub mod train;
 pub mod device;
 pub mod failure;
 pub mod files;
+pub mod image;
 pub mod output;
-pub mod picture;
 pub mod progress;
 pub mod statistics;
 pub mod weights;

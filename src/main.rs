@@ -13,6 +13,8 @@ fn main() -> ExitCode {
     layers::keep_freed_memory();
     // SAFETY: no thread has been started yet.
     unsafe { layers::let_waiting_threads_sleep() };
+    // SAFETY: likewise.
+    unsafe { cli::accept_old_environment() };
     let cli = cli::Cli::parse();
     if cli.command.trains_in_shards() {
         // SAFETY: likewise.

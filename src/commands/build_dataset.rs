@@ -18,13 +18,13 @@ use crate::files;
 use crate::hypernet::ModelId;
 use crate::identity::clip::{ImageEncoder, ImageInput};
 use crate::identity::{FaceEncoder, catalog};
+use crate::image::Image;
 use crate::lora::Lora;
 use crate::lora::file::{self, Format};
 use crate::lora::keys::BlockLayout;
 use crate::lora::layout::LoraLayout;
 use crate::output::Output;
 use crate::output::print_line;
-use crate::picture::Picture;
 use crate::progress;
 use crate::recipes::dreambooth::lockstep::{self, Downs, Frozen, Lessons, Recipe};
 use crate::sdxl::pipeline::Sdxl;
@@ -42,7 +42,7 @@ pub struct Args {
     /// Folder for the dataset; made where it is missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
     pub out: PathBuf,
-    /// People, pictures and recipe, as in configs/dataset-tiny.toml.
+    /// People, images and recipe, as in configs/dataset-tiny.toml.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     pub config: PathBuf,
     /// The model that the LoRAs are for.
@@ -50,7 +50,7 @@ pub struct Args {
     pub base: String,
     #[command(flatten)]
     pub base_options: models::BaseOptions,
-    /// The encoder of whole pictures.
+    /// The encoder of whole images.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub image_encoder: String,
     /// The encoder of faces, which becomes the condition of hypernetworks for this dataset.
@@ -59,7 +59,7 @@ pub struct Args {
     /// Where to compute.
     #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
     pub device: String,
-    /// Train so many people twice, with other pictures and noise, and print how far their two LoRAs agree.
+    /// Train so many people twice, with other images and noise, and print how far their two LoRAs agree.
     #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_SIGNAL")]
     pub signal: u64,
     /// Stop after the basis and the signal.
@@ -74,7 +74,9 @@ pub struct Settings {
     /// Who.
     pub people: People,
     /// What each is learnt from.
-    pub pictures: Pictures,
+    // Written under its first name, which the hash of settings in existing datasets covers.
+    #[serde(rename(serialize = "pictures"), alias = "pictures")]
+    pub images: Images,
     /// People in one forward pass.
     pub people_per_batch: u64,
     /// What of a photo the image encoder is shown, and which of its outputs is kept: `output = "projected"` or
@@ -102,10 +104,10 @@ pub struct People {
 /// The scenes, the same for all people.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Pictures {
+pub struct Images {
     /// Pixels on a side.
     pub size: usize,
-    /// Pictures a LoRA is trained on.
+    /// Images a LoRA is trained on.
     pub scenes: u64,
     /// Seed of those scenes.
     pub seed: u64,
@@ -149,7 +151,7 @@ pub struct Header {
     pub base: ModelId,
     /// The recogniser of the embeddings.
     pub face_encoder: ModelId,
-    /// The encoder of whole pictures.
+    /// The encoder of whole images.
     pub image_encoder: ModelId,
     /// What it was shown, and which output was kept.
     #[serde(default, skip_serializing_if = "ImageInput::is_default")]
@@ -164,7 +166,7 @@ pub struct Workshop {
     pub model: Sdxl,
     pub layout: BlockLayout,
     pub faces: FaceEncoder,
-    pub images: ImageEncoder,
+    pub image_encoder: ImageEncoder,
 }
 
 /// Builds the dataset, or the rest of it.
@@ -186,7 +188,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let workshop = Workshop {
         layout: BlockLayout::uniform(unet.block_out_channels.len(), unet.layers_per_block),
         faces: open_encoder(&args.face_encoder)?,
-        images: ImageEncoder::open(&image_files)?.with_input(settings.image_input),
+        image_encoder: ImageEncoder::open(&image_files)?.with_input(settings.image_input),
         model,
         settings,
     };
@@ -264,9 +266,9 @@ impl Workshop {
         ModelId { name: name.into(), sha256 }
     }
 
-    /// The pictures of `people` in the scenes of `seed`, as latents, and the captions.
+    /// The images of `people` in the scenes of `seed`, as latents, and the captions.
     pub fn lessons(&self, people: &[Person], seed: u64) -> Result<Lessons> {
-        let Pictures { size, scenes, .. } = self.settings.pictures;
+        let Images { size, scenes, .. } = self.settings.images;
         let list: Vec<Scene> = (0..scenes).map(|i| scene(seed, i)).collect();
         let said = CaptionOptions { subject: "person", attributes: 0, drop: 0.0 };
         let captions: Vec<String> =
@@ -274,12 +276,12 @@ impl Workshop {
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         let mut latents = Vec::new();
         for person in people {
-            let pictures = list
+            let images = list
                 .iter()
-                .map(|scene| picture(person, scene, size)?.to_tensor(&Device::Cpu))
+                .map(|scene| image(person, scene, size)?.to_tensor(&Device::Cpu))
                 .collect::<Result<Vec<_>>>()?;
-            let pictures = Tensor::stack(&pictures, 0)?.to_device(self.model.device())?;
-            let (mean, _) = self.model.vae.encode(&pictures)?;
+            let images = Tensor::stack(&images, 0)?.to_device(self.model.device())?;
+            let (mean, _) = self.model.vae.encode(&images)?;
             latents.push(self.model.vae.to_latents(&mean)?);
         }
         Ok(Lessons {
@@ -305,7 +307,7 @@ impl Workshop {
             // A population of its own.
             let people = self.people(self.settings.people.seed ^ 0xba515, 1..=basis.people);
             let recipe = Recipe { steps: basis.steps, ..recipe.clone() };
-            let lessons = self.lessons(&people, self.settings.pictures.seed)?;
+            let lessons = self.lessons(&people, self.settings.images.seed)?;
             let bar = progress::bar(basis.steps, "basis");
             downs = lockstep::learn_downs(self.frozen(), &downs, &lessons, &recipe, |loss| {
                 bar.set_message(format!("loss {:.4}", loss / basis.people as f64));
@@ -341,7 +343,7 @@ impl Workshop {
         Ok(LoraLayout::of(&lora).with_shared_down(downs.clone())?)
     }
 
-    /// Mean cosine of each person's two LoRAs, trained with other pictures, timesteps and noise, around the means
+    /// Mean cosine of each person's two LoRAs, trained with other images, timesteps and noise, around the means
     /// of both runs: about what any predictor can reach.
     pub fn signal(&self, downs: &Downs, count: u64) -> Result<f64> {
         let layout = self.vector_layout(downs)?;
@@ -349,7 +351,7 @@ impl Workshop {
         let bar = progress::bar(2 * self.settings.recipe.steps, "signal");
         let mut runs = Vec::new();
         for again in 0..2u64 {
-            let lessons = self.lessons(&people, self.settings.pictures.seed + 1000 * again)?;
+            let lessons = self.lessons(&people, self.settings.images.seed + 1000 * again)?;
             let recipe =
                 Recipe { seed: self.settings.recipe.seed + 1000 * again, ..self.settings.recipe.clone() };
             let loras = lockstep::train(self.frozen(), downs, &lessons, &recipe, |_| {
@@ -395,7 +397,7 @@ impl Workshop {
         bar.reset_eta();
         in_threads_or_turn(self.model.device(), groups.len(), |group| {
             let people = self.people(seed, groups[group].iter().copied());
-            let lessons = self.lessons(&people, self.settings.pictures.seed)?;
+            let lessons = self.lessons(&people, self.settings.images.seed)?;
             let (mut loss, mut losses) = (0.0, 0.0);
             let steps = self.settings.recipe.steps;
             let mut step = 0;
@@ -462,23 +464,23 @@ impl Workshop {
     }
 
     /// Plain photos of a person, in scenes that no LoRA is trained on.
-    pub fn references(&self, person: &Person) -> Result<Vec<Picture>> {
-        let Pictures { size, references, seed, .. } = self.settings.pictures;
-        (0..references.max(1)).map(|i| picture(person, &reference_scene(seed, i), size)).collect()
+    pub fn references(&self, person: &Person) -> Result<Vec<Image>> {
+        let Images { size, references, seed, .. } = self.settings.images;
+        (0..references.max(1)).map(|i| image(person, &reference_scene(seed, i), size)).collect()
     }
 
     /// `face` (references, 512) and `image` (references, D).
-    pub fn embed(&self, references: &[Picture], id: &str) -> Result<BTreeMap<String, Tensor>> {
+    pub fn embed(&self, references: &[Image], id: &str) -> Result<BTreeMap<String, Tensor>> {
         let (mut face, mut image) = (Vec::new(), Vec::new());
         for reference in references {
             let found = self.faces.search(reference)?;
-            // A picture in which no face is found says nothing; the others stand for the person.
+            // An image in which no face is found says nothing; the others stand for the person.
             if let Some(first) = found.faces.first() {
                 face.push(self.faces.embed(reference, first)?);
-                image.push(self.images.embed(reference, first)?);
+                image.push(self.image_encoder.embed(reference, first)?);
             }
         }
-        ensure!(!face.is_empty(), "no face was found in any reference picture of `{id}`");
+        ensure!(!face.is_empty(), "no face was found in any reference image of `{id}`");
         let tensor = |rows: Vec<Vec<f32>>| Tensor::new(rows, &Device::Cpu);
         Ok([("face".to_string(), tensor(face)?), ("image".to_string(), tensor(image)?)].into())
     }
@@ -491,15 +493,15 @@ pub fn scene(seed: u64, i: u64) -> Scene {
     if i.is_multiple_of(4) { scene } else { Scene { style: synthetic::Style::Photo, ..scene } }
 }
 
-/// The scene of reference picture `i`: a plain photo from any side.
+/// The scene of reference image `i`: a plain photo from any side.
 pub fn reference_scene(seed: u64, i: u64) -> Scene {
     Scene::draw(seed ^ 0x4ef, i).plain()
 }
 
-/// A painted picture.
-pub fn picture(person: &Person, scene: &Scene, size: usize) -> Result<Picture> {
+/// A painted image.
+pub fn image(person: &Person, scene: &Scene, size: usize) -> Result<Image> {
     let rgb = synthetic::paint(person, scene, size, 1);
-    Ok(Picture { width: size, height: size, rgb })
+    Ok(Image { width: size, height: size, rgb })
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use crate::files;
 use crate::hypernet::{Hypernet, ModelId, SampleOptions};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder, Identity, cosine};
+use crate::image::{Image, contact_sheet};
 use crate::lora::Lora;
 use crate::lora::apply::{Originals, Unmatched, merge};
 use crate::lora::change::Changes;
@@ -29,7 +30,6 @@ use crate::lora::keys::BlockLayout;
 use crate::lora::strength::Strength;
 use crate::output::Output;
 use crate::output::print_line;
-use crate::picture::{Picture, contact_sheet};
 use crate::progress;
 use crate::recipes::dreambooth::functional_loss::{Refinement, learning_rate, refine};
 use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
@@ -59,7 +59,7 @@ pub struct Args {
     pub base: String,
     #[command(flatten)]
     pub base_options: models::BaseOptions,
-    /// The encoder of whole pictures.
+    /// The encoder of whole images.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub image_encoder: String,
     /// The judge of attributes; without one prompts and factors are not judged. The built-in one when not given.
@@ -68,10 +68,10 @@ pub struct Args {
     /// At most so many held-out people; all when not given.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "DIFFLORA_PEOPLE")]
     pub people: Option<u64>,
-    /// Pictures of each person and way; four prompts take turns.
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64), env = "DIFFLORA_PICTURES")]
-    pub pictures: u64,
-    /// Sampling steps of a picture.
+    /// Images of each person and way; four prompts take turns.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64), alias = "pictures", env = "DIFFLORA_IMAGES")]
+    pub images: u64,
+    /// Sampling steps of an image.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_STEPS")]
     pub steps: u64,
     /// Weight of the prompt against no prompt.
@@ -101,7 +101,7 @@ pub struct Args {
     /// Folder for table.json, table.md and sheet.png; made where it is missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
     pub out: Option<PathBuf>,
-    /// Judge the base alone, by N pictures (100) from captions of random scenes.
+    /// Judge the base alone, by N images (100) from captions of random scenes.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "100", value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_BASE_ONLY")]
     pub base_only: Option<u64>,
 }
@@ -137,7 +137,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 }
 
 /// The report, its table, and the contact sheet.
-pub type Findings = (serde_json::Value, String, Picture);
+pub type Findings = (serde_json::Value, String, Image);
 
 /// One row of the table.
 #[derive(Serialize)]
@@ -147,7 +147,7 @@ pub struct Method {
     pub title: &'static str,
     #[serde(flatten)]
     pub figures: Figures,
-    /// Mean difference of the pictures to those with the own LoRA, in parts of the range of a pixel.
+    /// Mean difference of the images to those with the own LoRA, in parts of the range of a pixel.
     pub pixels_from_own: Option<Mean>,
 }
 
@@ -181,21 +181,21 @@ pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
         return Err(Failure::unusable(&dataset.join("manifest.jsonl"), why));
     }
     let known = Known::read(dataset, &known)?;
-    let images = models::find(&args.image_encoder, "image_encoder")?;
-    let image_id = models::identify(&images, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    let encoder_files = models::find(&args.image_encoder, "image_encoder")?;
+    let image_id = models::identify(&encoder_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
     hypernet.denoiser.config.image_encoder.demand(&image_id, "image encoder")?;
-    let images = ImageEncoder::open(&images)?.with_input(hypernet.denoiser.config.image_input);
+    let image_encoder = ImageEncoder::open(&encoder_files)?.with_input(hypernet.denoiser.config.image_input);
     let [_, (name, sha256)] = bench.faces.provenance();
     let face_id = ModelId { name: name.into(), sha256 };
     hypernet.denoiser.config.face_encoder.demand(&face_id, "face encoder")?;
-    let Pictures { size, seed, references } = DatasetSettings::read(dataset)?;
+    let Images { size, seed, references } = DatasetSettings::read(dataset)?;
     ensure!(
         references > 1,
-        "`{}` has {references} reference pictures a person; one is the condition, so two are needed",
+        "`{}` has {references} reference images a person; one is the condition, so two are needed",
         dataset.display()
     );
 
-    let prompts: Vec<Scene> = (0..args.pictures).map(prompt).collect();
+    let prompts: Vec<Scene> = (0..args.images).map(prompt).collect();
     let words: Vec<String> = prompts.iter().map(say).collect();
     let stage = bench.stage(&prompts, &words, args)?;
     let options = SampleOptions {
@@ -220,9 +220,9 @@ pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
         let who = || format!("`{}`", row.id);
         let scenes = (0..references).map(|i| build_dataset::reference_scene(seed, i));
         let person = Person::new(row.person.0, row.person.1);
-        let photos: Result<Vec<Picture>> =
-            scenes.map(|scene| build_dataset::picture(&person, &scene, size)).collect();
-        let sitter = bench.sitter(&person, &photos?, &images).with_context(who)?;
+        let photos: Result<Vec<Image>> =
+            scenes.map(|scene| build_dataset::image(&person, &scene, size)).collect();
+        let sitter = bench.sitter(&person, &photos?, &image_encoder).with_context(who)?;
         let generated = hypernet.generate(&sitter.condition, &options).with_context(who)?;
         let own = bench.lora(&dataset.join(&row.lora))?;
         let nearest = match known.nearest(&sitter.condition.face) {
@@ -305,7 +305,7 @@ pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let text = people_table(&methods, &differences, count, args, &words, &bench);
     let report = json!({
         "people": count,
-        "pictures": args.pictures,
+        "pictures": args.images,
         "prompts": words,
         "drawing": { "steps": args.steps, "guidance": args.guidance, "seed": args.seed },
         "generating": { "steps": options.steps, "guidance": options.guidance, "samples": options.samples, "strength": options.strength },
@@ -356,7 +356,7 @@ pub fn judge_base(args: &Args, count: u64) -> Result<Findings> {
     let judged = seen.iter().zip(&asked).filter_map(|(seen, asked)| Some((seen.attributes.as_ref()?, asked)));
     let obedience = obedience(judged);
 
-    let head = ["", "pictures", "face found"].map(String::from);
+    let head = ["", "images", "face found"].map(String::from);
     let rows: Vec<Vec<String>> = detection
         .iter()
         .filter_map(|(style, mean)| {
@@ -377,15 +377,15 @@ pub fn judge_base(args: &Args, count: u64) -> Result<Findings> {
         "obedience": obedience,
         "judge": bench.record(),
     });
-    let pictures: Vec<&Picture> = drawn.iter().flat_map(|drawn| &drawn.pictures).take(100).collect();
-    let rows: Vec<Vec<&Picture>> = pictures.chunks(10).map(<[_]>::to_vec).collect();
+    let images: Vec<&Image> = drawn.iter().flat_map(|drawn| &drawn.images).take(100).collect();
+    let rows: Vec<Vec<&Image>> = images.chunks(10).map(<[_]>::to_vec).collect();
     Ok((report, text, sheet(&rows)))
 }
 
-/// Pictures of the base that are drawn together.
+/// Images of the base that are drawn together.
 pub const BATCH: usize = 4;
 
-/// What is asked for in picture `i` of a person: photos that show who it is, and one with things on the face.
+/// What is asked for in image `i` of a person: photos that show who it is, and one with things on the face.
 pub fn prompt(i: u64) -> Scene {
     let (expression, background) = match i % 4 {
         0 => (Expression::Smiling, Colour::Red),
@@ -403,7 +403,7 @@ pub fn say(scene: &Scene) -> String {
     caption(&Person::new(0, 0), scene, CaptionOptions::default(), 0)
 }
 
-/// The base model and everybody who looks at its pictures.
+/// The base model and everybody who looks at its images.
 pub struct Bench {
     pub base: ModelId,
     pub model: Sdxl,
@@ -425,16 +425,16 @@ pub struct Stage {
     pub drawing: Drawing,
 }
 
-/// Pictures, and what was seen in them.
+/// Images, and what was seen in them.
 pub struct Drawn {
-    pub pictures: Vec<Picture>,
+    pub images: Vec<Image>,
     pub seen: Vec<Seen>,
 }
 
 impl Drawn {
-    /// Mean difference to pictures of the same noise and prompts, in parts of the range of a pixel.
+    /// Mean difference to images of the same noise and prompts, in parts of the range of a pixel.
     pub fn pixels_from(&self, other: &Self) -> f64 {
-        let both = self.pictures.iter().zip(&other.pictures).flat_map(|(a, b)| a.rgb.iter().zip(&b.rgb));
+        let both = self.images.iter().zip(&other.images).flat_map(|(a, b)| a.rgb.iter().zip(&b.rgb));
         let apart: Vec<f64> = both.map(|(a, b)| f64::from(a.abs_diff(*b)) / 255.0).collect();
         apart.iter().sum::<f64>() / apart.len() as f64
     }
@@ -442,7 +442,7 @@ impl Drawn {
 
 /// A held-out person.
 pub struct Sitter {
-    pub photo: Picture,
+    pub photo: Image,
     pub photo_seen: Seen,
     pub condition: Identity,
     pub target: Target,
@@ -517,49 +517,49 @@ impl Bench {
             Ok(grain_noise(*seed, grains, 1 + step as u64, &noise.dims()[1..])?.to_device(noise.device())?)
         };
         let step = |_: &Step| progress::check();
-        let pictures = model.painter().draw(noise, prompts, negative, *drawing, fresh, step)?;
-        let seen = self.look(&pictures)?;
-        Ok(Drawn { pictures, seen })
+        let images = model.painter().draw(noise, prompts, negative, *drawing, fresh, step)?;
+        let seen = self.look(&images)?;
+        Ok(Drawn { images, seen })
     }
 
-    pub fn look(&self, pictures: &[Picture]) -> Result<Vec<Seen>> {
+    pub fn look(&self, images: &[Image]) -> Result<Vec<Seen>> {
         let attributes: Vec<Option<Attributes>> = match &self.attributes {
             Some(judge) => {
-                let both = judge.classes(pictures)?.into_iter().zip(judge.factors(pictures)?);
+                let both = judge.classes(images)?.into_iter().zip(judge.factors(images)?);
                 both.map(|(classes, factors)| Some(Attributes { classes, factors })).collect()
             }
-            None => vec![None; pictures.len()],
+            None => vec![None; images.len()],
         };
-        let look = |(picture, attributes): (&Picture, Option<Attributes>)| {
-            let faces = self.faces.detect(picture)?;
-            let face = faces.first().map(|face| self.recogniser.embed(picture, face)).transpose()?;
+        let look = |(image, attributes): (&Image, Option<Attributes>)| {
+            let faces = self.faces.detect(image)?;
+            let face = faces.first().map(|face| self.recogniser.embed(image, face)).transpose()?;
             Ok(Seen { face, attributes })
         };
-        pictures.iter().zip(attributes).map(look).collect()
+        images.iter().zip(attributes).map(look).collect()
     }
 
     /// The first photo with a face is the condition; the others tell what the person looks like.
-    pub fn sitter(&self, person: &Person, photos: &[Picture], images: &ImageEncoder) -> Result<Sitter> {
+    pub fn sitter(&self, person: &Person, photos: &[Image], image_encoder: &ImageEncoder) -> Result<Sitter> {
         let mut condition = None;
         let mut others: Vec<Vec<f32>> = Vec::new();
         for photo in photos {
             let search = self.faces.search(photo)?;
             let Some(face) = search.faces.first() else { continue };
             if condition.is_none() {
-                let image = Some(images.embed(photo, face)?);
+                let image = Some(image_encoder.embed(photo, face)?);
                 condition = Some((photo, Identity { face: self.faces.embed(photo, face)?, image }));
             } else {
                 others.push(self.recogniser.embed(photo, face)?);
             }
         }
-        let (photo, condition) = condition.context("no face was found in any reference picture")?;
+        let (photo, condition) = condition.context("no face was found in any reference image")?;
         let seen = self.look(std::slice::from_ref(photo))?.pop();
         Ok(Sitter {
             photo: photo.clone(),
-            photo_seen: seen.context("a picture was looked at")?,
+            photo_seen: seen.context("an image was looked at")?,
             condition,
             target: Target {
-                face: mean_vector(&others).context("a face was found in one reference picture only")?,
+                face: mean_vector(&others).context("a face was found in one reference image only")?,
                 factors: person.identity.to_array(),
             },
         })
@@ -615,22 +615,23 @@ impl Known {
 /// The part of the dataset's `settings.toml` that tells how photos are painted.
 #[derive(Deserialize)]
 pub struct DatasetSettings {
-    pub pictures: Pictures,
+    #[serde(alias = "pictures")]
+    pub images: Images,
 }
 
 #[derive(Deserialize)]
-pub struct Pictures {
+pub struct Images {
     pub size: usize,
     pub seed: u64,
     pub references: u64,
 }
 
 impl DatasetSettings {
-    pub fn read(dataset: &Path) -> Result<Pictures> {
+    pub fn read(dataset: &Path) -> Result<Images> {
         let path = dataset.join("settings.toml");
         let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
         let settings: Self = toml::from_str(&text).map_err(|error| Failure::unusable(&path, error))?;
-        Ok(settings.pictures)
+        Ok(settings.images)
     }
 }
 
@@ -691,11 +692,11 @@ pub fn people_table(
     let head: Vec<String> = head.into_iter().map(String::from).collect();
     let mut text = table(&head, &rows);
     text += &format!(
-        "\n{people} held-out people, {} pictures each way from the same noise, {} steps, guidance {}, seed {}. \
+        "\n{people} held-out people, {} images each way from the same noise, {} steps, guidance {}, seed {}. \
          Similarity: cosine of SFace to the person's other photos, 95 % intervals over people; rank 1 by chance \
-         {:.3}. From own: mean difference of pixels to the pictures with the own LoRA, in parts of their range.\n\
-         No LoRA and the mean LoRA draw everybody the same, so those pictures are drawn once.\n",
-        args.pictures,
+         {:.3}. From own: mean difference of pixels to the images with the own LoRA, in parts of their range.\n\
+         No LoRA and the mean LoRA draw everybody the same, so those images are drawn once.\n",
+        args.images,
         args.steps,
         args.guidance,
         args.seed,
@@ -712,7 +713,7 @@ pub fn people_table(
             .filter(|attribute| attributes.contains(&attribute.name.as_str()))
             .map(|attribute| format!("{} {:.2}", attribute.name, attribute.accuracy))
             .collect();
-        text += &format!("The judge itself, on painted pictures: {}.\n", known.join(", "));
+        text += &format!("The judge itself, on painted images: {}.\n", known.join(", "));
     }
     text += "\nDiffLoRA against, in similarity to the person, pair by pair:\n";
     for difference in differences {
@@ -728,7 +729,7 @@ pub fn people_table(
 }
 
 pub fn obedience_table(list: &[Obedience], record: &Record) -> String {
-    let head = ["asked for", "pictures", "obeyed", "judge on paintings"].map(String::from);
+    let head = ["asked for", "images", "obeyed", "judge on paintings"].map(String::from);
     let rows: Vec<Vec<String>> = list
         .iter()
         .map(|Obedience { attribute, asked, .. }| {
@@ -745,23 +746,23 @@ pub fn obedience_table(list: &[Obedience], record: &Record) -> String {
 }
 
 /// A row a person: the photo, then for the first and the last prompt no LoRA, DiffLoRA, own LoRA.
-pub fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Picture {
-    let row = |portrayed: &'_ Portrayed| -> Vec<Picture> {
+pub fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Image {
+    let row = |portrayed: &'_ Portrayed| -> Vec<Image> {
         let mut row = vec![portrayed.sitter.photo.clone()];
-        let last = base.pictures.len() - 1;
+        let last = base.images.len() - 1;
         for prompt in if last == 0 { vec![0] } else { vec![0, last] } {
             let ways = [base, &portrayed.difflora, &portrayed.own];
-            row.extend(ways.map(|drawn| drawn.pictures[prompt].clone()));
+            row.extend(ways.map(|drawn| drawn.images[prompt].clone()));
         }
         row
     };
-    let rows: Vec<Vec<Picture>> = sitters.iter().take(6).map(row).collect();
+    let rows: Vec<Vec<Image>> = sitters.iter().take(6).map(row).collect();
     sheet(&rows.iter().map(|row| row.iter().collect()).collect::<Vec<_>>())
 }
 
-/// Small pictures are shown at twice their size.
-pub fn sheet(rows: &[Vec<&Picture>]) -> Picture {
-    let side = rows.iter().flatten().map(|picture| picture.width.max(picture.height)).max().unwrap_or(64);
+/// Small images are shown at twice their size.
+pub fn sheet(rows: &[Vec<&Image>]) -> Image {
+    let side = rows.iter().flatten().map(|image| image.width.max(image.height)).max().unwrap_or(64);
     contact_sheet(rows, if side <= 128 { 2 * side } else { side }, 6)
 }
 

@@ -35,36 +35,36 @@ enum Action {
     /// Print box, five landmarks and score of each face, the largest first, and how good a reference it is.
     Detect {
         #[command(flatten)]
-        pictures: Pictures,
+        images: Images,
         #[command(flatten)]
         encoder: Encoder,
-        /// Write the picture with boxes, points and numbers: a PNG file for one picture, else a folder.
+        /// Write the image with boxes, points and numbers: a PNG file for one image, else a folder.
         #[arg(long, value_name = "FILE.png|DIR", env = "DIFFLORA_DRAW")]
         draw: Option<PathBuf>,
     },
-    /// Write one unit vector a picture, under its file name.
+    /// Write one unit vector an image, under its file name.
     Embed {
         #[command(flatten)]
-        pictures: Pictures,
+        images: Images,
         #[command(flatten)]
         encoder: Encoder,
         #[command(flatten)]
-        image: embed_image::Image,
+        image_encoder: embed_image::ImageEncoderArgs,
         /// The .safetensors file to write.
         #[arg(long, value_name = "FILE", env = "DIFFLORA_OUT")]
         out: PathBuf,
     },
-    /// Print the cosine between the largest faces of all pictures.
+    /// Print the cosine between the largest faces of all images.
     Compare {
         #[command(flatten)]
-        pictures: Pictures,
+        images: Images,
         #[command(flatten)]
         encoder: Encoder,
     },
-    /// Write the largest face of each picture, upright and centred as recognisers take it.
+    /// Write the largest face of each image, upright and centred as recognisers take it.
     Crop {
         #[command(flatten)]
-        pictures: Pictures,
+        images: Images,
         #[command(flatten)]
         encoder: Encoder,
         /// The folder to write into.
@@ -83,17 +83,17 @@ enum Action {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000), env = "DIFFLORA_RUNS")]
         runs: u32,
     },
-    /// Group pictures by the person whose face is the largest in them.
+    /// Group images by the person whose face is the largest in them.
     ///
     /// Groups are joined while the mean cosine between their faces, each of one with each of the other, is the
-    /// threshold or more (average linkage): one picture that resembles two people does not join them.
+    /// threshold or more (average linkage): one image that resembles two people does not join them.
     Dedupe {
         #[command(flatten)]
-        pictures: Pictures,
+        images: Images,
         #[command(flatten)]
         encoder: Encoder,
         /// From which mean cosine on two groups are one person; without it what suits photos with the recogniser:
-        /// mobilefacenet 0.4, sface 0.363, ArcFace 0.28. `difflora face verify` measures one on your own pictures;
+        /// mobilefacenet 0.4, sface 0.363, ArcFace 0.28. `difflora face verify` measures one on your own images;
         /// drawings and paintings need a higher one.
         #[arg(long, value_name = "COSINE", value_parser = cosine_value, env = "DIFFLORA_THRESHOLD")]
         threshold: Option<f32>,
@@ -109,10 +109,10 @@ enum Action {
 }
 
 #[derive(Debug, clap::Args)]
-struct Pictures {
-    /// Pictures, patterns such as 'me/*.jpg', or folders.
-    #[arg(required = true, value_name = "PICTURE|DIR")]
-    pictures: Vec<PathBuf>,
+struct Images {
+    /// Images, patterns such as 'me/*.jpg', or folders.
+    #[arg(required = true, value_name = "IMAGE|DIR")]
+    images: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -156,34 +156,30 @@ pub(super) fn open_encoder(name: &str) -> Result<FaceEncoder> {
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let json = output.json;
     match args.action {
-        Action::Detect { pictures, encoder, draw } => {
-            detect(&pictures, &encoder.load()?, draw.as_deref(), json)
-        }
-        Action::Embed { pictures, encoder, image, out } => match image.encoder() {
-            Some(name) => embed_image::embed(&pictures, &encoder, name, &image, &out, json),
-            None => embed(&pictures, &encoder, &out, json),
+        Action::Detect { images, encoder, draw } => detect(&images, &encoder.load()?, draw.as_deref(), json),
+        Action::Embed { images, encoder, image_encoder, out } => match image_encoder.encoder() {
+            Some(name) => embed_image::embed(&images, &encoder, name, &image_encoder, &out, json),
+            None => embed(&images, &encoder, &out, json),
         },
-        Action::Compare { pictures, encoder } => compare(&pictures, &encoder.load()?, json),
-        Action::Crop { pictures, encoder, out, size } => {
-            crop(&pictures, &encoder.load()?, &out, size as usize, json)
+        Action::Compare { images, encoder } => compare(&images, &encoder.load()?, json),
+        Action::Crop { images, encoder, out, size } => {
+            crop(&images, &encoder.load()?, &out, size as usize, json)
         }
         Action::Bench { encoder, runs } => bench(&encoder.load()?, runs, json),
-        Action::Dedupe { pictures, encoder, threshold } => {
-            dedupe(&pictures, &encoder.load()?, threshold, json)
-        }
+        Action::Dedupe { images, encoder, threshold } => dedupe(&images, &encoder.load()?, threshold, json),
         Action::Verify { folder, encoder } => verify::verify(&folder, &encoder, json),
     }
 }
 
-fn detect(pictures: &Pictures, encoder: &FaceEncoder, out: Option<&Path>, json: bool) -> Result<()> {
-    let photos = Photos::find(&pictures.pictures)?;
+fn detect(images: &Images, encoder: &FaceEncoder, out: Option<&Path>, json: bool) -> Result<()> {
+    let photos = Photos::find(&images.images)?;
     let drawings = out.map(|out| drawings(&photos, out)).transpose()?;
-    let seen = photos.look(|at, file, picture| {
-        let search = encoder.search(picture)?;
+    let seen = photos.look(|at, file, image| {
+        let search = encoder.search(image)?;
         if let Some(drawings) = &drawings {
-            draw::draw(picture, &search.faces).save(&drawings[at], None)?;
+            draw::draw(image, &search.faces).save(&drawings[at], None)?;
         }
-        let quality = search.faces.first().map(|face| Quality::of(picture, face, &search.faces));
+        let quality = search.faces.first().map(|face| Quality::of(image, face, &search.faces));
         let nothing = search.largest(&file.display().to_string()).err();
         Ok((search.faces, quality, nothing))
     })?;
@@ -207,7 +203,7 @@ fn detect(pictures: &Pictures, encoder: &FaceEncoder, out: Option<&Path>, json: 
     }
 }
 
-/// Where the drawing of each picture goes.
+/// Where the drawing of each image goes.
 fn drawings(photos: &Photos, out: &Path) -> Result<Vec<PathBuf>> {
     if photos.only().is_some() && !out.is_dir() {
         let png = out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
@@ -221,10 +217,10 @@ fn drawings(photos: &Photos, out: &Path) -> Result<Vec<PathBuf>> {
     pngs_in(out, photos)
 }
 
-fn embed(pictures: &Pictures, encoder: &Encoder, out: &Path, json: bool) -> Result<()> {
+fn embed(images: &Images, encoder: &Encoder, out: &Path, json: bool) -> Result<()> {
     files::check_writable(out)?;
     let encoder = encoder.load()?;
-    let people = People::embed(pictures, &encoder)?;
+    let people = People::embed(images, &encoder)?;
     let names = short_names(&people.files);
     let vectors = people.vectors.iter().map(|vector| (vec![vector.len()], &vector[..]));
     let [_, (name, sha256)] = encoder.provenance();
@@ -236,7 +232,7 @@ fn embed(pictures: &Pictures, encoder: &Encoder, out: &Path, json: bool) -> Resu
     }
 }
 
-/// Writes a .safetensors of one tensor (shape, values) a picture; `about` tells what made them.
+/// Writes a .safetensors of one tensor (shape, values) an image; `about` tells what made them.
 fn write_vectors<'a>(
     out: &Path,
     names: &[String],
@@ -253,8 +249,8 @@ fn write_vectors<'a>(
     files::write_whole(out, &safetensors::serialize(views, Some(about))?)
 }
 
-fn compare(pictures: &Pictures, encoder: &FaceEncoder, json: bool) -> Result<()> {
-    let people = People::embed(pictures, encoder)?;
+fn compare(images: &Images, encoder: &FaceEncoder, json: bool) -> Result<()> {
+    let people = People::embed(images, encoder)?;
     let cosines: Vec<Vec<f32>> =
         people.vectors.iter().map(|a| people.vectors.iter().map(|b| cosine(a, b)).collect()).collect();
     if json {
@@ -271,13 +267,13 @@ fn compare(pictures: &Pictures, encoder: &FaceEncoder, json: bool) -> Result<()>
     Ok(())
 }
 
-fn crop(pictures: &Pictures, encoder: &FaceEncoder, out: &Path, size: usize, json: bool) -> Result<()> {
-    let photos = Photos::find(&pictures.pictures)?;
+fn crop(images: &Images, encoder: &FaceEncoder, out: &Path, size: usize, json: bool) -> Result<()> {
+    let photos = Photos::find(&images.images)?;
     let targets = pngs_in(out, &photos)?;
-    let seen = photos.look(|at, file, picture| {
-        let search = encoder.search(picture)?;
+    let seen = photos.look(|at, file, image| {
+        let search = encoder.search(image)?;
         let face = search.largest(&file.display().to_string())?;
-        align(picture, &face.points, size).save(&targets[at], None)?;
+        align(image, &face.points, size).save(&targets[at], None)?;
         Ok((search.faces.len(), targets[at].clone()))
     })?;
     tell_several(&seen, |(faces, _)| *faces);
@@ -290,9 +286,9 @@ fn crop(pictures: &Pictures, encoder: &FaceEncoder, out: &Path, size: usize, jso
     }
 }
 
-fn dedupe(pictures: &Pictures, encoder: &FaceEncoder, threshold: Option<f32>, json: bool) -> Result<()> {
+fn dedupe(images: &Images, encoder: &FaceEncoder, threshold: Option<f32>, json: bool) -> Result<()> {
     let threshold = threshold.unwrap_or(encoder.same_person());
-    let people = People::embed(pictures, encoder)?;
+    let people = People::embed(images, encoder)?;
     let mut list = Vec::new();
     for (number, members) in groups(&people.vectors, threshold).into_iter().enumerate() {
         let vectors: Vec<&[f32]> = members.iter().map(|&face| &people.vectors[face][..]).collect();
@@ -302,13 +298,13 @@ fn dedupe(pictures: &Pictures, encoder: &FaceEncoder, threshold: Option<f32>, js
             .map(|&face| (people.files[face].as_path(), cosine(&people.vectors[face], &centre)))
             .collect();
         if json {
-            let pictures: Vec<_> =
+            let images: Vec<_> =
                 rows.iter().map(|(file, cosine)| json!({ "file": file, "cosine": cosine })).collect();
-            list.push(json!({ "person": number + 1, "pictures": pictures }));
+            list.push(json!({ "person": number + 1, "pictures": images }));
             continue;
         }
-        let pictures = if rows.len() == 1 { "picture" } else { "pictures" };
-        print_line!("person {}: {} {pictures}", number + 1, rows.len())?;
+        let images = if rows.len() == 1 { "image" } else { "images" };
+        print_line!("person {}: {} {images}", number + 1, rows.len())?;
         for (file, cosine) in rows {
             print_line!("  {cosine:.3}  {}", file.display())?;
         }
@@ -335,7 +331,7 @@ fn bench(encoder: &FaceEncoder, runs: u32, json: bool) -> Result<()> {
     print_line!("{detector} at 640×640 pixels: {detection:.1} ms\n{recogniser}, a face: {recognition:.1} ms")
 }
 
-/// A picture in `detect --json`.
+/// An image in `detect --json`.
 #[derive(serde::Serialize)]
 struct Found {
     file: PathBuf,
@@ -344,7 +340,7 @@ struct Found {
     quality: Option<Quality>,
 }
 
-/// The largest face of each picture as a unit vector.
+/// The largest face of each image as a unit vector.
 struct People {
     files: Vec<PathBuf>,
     vectors: Vec<Vec<f32>>,
@@ -352,11 +348,11 @@ struct People {
 }
 
 impl People {
-    fn embed(pictures: &Pictures, encoder: &FaceEncoder) -> Result<Self> {
-        let seen = Photos::find(&pictures.pictures)?.look(|_, file, picture| {
-            let search = encoder.search(picture)?;
+    fn embed(images: &Images, encoder: &FaceEncoder) -> Result<Self> {
+        let seen = Photos::find(&images.images)?.look(|_, file, image| {
+            let search = encoder.search(image)?;
             let face = search.largest(&file.display().to_string())?;
-            Ok((search.faces.len(), encoder.embed(picture, face)?))
+            Ok((search.faces.len(), encoder.embed(image, face)?))
         })?;
         tell_several(&seen, |(faces, _)| *faces);
         let left_out = seen.left_out_json();
@@ -365,7 +361,7 @@ impl People {
     }
 }
 
-/// Says which pictures have several faces.
+/// Says which images have several faces.
 fn tell_several<T>(seen: &Seen<T>, faces: impl Fn(&T) -> usize) {
     for (file, story) in &seen.photos {
         if faces(story) > 1 {

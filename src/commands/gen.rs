@@ -1,4 +1,4 @@
-//! `difflora gen`: photos of a person (+ prompt) → LoRA file (+ pictures).
+//! `difflora gen`: photos of a person (+ prompt) → LoRA file (+ images).
 
 mod draw;
 mod identity;
@@ -32,14 +32,14 @@ use crate::weights::model_folder::WeightType;
 /// 64×64 pixels of painted people: it is there to try the program and to prove the method.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Pictures of one person: files, patterns such as 'me/*.jpg', or folders. Those that show somebody else are
+    /// Images of one person: files, patterns such as 'me/*.jpg', or folders. Those that show somebody else are
     /// left out.
     #[arg(long = "ref", value_name = "PHOTO|DIR", num_args = 1.., env = "DIFFLORA_REF")]
     reference: Vec<PathBuf>,
-    /// Which face of the pictures, 1 for the largest.
+    /// Which face of the images, 1 for the largest.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_FACE")]
     face: u32,
-    /// What to draw; several prompts draw several pictures. Without it only the LoRA is made.
+    /// What to draw; several prompts draw several images. Without it only the LoRA is made.
     #[arg(long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_PROMPT")]
     prompt: Vec<String>,
     /// What not to draw.
@@ -54,7 +54,7 @@ pub struct Args {
     base: String,
     #[command(flatten)]
     base_options: models::BaseOptions,
-    /// The encoder of whole pictures that the hypernetwork was trained with.
+    /// The encoder of whole images that the hypernetwork was trained with.
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
     /// The encoder of faces that the hypernetwork was trained with; by itself the one that it names.
@@ -79,13 +79,13 @@ pub struct Args {
     /// Let LoRAs change only what follows the prompt, not the negative prompt; needs --lora-mode runtime.
     #[arg(long, env = "DIFFLORA_LORA_POSITIVE_ONLY")]
     lora_positive_only: bool,
-    /// Sampling steps of a picture.
+    /// Sampling steps of an image.
     #[arg(long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_STEPS")]
     steps: u32,
     /// How much the prompt counts; 1 or less draws without the second pass.
     #[arg(long, value_name = "F", default_value_t = 3.0, env = "DIFFLORA_GUIDANCE")]
     guidance: f64,
-    /// Sampling method of a picture; the one that the base model names where it is not given.
+    /// Sampling method of an image; the one that the base model names where it is not given.
     #[arg(long, value_enum, env = "DIFFLORA_SAMPLER")]
     sampler: Option<Sampler>,
     /// Pixels across, a multiple of 8 (in small models: of what their VAE says); the base model's own size where it is
@@ -95,26 +95,26 @@ pub struct Args {
     /// Pixels down, likewise.
     #[arg(long, value_name = "PX", env = "DIFFLORA_HEIGHT")]
     height: Option<usize>,
-    /// Size before the picture was made smaller, as SDXL is told; the picture's own where it is not given. A small one
-    /// asks for the look of an enlarged picture.
+    /// Size before the image was made smaller, as SDXL is told; the image's own where it is not given. A small one
+    /// asks for the look of an enlarged image.
     #[arg(long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_ORIGINAL_SIZE")]
     original_size: Option<[usize; 2]>,
-    /// Size that the picture was brought to, as SDXL is told; its own where it is not given.
+    /// Size that the image was brought to, as SDXL is told; its own where it is not given.
     #[arg(long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_TARGET_SIZE")]
     target_size: Option<[usize; 2]>,
     /// Rows and columns that were cut off above and to the left, as SDXL is told; 0,0 centres the subject.
     #[arg(long, value_name = "TOP,LEFT", value_parser = top_and_left, default_value = "0,0", env = "DIFFLORA_CROP")]
     crop: [usize; 2],
-    /// Decode the picture in strips: the same picture in a fraction of the memory.
+    /// Decode the image in strips: the same image in a fraction of the memory.
     #[arg(long, value_enum, default_value = "auto", env = "DIFFLORA_VAE_TILING")]
     vae_tiling: Tiling,
-    /// Pictures of each prompt.
+    /// Images of each prompt.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_NUM_IMAGES")]
     num_images: u32,
-    /// Seed of the pictures' noise; picture k of a call uses seed + k.
+    /// Seed of the images' noise; image k of a call uses seed + k.
     #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
     seed: u64,
-    /// Start every picture from the tensor `latents` (1, C, height/8, width/8) of this safetensors file, unit normal,
+    /// Start every image from the tensor `latents` (1, C, height/8, width/8) of this safetensors file, unit normal,
     /// instead of the seed's noise.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_INIT_LATENTS")]
     init_latents: Option<PathBuf>,
@@ -126,14 +126,14 @@ pub struct Args {
     /// Where to compute.
     #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
     device: String,
-    /// Picture to write (.png, .jpg or .webp), or a folder for several; `difflora.png` where it is not given. With
-    /// --json each picture has its settings beside it, in a file of its name that ends in .json.
+    /// Image to write (.png, .jpg or .webp), or a folder for several; `difflora.png` where it is not given. With
+    /// --json each image has its settings beside it, in a file of its name that ends in .json.
     #[arg(long, value_name = "FILE|DIR", env = "DIFFLORA_OUT")]
     out: Option<PathBuf>,
-    /// Write no prompt and no settings into pictures.
+    /// Write no prompt and no settings into images.
     #[arg(long, env = "DIFFLORA_NO_METADATA")]
     no_metadata: bool,
-    /// Every N steps write what the picture looks like so far, small and rough: `me.preview.png` beside `me.png`.
+    /// Every N steps write what the image looks like so far, small and rough: `me.preview.png` beside `me.png`.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_PREVIEW")]
     preview: Option<u32>,
     /// LoRA to write; `difflora.safetensors` where neither it nor --prompt is given.
@@ -213,14 +213,14 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         if args.base == models::BUILT_IN {
             progress::note(
                 "the built-in model `tiny` draws painted portraits of 64×64 pixels, to try the program and to \
-                 prove the method; real pictures need an SDXL folder (--base) and a hypernetwork for it (--hypernet)",
+                 prove the method; real images need an SDXL folder (--base) and a hypernetwork for it (--hypernet)",
             );
         }
         let clock = Stage::begin("reading LoRAs");
         let loras = chosen_loras(&args, person.as_ref().map(|(lora, _)| lora), &base_files)?;
         clock.end();
         report["loras"] = check_loras(&model, &loras, &args)?;
-        report["pictures"] = draw(&args, &plan, &model, &base, &loras, &outputs.pictures, output)?;
+        report["pictures"] = draw(&args, &plan, &model, &base, &loras, &outputs.images, output)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
     if output.json {

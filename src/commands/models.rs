@@ -309,7 +309,7 @@ pub fn block_layout(files: &ModelFiles) -> Result<BlockLayout> {
     Ok(BlockLayout::uniform(config.block_out_channels.len(), config.layers_per_block))
 }
 
-/// The side in pixels of the pictures that a base was trained for.
+/// The side in pixels of the images that a base was trained for.
 pub fn native_size(files: &ModelFiles) -> Result<usize> {
     let unet: UNetConfig = files.config("unet/config.json")?;
     let vae: VaeConfig = files.config("vae/config.json")?;

@@ -9,9 +9,9 @@ use serde_json::json;
 
 use crate::failure::Failure;
 use crate::files;
+use crate::image::Image;
 use crate::output::Output;
 use crate::output::print_line;
-use crate::picture::Picture;
 use crate::progress;
 use crate::synthetic::{self, CaptionOptions, Person, Scene};
 
@@ -21,15 +21,15 @@ use crate::synthetic::{self, CaptionOptions, Person, Scene};
 /// person.json. A person is fixed by --seed and number: the same command paints the same bytes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder for the pictures; made where it is missing.
+    /// Folder for the images; made where it is missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
     out: PathBuf,
     /// How many people.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1_000_000), env = "DIFFLORA_PEOPLE")]
     people: u64,
-    /// How many pictures of each.
-    #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_PICTURES")]
-    pictures: u64,
+    /// How many images of each.
+    #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=100_000), alias = "pictures", env = "DIFFLORA_IMAGES")]
+    images: u64,
     /// Number of the first person.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=1_000_000_000), env = "DIFFLORA_FIRST")]
     first: u64,
@@ -56,7 +56,7 @@ pub struct Args {
 /// Paints the people.
 pub fn run(args: Args, output: &Output) -> Result<()> {
     check_writable(&args.out)?;
-    let bar = progress::bar(args.people * args.pictures, "painting");
+    let bar = progress::bar(args.people * args.images, "painting");
     (args.first..args.first + args.people).into_par_iter().try_for_each(|number| {
         let person = Person::new(args.seed, number);
         paint_person(&person, &args, || bar.inc(1))
@@ -65,23 +65,23 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     if output.json {
         let last = args.first + args.people - 1;
         let report =
-            json!({ "out": args.out, "first": args.first, "last": last, "pictures_each": args.pictures });
+            json!({ "out": args.out, "first": args.first, "last": last, "pictures_each": args.images });
         print_line!("{report}")?;
     } else {
-        let (pictures, people, out) = (args.people * args.pictures, args.people, args.out.display());
-        progress::note(format_args!("painted {pictures} pictures of {people} people in `{out}`"));
+        let (images, people, out) = (args.people * args.images, args.people, args.out.display());
+        progress::note(format_args!("painted {images} images of {people} people in `{out}`"));
     }
     Ok(())
 }
 
-/// Writes the pictures and captions of one person, then what is known about them.
+/// Writes the images and captions of one person, then what is known about them.
 fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> {
     let folder = args.out.join(format!("person-{:04}", person.number));
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
     let options = CaptionOptions { subject: &args.subject, attributes: args.attributes, drop: 0.0 };
     let mut records = Vec::new();
-    for number in 1..=args.pictures {
+    for number in 1..=args.images {
         progress::check()?;
         let scene = match args.scenes {
             Some(seed) => Scene::draw(seed, number),
@@ -89,33 +89,32 @@ fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> 
         };
         let rgb = synthetic::paint(person, &scene, args.size.into(), args.supersample.into());
         let caption = synthetic::caption(person, &scene, options, args.seed);
-        let picture = format!("{number:04}.png");
-        Picture { width: args.size.into(), height: args.size.into(), rgb }
-            .save(&folder.join(&picture), None)?;
-        let text = folder.join(&picture).with_extension("txt");
+        let image = format!("{number:04}.png");
+        Image { width: args.size.into(), height: args.size.into(), rgb }.save(&folder.join(&image), None)?;
+        let text = folder.join(&image).with_extension("txt");
         files::write_whole(&text, format!("{caption}\n").as_bytes())?;
-        records.push(serde_json::to_string(&Record { picture, caption, scene })?);
+        records.push(serde_json::to_string(&Record { image, caption, scene })?);
         painted();
     }
     files::write_whole(&folder.join("person.json"), about(person, &records)?.as_bytes())
 }
 
-/// What is known about one picture.
+/// What is known about one image.
 #[derive(Serialize)]
 struct Record {
-    picture: String,
+    image: String,
     caption: String,
     scene: Scene,
 }
 
-/// `person.json`: seed, number, identity words and factors, and one line a picture.
+/// `person.json`: seed, number, identity words and factors, and one line an image.
 fn about(person: &Person, records: &[String]) -> Result<String> {
     let Person { seed, number, identity } = person;
     let words = serde_json::to_string(&synthetic::identity_words(identity))?;
     let factors = serde_json::to_string(identity)?;
-    let pictures = records.join(",\n");
+    let images = records.join(",\n");
     Ok(format!(
-        "{{\"seed\":{seed},\"number\":{number},\"words\":{words},\n\"identity\":{factors},\n\"pictures\":[\n{pictures}\n]}}\n"
+        "{{\"seed\":{seed},\"number\":{number},\"words\":{words},\n\"identity\":{factors},\n\"pictures\":[\n{images}\n]}}\n"
     ))
 }
 

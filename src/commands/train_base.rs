@@ -17,7 +17,7 @@ use crate::train::trainer::{End, Keeping};
 
 /// Arguments of `difflora train-base`.
 ///
-/// Two stages: the VAE learns to code pictures, then the UNet and both text encoders learn to draw from captions.
+/// Two stages: the VAE learns to code images, then the UNet and both text encoders learn to draw from captions.
 /// OUT becomes an ordinary SDXL folder as diffusers reads it; checkpoints, logs and sample sheets go to OUT/training.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -48,7 +48,7 @@ pub struct Args {
 /// Parts of the training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Stage {
-    /// The codec between pictures and latents.
+    /// The codec between images and latents.
     Vae,
     /// The denoiser and the text encoders.
     Unet,
@@ -70,7 +70,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
         save_every: Duration::from_secs(300),
     };
-    let mut gallery = Gallery::new(&settings.pictures);
+    let mut gallery = Gallery::new(&settings.images);
     if matches!(args.stage, Stage::Vae | Stage::All) {
         let end = vae::train(&settings, &mut gallery, &keeping("vae"), &args.out)?;
         if report(end, "vae", output)? {

@@ -60,7 +60,7 @@ pub struct Args {
     /// Sizes and recipe, as in configs/hypernet-tiny.toml.
     #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     pub config: PathBuf,
-    /// The model that the LoRAs are for, where the recipe has a loss of pictures (`functional`).
+    /// The model that the LoRAs are for, where the recipe has a loss of images (`functional`).
     #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     /// Where to compute.
@@ -88,7 +88,7 @@ impl Args {
 pub struct Recipe {
     /// Of weights, batches and noise.
     pub seed: u64,
-    /// How face and picture become one condition.
+    /// How face and image become one condition.
     #[serde(default)]
     pub mixer: MixerKind,
     /// Values in a token.
@@ -136,12 +136,12 @@ pub struct Recipe {
     /// When to look at people kept apart, and when to stop.
     #[serde(default)]
     pub validation: Option<Validation>,
-    /// A loss of pictures beside that of latents; needs --base.
+    /// A loss of images beside that of latents; needs --base.
     #[serde(default)]
     pub functional: Option<Functional>,
 }
 
-/// What the decoded LoRA pays for the pictures of its person, beside the distance of latents.
+/// What the decoded LoRA pays for the images of its person, beside the distance of latents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Functional {
@@ -149,8 +149,9 @@ pub struct Functional {
     pub weight: f64,
     /// People of a shard whose LoRAs are decoded.
     pub people: usize,
-    /// Pictures of each.
-    pub pictures: usize,
+    /// Images of each.
+    #[serde(rename(serialize = "pictures"), alias = "pictures")]
+    pub images: usize,
 }
 
 /// How noise grows with t.
@@ -247,10 +248,10 @@ impl Recipe {
         {
             return refuse("`validation` wants a `share` between 0 and 1 and `every` of at least 1".into());
         }
-        if let Some(Functional { weight, people, pictures }) = &self.functional
-            && !(*weight > 0.0 && weight.is_finite() && *people > 0 && *pictures > 0)
+        if let Some(Functional { weight, people, images }) = &self.functional
+            && !(*weight > 0.0 && weight.is_finite() && *people > 0 && *images > 0)
         {
-            return refuse("`functional` wants a positive `weight`, `people` and `pictures`".into());
+            return refuse("`functional` wants a positive `weight`, `people` and `images`".into());
         }
         if let Weights::MinSnr(gamma) = self.weights
             && !(gamma > 0.0 && gamma.is_finite())
@@ -480,7 +481,7 @@ impl Pupil {
     }
 }
 
-/// The base, and the pictures of the people to learn from.
+/// The base, and the images of the people to learn from.
 pub struct Gallery<'a> {
     pub how: &'a Functional,
     pub codec: &'a LoraCodec,
@@ -498,7 +499,7 @@ impl<'a> Gallery<'a> {
     /// Of latents z (K, L) of these K people.
     pub fn loss(&self, z: &Tensor, people: &[usize], rng: &mut ChaCha8Rng) -> Result<Tensor> {
         let vectors = self.codec.decode(z)?;
-        self.album.loss(&self.codec.layout, &vectors, people, self.how.pictures, rng)
+        self.album.loss(&self.codec.layout, &vectors, people, self.how.images, rng)
     }
 }
 

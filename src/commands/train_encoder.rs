@@ -43,9 +43,9 @@ pub struct Args {
 /// The networks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Kind {
-    /// The image encoder: pictures of one person lie together, whatever the scene.
+    /// The image encoder: images of one person lie together, whatever the scene.
     Image,
-    /// The judge: names what a picture shows; for evaluation only.
+    /// The judge: names what an image shows; for evaluation only.
     Judge,
 }
 

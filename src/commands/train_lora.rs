@@ -1,4 +1,4 @@
-//! `difflora train-lora`: a folder of one person's pictures → LoRA (DreamBooth); or many people, a LoRA each.
+//! `difflora train-lora`: a folder of one person's images → LoRA (DreamBooth); or many people, a LoRA each.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -12,9 +12,9 @@ use crate::device::{self, Precision};
 use crate::failure::Failure;
 use crate::files;
 use crate::identity::FaceEncoder;
+use crate::image::images_in;
 use crate::output::Output;
 use crate::output::print_line;
-use crate::picture::pictures_in;
 use crate::progress;
 use crate::recipes::dreambooth::batch_trainer::{Person, Queue, Room};
 use crate::recipes::dreambooth::config::{Crop, LossScale, Settings};
@@ -30,16 +30,16 @@ use crate::train::shards::in_threads;
 
 /// Arguments of `difflora train-lora`.
 ///
-/// A caption may lie beside each picture in a .txt of the same name; otherwise the template makes one. Settings come from
+/// A caption may lie beside each image in a .txt of the same name; otherwise the template makes one. Settings come from
 /// a preset or a TOML file (--config); options win over it. State, log, samples and the settings in effect are kept in
 /// OUT.training; --resume goes on after Ctrl-C or a crash to the same bytes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder of pictures of one person.
-    #[arg(value_name = "PICTURES", required_unless_present = "many")]
-    pub pictures: Option<PathBuf>,
-    /// Folder of people, each a folder of pictures, instead of one person's pictures.
-    #[arg(long, value_name = "DIR", conflicts_with = "pictures", env = "DIFFLORA_MANY")]
+    /// Folder of images of one person.
+    #[arg(value_name = "IMAGES", required_unless_present = "many")]
+    pub images: Option<PathBuf>,
+    /// Folder of people, each a folder of images, instead of one person's images.
+    #[arg(long, value_name = "DIR", conflicts_with = "images", env = "DIFFLORA_MANY")]
     pub many: Option<PathBuf>,
     /// People who share each forward pass of the frozen base.
     #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_PEOPLE_PER_BATCH")]
@@ -79,7 +79,7 @@ pub struct Options {
     /// A rare word that calls the person; without it the class word does.
     #[arg(long, value_name = "WORD", env = "DIFFLORA_TRIGGER")]
     pub trigger: Option<String>,
-    /// Caption of pictures without a text beside them; {} stands for trigger and class word.
+    /// Caption of images without a text beside them; {} stands for trigger and class word.
     #[arg(long, value_name = "TEXT", env = "DIFFLORA_TEMPLATE")]
     pub template: Option<String>,
     /// Rank of every layer.
@@ -100,9 +100,9 @@ pub struct Options {
     /// Steps of the optimiser.
     #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
     pub steps: Option<u64>,
-    /// Steps for each picture of a person, instead of the same number for all.
-    #[arg(long, value_name = "N", env = "DIFFLORA_STEPS_PER_PICTURE")]
-    pub steps_per_picture: Option<u64>,
+    /// Steps for each image of a person, instead of the same number for all.
+    #[arg(long, value_name = "N", alias = "steps-per-picture", env = "DIFFLORA_STEPS_PER_IMAGE")]
+    pub steps_per_image: Option<u64>,
     /// Samples of a forward pass.
     #[arg(long, value_name = "N", env = "DIFFLORA_BATCH")]
     pub batch: Option<usize>,
@@ -133,10 +133,10 @@ pub struct Options {
     /// Pixels on a side; the base's own where it is not given.
     #[arg(long, value_name = "PX", env = "DIFFLORA_RESOLUTION")]
     pub resolution: Option<usize>,
-    /// What of a picture is shown: the square in the middle, a random square, or nearly all in one of many proportions.
+    /// What of an image is shown: the square in the middle, a random square, or nearly all in one of many proportions.
     #[arg(long, value_enum, env = "DIFFLORA_CROP")]
     pub crop: Option<Crop>,
-    /// Mirror each picture every other time, at random.
+    /// Mirror each image every other time, at random.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FLIP")]
     pub flip: Option<bool>,
     /// Change brightness, contrast and saturation by up to this part.
@@ -151,16 +151,16 @@ pub struct Options {
     /// Noise that all pixels of a channel share, as a part of the noise.
     #[arg(long, value_name = "F", env = "DIFFLORA_NOISE_OFFSET")]
     pub noise_offset: Option<f64>,
-    /// Folder of class pictures for prior preservation; those that are missing are drawn by the base.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_CLASS_PICTURES")]
-    pub class_pictures: Option<PathBuf>,
-    /// How many class pictures; 100 where only their folder is given.
-    #[arg(long, value_name = "N", env = "DIFFLORA_NUM_CLASS_PICTURES")]
-    pub num_class_pictures: Option<u64>,
-    /// What class pictures show; the template with the class word alone where it is not given.
+    /// Folder of class images for prior preservation; those that are missing are drawn by the base.
+    #[arg(long, value_name = "DIR", alias = "class-pictures", env = "DIFFLORA_CLASS_IMAGES")]
+    pub class_images: Option<PathBuf>,
+    /// How many class images; 100 where only their folder is given.
+    #[arg(long, value_name = "N", alias = "num-class-pictures", env = "DIFFLORA_NUM_CLASS_IMAGES")]
+    pub num_class_images: Option<u64>,
+    /// What class images show; the template with the class word alone where it is not given.
     #[arg(long, value_name = "TEXT", env = "DIFFLORA_CLASS_PROMPT")]
     pub class_prompt: Option<String>,
-    /// Weight of the class pictures.
+    /// Weight of the class images.
     #[arg(long, value_name = "F", env = "DIFFLORA_PRIOR_WEIGHT")]
     pub prior_weight: Option<f64>,
     /// Number type of the frozen weights; the LoRA itself is trained in f32. On a CPU they are widened as they are used.
@@ -178,7 +178,7 @@ pub struct Options {
     /// What the sheets show, a row each; the template's caption where it is not given.
     #[arg(long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_SAMPLE_PROMPT")]
     pub sample_prompt: Vec<String>,
-    /// Of the start, the order of pictures, timesteps and noise.
+    /// Of the start, the order of images, timesteps and noise.
     #[arg(long, env = "DIFFLORA_SEED")]
     pub seed: Option<u64>,
 }
@@ -202,21 +202,20 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let people = people(&args)?;
     let alone = args.many.is_none();
     let usage = |why: String| -> anyhow::Error { Failure::Usage(why).into() };
-    if settings.pictures.crop == Crop::Buckets && !alone && args.people_per_batch > 1 {
+    if settings.images.crop == Crop::Buckets && !alone && args.people_per_batch > 1 {
         return Err(usage(
-            "people in one forward pass need pictures of one size: --crop center or random".into(),
+            "people in one forward pass need images of one size: --crop center or random".into(),
         ));
     }
-    if settings.pictures.crop == Crop::Buckets && settings.objective.class_pictures > 0 {
-        return Err(usage("class pictures are squares: use --crop center or random with them".into()));
+    if settings.images.crop == Crop::Buckets && settings.objective.class_images > 0 {
+        return Err(usage("class images are squares: use --crop center or random with them".into()));
     }
 
     let device = device::open(&args.device)?;
     let model = Unloaded::open(&base_files, DType::from(settings.training.dtype), &device)?;
-    let side =
-        if settings.pictures.resolution == 0 { model.native_size() } else { settings.pictures.resolution };
+    let side = if settings.images.resolution == 0 { model.native_size() } else { settings.images.resolution };
     model.latent_shape(side, side).map_err(|error| usage(error.to_string()))?;
-    if settings.pictures.crop == Crop::Buckets && !side.is_multiple_of(16) {
+    if settings.images.crop == Crop::Buckets && !side.is_multiple_of(16) {
         return Err(usage(format!("buckets need a --resolution in multiples of 16, not {side}")));
     }
     let (text, vae) = (model.load_text()?, model.load_vae()?);
@@ -228,14 +227,14 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     };
     sites(&networks)?; // names and shapes are enough to refuse a rank before anything long begins
 
-    let class_folder = args.options.class_pictures.as_deref();
-    let prior = settings.objective.class_pictures > 0;
+    let class_folder = args.options.class_images.as_deref();
+    let prior = settings.objective.class_images > 0;
     let easel = (settings.samples.every > 0 || prior)
         .then(|| Easel::new(&model, &text, vae.clone(), side))
         .transpose()?;
     if let (true, Some(easel)) = (prior, &easel) {
         let folder =
-            class_folder.ok_or_else(|| usage("class pictures need a folder: --class-pictures DIR".into()))?;
+            class_folder.ok_or_else(|| usage("class images need a folder: --class-images DIR".into()))?;
         class_images::complete(folder, &model, &text, easel, &settings)?;
     }
     let sample_prompts = match &settings.samples.prompts[..] {
@@ -248,15 +247,15 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let encoders = Encoders { vae, text, device: device.clone() };
     let class = match class_folder.filter(|_| prior) {
         Some(folder) => {
-            let mut pictures = image_dataset::read_pictures(folder, &settings.class_prompt())?;
-            pictures.truncate(settings.objective.class_pictures as usize);
-            Some(Lessons::new(pictures, &settings, side, &encoders)?)
+            let mut images = image_dataset::read_images(folder, &settings.class_prompt())?;
+            images.truncate(settings.objective.class_images as usize);
+            Some(Lessons::new(images, &settings, side, &encoders)?)
         }
         None => None,
     };
     let mut steps = 0;
     for person in &people {
-        steps += settings.steps(pictures_in(&person.pictures)?.len());
+        steps += settings.steps(images_in(&person.images)?.len());
     }
     let mut queue = Queue::new(VecDeque::from(people), encoders, FaceEncoder::builtin()?);
     if alone {
@@ -305,13 +304,13 @@ pub fn people(args: &Args) -> Result<Vec<Person>> {
     let make = |folder: &Path| {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))
     };
-    let person = |pictures: &Path, out: PathBuf| Person {
-        name: pictures.file_name().map_or("pictures".into(), |name| name.to_string_lossy().into()),
-        pictures: pictures.to_path_buf(),
+    let person = |images: &Path, out: PathBuf| Person {
+        name: images.file_name().map_or("images".into(), |name| name.to_string_lossy().into()),
+        images: images.to_path_buf(),
         folder: out.with_extension("training"),
         out,
     };
-    let people = match (&args.many, &args.pictures) {
+    let people = match (&args.many, &args.images) {
         (Some(folder), _) => {
             let folders = image_dataset::people_in(folder)?;
             make(&args.out)?;
@@ -322,7 +321,7 @@ pub fn people(args: &Args) -> Result<Vec<Person>> {
             };
             folders.iter().map(|folder| person(folder, out(folder))).collect()
         }
-        (None, Some(pictures)) => vec![person(pictures, args.out.clone())],
+        (None, Some(images)) => vec![person(images, args.out.clone())],
         (None, None) => Vec::new(),
     };
     for Person { out, folder, .. } in &people {
@@ -340,7 +339,7 @@ pub fn report(args: &Args, output: &Output, queue: &Queue) -> Result<()> {
     if output.json {
         let loras: Vec<_> = done
             .iter()
-            .map(|(lora, pictures, loss)| json!({ "lora": lora, "pictures": pictures, "loss": loss }))
+            .map(|(lora, images, loss)| json!({ "lora": lora, "pictures": images, "loss": loss }))
             .collect();
         match (&args.many, &loras[..]) {
             (None, [one]) => print_line!("{one}")?,
@@ -365,7 +364,7 @@ impl Options {
                 *to = value.clone();
             }
         }
-        let Settings { seed, lora, objective, pictures, training, samples } = settings;
+        let Settings { seed, lora, objective, images, training, samples } = settings;
         set(seed, &self.seed);
         set(&mut lora.rank, &self.rank);
         lora.alpha = self.alpha.or(lora.alpha);
@@ -377,19 +376,19 @@ impl Options {
         set(&mut objective.noise_offset, &self.noise_offset);
         set(&mut objective.prior_weight, &self.prior_weight);
         objective.class_prompt = self.class_prompt.clone().or(objective.class_prompt.take());
-        if self.class_pictures.is_some() && objective.class_pictures == 0 {
-            objective.class_pictures = 100;
+        if self.class_images.is_some() && objective.class_images == 0 {
+            objective.class_images = 100;
         }
-        set(&mut objective.class_pictures, &self.num_class_pictures);
-        set(&mut pictures.class_word, &self.class_word);
-        set(&mut pictures.trigger, &self.trigger);
-        set(&mut pictures.template, &self.template);
-        set(&mut pictures.resolution, &self.resolution);
-        set(&mut pictures.crop, &self.crop);
-        set(&mut pictures.flip, &self.flip);
-        set(&mut pictures.colour, &self.colour);
+        set(&mut objective.class_images, &self.num_class_images);
+        set(&mut images.class_word, &self.class_word);
+        set(&mut images.trigger, &self.trigger);
+        set(&mut images.template, &self.template);
+        set(&mut images.resolution, &self.resolution);
+        set(&mut images.crop, &self.crop);
+        set(&mut images.flip, &self.flip);
+        set(&mut images.colour, &self.colour);
         set(&mut training.steps, &self.steps);
-        set(&mut training.steps_per_picture, &self.steps_per_picture);
+        set(&mut training.steps_per_image, &self.steps_per_image);
         set(&mut training.batch, &self.batch);
         set(&mut training.accumulate, &self.accumulate);
         set(&mut training.lr, &self.lr);

@@ -47,9 +47,9 @@ pub struct LoraSet {
 pub struct Split {
     /// Their LoRA vectors, M rows of P values.
     pub vectors: Vectors,
-    /// Face embeddings (R, F): every reference picture of every person.
+    /// Face embeddings (R, F): every reference image of every person.
     pub faces: Tensor,
-    /// Image embeddings (R, I) of the same pictures.
+    /// Image embeddings (R, I) of the same images.
     pub images: Tensor,
     /// Of each of these R rows, the person (0 … M − 1).
     pub owners: Vec<usize>,
@@ -471,7 +471,7 @@ pub mod tests {
     const RANK: usize = 2;
 
     /// A dataset of `train` and 12 held-out people: `up` depends linearly on four hidden factors, and so do the
-    /// embeddings of two noisy reference pictures.
+    /// embeddings of two noisy reference images.
     pub fn write_dataset(folder: &Path, train: usize) {
         let random = |stream, shape: &[usize]| normal(21, stream, shape, &Device::Cpu).unwrap();
         for part in ["loras", "embeddings"] {

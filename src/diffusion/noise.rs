@@ -1,6 +1,6 @@
 //! Seeded noise, equal on every machine and device: ChaCha8 on the host, by seed and stream.
 //!
-//! A stream is a number that the caller gives to a purpose (a picture, a step, a person). What one stream holds
+//! A stream is a number that the caller gives to a purpose (an image, a step, a person). What one stream holds
 //! does not depend on how much another one was read, so work can be done in any order and on any thread.
 
 use candle_core::{Device, Result, Shape, Tensor};
@@ -33,7 +33,7 @@ mod tests {
         assert_eq!(draw(7, 1)?, draw(7, 1)?);
         assert_ne!(draw(7, 1)?, draw(7, 2)?);
         assert_ne!(draw(7, 1)?, draw(8, 1)?);
-        // The values themselves are a promise: pictures made by an earlier build can be made again.
+        // The values themselves are a promise: images made by an earlier build can be made again.
         assert_eq!(draw(0, 0)?, [0.699_960_77, -0.144_061_64, 0.302_886_28, -1.374_513_9]);
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! How much noise there is at each timestep, and which timesteps a sampler visits.
 //!
 //! Read from a model's `scheduler/scheduler_config.json`; tables are equal to those of diffusers' schedulers (0.42.1).
-//! What is not implemented is refused by its name, because a schedule that is a little wrong still draws pictures.
+//! What is not implemented is refused by its name, because a schedule that is a little wrong still draws images.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;

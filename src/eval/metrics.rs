@@ -1,4 +1,4 @@
-//! From what was seen in drawn pictures to the numbers of the table. A picture in which no face is found has no
+//! From what was seen in drawn images to the numbers of the table. An image in which no face is found has no
 //! similarity: it counts as a miss.
 
 use serde::Serialize;
@@ -7,7 +7,7 @@ use crate::identity::cosine;
 use crate::statistics::{Mean, correlation, rank};
 use crate::synthetic::{Facing, Identity, Scene};
 
-/// What was seen in one drawn picture.
+/// What was seen in one drawn image.
 #[derive(Clone, Debug)]
 pub struct Seen {
     /// The recogniser's vector of the largest face, where one was found.
@@ -25,7 +25,7 @@ pub struct Attributes {
     pub factors: [f32; Identity::COUNT],
 }
 
-/// Who the pictures should show.
+/// Who the images should show.
 #[derive(Clone, Debug)]
 pub struct Target {
     /// The recogniser's mean vector of the photos that were not the condition.
@@ -37,21 +37,21 @@ pub struct Target {
 /// How one way of drawing did. Means and intervals are over people.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figures {
-    /// Cosine to the person, over the pictures with a face.
+    /// Cosine to the person, over the images with a face.
     pub similarity: Option<Mean>,
-    /// The same with 0 for every picture without a face.
+    /// The same with 0 for every image without a face.
     pub similarity_misses_zero: Option<Mean>,
-    /// Part of the pictures in which a face was found.
+    /// Part of the images in which a face was found.
     pub detection: Option<Mean>,
     /// Cosine to the other people.
     pub similarity_to_others: Option<Mean>,
     /// Cosine to the person minus cosine to the others.
     pub same_minus_different: Option<Mean>,
-    /// Part of the pictures that are more like the person than like any other; misses count as wrong.
+    /// Part of the images that are more like the person than like any other; misses count as wrong.
     pub rank_1: Option<Mean>,
-    /// Mean place of the person among all people, over the pictures with a face.
+    /// Mean place of the person among all people, over the images with a face.
     pub mean_rank: Option<f64>,
-    /// Correlation over people of the factors that the judge sees in the pictures with the true ones, mean over
+    /// Correlation over people of the factors that the judge sees in the images with the true ones, mean over
     /// the factors that it can see.
     pub factor_correlation: Option<f64>,
     /// How often the prompt was obeyed, per attribute.
@@ -66,13 +66,13 @@ pub struct Figures {
 pub struct Obedience {
     /// As in [`Scene::class_words`].
     pub attribute: &'static str,
-    /// Part of the pictures that show what was asked for.
+    /// Part of the images that show what was asked for.
     pub right: f64,
-    /// Pictures whose prompt says something about it.
+    /// Images whose prompt says something about it.
     pub asked: usize,
 }
 
-/// Measures pictures: `shown[i]` are those that should show `people[i]`, drawn from `asked`. `visible` are the
+/// Measures images: `shown[i]` are those that should show `people[i]`, drawn from `asked`. `visible` are the
 /// numbers of the factors that the judge can see.
 pub fn measure(
     shown: &[&[Seen]],
@@ -83,10 +83,10 @@ pub fn measure(
     let mut figures: [Vec<f64>; 6] = Default::default();
     let [similarity, with_misses, detection, others, gap, first] = &mut figures;
     let (mut ranks, mut per_person) = (Vec::new(), Vec::new());
-    for (i, pictures) in shown.iter().enumerate() {
+    for (i, images) in shown.iter().enumerate() {
         let mut own = Vec::new();
         let (mut different, mut hits) = (Vec::new(), 0);
-        for face in pictures.iter().filter_map(|seen| seen.face.as_ref()) {
+        for face in images.iter().filter_map(|seen| seen.face.as_ref()) {
             let cosines: Vec<f64> =
                 people.iter().map(|person| f64::from(cosine(face, &person.face))).collect();
             own.push(cosines[i]);
@@ -95,7 +95,7 @@ pub fn measure(
             ranks.push(place as f64);
             hits += usize::from(place == 1);
         }
-        let count = pictures.len().max(1) as f64;
+        let count = images.len().max(1) as f64;
         // The sum of nothing is −0, which would be printed so.
         with_misses.push((own.iter().sum::<f64>() + 0.0) / count);
         detection.push(own.len() as f64 / count);
@@ -108,7 +108,7 @@ pub fn measure(
     }
     let [similarity, similarity_misses_zero, detection, similarity_to_others, same_minus_different, rank_1] =
         figures.map(|values| Mean::of(&values));
-    let pictures = shown.iter().flat_map(|pictures| pictures.iter().zip(asked));
+    let images = shown.iter().flat_map(|images| images.iter().zip(asked));
     Figures {
         similarity,
         similarity_misses_zero,
@@ -118,17 +118,17 @@ pub fn measure(
         rank_1,
         mean_rank: mean(&ranks),
         factor_correlation: factor_correlation(shown, people, visible),
-        obedience: obedience(pictures.filter_map(|(seen, asked)| Some((seen.attributes.as_ref()?, asked)))),
+        obedience: obedience(images.filter_map(|(seen, asked)| Some((seen.attributes.as_ref()?, asked)))),
         per_person,
     }
 }
 
 /// How often each attribute that was asked for is there.
 pub fn obedience<'a>(
-    pictures: impl Iterator<Item = (&'a Attributes, &'a [Option<usize>; Scene::CLASSES])>,
+    images: impl Iterator<Item = (&'a Attributes, &'a [Option<usize>; Scene::CLASSES])>,
 ) -> Vec<Obedience> {
     let mut counts = [(0, 0); Scene::CLASSES];
-    for (seen, asked) in pictures {
+    for (seen, asked) in images {
         for ((right, all), (seen, asked)) in counts.iter_mut().zip(seen.classes.iter().zip(asked)) {
             *right += usize::from(Some(*seen) == *asked);
             *all += usize::from(asked.is_some());
@@ -159,8 +159,8 @@ pub fn paired(of: &Figures, over: &Figures) -> Option<Mean> {
 
 fn factor_correlation(shown: &[&[Seen]], people: &[Target], visible: &[usize]) -> Option<f64> {
     let of_factor = |factor: &usize| {
-        let judged = |pictures: &[Seen]| {
-            let values: Option<Vec<f64>> = pictures
+        let judged = |images: &[Seen]| {
+            let values: Option<Vec<f64>> = images
                 .iter()
                 .map(|seen| Some(f64::from(seen.attributes.as_ref()?.factors[*factor])))
                 .collect();
@@ -168,7 +168,7 @@ fn factor_correlation(shown: &[&[Seen]], people: &[Target], visible: &[usize]) -
         };
         let pairs = shown.iter().zip(people);
         let pairs: Option<Vec<(f64, f64)>> = pairs
-            .map(|(pictures, person)| Some((judged(pictures)?, f64::from(person.factors[*factor]))))
+            .map(|(images, person)| Some((judged(images)?, f64::from(person.factors[*factor]))))
             .collect();
         Some(correlation(&pairs?))
     };
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_pictures_for_everybody_show_nobody() {
+    fn the_same_images_for_everybody_show_nobody() {
         let same = [seen(Some([0.6, 0.8]), 0.5)];
         let figures = measure(&[&same, &same], &people(), &[asked(&Scene::draw(1, 1))], &[0]);
         assert!(figures.same_minus_different.unwrap().mean.abs() < 1e-6);

@@ -19,7 +19,7 @@ pub enum MixerKind {
     /// A mixture of two experts with a soft gate, the paper's.
     #[default]
     Moe,
-    /// MLP(E_face): pictures as such are not looked at.
+    /// MLP(E_face): images as such are not looked at.
     FaceOnly,
     /// MLP(E_img): faces as such are not looked at.
     ImageOnly,

@@ -3,13 +3,13 @@
 //! The least-squares similarity of Umeyama (1991) with its guard against reflection. In the plane it has a closed
 //! form: with points as complex numbers, q ≈ a·p + b, a = Σ (q − q̄)·conj(p − p̄) / Σ |p − p̄|², b = q̄ − a·p̄.
 
-use crate::picture::Picture;
+use crate::image::Image;
 
 /// Side of an aligned face in pixels.
 pub const SIDE: usize = 112;
 
 /// Where eyes, nose and mouth corners lie in a 112×112 face: left eye, right eye, nose, left and right mouth corner
-/// as seen in the picture. insightface, `utils/face_align.py`, `arcface_dst`.
+/// as seen in the image. insightface, `utils/face_align.py`, `arcface_dst`.
 pub const TEMPLATE: [[f32; 2]; 5] =
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]];
 
@@ -23,17 +23,17 @@ fn template(side: usize) -> [[f32; 2]; 5] {
 }
 
 /// The face whose landmarks are `points`, turned and scaled onto the template of `side`×`side` pixels, bilinear, black
-/// beyond the picture's edge. Recognisers take [`SIDE`].
-pub fn align(picture: &Picture, points: &[[f32; 2]; 5], side: usize) -> Picture {
+/// beyond the image's edge. Recognisers take [`SIDE`].
+pub fn align(image: &Image, points: &[[f32; 2]; 5], side: usize) -> Image {
     let to_template = Similarity::fit(points, &template(side));
     let mut rgb = Vec::with_capacity(side * side * 3);
     for v in 0..side {
         for u in 0..side {
             let (x, y) = to_template.invert(u as f64, v as f64);
-            rgb.extend(bilinear(picture, x, y));
+            rgb.extend(bilinear(image, x, y));
         }
     }
-    Picture { width: side, height: side, rgb }
+    Image { width: side, height: side, rgb }
 }
 
 /// (x, y) ↦ (a·x − b·y + tx, b·x + a·y + ty): rotation, one scale and a shift.
@@ -79,15 +79,15 @@ impl Similarity {
 }
 
 /// The colour at (`x`, `y`), where whole numbers are the centres of pixels; neighbours outside count as black.
-fn bilinear(picture: &Picture, x: f64, y: f64) -> [u8; 3] {
+fn bilinear(image: &Image, x: f64, y: f64) -> [u8; 3] {
     let (left, top) = (x.floor(), y.floor());
     let (fx, fy) = (x - left, y - top);
     let mut sum = [0.0; 3];
     for (dy, wy) in [(0.0, 1.0 - fy), (1.0, fy)] {
         for (dx, wx) in [(0.0, 1.0 - fx), (1.0, fx)] {
             let (x, y) = (left + dx, top + dy);
-            if x >= 0.0 && y >= 0.0 && x < picture.width as f64 && y < picture.height as f64 {
-                let pixel = picture.pixel(x as usize, y as usize);
+            if x >= 0.0 && y >= 0.0 && x < image.width as f64 && y < image.height as f64 {
+                let pixel = image.pixel(x as usize, y as usize);
                 for (sum, value) in sum.iter_mut().zip(pixel) {
                     *sum += wx * wy * f64::from(value);
                 }
@@ -114,9 +114,9 @@ mod tests {
     #[test]
     fn a_face_that_lies_on_the_template_is_only_cut_out() {
         let rgb = (0..150 * 130 * 3).map(|at| (at * 31 % 256) as u8).collect();
-        let picture = Picture { width: 150, height: 130, rgb };
+        let image = Image { width: 150, height: 130, rgb };
         let points = TEMPLATE.map(|[x, y]| [x + 20.0, y + 10.0]);
-        assert_eq!(align(&picture, &points, SIDE), picture.crop(20, 10, SIDE, SIDE));
+        assert_eq!(align(&image, &points, SIDE), image.crop(20, 10, SIDE, SIDE));
     }
 
     #[test]
@@ -127,8 +127,8 @@ mod tests {
     }
 
     #[test]
-    fn landmarks_in_one_place_give_a_picture_and_no_panic() {
-        let picture = Picture::filled(8, 8, [1, 2, 3]);
-        assert_eq!(align(&picture, &[[4.0, 4.0]; 5], SIDE).width, SIDE);
+    fn landmarks_in_one_place_give_a_image_and_no_panic() {
+        let image = Image::filled(8, 8, [1, 2, 3]);
+        assert_eq!(align(&image, &[[4.0, 4.0]; 5], SIDE).width, SIDE);
     }
 }

@@ -1,4 +1,4 @@
-//! CLIP's image encoder: a picture → the embedding of what is in it.
+//! CLIP's image encoder: an image → the embedding of what is in it.
 //!
 //! Layout and numbers are those of transformers 5.23, `CLIPVisionModelWithProjection`
 //! (`models/clip/modeling_clip.py`) and `CLIPImageProcessor`. (Radford et al. 2021, arXiv 2103.00020.)
@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 
 use super::Face;
 use super::portrait::{blank_background, portrait_crop};
+use crate::image::{Filter, Image};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear, compute_dtype,
 };
-use crate::picture::{Filter, Picture};
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS};
 
-/// Picture and face → unit vector of what the person looks like, the second condition of the hypernetwork.
+/// Image and face → unit vector of what the person looks like, the second condition of the hypernetwork.
 #[derive(Clone, Debug)]
 pub struct ImageEncoder {
     network: ClipVision,
@@ -48,26 +48,26 @@ impl ImageEncoder {
         Self { input, ..self }
     }
 
-    /// The unit vector of the [`portrait_crop`] around a face of `picture`; P numbers, or D with
+    /// The unit vector of the [`portrait_crop`] around a face of `image`; P numbers, or D with
     /// another output.
-    pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
-        self.embed_whole(&self.shown(picture, face))
+    pub fn embed(&self, image: &Image, face: &Face) -> Result<Vec<f32>> {
+        self.embed_whole(&self.shown(image, face))
     }
 
-    /// What of a picture the network is shown: the [`portrait_crop`], its background blanked where it should be.
-    pub fn shown(&self, picture: &Picture, face: &Face) -> Picture {
-        let mut crop = portrait_crop(picture, face, self.preprocessor.shortest_edge);
+    /// What of an image the network is shown: the [`portrait_crop`], its background blanked where it should be.
+    pub fn shown(&self, image: &Image, face: &Face) -> Image {
+        let mut crop = portrait_crop(image, face, self.preprocessor.shortest_edge);
         if self.input.blank_background {
             blank_background(&mut crop, face);
         }
         crop
     }
 
-    /// The unit vector of a picture as it is, of which CLIP's preprocessing cuts out the middle.
-    pub fn embed_whole(&self, picture: &Picture) -> Result<Vec<f32>> {
+    /// The unit vector of an image as it is, of which CLIP's preprocessing cuts out the middle.
+    pub fn embed_whole(&self, image: &Image) -> Result<Vec<f32>> {
         let embedding = match self.input.output {
-            ImageOutput::Projected => self.network.forward(&self.pixels(picture)?)?,
-            ImageOutput::Penultimate => self.network.penultimate(&self.pixels(picture)?)?.mean(1)?,
+            ImageOutput::Projected => self.network.forward(&self.pixels(image)?)?,
+            ImageOutput::Penultimate => self.network.penultimate(&self.pixels(image)?)?.mean(1)?,
         };
         let embedding: Vec<f32> = embedding.squeeze(0)?.to_vec1()?;
         let length = embedding.iter().map(|value| value * value).sum::<f32>().sqrt();
@@ -75,14 +75,14 @@ impl ImageEncoder {
         Ok(embedding.iter().map(|value| value / length).collect())
     }
 
-    /// transformers' `hidden_states[-2]` of a picture as it is: (N, D), the class token first.
-    pub fn tokens(&self, picture: &Picture) -> Result<Tensor> {
-        Ok(self.network.penultimate(&self.pixels(picture)?)?.squeeze(0)?)
+    /// transformers' `hidden_states[-2]` of an image as it is: (N, D), the class token first.
+    pub fn tokens(&self, image: &Image) -> Result<Tensor> {
+        Ok(self.network.penultimate(&self.pixels(image)?)?.squeeze(0)?)
     }
 
     /// (1, 3, S, S)
-    fn pixels(&self, picture: &Picture) -> Result<Tensor> {
-        Ok(self.preprocessor.apply(picture, &Device::Cpu)?.unsqueeze(0)?)
+    fn pixels(&self, image: &Image) -> Result<Tensor> {
+        Ok(self.preprocessor.apply(image, &Device::Cpu)?.unsqueeze(0)?)
     }
 }
 
@@ -130,9 +130,9 @@ pub struct ClipVisionConfig {
     pub num_hidden_layers: usize,
     /// Heads a layer.
     pub num_attention_heads: usize,
-    /// Channels of a picture.
+    /// Channels of an image.
     pub num_channels: usize,
-    /// Side of the picture, in pixels.
+    /// Side of the image, in pixels.
     pub image_size: usize,
     /// Side of the square that becomes one token, in pixels.
     pub patch_size: usize,
@@ -263,7 +263,7 @@ impl ClipVision {
         Self::new(&config, vb).map_err(|error| files.unusable("model.safetensors", format!("{error:#}")))
     }
 
-    /// Embeddings of pictures from [`ClipPreprocessor`]: `pixels` (B, 3, S, S) → (B, P), not normalised.
+    /// Embeddings of images from [`ClipPreprocessor`]: `pixels` (B, 3, S, S) → (B, P), not normalised.
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
         let (_, x) = self.hidden(pixels)?;
         let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.squeeze(1)?)?; // (B, D)
@@ -304,7 +304,7 @@ pub struct ClipPreprocessor {
 }
 
 impl ClipPreprocessor {
-    /// CLIP's own colours at another size of picture.
+    /// CLIP's own colours at another size of image.
     pub fn sized(side: usize) -> Self {
         Self {
             shortest_edge: side,
@@ -315,12 +315,12 @@ impl ClipPreprocessor {
     }
 
     /// (3, S, S) for [`ClipVision::forward`].
-    pub fn apply(&self, picture: &Picture, device: &Device) -> Result<Tensor> {
+    pub fn apply(&self, image: &Image, device: &Device) -> Result<Tensor> {
         let (short, side) = (self.shortest_edge, self.crop);
         ensure!(side <= short, "`crop_size` {side} is larger than `shortest_edge` {short}");
-        let shortest = picture.width.min(picture.height);
+        let shortest = image.width.min(image.height);
         let scaled = |length: usize| short * length / shortest;
-        let resized = picture.resize(scaled(picture.width), scaled(picture.height), Filter::Bicubic);
+        let resized = image.resize(scaled(image.width), scaled(image.height), Filter::Bicubic);
         let (left, top) = ((resized.width - side) / 2, (resized.height - side) / 2);
         let cut = resized.crop(left, top, side, side);
         let mut values = Vec::with_capacity(3 * side * side);
@@ -438,17 +438,17 @@ mod tests {
         save_json(&out.path().join("preprocessor_config.json"), &preprocessor).unwrap();
 
         let rgb = (0..40 * 30 * 3).map(|i| (i * i % 251) as u8).collect();
-        let picture = Picture { width: 40, height: 30, rgb };
+        let image = Image { width: 40, height: 30, rgb };
         let face = Face { bounds: [8.0, 6.0, 24.0, 28.0], points: [[0.0; 2]; 5], score: 1.0 };
         let encoder = ImageEncoder::open(&ModelFiles::folder(out.path()).unwrap()).unwrap();
-        let embedding = encoder.embed(&picture, &face).unwrap();
+        let embedding = encoder.embed(&image, &face).unwrap();
         assert_eq!(embedding.len(), 12);
         let as_input = |text: &str| {
-            encoder.clone().with_input(serde_json::from_str(text).unwrap()).embed(&picture, &face).unwrap()
+            encoder.clone().with_input(serde_json::from_str(text).unwrap()).embed(&image, &face).unwrap()
         };
         assert_eq!(as_input("{}"), embedding);
-        assert_ne!(encoder.embed_whole(&picture).unwrap(), embedding);
-        let tokens = encoder.tokens(&portrait_crop(&picture, &face, 16)).unwrap();
+        assert_ne!(encoder.embed_whole(&image).unwrap(), embedding);
+        let tokens = encoder.tokens(&portrait_crop(&image, &face, 16)).unwrap();
         assert_eq!(tokens.dims(), [5, 8]);
         let mean: Vec<f32> = tokens.mean(0).unwrap().to_vec1().unwrap();
         assert!(crate::identity::cosine(&mean, &as_input(r#"{"output": "penultimate"}"#)) > 0.99999);
@@ -469,7 +469,7 @@ mod tests {
         save_component(whole.path(), "", TRANSFORMERS_WEIGHTS, &of_whole, &beside, DType::F16).unwrap();
         save_json(&whole.path().join("preprocessor_config.json"), &preprocessor).unwrap();
         let files = ModelFiles::folder(whole.path()).unwrap();
-        assert_eq!(ImageEncoder::open(&files).unwrap().embed(&picture, &face).unwrap(), embedding);
+        assert_eq!(ImageEncoder::open(&files).unwrap().embed(&image, &face).unwrap(), embedding);
         beside.remove("visual_projection.weight");
         save_component(whole.path(), "", TRANSFORMERS_WEIGHTS, &of_whole, &beside, DType::F16).unwrap();
         let message = format!("{:#}", ImageEncoder::open(&files).unwrap_err());

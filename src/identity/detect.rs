@@ -6,7 +6,7 @@
 //! score = √(cls·obj), centre = ((c + b₀)·s, (r + b₁)·s), size = (e^b₂·s, e^b₃·s), point = ((c + k₀)·s, (r + k₁)·s).
 //!
 //! YuNet was trained on faces of 10 to 300 pixels. A face that fills the frame is missed when it is larger, and a
-//! small picture has to be enlarged, so that each picture is searched at several sizes.
+//! small image has to be enlarged, so that each image is searched at several sizes.
 
 use std::path::Path;
 
@@ -17,15 +17,15 @@ use super::onnx::Network;
 use super::scrfd;
 use super::yunet::{PER_CELL, Yunet};
 use crate::failure::Failure;
-use crate::picture::{Filter, Picture};
+use crate::image::{Filter, Image};
 
-/// A face in a picture.
+/// A face in an image.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Face {
-    /// Left, top, right and bottom in pixels of the upright picture; may reach beyond its edge.
+    /// Left, top, right and bottom in pixels of the upright image; may reach beyond its edge.
     #[serde(rename = "box")]
     pub bounds: [f32; 4],
-    /// Left eye, right eye, nose, left and right mouth corner as seen in the picture, (x, y) in its pixels.
+    /// Left eye, right eye, nose, left and right mouth corner as seen in the image, (x, y) in its pixels.
     pub points: [[f32; 2]; 5],
     /// How sure the detector is, 0 to 1.
     pub score: f32,
@@ -42,12 +42,12 @@ impl Face {
     }
 }
 
-/// What was found in a picture, and how it was looked for.
+/// What was found in an image, and how it was looked for.
 #[derive(Clone, Debug)]
 pub struct Search {
     /// The faces, the largest first.
     pub faces: Vec<Face>,
-    /// To how many pixels the picture's longer side was brought, in the order of trial.
+    /// To how many pixels the image's longer side was brought, in the order of trial.
     pub tried: Vec<usize>,
     /// The best score at any size, also below the threshold.
     pub best_score: f32,
@@ -59,13 +59,13 @@ impl Search {
     /// The largest face.
     ///
     /// # Errors
-    /// [`Failure::NoFace`], which names the picture `name`, the sizes tried and the best score.
+    /// [`Failure::NoFace`], which names the image `name`, the sizes tried and the best score.
     pub fn largest(&self, name: &str) -> Result<&Face> {
         self.faces.first().ok_or_else(|| {
             let sizes = self.tried.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
             let text = format!(
                 "no face found in `{name}` (longer side brought to {sizes} pixels, best score {:.2}, wanted {}); \
-                 take a picture with one upright, well lit face from the front, at least 40 pixels wide and not cut off",
+                 take an image with one upright, well lit face from the front, at least 40 pixels wide and not cut off",
                 self.best_score, self.least_score
             );
             Failure::NoFace(text).into()
@@ -99,21 +99,21 @@ const SURE_SCORE: f32 = 0.8;
 /// Faces that overlap more than this (intersection over union) are one; OpenCV's default.
 const SAME_FACE: f32 = 0.3;
 
-/// A size at which a picture is searched: the longer side of the picture and the side of the square around it, in
-/// pixels. The frame gives a face that fills the picture the surroundings that the detector knows from its training.
+/// A size at which an image is searched: the longer side of the image and the side of the square around it, in
+/// pixels. The frame gives a face that fills the image the surroundings that the detector knows from its training.
 type Rung = (usize, usize);
 
-/// Sizes at which a picture is searched, one after the other until a face is sure.
+/// Sizes at which an image is searched, one after the other until a face is sure.
 const LADDER: [Rung; 3] = [(640, 640), (320, 448), (160, 256)];
 
-/// The same for pictures with a longer side of at most [`SMALL`] pixels. On 64×64 portraits of the small world the
+/// The same for images with a longer side of at most [`SMALL`] pixels. On 64×64 portraits of the small world the
 /// first size finds all, blurred ones (σ = 1.2 pixels) 97 %, in a quarter of the time that 640 takes for 81 %.
 const SMALL_LADDER: [Rung; 3] = [(256, 320), (160, 160), (320, 448)];
 
 /// Where the first sizes show no face at all: those between them, with more of a frame.
 const FURTHER: [Rung; 5] = [(512, 640), (384, 512), (256, 384), (128, 256), (96, 192)];
 
-/// The same for small pictures.
+/// The same for small images.
 const SMALL_FURTHER: [Rung; 4] = [(640, 640), (128, 256), (96, 192), (64, 128)];
 
 /// SCRFD's sizes: 640 as insightface has it; where that shows no face, those to which PhotoMaker and HyperLoRA fall
@@ -121,10 +121,10 @@ const SMALL_FURTHER: [Rung; 4] = [(640, 640), (128, 256), (96, 192), (64, 128)];
 const SCRFD_LADDER: [Rung; 1] = [(640, 640)];
 const SCRFD_FURTHER: [Rung; 5] = [(512, 512), (384, 384), (256, 256), (128, 128), (320, 640)];
 
-/// At last, for tiny faces in a picture with a longer side of more than so many pixels, these sizes.
+/// At last, for tiny faces in an image with a longer side of more than so many pixels, these sizes.
 const LARGE: [(usize, Rung); 2] = [(640, (1280, 1280)), (1280, (1920, 1920))];
 
-/// Longer side of a small picture in pixels.
+/// Longer side of a small image in pixels.
 const SMALL: usize = 256;
 
 /// The colour of YuNet's frame.
@@ -161,7 +161,7 @@ impl Detector {
         let detector = Self(Kind::Scrfd(Box::new(network), layout));
         // One small run, so that outputs of the wrong length are told before the work.
         detector
-            .at_size(&Picture::filled(64, 64, [0; 3]), (64, 64))
+            .at_size(&Image::filled(64, 64, [0; 3]), (64, 64))
             .map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
         Ok(detector)
     }
@@ -169,10 +169,10 @@ impl Detector {
     /// A run of the network alone on 640×640 grey pixels, for timings.
     pub fn blank_run(&self) -> impl Fn() -> Result<()> {
         const SIDE: usize = 640;
-        let (picture, input) = (Picture::filled(SIDE, SIDE, FRAME), vec![0.0; 3 * SIDE * SIDE]);
+        let (image, input) = (Image::filled(SIDE, SIDE, FRAME), vec![0.0; 3 * SIDE * SIDE]);
         move || match &self.0 {
             Kind::Yunet(yunet) => {
-                std::hint::black_box(yunet.run(&picture));
+                std::hint::black_box(yunet.run(&image));
                 Ok(())
             }
             Kind::Scrfd(network, _) => network.run([1, 3, SIDE, SIDE], &input).map(drop),
@@ -187,10 +187,10 @@ impl Detector {
         }
     }
 
-    /// All faces of a picture, at the first size where one is sure, else at the size with the best score. Sizes
+    /// All faces of an image, at the first size where one is sure, else at the size with the best score. Sizes
     /// between, beyond and with more of a frame are tried where the usual ones show no face.
-    pub fn search(&self, picture: &Picture) -> Result<Search> {
-        let longer = picture.width.max(picture.height);
+    pub fn search(&self, image: &Image) -> Result<Search> {
+        let longer = image.width.max(image.height);
         let (usual, further, least_score, sure): (&[Rung], &[Rung], f32, f32) = match self.0 {
             Kind::Yunet(_) if longer <= SMALL => (&SMALL_LADDER, &SMALL_FURTHER, MIN_SCORE, SURE_SCORE),
             Kind::Yunet(_) => (&LADDER, &FURTHER, MIN_SCORE, SURE_SCORE),
@@ -202,7 +202,7 @@ impl Detector {
             if number >= usual.len() && !search.faces.is_empty() {
                 break;
             }
-            let candidates = self.at_size(picture, rung)?;
+            let candidates = self.at_size(image, rung)?;
             let best = candidates.first().map_or(0.0, |face| face.score);
             search.tried.push(rung.0);
             if best > search.best_score {
@@ -220,25 +220,25 @@ impl Detector {
         Ok(search)
     }
 
-    /// Candidates in pixels of the picture, the best score first; the first is given however low its score.
-    fn at_size(&self, picture: &Picture, rung: Rung) -> Result<Vec<Face>> {
+    /// Candidates in pixels of the image, the best score first; the first is given however low its score.
+    fn at_size(&self, image: &Image, rung: Rung) -> Result<Vec<Face>> {
         match &self.0 {
-            Kind::Yunet(yunet) => Ok(yunet_at(yunet, picture, rung)),
-            Kind::Scrfd(network, layout) => scrfd_at(network, layout, picture, rung),
+            Kind::Yunet(yunet) => Ok(yunet_at(yunet, image, rung)),
+            Kind::Scrfd(network, layout) => scrfd_at(network, layout, image, rung),
         }
     }
 }
 
 /// The longer side is brought to `size` in the middle of a grey square of `frame` pixels.
-fn yunet_at(yunet: &Yunet, picture: &Picture, (size, frame): Rung) -> Vec<Face> {
-    let longer = picture.width.max(picture.height);
+fn yunet_at(yunet: &Yunet, image: &Image, (size, frame): Rung) -> Vec<Face> {
+    let longer = image.width.max(image.height);
     let side = |length: usize| ((length * size + longer / 2) / longer).max(1);
-    let (width, height) = (side(picture.width), side(picture.height));
+    let (width, height) = (side(image.width), side(image.height));
     let (left, top) = ((frame - width) / 2, (frame - height) / 2);
-    let mut framed = Picture::filled(frame, frame, FRAME);
-    framed.paste(&picture.resize(width, height, Filter::Bilinear), left, top);
+    let mut framed = Image::filled(frame, frame, FRAME);
+    framed.paste(&image.resize(width, height, Filter::Bilinear), left, top);
 
-    let (sx, sy) = (picture.width as f32 / width as f32, picture.height as f32 / height as f32);
+    let (sx, sy) = (image.width as f32 / width as f32, image.height as f32 / height as f32);
     let back = |[x, y]: [f32; 2]| [(x - left as f32) * sx, (y - top as f32) * sy];
     decode(&yunet.run(&framed), frame).into_iter().map(|face| face.moved(back)).collect()
 }
@@ -247,10 +247,10 @@ fn yunet_at(yunet: &Yunet, picture: &Picture, (size, frame): Rung) -> Vec<Face> 
 fn scrfd_at(
     network: &Network,
     layout: &scrfd::Layout,
-    picture: &Picture,
+    image: &Image,
     (size, frame): Rung,
 ) -> Result<Vec<Face>> {
-    let (framed, scale) = scrfd::letterbox(picture, size, frame);
+    let (framed, scale) = scrfd::letterbox(image, size, frame);
     let plane =
         |c: usize| framed.rgb.iter().skip(c).step_by(3).map(|&value| (f32::from(value) - 127.5) / 128.0);
     let input: Vec<f32> = plane(0).chain(plane(1)).chain(plane(2)).collect();
@@ -342,9 +342,9 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_without_a_face_gives_advice_and_what_was_tried() {
+    fn a_image_without_a_face_gives_advice_and_what_was_tried() {
         let detector = Detector::yunet().unwrap();
-        let search = detector.search(&Picture::filled(300, 200, [90, 120, 60])).unwrap();
+        let search = detector.search(&Image::filled(300, 200, [90, 120, 60])).unwrap();
         assert_eq!(search.tried, [640, 320, 160, 512, 384, 256, 128, 96]);
         let error = search.largest("meadow.png").unwrap_err();
         assert!(
@@ -353,9 +353,9 @@ mod tests {
         );
         let sizes = error.to_string();
         assert!(sizes.contains("640, 320, 160, 512") && sizes.contains("best score 0."), "{sizes}");
-        let large = detector.search(&Picture::filled(1400, 20, [0; 3])).unwrap();
+        let large = detector.search(&Image::filled(1400, 20, [0; 3])).unwrap();
         assert_eq!(large.tried[8..], [1280, 1920]);
-        assert!(detector.search(&Picture::filled(1, 1, [0; 3])).unwrap().faces.is_empty());
+        assert!(detector.search(&Image::filled(1, 1, [0; 3])).unwrap().faces.is_empty());
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! Picture → who: a face is found, aligned and turned into a vector.
+//! Image → who: a face is found, aligned and turned into a vector.
 //!
 //! ```text
-//! picture ──► detect: box, 5 points ──► align: 112×112 ──► recognise: 512 numbers, the condition
+//! image ──► detect: box, 5 points ──► align: 112×112 ──► recognise: 512 numbers, the condition
 //!                                                      └─► Judge: 128 numbers, evaluation only
 //! ```
 
@@ -29,16 +29,16 @@ pub use portrait::portrait_crop;
 pub use quality::Quality;
 pub use recognise::cosine;
 
-use crate::picture::Picture;
+use crate::image::Image;
 use detect::Detector;
 use recognise::Recogniser;
 
-/// Who is in a picture, as the hypernetwork is told.
+/// Who is in an image, as the hypernetwork is told.
 #[derive(Clone, Debug)]
 pub struct Identity {
     /// Unit vector of the face, 512 numbers.
     pub face: Vec<f32>,
-    /// CLIP embedding of the picture, where the hypernetwork wants one.
+    /// CLIP embedding of the image, where the hypernetwork wants one.
     pub image: Option<Vec<f32>>,
 }
 
@@ -65,19 +65,19 @@ impl FaceEncoder {
         Ok(Self { detector, recogniser })
     }
 
-    /// The faces of a picture, the largest first; none is no error.
-    pub fn detect(&self, picture: &Picture) -> Result<Vec<Face>> {
-        Ok(self.search(picture)?.faces)
+    /// The faces of an image, the largest first; none is no error.
+    pub fn detect(&self, image: &Image) -> Result<Vec<Face>> {
+        Ok(self.search(image)?.faces)
     }
 
-    /// The faces of a picture and how they were looked for; [`Search::largest`] demands one.
-    pub fn search(&self, picture: &Picture) -> Result<Search> {
-        self.detector.search(picture)
+    /// The faces of an image and how they were looked for; [`Search::largest`] demands one.
+    pub fn search(&self, image: &Image) -> Result<Search> {
+        self.detector.search(image)
     }
 
     /// The unit vector of a face; 512 numbers with the built-in recogniser.
-    pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
-        self.recogniser.embed(picture, face)
+    pub fn embed(&self, image: &Image, face: &Face) -> Result<Vec<f32>> {
+        self.recogniser.embed(image, face)
     }
 
     /// From which cosine on two photos are taken to show one person.
@@ -109,7 +109,7 @@ impl FaceEncoder {
     }
 }
 
-/// The recogniser that judges drawn pictures and that no part of the hypernetwork has seen: SFace. Can be shared
+/// The recogniser that judges drawn images and that no part of the hypernetwork has seen: SFace. Can be shared
 /// between threads.
 pub struct Judge(Recogniser);
 
@@ -120,8 +120,8 @@ impl Judge {
     }
 
     /// The unit vector of a face, 128 numbers.
-    pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
-        self.0.embed(picture, face)
+    pub fn embed(&self, image: &Image, face: &Face) -> Result<Vec<f32>> {
+        self.0.embed(image, face)
     }
 
     /// Name and SHA-256 of the network, for the record.

@@ -15,7 +15,7 @@ use super::onnx_header::Header;
 use crate::failure::Failure;
 use crate::weights::sha256;
 
-/// A network from an ONNX file with one picture-like input.
+/// A network from an ONNX file with one image-like input.
 pub struct Network {
     name: String,
     weights: Weights,
@@ -61,10 +61,10 @@ impl Network {
         let header = Header::parse(&bytes)?;
         let [input] = &header.inputs[..] else {
             let names: Vec<&str> = header.inputs.iter().map(|input| input.name.as_str()).collect();
-            bail!("it has {} inputs ({}), wanted one picture", names.len(), names.join(", "));
+            bail!("it has {} inputs ({}), wanted one image", names.len(), names.join(", "));
         };
         let shape_fits = input.shape.len() == 4 && input.shape[1].is_none_or(|channels| channels == 3);
-        ensure!(shape_fits, "its input is {input}, wanted a picture [B, 3, height, width]");
+        ensure!(shape_fits, "its input is {input}, wanted an image [B, 3, height, width]");
         let sha256 = sha256::of_bytes(&bytes);
         let model = Model::load(bytes).map_err(|error| anyhow!("it cannot be run: {error}"))?;
         let input = model.node_id(&input.name)?;

@@ -7,14 +7,14 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
-use crate::picture::{Picture, files_in, has_picture_name};
+use crate::image::{Image, files_in, has_image_name};
 use crate::progress;
 
 /// Photos, and the files beside them that are none.
 #[derive(Debug)]
 pub struct Photos {
     photos: Vec<Photo>,
-    /// Files of folders and patterns whose names are not those of pictures.
+    /// Files of folders and patterns whose names are not those of images.
     passed_over: Vec<PathBuf>,
 }
 
@@ -39,14 +39,14 @@ impl Photos {
     /// `[…]`. Each file comes once, where it was named first.
     ///
     /// # Errors
-    /// [`Failure::Unusable`] for folders without a picture and patterns that nothing fits.
+    /// [`Failure::Unusable`] for folders without an image and patterns that nothing fits.
     pub fn find(arguments: &[PathBuf]) -> Result<Self> {
         let mut found = Self { photos: Vec::new(), passed_over: Vec::new() };
         for path in arguments {
             let text = path.to_string_lossy();
             if path.is_dir() {
                 if !found.add(files_in(path)?) {
-                    return Err(Failure::unusable(path, "there is no picture in this folder"));
+                    return Err(Failure::unusable(path, "there is no image in this folder"));
                 }
             } else if !path.exists() && text.contains(['*', '?', '[']) {
                 // What is hidden is left out, as in folders.
@@ -56,7 +56,7 @@ impl Photos {
                 let mut files: Vec<PathBuf> = matches.filter_map(std::result::Result::ok).collect();
                 files.retain(|file| file.is_file());
                 if !found.add(files) {
-                    return Err(Failure::unusable(path, "no picture fits this pattern"));
+                    return Err(Failure::unusable(path, "no image fits this pattern"));
                 }
             } else if !found.photos.iter().any(|photo| photo.path == *path) {
                 found.photos.push(Photo { path: path.clone(), named: true });
@@ -65,13 +65,13 @@ impl Photos {
         Ok(found)
     }
 
-    /// Adds files that were not named themselves; tells whether any is a picture by its name.
+    /// Adds files that were not named themselves; tells whether any is an image by its name.
     fn add(&mut self, files: Vec<PathBuf>) -> bool {
         let mut any = false;
         for path in files {
-            // Pictures of kinds that are not read are tried, so that the reason is told.
+            // Images of kinds that are not read are tried, so that the reason is told.
             let other = ["avif", "heic", "heif", "jxl"];
-            let candidate = has_picture_name(&path)
+            let candidate = has_image_name(&path)
                 || path.extension().is_some_and(|e| other.iter().any(|other| e.eq_ignore_ascii_case(other)));
             any |= candidate;
             if !candidate {
@@ -102,14 +102,11 @@ impl Photos {
     ///
     /// # Errors
     /// What is wrong with the first named file that will not do, or with all files when none will.
-    pub fn look<T: Send>(
-        &self,
-        look: impl Fn(usize, &Path, &Picture) -> Result<T> + Sync,
-    ) -> Result<Seen<T>> {
+    pub fn look<T: Send>(&self, look: impl Fn(usize, &Path, &Image) -> Result<T> + Sync) -> Result<Seen<T>> {
         let bar = progress::bar(self.photos.len() as u64, "faces");
         let one = |(at, photo): (usize, &Photo)| -> Result<T> {
             progress::check()?;
-            let seen = Picture::open(&photo.path).and_then(|picture| look(at, &photo.path, &picture));
+            let seen = Image::open(&photo.path).and_then(|image| look(at, &photo.path, &image));
             bar.inc(1);
             seen
         };
@@ -144,12 +141,11 @@ impl Photos {
         if !self.passed_over.is_empty() {
             let names: Vec<String> =
                 self.passed_over.iter().map(|path| format!("`{}`", path.display())).collect();
-            let files =
-                if names.len() == 1 { "file that is no picture" } else { "files that are no pictures" };
+            let files = if names.len() == 1 { "file that is no image" } else { "files that are no images" };
             progress::note(format_args!("passed over {} {files}: {}", names.len(), names.join(", ")));
         }
         if !left_out.is_empty() {
-            let files = if left_out.len() == 1 { "picture was" } else { "pictures were" };
+            let files = if left_out.len() == 1 { "image was" } else { "images were" };
             let mut text = format!("{} {files} left out:", left_out.len());
             for (_, why) in left_out {
                 text += &format!("\n  {why}");
@@ -189,7 +185,7 @@ mod tests {
         assert_eq!(folder.passed_over, [at("notes.txt")]);
         assert!(folder.only().is_none() && Photos::find(&[at("b.png")]).unwrap().only().is_some());
         for (argument, said) in
-            [("*.gif", "no picture fits"), ("no[", "no pattern"), ("*.txt", "no picture fits")]
+            [("*.gif", "no image fits"), ("no[", "no pattern"), ("*.txt", "no image fits")]
         {
             let error = Photos::find(&[at(argument)]).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
@@ -200,11 +196,11 @@ mod tests {
     fn the_order_of_the_photos_is_kept_and_junk_is_left_out_with_its_reason() {
         let root = tempfile::tempdir().unwrap();
         for (name, grey) in [("1.png", 10), ("2.png", 20), ("4.png", 40)] {
-            Picture::filled(4, 4, [grey; 3]).save(&root.path().join(name), None).unwrap();
+            Image::filled(4, 4, [grey; 3]).save(&root.path().join(name), None).unwrap();
         }
         std::fs::write(root.path().join("3.png"), "text").unwrap();
         let photos = Photos::find(&[root.path().to_path_buf()]).unwrap();
-        let seen = photos.look(|_, _, picture| Ok(picture.rgb[0])).unwrap();
+        let seen = photos.look(|_, _, image| Ok(image.rgb[0])).unwrap();
         assert_eq!(seen.photos.iter().map(|(_, grey)| *grey).collect::<Vec<_>>(), [10, 20, 40]);
         assert!(seen.left_out.len() == 1 && seen.left_out[0].1.contains("3.png"), "{:?}", seen.left_out);
         let named = Photos::find(&[root.path().join("3.png")]).unwrap();

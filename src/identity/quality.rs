@@ -5,18 +5,18 @@ use serde::Serialize;
 use super::Face;
 use super::align::{SIDE, TEMPLATE, align};
 use super::detect::area;
-use crate::picture::Picture;
+use crate::image::Image;
 
 /// What can be seen of a face without knowing whose it is.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Quality {
-    /// Width of the face's box in pixels of the picture.
+    /// Width of the face's box in pixels of the image.
     pub width: f32,
-    /// Between the eyes, in pixels of the picture.
+    /// Between the eyes, in pixels of the image.
     pub eye_distance: f32,
     /// Standard deviation of the Laplacian of the aligned face's grey, in grey levels; see [`BLURRED`].
     pub sharpness: f32,
-    /// Turned to the picture's right by so many degrees; negative to its left. An estimate from five points.
+    /// Turned to the image's right by so many degrees; negative to its left. An estimate from five points.
     pub yaw: f32,
     /// Looking up by so many degrees; negative down. The roughest of the three.
     pub pitch: f32,
@@ -24,7 +24,7 @@ pub struct Quality {
     pub roll: f32,
     /// Other faces that are at least a quarter as large.
     pub other_faces: usize,
-    /// Share of the face's box that lies outside the picture, 0 to 1.
+    /// Share of the face's box that lies outside the image, 0 to 1.
     pub cut_off: f32,
 }
 
@@ -42,17 +42,17 @@ const TURNED: f32 = 35.0;
 const TILTED: f32 = 30.0;
 
 impl Quality {
-    /// Judges `face`, one of the `faces` of `picture`.
-    pub fn of(picture: &Picture, face: &Face, faces: &[Face]) -> Self {
+    /// Judges `face`, one of the `faces` of `image`.
+    pub fn of(image: &Image, face: &Face, faces: &[Face]) -> Self {
         let [x1, y1, x2, y2] = face.bounds;
-        let inside = (x2.min(picture.width as f32) - x1.max(0.0)).max(0.0)
-            * (y2.min(picture.height as f32) - y1.max(0.0)).max(0.0);
+        let inside = (x2.min(image.width as f32) - x1.max(0.0)).max(0.0)
+            * (y2.min(image.height as f32) - y1.max(0.0)).max(0.0);
         let [left, right, ..] = face.points;
         let pose = Pose::of(&face.points);
         Self {
             width: x2 - x1,
             eye_distance: (right[0] - left[0]).hypot(right[1] - left[1]),
-            sharpness: sharpness(&align(picture, &face.points, SIDE)),
+            sharpness: sharpness(&align(image, &face.points, SIDE)),
             yaw: pose.yaw,
             pitch: pose.pitch,
             roll: pose.roll,
@@ -94,7 +94,7 @@ impl Quality {
         }
         if self.cut_off > 0.15 {
             hints.push(format!(
-                "{:.0} % of the face lie outside the picture; take one that shows it whole",
+                "{:.0} % of the face lie outside the image; take one that shows it whole",
                 self.cut_off * 100.0
             ));
         }
@@ -137,7 +137,7 @@ impl Pose {
 }
 
 /// Standard deviation of the Laplacian of an aligned face, inside the oval of eyes and mouth.
-fn sharpness(face: &Picture) -> f32 {
+fn sharpness(face: &Image) -> f32 {
     let grey = |x: usize, y: usize| {
         let [r, g, b] = face.pixel(x, y).map(f32::from);
         0.299 * r + 0.587 * g + 0.114 * b
@@ -193,7 +193,7 @@ mod tests {
     #[test]
     fn points_in_one_place_give_finite_numbers() {
         let face = Face { bounds: [0.0; 4], points: [[3.0; 2]; 5], score: 1.0 };
-        let quality = Quality::of(&Picture::filled(4, 4, [0; 3]), &face, &[]);
+        let quality = Quality::of(&Image::filled(4, 4, [0; 3]), &face, &[]);
         assert!(
             [quality.yaw, quality.pitch, quality.roll, quality.cut_off].iter().all(|value| value.is_finite())
         );

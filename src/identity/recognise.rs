@@ -14,7 +14,7 @@ use super::detect::Face;
 use super::onnx::Network;
 use super::onnx_header::Header;
 use crate::failure::Failure;
-use crate::picture::Picture;
+use crate::image::Image;
 
 /// A face recogniser.
 pub struct Recogniser {
@@ -62,7 +62,7 @@ impl Recogniser {
             let shift_and_scale = shift_and_scale(&header);
             let recogniser = Self { network, shift_and_scale, same_person: SAME_BY_ARCFACE };
             // One run, so that an output of another shape is told before the work.
-            let width = recogniser.embed_aligned(&Picture::filled(SIDE, SIDE, [127; 3]))?.len();
+            let width = recogniser.embed_aligned(&Image::filled(SIDE, SIDE, [127; 3]))?.len();
             ensure!(
                 (64..=4096).contains(&width),
                 "its output {} has {width} numbers a face, wanted an embedding of 64 or more",
@@ -89,13 +89,13 @@ impl Recogniser {
         &self.network
     }
 
-    /// The unit vector of a face in `picture`.
-    pub fn embed(&self, picture: &Picture, face: &Face) -> Result<Vec<f32>> {
-        self.embed_aligned(&align(picture, &face.points, SIDE))
+    /// The unit vector of a face in `image`.
+    pub fn embed(&self, image: &Image, face: &Face) -> Result<Vec<f32>> {
+        self.embed_aligned(&align(image, &face.points, SIDE))
     }
 
     /// The unit vector of an aligned face of 112×112 pixels.
-    pub fn embed_aligned(&self, face: &Picture) -> Result<Vec<f32>> {
+    pub fn embed_aligned(&self, face: &Image) -> Result<Vec<f32>> {
         let (shift, scale) = self.shift_and_scale;
         let plane =
             |c: usize| face.rgb.iter().skip(c).step_by(3).map(|&value| (f32::from(value) - shift) / scale);

@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use super::detect::{Face, area};
 use super::onnx::Network;
 use super::onnx_header::Header;
-use crate::picture::Picture;
+use crate::image::Image;
 
 /// Least score of a face.
 pub(super) const MIN_SCORE: f32 = 0.5;
@@ -103,25 +103,25 @@ impl Layout {
     }
 }
 
-/// The picture at the upper left of a black square of `frame` pixels, its longer side `size` pixels long, and how many
+/// The image at the upper left of a black square of `frame` pixels, its longer side `size` pixels long, and how many
 /// pixels of the square one of its own became.
-pub(super) fn letterbox(picture: &Picture, size: usize, frame: usize) -> (Picture, f32) {
-    let (w, h) = (picture.width as f64, picture.height as f64);
+pub(super) fn letterbox(image: &Image, size: usize, frame: usize) -> (Image, f32) {
+    let (w, h) = (image.width as f64, image.height as f64);
     let ratio = h / w;
     let (width, height) = if ratio > 1.0 {
         (((size as f64 / ratio) as usize).max(1), size)
     } else {
         (size, ((size as f64 * ratio) as usize).max(1))
     };
-    let mut framed = Picture::filled(frame, frame, [0; 3]);
-    framed.paste(&bilinear(picture, width, height), 0, 0);
+    let mut framed = Image::filled(frame, frame, [0; 3]);
+    framed.paste(&bilinear(image, width, height), 0, 0);
     (framed, (height as f64 / h) as f32)
 }
 
 /// Bilinear without antialiasing, pixel centres at halves, in the fixed point of OpenCV's `resize` of bytes
-/// (`modules/imgproc/src/resize.cpp`: factors of 11 bits, sums cut to 16): the detector has seen pictures that were made
+/// (`modules/imgproc/src/resize.cpp`: factors of 11 bits, sums cut to 16): the detector has seen images that were made
 /// small in this way, and a random network moves faces by a pixel when grey levels are rounded otherwise.
-fn bilinear(picture: &Picture, width: usize, height: usize) -> Picture {
+fn bilinear(image: &Image, width: usize, height: usize) -> Image {
     // The two pixels around a place, and their factors in 1/2048.
     let taps = |from: usize, to: usize| -> Vec<([usize; 2], [i32; 2])> {
         let scale = from as f64 / to as f64;
@@ -134,11 +134,11 @@ fn bilinear(picture: &Picture, width: usize, height: usize) -> Picture {
             })
             .collect()
     };
-    let (columns, rows) = (taps(picture.width, width), taps(picture.height, height));
+    let (columns, rows) = (taps(image.width, width), taps(image.height, height));
     let mut rgb = Vec::with_capacity(width * height * 3);
     for (lines, shares) in &rows {
         for (places, factors) in &columns {
-            let corners = lines.map(|y| places.map(|x| picture.pixel(x, y)));
+            let corners = lines.map(|y| places.map(|x| image.pixel(x, y)));
             rgb.extend((0..3).map(|c| {
                 let along = corners.map(|[a, b]| i32::from(a[c]) * factors[0] + i32::from(b[c]) * factors[1]);
                 let parts = [0, 1].map(|line| (shares[line] * (along[line] >> 4)) >> 16);
@@ -146,11 +146,11 @@ fn bilinear(picture: &Picture, width: usize, height: usize) -> Picture {
             }));
         }
     }
-    Picture { width, height, rgb }
+    Image { width, height, rgb }
 }
 
 /// Drops faces that lie on a better one, with areas that count whole pixels (+1). Wants the best first, in pixels of
-/// the picture.
+/// the image.
 pub(super) fn suppress(candidates: Vec<Face>) -> Vec<Face> {
     let mut kept: Vec<Face> = Vec::new();
     for face in candidates.into_iter().filter(|face| face.score >= MIN_SCORE) {
@@ -179,19 +179,19 @@ mod tests {
 
     #[test]
     fn the_letterbox_keeps_proportions_and_lies_at_the_upper_left() {
-        let (framed, scale) = letterbox(&Picture::filled(200, 100, [9; 3]), 64, 96);
+        let (framed, scale) = letterbox(&Image::filled(200, 100, [9; 3]), 64, 96);
         assert_eq!((framed.width, framed.height, scale), (96, 96, 0.32));
         assert_eq!(
             (framed.pixel(63, 31), framed.pixel(64, 31), framed.pixel(63, 32)),
             ([9; 3], [0; 3], [0; 3])
         );
-        assert_eq!(letterbox(&Picture::filled(1, 5000, [9; 3]), 64, 64).0.pixel(0, 63), [9; 3]);
+        assert_eq!(letterbox(&Image::filled(1, 5000, [9; 3]), 64, 64).0.pixel(0, 63), [9; 3]);
     }
 
     #[test]
     fn halving_takes_the_mean_of_two_and_no_more() {
         let rgb = [0u8, 100, 200, 40].iter().flat_map(|&value| [value; 3]).collect();
-        let picture = Picture { width: 4, height: 1, rgb };
-        assert_eq!(bilinear(&picture, 2, 1).rgb, [50, 50, 50, 120, 120, 120]);
+        let image = Image { width: 4, height: 1, rgb };
+        assert_eq!(bilinear(&image, 2, 1).rgb, [50, 50, 50, 120, 120, 120]);
     }
 }

@@ -1,4 +1,4 @@
-//! How well the cosine of two embeddings tells whether both show one person, over all pairs of labelled pictures.
+//! How well the cosine of two embeddings tells whether both show one person, over all pairs of labelled images.
 //!
 //! AUC = P(genuine > impostor) + ½ P(equal), the Mann–Whitney statistic. At a threshold t, FAR is the share of
 //! impostor pairs with a cosine of t or more, FRR that of genuine pairs below t; at the EER both are equal.
@@ -8,7 +8,7 @@ use serde::Serialize;
 /// Cosines of pairs: of one person and of two.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pairs {
-    /// Both pictures show one person.
+    /// Both images show one person.
     pub genuine: Vec<f32>,
     /// They show two people.
     pub impostor: Vec<f32>,

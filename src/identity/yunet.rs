@@ -11,8 +11,8 @@ use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
 use super::onnx_header::Weights;
+use crate::image::Image;
 use crate::layers::vectorised;
-use crate::picture::Picture;
 
 /// Numbers in a vector; rows are multiples of it.
 const LANES: usize = 16;
@@ -26,7 +26,7 @@ pub(super) const PER_CELL: usize = 16;
 /// The network.
 pub(super) struct Yunet {
     stem: Products,
-    /// 0: at a half of the picture's size, 1 to 4: at a quarter, …, 9 and 10: at a 32nd.
+    /// 0: at a half of the image's size, 1 to 4: at a quarter, …, 9 and 10: at a 32nd.
     stages: Vec<Block>,
     /// For strides 32, 16 and 8.
     laterals: Vec<Block>,
@@ -101,13 +101,13 @@ impl Yunet {
     }
 
     /// The cells of strides 8, 16 and 32, row by row, [`PER_CELL`] numbers each: class and object probability, box and
-    /// points as the network gives them. The picture's sides are multiples of 32.
-    pub fn run(&self, picture: &Picture) -> [Vec<f32>; 3] {
+    /// points as the network gives them. The image's sides are multiples of 32.
+    pub fn run(&self, image: &Image) -> [Vec<f32>; 3] {
         assert!(
-            picture.width.is_multiple_of(32) && picture.height.is_multiple_of(32),
+            image.width.is_multiple_of(32) && image.height.is_multiple_of(32),
             "sides are multiples of 32"
         );
-        let pixels = Pixels::new(picture);
+        let pixels = Pixels::new(image);
         let stage = |range: Range<usize>, x: Map| {
             self.stages[range].iter().fold(x, |x, block| block.forward(&Rows::Map(&x)))
         };
@@ -226,7 +226,7 @@ impl DerefMut for Buffer {
     }
 }
 
-/// The picture as the stem takes it: blue, green and red, 0 to 255, even and odd columns apart, a row of zeros above
+/// The image as the stem takes it: blue, green and red, 0 to 255, even and odd columns apart, a row of zeros above
 /// and [`LANES`] zeros before each.
 struct Pixels {
     width: usize,
@@ -236,13 +236,13 @@ struct Pixels {
 }
 
 impl Pixels {
-    fn new(picture: &Picture) -> Self {
-        let half = picture.width / 2;
+    fn new(image: &Image) -> Self {
+        let half = image.width / 2;
         let pitch = half.next_multiple_of(LANES) + LANES;
-        let mut values = Buffer::new((picture.height + 1) * 6 * pitch);
+        let mut values = Buffer::new((image.height + 1) * 6 * pitch);
         values[..6 * pitch].fill(0.0);
         let rows = values[6 * pitch..].par_chunks_exact_mut(6 * pitch);
-        rows.zip(picture.rgb.par_chunks_exact(picture.width * 3)).for_each(|(out, row)| {
+        rows.zip(image.rgb.par_chunks_exact(image.width * 3)).for_each(|(out, row)| {
             for (plane, out) in out.chunks_exact_mut(pitch).enumerate() {
                 let (channel, odd) = (2 - plane / 2, plane % 2);
                 out[..LANES].fill(0.0);
@@ -251,7 +251,7 @@ impl Pixels {
                 }
             }
         });
-        Self { width: half, height: picture.height / 2, pitch, values }
+        Self { width: half, height: image.height / 2, pitch, values }
     }
 }
 
@@ -552,13 +552,13 @@ mod tests {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 (state >> 24) as u8
             });
-            let picture = Picture { width, height, rgb: rgb.take(width * height * 3).collect() };
-            let plane = |c: usize| picture.rgb.iter().skip(c).step_by(3).map(|&value| f32::from(value));
+            let image = Image { width, height, rgb: rgb.take(width * height * 3).collect() };
+            let plane = |c: usize| image.rgb.iter().skip(c).step_by(3).map(|&value| f32::from(value));
             let input: Vec<f32> = plane(2).chain(plane(1)).chain(plane(0)).collect();
             let theirs = reference.run([1, 3, height, width], &input).unwrap();
             // Twice, so that memory is used again.
-            yunet.run(&picture);
-            for (level, ours) in yunet.run(&picture).iter().enumerate() {
+            yunet.run(&image);
+            for (level, ours) in yunet.run(&image).iter().enumerate() {
                 let theirs = &theirs[4 * level..][..4];
                 assert_eq!(ours.len(), theirs[0].len() * PER_CELL);
                 for (cell, ours) in ours.chunks_exact(PER_CELL).enumerate() {

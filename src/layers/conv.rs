@@ -187,7 +187,7 @@ impl Sizes {
         (512 / self.pixels_out()).clamp(1, self.b)
     }
 
-    /// The output columns whose input column, x·stride + kx − pad, lies in the picture.
+    /// The output columns whose input column, x·stride + kx − pad, lies in the image.
     fn inside(&self, kx: usize) -> Range<usize> {
         let ConvGeometry { stride, pad_before, .. } = self.g;
         let first = pad_before.saturating_sub(kx).div_ceil(stride);
@@ -313,14 +313,14 @@ impl Sizes {
     }
 }
 
-/// The patches of a picture as the right operand of a product: one column for each output pixel of each sample.
+/// The patches of an image as the right operand of a product: one column for each output pixel of each sample.
 struct Patches<'a> {
     x: &'a [f32],
     s: Sizes,
 }
 
 impl Patches<'_> {
-    /// The rows of the picture with their border, channels `channels` of the samples that hold `columns`, into `border`.
+    /// The rows of the image with their border, channels `channels` of the samples that hold `columns`, into `border`.
     /// Returns how many rows each of them has, and where the patch of each column begins.
     fn with_border(
         &self,
@@ -343,14 +343,14 @@ impl Patches<'_> {
         border.clear();
         for sample in first..=last {
             for c in channels.clone() {
-                let picture = &self.x[(sample * s.c_in + c) * s.h * s.w..][..s.h * s.w];
+                let image = &self.x[(sample * s.c_in + c) * s.h * s.w..][..s.h * s.w];
                 for row in touched(sample).start * stride..touched(sample).start * stride + rows {
                     let end = border.len() + width;
                     match row.checked_sub(pad_before) {
                         Some(row) if row < s.h => {
                             let seen = s.w.min(width - pad_before);
                             border.resize(end - width + pad_before, 0.0);
-                            border.extend_from_slice(&picture[row * s.w..][..seen]);
+                            border.extend_from_slice(&image[row * s.w..][..seen]);
                             border.resize(end, 0.0);
                         }
                         _ => border.resize(end, 0.0),
@@ -414,7 +414,7 @@ impl Right for Patches<'_> {
     }
 }
 
-/// The patches of a picture as the left operand of a product: a row for each value of a patch, the output pixels of all
+/// The patches of an image as the left operand of a product: a row for each value of a patch, the output pixels of all
 /// samples along the depth.
 struct PatchRows<'a> {
     x: &'a [f32],
@@ -479,11 +479,11 @@ impl Right for OutputPixels<'_> {
         while at < depth.end {
             let (sample, pixel) = (at / pixels, at % pixels);
             let count = (pixels - pixel).min(depth.end - at);
-            let picture = &self.grad[sample * self.s.sample_out()..][..self.s.sample_out()];
+            let image = &self.grad[sample * self.s.sample_out()..][..self.s.sample_out()];
             for (panel, channel) in columns.clone().step_by(COLUMNS).enumerate() {
                 let width = COLUMNS.min(columns.end - channel);
                 let to = &mut to[panel * step + (at - depth.start) * COLUMNS..];
-                let from = |i: usize| picture[(channel + i) * pixels + pixel..][..count].as_ptr();
+                let from = |i: usize| image[(channel + i) * pixels + pixel..][..count].as_ptr();
                 // SAFETY: each of these lines has `count` values.
                 unsafe { pack_across(words, width, count, from, to, COLUMNS) }
             }

@@ -6,7 +6,7 @@ use candle_nn::VarBuilder;
 use super::Layer;
 use super::slices::{self, lanes_dot, lanes_sum};
 
-/// Normalises each of `groups` groups of channels of a picture (B, C, H, W).
+/// Normalises each of `groups` groups of channels of an image (B, C, H, W).
 #[derive(Clone, Debug)]
 pub struct GroupNorm {
     weight: Tensor,
@@ -36,7 +36,7 @@ impl GroupNorm {
         self.apply(x, true)
     }
 
-    /// Mean and deviation of a picture that lies in parts, one below the other: each (B, C, h, W).
+    /// Mean and deviation of an image that lies in parts, one below the other: each (B, C, h, W).
     pub fn statistics(&self, parts: &[Tensor]) -> Result<GroupStatistics> {
         let grouped = |x: &Tensor| x.to_dtype(DType::F32)?.reshape((x.dim(0)?, self.groups, ()));
         let total: usize = parts.iter().map(Tensor::elem_count).sum();
@@ -51,14 +51,14 @@ impl GroupNorm {
                     None => mean,
                 });
             }
-            sum.ok_or_else(|| candle_core::Error::Msg("a picture of no parts has no statistics".into()))
+            sum.ok_or_else(|| candle_core::Error::Msg("an image of no parts has no statistics".into()))
         };
         let mean = average(&|x| Ok(x.clone()))?;
         let variance = average(&|x| x.broadcast_sub(&mean)?.sqr())?;
         Ok(GroupStatistics { inverse: (variance + self.eps)?.sqrt()?.recip()?, mean })
     }
 
-    /// SiLU(norm(x)) of a part (B, C, h, W) of a picture whose statistics are known → same.
+    /// SiLU(norm(x)) of a part (B, C, h, W) of an image whose statistics are known → same.
     pub fn forward_silu_with(&self, x: &Tensor, statistics: &GroupStatistics) -> Result<Tensor> {
         let (b, c, _, _) = x.dims4()?;
         let channels = |values: &Tensor| {
@@ -102,7 +102,7 @@ impl Module for GroupNorm {
     }
 }
 
-/// What a [`GroupNorm`] divides by, where a picture is worked on in parts.
+/// What a [`GroupNorm`] divides by, where an image is worked on in parts.
 #[derive(Clone, Debug)]
 pub struct GroupStatistics {
     /// (B, groups, 1)
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_in_parts_is_normalised_as_the_whole() -> Result<()> {
+    fn a_image_in_parts_is_normalised_as_the_whole() -> Result<()> {
         let x = ((normal(1, 0, (2, 4, 7, 5), &Device::Cpu)? * 3.0)? + 10.0)?;
         let norm = GroupNorm::new(2, 4, 1e-5, crate::weights::Trainable::new(1).builder(&Device::Cpu))?;
         let parts = [x.narrow(2, 0, 2)?, x.narrow(2, 2, 5)?].map(|part| part.contiguous());

@@ -1,4 +1,4 @@
-//! Pictures as tokens and back, and what is added to all pixels of a channel: one step of the graph each, where candle's
+//! Images as tokens and back, and what is added to all pixels of a channel: one step of the graph each, where candle's
 //! operations take three, and backward two passes over memory for every step.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
@@ -14,11 +14,11 @@ pub fn tokens(x: &Tensor) -> Result<Tensor> {
     x.reshape((b, d, h * w))?.transpose(1, 2)
 }
 
-/// Tokens as the pixels of a picture. (B, H·W, D) → (B, D, H, W).
+/// Tokens as the pixels of an image. (B, H·W, D) → (B, D, H, W).
 pub fn pixels(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let (b, n, d) = x.dims3()?;
     if n != h * w {
-        candle_core::bail!("{n} tokens are no picture of {h} × {w}");
+        candle_core::bail!("{n} tokens are no image of {h} × {w}");
     }
     if slices::is_cpu_f32(x) {
         return x.contiguous()?.apply_op1(TurnOp { to: (b, d, h, w).into() });
@@ -31,7 +31,7 @@ struct TurnOp {
     to: Shape,
 }
 
-/// The rows and columns of each matrix: tokens (B, N, D) lie as N rows, pictures (B, D, H, W) as D rows.
+/// The rows and columns of each matrix: tokens (B, N, D) lie as N rows, images (B, D, H, W) as D rows.
 fn matrix(shape: &Shape) -> (usize, usize) {
     let dims = shape.dims();
     (dims[1], dims[2..].iter().product())
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_the_transposed_picture_and_pixels_bring_it_back() -> Result<()> {
+    fn tokens_are_the_transposed_image_and_pixels_bring_it_back() -> Result<()> {
         for shape in [[2, 3, 4, 5], [1, 33, 7, 3], [3, 16, 4, 4]] {
             let [b, d, h, w] = shape;
             let x = draw(1, &shape)?;

@@ -345,7 +345,7 @@ impl Winograd {
                     let width = (TILE * run.count).min(self.w_out - run.x);
                     for (i, line) in pixels.iter().enumerate().take(self.h_out - run.y) {
                         let line = &line[TILE * run.lane..][..width];
-                        // SAFETY: the run lies in the picture.
+                        // SAFETY: the run lies in the image.
                         unsafe {
                             let to = out.get().add(plane + (run.y + i) * self.w_out + run.x);
                             std::ptr::copy_nonoverlapping(line.as_ptr(), to, width);
@@ -567,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_of_any_size_and_border_give_the_naive_sums() {
+    fn images_of_any_size_and_border_give_the_naive_sums() {
         for s in [
             sized(1, 1, 1, 1, 1, [1, 1]),
             sized(1, 3, 5, 7, 9, [1, 1]),

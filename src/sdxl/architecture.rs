@@ -81,7 +81,7 @@ fn of_index(index: &Value, unet: &Value) -> Option<String> {
     let absent = |part: &str| index[part].is_null() || index[part][0].is_null();
     let it = match class {
         _ if class.starts_with("StableDiffusionXL") && absent("text_encoder") && width == Some(1280) => {
-            "it is the SDXL refiner, which improves pictures of another model; give the base model"
+            "it is the SDXL refiner, which improves images of another model; give the base model"
         }
         "StableDiffusionXLInpaintPipeline" if unet["in_channels"] == 9 => {
             "it is an SDXL inpainting model; give one that draws from text alone"
@@ -119,7 +119,7 @@ pub(super) fn of_tensors(shapes: &Shapes) -> Option<String> {
     } else if starts("cond_stage_model.model.") {
         "it is Stable Diffusion 2, which is no SDXL"
     } else if starts("conditioner.embedders.0.model.") {
-        "it is the SDXL refiner, which improves pictures of another model; give the base model"
+        "it is the SDXL refiner, which improves images of another model; give the base model"
     } else if starts("down_blocks.") || starts("encoder.down_blocks.") || starts("text_model.") {
         "it is one part of a diffusers folder; give the folder"
     } else if !unet {

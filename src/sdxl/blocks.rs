@@ -254,7 +254,7 @@ impl Resnet {
         })
     }
 
-    /// `x`, one or more pictures (B, C, H, W) whose channels are joined → (B, C', H, W).
+    /// `x`, one or more images (B, C, H, W) whose channels are joined → (B, C', H, W).
     fn forward(&self, x: &[&Tensor], told: Told) -> Computed<Tensor> {
         let inputs = [x, &[told.emb]].concat();
         told.piece(self, &inputs, |resnet, inputs, pass| match inputs {
@@ -382,7 +382,7 @@ impl TransformerBlock {
     }
 }
 
-/// Queries from the picture, keys and values from the picture or the text.
+/// Queries from the image, keys and values from the image or the text.
 #[derive(Clone, Debug)]
 struct Attention {
     to_q: Linear,

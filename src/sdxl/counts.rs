@@ -67,7 +67,7 @@ fn unet_sum(weights: &[(String, Vec<u64>)], levels: usize, size: [u64; 2], token
     })
 }
 
-/// The costs of encoding and of decoding a picture of `height` × `width` pixels.
+/// The costs of encoding and of decoding an image of `height` × `width` pixels.
 pub fn vae(config: &VaeConfig, [height, width]: [u64; 2]) -> Result<[Cost; 2]> {
     let (_, weights) = recorded(|vb| Vae::new(config, vb))?;
     let levels = config.block_out_channels.len();
@@ -273,7 +273,7 @@ mod tests {
         let config = VaeConfig::sized(&[128, 256, 512, 512], 2, 32);
         let [encode, decode] = vae(&config, [1024, 1024]).unwrap();
         assert_eq!(encode.parameters + decode.parameters, 83_653_863);
-        // Each of its parts by hand: the convolutions of a VAE with one level are all at the picture's size.
+        // Each of its parts by hand: the convolutions of a VAE with one level are all at the image's size.
         let [encode, decode] = vae(&VaeConfig::sized(&[32], 1, 32), [8, 4]).unwrap();
         let resnet = 2 * 32 * 32 * 9;
         let attention = 4 * 32 * 32;

@@ -24,7 +24,7 @@ pub struct SdxlParts<'a> {
     pub text_encoder_2: (&'a ClipTextConfig, &'a Weights),
     /// The denoiser.
     pub unet: (&'a UNetConfig, &'a Weights),
-    /// The codec between pictures and latents.
+    /// The codec between images and latents.
     pub vae: (&'a VaeConfig, &'a Weights),
     /// `vocab.json` and `merges.txt`, the same for both tokenizers;
     /// [`build_vocabulary`](super::tokenizer::build_vocabulary) makes them.
@@ -166,10 +166,10 @@ mod tests {
             let context = text.encode_prompts(&["a photo"]).unwrap().context;
             let vae = files.load("vae", DIFFUSERS_WEIGHTS, weights, &Device::Cpu, |vb| Vae::new(&vae, vb));
             let vae = vae.unwrap();
-            let picture = vae.decode(&z).unwrap();
-            assert_eq!((context.dtype(), picture.dtype()), (DType::F32, DType::F32));
+            let image = vae.decode(&z).unwrap();
+            assert_eq!((context.dtype(), image.dtype()), (DType::F32, DType::F32));
             let numbers = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            (vae.dtype(), numbers(context), numbers(picture))
+            (vae.dtype(), numbers(context), numbers(image))
         };
         let (narrow, wide) = (results(halves), results(DType::F32.into()));
         assert_eq!((narrow.0, wide.0), (DType::F16, DType::F32));

@@ -1,4 +1,4 @@
-//! What a picture says of itself: the text in it, and the file beside it.
+//! What an image says of itself: the text in it, and the file beside it.
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use crate::commands::r#gen::loras::Chosen;
 use crate::hypernet::ModelId;
 use crate::sdxl::pipeline::Sampler;
 
-/// All that a picture depends on.
+/// All that an image depends on.
 pub struct Settings<'a> {
     pub prompt: &'a str,
     pub negative_prompt: Option<&'a str>,
@@ -22,7 +22,7 @@ pub struct Settings<'a> {
 }
 
 impl Settings<'_> {
-    /// The text that A1111 and its relatives read from a picture (`modules/infotext_utils.py`,
+    /// The text that A1111 and its relatives read from an image (`modules/infotext_utils.py`,
     /// `parse_generation_parameters`).
     pub fn parameters(&self) -> String {
         let mut text = self.prompt.to_string();

@@ -1,4 +1,4 @@
-//! Prompt and LoRA → picture: the text encoders, the UNet and the VAE of SDXL.
+//! Prompt and LoRA → image: the text encoders, the UNet and the VAE of SDXL.
 
 pub mod architecture;
 mod blocks;

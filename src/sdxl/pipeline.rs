@@ -1,4 +1,4 @@
-//! A whole SDXL model, and the drawing of pictures with it.
+//! A whole SDXL model, and the drawing of images with it.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -9,8 +9,8 @@ use super::vae::{Vae, VaeConfig};
 use super::{architecture, counts};
 pub use crate::diffusion::sampler::Sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
+use crate::image::Image;
 use crate::layers::{Visit, compute_dtype};
-use crate::picture::Picture;
 use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, WeightType};
 
 /// Text encoders, UNet, VAE and schedule of one model.
@@ -20,7 +20,7 @@ pub struct Sdxl {
     pub text: TextEncoders,
     /// The denoiser.
     pub unet: UNet,
-    /// The codec between pictures and latents.
+    /// The codec between images and latents.
     pub vae: Vae,
     /// Noise levels and what the UNet predicts.
     pub schedule: NoiseSchedule,
@@ -41,13 +41,13 @@ pub struct Drawing {
     pub guidance_scale: f64,
     /// Sampling method.
     pub sampler: Sampler,
-    /// What the UNet is told of the picture's sizes; the picture's own size where it is `None`.
+    /// What the UNet is told of the image's sizes; the image's own size where it is `None`.
     pub sizes: Option<Sizes>,
     /// Whether the VAE decodes in strips.
     pub vae_tiling: Tiling,
 }
 
-/// What SDXL is told of a picture's history (Podell et al. 2023, sections 2.2 and 2.3), in pixels.
+/// What SDXL is told of an image's history (Podell et al. 2023, sections 2.2 and 2.3), in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// Width and height before it was made smaller.
@@ -59,7 +59,7 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// A picture that was neither shrunk nor cut, diffusers' default.
+    /// An image that was neither shrunk nor cut, diffusers' default.
     pub fn of(width: usize, height: usize) -> Self {
         Self { original: [width, height], crop: [0, 0], target: [width, height] }
     }
@@ -72,7 +72,7 @@ impl Sizes {
     }
 }
 
-/// Whether a VAE decodes in strips, which takes a fraction of the memory and gives the same picture.
+/// Whether a VAE decodes in strips, which takes a fraction of the memory and gives the same image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Tiling {
     /// Above 512×512 pixels.
@@ -178,7 +178,7 @@ impl Unloaded {
         Ok(Outline { unet, text: [text("text_encoder")?, text("text_encoder_2")?] })
     }
 
-    /// (C, H/f, W/f) of the latents of a picture.
+    /// (C, H/f, W/f) of the latents of an image.
     ///
     /// # Errors
     /// A size that the model cannot draw.
@@ -186,7 +186,7 @@ impl Unloaded {
         latent_shape(&self.unet, &self.vae, width, height)
     }
 
-    /// The side of the pictures that the model was trained for.
+    /// The side of the images that the model was trained for.
     pub fn native_size(&self) -> usize {
         self.unet.sample_size * self.vae.factor()
     }
@@ -218,7 +218,7 @@ fn latent_shape(unet: &UNetConfig, vae: &VaeConfig, width: usize, height: usize)
     let factor = vae.factor();
     ensure!(
         width > 0 && height > 0 && width.is_multiple_of(factor) && height.is_multiple_of(factor),
-        "a picture of {width}×{height} cannot be drawn: this model needs multiples of {factor}"
+        "an image of {width}×{height} cannot be drawn: this model needs multiples of {factor}"
     );
     Ok([unet.in_channels, height / factor, width / factor])
 }
@@ -279,14 +279,14 @@ impl Sdxl {
 pub struct Painter<'a> {
     /// The denoiser.
     pub unet: &'a UNet,
-    /// The codec between pictures and latents.
+    /// The codec between images and latents.
     pub vae: &'a Vae,
     /// Noise levels and what the UNet predicts.
     pub schedule: &'a NoiseSchedule,
 }
 
 impl Painter<'_> {
-    /// Draws a picture from each sample of unit normal `latents` (B, C, h, w); see [`Painter::denoise`].
+    /// Draws an image from each sample of unit normal `latents` (B, C, h, w); see [`Painter::denoise`].
     pub fn draw(
         &self,
         latents: &Tensor,
@@ -295,11 +295,11 @@ impl Painter<'_> {
         drawing: Drawing,
         noise: impl FnMut(usize) -> Result<Tensor>,
         step: impl FnMut(&Step) -> Result<()>,
-    ) -> Result<Vec<Picture>> {
+    ) -> Result<Vec<Image>> {
         let latents = self.denoise(latents, prompts, negative, drawing, noise, step)?;
         let decoded = self.decode(&latents, drawing.vae_tiling)?;
         let b = decoded.dim(0)?;
-        (0..b).map(|i| Picture::from_tensor(&decoded.get(i)?).context("decoded picture")).collect()
+        (0..b).map(|i| Image::from_tensor(&decoded.get(i)?).context("decoded image")).collect()
     }
 
     /// See [`Denoiser::denoise`].
@@ -405,7 +405,7 @@ impl Denoiser<'_> {
     }
 }
 
-/// Pictures (B, 3, h·f, w·f) in about [−1, 1], f32, of the diffusion model's latents (B, C, h, w).
+/// Images (B, 3, h·f, w·f) in about [−1, 1], f32, of the diffusion model's latents (B, C, h, w).
 ///
 /// # Errors
 /// NaN or infinity in what the VAE decodes.

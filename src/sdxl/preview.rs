@@ -1,4 +1,4 @@
-//! Latents → a rough picture, one pixel each, without the VAE.
+//! Latents → a rough image, one pixel each, without the VAE.
 //!
 //! A linear map from a latent pixel to a colour, fitted to the model's own VAE when drawing begins, so that it needs
 //! no constants and works with any number of channels.
@@ -8,8 +8,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::vae::Vae;
 use crate::diffusion::noise;
+use crate::image::Image;
 use crate::layers::compute_dtype;
-use crate::picture::Picture;
 
 /// The map: colour = z·slope + offset.
 #[derive(Clone, Debug)]
@@ -44,12 +44,12 @@ impl LatentColours {
         })
     }
 
-    /// A picture of w×h pixels of `latents` (1, C, h, w).
-    pub fn picture(&self, latents: &Tensor) -> Result<Picture> {
+    /// An image of w×h pixels of `latents` (1, C, h, w).
+    pub fn image(&self, latents: &Tensor) -> Result<Image> {
         let (_, c, h, w) = latents.dims4()?;
         let tokens = latents.reshape((c, h * w))?.t()?.contiguous()?; // (h·w, C)
         let colours = tokens.matmul(&self.slope)?.broadcast_add(&self.offset)?;
-        Picture::from_tensor(&colours.t()?.reshape((3, h, w))?)
+        Image::from_tensor(&colours.t()?.reshape((3, h, w))?)
     }
 }
 

@@ -564,7 +564,7 @@ fn vae_name(name: &str, levels: usize, rank: usize) -> Names {
             let level: usize = level.parse().ok()?;
             let (blocks, level) = match (side, way) {
                 ("encoder", "down") => ("down_blocks", level),
-                // LDM counts the decoder's levels from the picture inwards.
+                // LDM counts the decoder's levels from the image inwards.
                 ("decoder", "up") => ("up_blocks", levels.checked_sub(level + 1)?),
                 _ => return None,
             };

@@ -1,4 +1,4 @@
-//! SDXL's UNet: noisy latents, timestep, text and picture sizes → predicted noise or velocity.
+//! SDXL's UNet: noisy latents, timestep, text and image sizes → predicted noise or velocity.
 //!
 //! Podell et al. 2023 (arXiv 2307.01952), in diffusers' naming (`UNet2DConditionModel`). The layout is read from
 //! the model's own `unet/config.json`, so that models of any width and depth run. Unlike candle's, it has SDXL's

@@ -1,4 +1,4 @@
-//! Variational autoencoder between pictures and latents: diffusers' `AutoencoderKL`, differentiable.
+//! Variational autoencoder between images and latents: diffusers' `AutoencoderKL`, differentiable.
 //!
 //! `mean, logvar = encode(x)`, `z = mean + exp(logvar / 2) · ε`, `x = decode(z)`; the diffusion model sees
 //! `scaling_factor · z`. The names of the weights and the computation are those of diffusers 0.42,
@@ -16,15 +16,15 @@ use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear, attenti
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VaeConfig {
-    /// Channels of a picture.
+    /// Channels of an image.
     pub in_channels: usize,
-    /// Channels of a decoded picture.
+    /// Channels of a decoded image.
     pub out_channels: usize,
     /// One name a level; only `DownEncoderBlock2D` is known.
     pub down_block_types: Vec<String>,
     /// One name a level; only `UpDecoderBlock2D` is known.
     pub up_block_types: Vec<String>,
-    /// Channels of each level, from the picture inwards; each level but the last halves the side.
+    /// Channels of each level, from the image inwards; each level but the last halves the side.
     pub block_out_channels: Vec<usize>,
     /// Residual blocks a level of the encoder; the decoder has one more.
     pub layers_per_block: usize,
@@ -34,7 +34,7 @@ pub struct VaeConfig {
     pub latent_channels: usize,
     /// Groups of every GroupNorm.
     pub norm_num_groups: usize,
-    /// Side of the pictures that it was trained on, in pixels; no part of the computation.
+    /// Side of the images that it was trained on, in pixels; no part of the computation.
     pub sample_size: usize,
     /// Latents are multiplied by it before diffusion; SDXL ships 0.13025.
     pub scaling_factor: f64,
@@ -175,14 +175,14 @@ impl Vae {
         &self.config
     }
 
-    /// Mean and log-variance of the latents of pictures in [−1, 1]: `x` (B, 3, H, W) → two of (B, C, H/f, W/f),
+    /// Mean and log-variance of the latents of images in [−1, 1]: `x` (B, 3, H, W) → two of (B, C, H/f, W/f),
     /// log-variance within −30…20 as in diffusers.
     pub fn encode(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let (_, _, h, w) = x.dims4()?;
         let factor = self.config.factor();
         ensure!(
             h % factor == 0 && w % factor == 0,
-            "a picture of {w}×{h} pixels cannot be encoded: both sides must be multiples of {factor}"
+            "an image of {w}×{h} pixels cannot be encoded: both sides must be multiples of {factor}"
         );
         let mut moments = self.encoder.forward(x)?;
         if let Some(conv) = &self.quant_conv {
@@ -194,7 +194,7 @@ impl Vae {
         Ok((mean, logvar))
     }
 
-    /// Pictures of latents that are not scaled: `z` (B, C, h, w) → (B, 3, h·f, w·f), in about [−1, 1].
+    /// Images of latents that are not scaled: `z` (B, C, h, w) → (B, 3, h·f, w·f), in about [−1, 1].
     pub fn decode(&self, z: &Tensor) -> Result<Tensor> {
         match &self.post_quant_conv {
             Some(conv) => self.decoder.forward(&conv.forward(z)?),
@@ -202,7 +202,7 @@ impl Vae {
         }
     }
 
-    /// The same pictures as [`Vae::decode`] gives, in a fraction of the memory: beyond the innermost level the picture
+    /// The same images as [`Vae::decode`] gives, in a fraction of the memory: beyond the innermost level the image
     /// is worked on in strips of about `pixels` pixels.
     ///
     /// Tiles that are decoded each for itself and blended, as diffusers' tiling does, differ in brightness and contrast,
@@ -381,7 +381,7 @@ impl Decoder {
     }
 }
 
-/// Cuts a picture (B, C, H, W) into strips (B, C, h, W) of at most `pixels` pixels, or of one row.
+/// Cuts an image (B, C, H, W) into strips (B, C, h, W) of at most `pixels` pixels, or of one row.
 fn split(x: &Tensor, pixels: usize) -> Result<Vec<Tensor>> {
     let (_, _, height, width) = x.dims4()?;
     let rows = (pixels / width).clamp(1, height);
@@ -389,7 +389,7 @@ fn split(x: &Tensor, pixels: usize) -> Result<Vec<Tensor>> {
     (0..height).step_by(rows).map(strip).collect()
 }
 
-/// `conv` of `before(x)` for a picture in strips. `conv` has a kernel of 3 and keeps the size; `before` treats each
+/// `conv` of `before(x)` for an image in strips. `conv` has a kernel of 3 and keeps the size; `before` treats each
 /// pixel by itself. A strip is let go when the next one is done.
 fn convolve(
     conv: &Conv2d,
@@ -413,7 +413,7 @@ fn convolve(
     Ok(out)
 }
 
-/// Residual blocks at one size of picture, and the convolution on the way to the next.
+/// Residual blocks at one size of image, and the convolution on the way to the next.
 #[derive(Clone, Debug)]
 struct Level {
     resnets: Vec<Resnet>,
@@ -498,7 +498,7 @@ impl Resnet {
 }
 
 impl Resnet {
-    /// What `forward` gives, on a picture in strips.
+    /// What `forward` gives, on an image in strips.
     fn forward_in_strips(&self, x: Vec<Tensor>) -> Result<Vec<Tensor>> {
         let statistics = self.norm1.statistics(&x)?;
         let h = convolve(&self.conv1, x.clone(), |x| Ok(self.norm1.forward_silu_with(x, &statistics)?))?;

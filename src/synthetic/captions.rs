@@ -17,7 +17,7 @@ use crate::synthetic::people::{
 /// What a caption says and what it leaves out.
 #[derive(Clone, Copy, Debug)]
 pub struct CaptionOptions<'a> {
-    /// Who is in the picture: `person`, or `sks person` for somebody of one's own.
+    /// Who is in the image: `person`, or `sks person` for somebody of one's own.
     pub subject: &'a str,
     /// At most so many words about the identity, chosen at random; 0 for none.
     pub attributes: usize,

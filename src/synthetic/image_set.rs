@@ -1,4 +1,4 @@
-//! The painted pictures that a base model learns from, held in memory.
+//! The painted images that a base model learns from, held in memory.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -9,7 +9,7 @@ use crate::progress;
 use crate::synthetic::{self, CaptionOptions, Person, Scene};
 use crate::train::shards::in_threads;
 
-/// Which pictures, and what their captions say.
+/// Which images, and what their captions say.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -19,7 +19,7 @@ pub struct Settings {
     pub first: u64,
     /// People.
     pub people: u64,
-    /// Pictures of each.
+    /// Images of each.
     pub each: u64,
     /// Pixels on a side.
     pub size: usize,
@@ -29,10 +29,10 @@ pub struct Settings {
     pub drop: f32,
 }
 
-/// Pictures that are painted when they are first needed.
+/// Images that are painted when they are first needed.
 pub struct Gallery {
     settings: Settings,
-    /// Bytes, (picture, 3, size, size).
+    /// Bytes, (image, 3, size, size).
     planes: Vec<u8>,
 }
 
@@ -42,20 +42,20 @@ impl Gallery {
         Self { settings: settings.clone(), planes: Vec::new() }
     }
 
-    /// Pictures in all.
+    /// Images in all.
     pub fn len(&self) -> usize {
         (self.settings.people * self.settings.each) as usize
     }
 
-    /// Paints all pictures, unless that is done.
+    /// Paints all images, unless that is done.
     pub fn paint(&mut self) -> Result<()> {
         if self.planes.is_empty() {
             let bar = progress::bar(self.len() as u64, "painting");
             let parts = in_threads(self.settings.people as usize, |person| {
                 progress::check()?;
                 let mut planes = Vec::new();
-                for picture in 0..self.settings.each as usize {
-                    planes.extend(self.planes_of(person * self.settings.each as usize + picture));
+                for image in 0..self.settings.each as usize {
+                    planes.extend(self.planes_of(person * self.settings.each as usize + image));
                     bar.inc(1);
                 }
                 Ok(planes)
@@ -66,7 +66,7 @@ impl Gallery {
         Ok(())
     }
 
-    /// Pictures of people who are in no training batch: `count` of them, one each. (count, 3, size, size) in [−1, 1].
+    /// Images of people who are in no training batch: `count` of them, one each. (count, 3, size, size) in [−1, 1].
     pub fn strangers(&self, count: usize) -> Result<Tensor> {
         let first = self.len();
         let planes =
@@ -74,13 +74,13 @@ impl Gallery {
         self.tensor(count, planes.iter())
     }
 
-    /// Up to `count` pictures, evenly spread. (count, 3, size, size) in [−1, 1].
+    /// Up to `count` images, evenly spread. (count, 3, size, size) in [−1, 1].
     pub fn sample(&self, count: usize) -> Result<Tensor> {
         let count = count.clamp(1, self.len());
         self.batch(&(0..count).map(|i| i * (self.len() / count)).collect::<Vec<_>>())
     }
 
-    /// Painted pictures by number. (B, 3, size, size) in [−1, 1].
+    /// Painted images by number. (B, 3, size, size) in [−1, 1].
     pub fn batch(&self, numbers: &[usize]) -> Result<Tensor> {
         let length = 3 * self.settings.size * self.settings.size;
         self.tensor(
@@ -95,7 +95,7 @@ impl Gallery {
         Ok(Tensor::from_vec(values, (count, 3, size, size), &Device::Cpu)?)
     }
 
-    /// A caption of picture `number`; what it says is drawn from `rng`.
+    /// A caption of image `number`; what it says is drawn from `rng`.
     pub fn caption(&self, number: usize, rng: &mut impl Rng) -> String {
         let (person, scene) = self.subject(number);
         let all = rng.random_bool(self.settings.full_captions);
@@ -105,9 +105,9 @@ impl Gallery {
     }
 
     fn subject(&self, number: usize) -> (Person, Scene) {
-        let (person, picture) = (number as u64 / self.settings.each, number as u64 % self.settings.each);
+        let (person, image) = (number as u64 / self.settings.each, number as u64 % self.settings.each);
         let person = Person::new(self.settings.seed, self.settings.first + person);
-        let scene = Scene::draw_for(&person, picture);
+        let scene = Scene::draw_for(&person, image);
         (person, scene)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A convolutional network whose outputs are a logit for each class of [`Scene::class_words`], in order, and after
 //! them one number for each factor of [`Identity`], in units of its deviation: y = √12 · (factor − ½). It has
-//! learned from painted pictures and was told nothing about drawn ones.
+//! learned from painted images and was told nothing about drawn ones.
 //!
 //! Places matter here (a smile is two pixels at the corners of a mouth), so that the last map is flattened and not
 //! averaged. A vision transformer of about the same cost needed 4.5 times as many steps to the same error.
@@ -14,8 +14,8 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
+use crate::image::{Filter, Image};
 use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear};
-use crate::picture::{Filter, Picture};
 use crate::synthetic::{Identity, Scene};
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS};
 
@@ -37,14 +37,14 @@ impl Judge {
     }
 
     /// The likeliest class of each attribute, in the order of [`Scene::class_words`].
-    pub fn classes(&self, pictures: &[Picture]) -> Result<Vec<[usize; Scene::CLASSES]>> {
-        Ok(self.rows(pictures)?.iter().map(|row| classes(row)).collect())
+    pub fn classes(&self, images: &[Image]) -> Result<Vec<[usize; Scene::CLASSES]>> {
+        Ok(self.rows(images)?.iter().map(|row| classes(row)).collect())
     }
 
     /// The factors of each person as they look, in the order of [`Identity::NAMES`], on the scale of
     /// [`Identity`]. How far each can be trusted is in [`Judge::record`].
-    pub fn factors(&self, pictures: &[Picture]) -> Result<Vec<[f32; Identity::COUNT]>> {
-        Ok(self.rows(pictures)?.iter().map(|row| factors(row)).collect())
+    pub fn factors(&self, images: &[Image]) -> Result<Vec<[f32; Identity::COUNT]>> {
+        Ok(self.rows(images)?.iter().map(|row| factors(row)).collect())
     }
 
     /// What it was measured to be on people that it had not seen.
@@ -52,11 +52,11 @@ impl Judge {
         &self.record
     }
 
-    fn rows(&self, pictures: &[Picture]) -> Result<Vec<Vec<f32>>> {
-        let mut rows = Vec::with_capacity(pictures.len());
+    fn rows(&self, images: &[Image]) -> Result<Vec<Vec<f32>>> {
+        let mut rows = Vec::with_capacity(images.len());
         // So many at once that memory stays small.
-        for pictures in pictures.chunks(64) {
-            rows.extend(self.network.forward(&pixels(pictures, self.image_size)?)?.to_vec2()?);
+        for images in images.chunks(64) {
+            rows.extend(self.network.forward(&pixels(images, self.image_size)?)?.to_vec2()?);
         }
         Ok(rows)
     }
@@ -75,9 +75,9 @@ pub struct Config {
 /// Sizes of the judge's network.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NetworkConfig {
-    /// Side of the picture, in pixels.
+    /// Side of the image, in pixels.
     pub image_size: usize,
-    /// Channels of the stages; each halves the picture.
+    /// Channels of the stages; each halves the image.
     pub channels: Vec<usize>,
     /// Channels that are normalised together.
     pub group: usize,
@@ -100,7 +100,7 @@ impl Network {
         let deep = channels.len() as u32;
         ensure!(
             image_size.is_multiple_of(2usize.pow(deep)) && group > 0 && deep > 0,
-            "a picture of {image_size} pixels cannot be halved {deep} times"
+            "an image of {image_size} pixels cannot be halved {deep} times"
         );
         let layer = |input: usize, output: usize, geometry: ConvGeometry, vb: VarBuilder| -> Result<_> {
             let norm = GroupNorm::new(output / group, output, 1e-5, vb.pp("norm"))?;
@@ -134,16 +134,16 @@ impl Network {
     }
 }
 
-/// Pictures of any size for [`Network::forward`]: the middle square, (B, 3, S, S) in [−1, 1].
-pub fn pixels(pictures: &[Picture], size: usize) -> Result<Tensor> {
-    let one = |picture: &Picture| picture.square(size, Filter::Bicubic).to_tensor(&Device::Cpu);
-    Ok(Tensor::stack(&pictures.iter().map(one).collect::<Result<Vec<_>>>()?, 0)?)
+/// Images of any size for [`Network::forward`]: the middle square, (B, 3, S, S) in [−1, 1].
+pub fn pixels(images: &[Image], size: usize) -> Result<Tensor> {
+    let one = |image: &Image| image.square(size, Filter::Bicubic).to_tensor(&Device::Cpu);
+    Ok(Tensor::stack(&images.iter().map(one).collect::<Result<Vec<_>>>()?, 0)?)
 }
 
 /// How good the judge was on held-out people.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Held-out people, one picture each.
+    /// Held-out people, one image each.
     pub people: usize,
     /// Per attribute.
     pub attributes: Vec<Attribute>,
@@ -156,7 +156,7 @@ pub struct Record {
 pub struct Attribute {
     /// As in [`Scene::class_words`].
     pub name: String,
-    /// Part of the pictures of which it named the right class.
+    /// Part of the images of which it named the right class.
     pub accuracy: f64,
 }
 
@@ -170,7 +170,7 @@ pub struct Factor {
 }
 
 impl Record {
-    /// Compares outputs of the network, one row a picture, with the truth.
+    /// Compares outputs of the network, one row an image, with the truth.
     pub fn measure(rows: &[Vec<f32>], truth: &[([usize; Scene::CLASSES], [f32; Identity::COUNT])]) -> Self {
         let people = truth.len();
         let part = |count: usize| count as f64 / people as f64;
@@ -239,7 +239,7 @@ mod tests {
     use crate::weights::model_folder::save_component;
 
     #[test]
-    fn a_judge_is_written_and_opened_and_judges_pictures_of_any_size_and_number() {
+    fn a_judge_is_written_and_opened_and_judges_images_of_any_size_and_number() {
         let out = tempfile::tempdir().unwrap();
         let network = NetworkConfig { image_size: 16, channels: vec![4, 8], group: 4, hidden: 8 };
         let trainable = Trainable::new(5);
@@ -259,11 +259,11 @@ mod tests {
         let judge = Judge::open(&files).unwrap();
         assert_eq!(judge.record(), &record);
         let rgb = paint(&Person::new(5, 1), &Scene::draw(5, 1), 32, 1);
-        let pictures = vec![Picture { width: 32, height: 32, rgb }; 65];
-        let classes = judge.classes(&pictures).unwrap();
+        let images = vec![Image { width: 32, height: 32, rgb }; 65];
+        let classes = judge.classes(&images).unwrap();
         assert_eq!(classes.len(), 65);
         assert_eq!(classes[0], classes[64]);
-        assert!(judge.factors(&pictures).unwrap().iter().flatten().all(|factor| factor.is_finite()));
+        assert!(judge.factors(&images).unwrap().iter().flatten().all(|factor| factor.is_finite()));
     }
 
     /// The row of a judge that knows everything.

@@ -1,6 +1,6 @@
 //! Who is painted and in which scene: identity factors stay with a person, scenes change.
 //!
-//! Everything is drawn from ChaCha8 under a key of (seed, what for, person, picture), so that person 7
+//! Everything is drawn from ChaCha8 under a key of (seed, what for, person, image), so that person 7
 //! is the same whether or not persons 1 to 6 were ever drawn.
 
 use rand::{Rng, SeedableRng};
@@ -14,7 +14,7 @@ pub struct Person {
     pub seed: u64,
     /// Number within the population.
     pub number: u64,
-    /// What stays the same in all of the person's pictures.
+    /// What stays the same in all of the person's images.
     pub identity: Identity,
 }
 
@@ -163,7 +163,7 @@ choices! {
     Expression { Neutral => "neutral", Smiling => "smiling", Surprised => "surprised", Sad => "sad", }
 }
 choices! {
-    /// Where the face looks, as seen in the picture.
+    /// Where the face looks, as seen in the image.
     Facing { Ahead => "facing ahead", Left => "facing left", Right => "facing right", }
 }
 choices! {
@@ -175,7 +175,7 @@ choices! {
     Hat { None => "no hat", Cap => "cap", Beanie => "beanie", }
 }
 choices! {
-    /// How the picture is made.
+    /// How the image is made.
     Style { Photo => "photo", Sketch => "sketch", Painting => "painting", }
 }
 choices! {
@@ -213,12 +213,12 @@ impl Identity {
     }
 }
 
-/// What changes from picture to picture. Fields are public: `Scene { style: Style::Photo, ..scene }`.
+/// What changes from image to image. Fields are public: `Scene { style: Style::Photo, ..scene }`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Scene {
     /// What the face expresses.
     pub expression: Expression,
-    /// Turn of the head in radians, negative to the left of the picture, within ±0.4.
+    /// Turn of the head in radians, negative to the left of the image, within ±0.4.
     pub yaw: f32,
     /// What is on the nose.
     pub glasses: Glasses,
@@ -226,7 +226,7 @@ pub struct Scene {
     pub hat: Hat,
     /// Colour of the background.
     pub background: Colour,
-    /// How the picture is made.
+    /// How the image is made.
     pub style: Style,
     /// Where the light comes from: -1 left, 1 right.
     pub light: f32,
@@ -248,14 +248,14 @@ impl Scene {
     /// How many classes [`Scene::classes`] has.
     pub const CLASSES: usize = 6;
 
-    /// Scene number `picture` of a list that all people share.
-    pub fn draw(seed: u64, picture: u64) -> Self {
-        Self::from_rng(&mut stream(seed, *b"scenes..", 0, picture))
+    /// Scene number `image` of a list that all people share.
+    pub fn draw(seed: u64, image: u64) -> Self {
+        Self::from_rng(&mut stream(seed, *b"scenes..", 0, image))
     }
 
-    /// Scene number `picture` of one person's own list.
-    pub fn draw_for(person: &Person, picture: u64) -> Self {
-        Self::from_rng(&mut stream(person.seed, *b"picture.", person.number, picture))
+    /// Scene number `image` of one person's own list.
+    pub fn draw_for(person: &Person, image: u64) -> Self {
+        Self::from_rng(&mut stream(person.seed, *b"picture.", person.number, image))
     }
 
     fn from_rng(rng: &mut ChaCha8Rng) -> Self {
@@ -334,9 +334,9 @@ impl Scene {
 }
 
 /// The stream of random numbers for one purpose; streams with different keys are independent.
-pub fn stream(seed: u64, purpose: [u8; 8], person: u64, picture: u64) -> ChaCha8Rng {
+pub fn stream(seed: u64, purpose: [u8; 8], person: u64, image: u64) -> ChaCha8Rng {
     let mut key = [0; 32];
-    for (bytes, part) in key.chunks_exact_mut(8).zip([seed, u64::from_le_bytes(purpose), person, picture]) {
+    for (bytes, part) in key.chunks_exact_mut(8).zip([seed, u64::from_le_bytes(purpose), person, image]) {
         bytes.copy_from_slice(&part.to_le_bytes());
     }
     ChaCha8Rng::from_seed(key)
@@ -397,8 +397,8 @@ mod tests {
     fn every_class_of_every_scene_attribute_occurs() {
         let words = Scene::class_words();
         let mut seen: Vec<Vec<bool>> = words.iter().map(|(_, names)| vec![false; names.len()]).collect();
-        for picture in 0..400 {
-            let scene = Scene::draw(0, picture);
+        for image in 0..400 {
+            let scene = Scene::draw(0, image);
             assert_ne!(scene.cloth, scene.background);
             for (attribute, class) in scene.classes().into_iter().enumerate() {
                 seen[attribute][class] = true;

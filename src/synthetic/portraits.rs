@@ -18,8 +18,8 @@ use crate::synthetic::people::{
 
 /// Paints `person` in `scene`: RGB bytes, `size`×`size`×3, rows from the top.
 ///
-/// Every pixel is the mean of `supersample`² points: 1 for training data, 2 for pictures to look at.
-/// A `size` or `supersample` of 0 gives an empty picture.
+/// Every pixel is the mean of `supersample`² points: 1 for training data, 2 for images to look at.
+/// A `size` or `supersample` of 0 gives an empty image.
 pub fn paint(person: &Person, scene: &Scene, size: usize, supersample: usize) -> Vec<u8> {
     let sitter = Sitter::new(person, scene);
     let mut canvas = Canvas::new(&sitter, scene, size * supersample);
@@ -55,7 +55,7 @@ const ZOOM: f32 = 1.24;
 /// How far the head sits below the middle of the frame, in head units; hats need the room above.
 const LOWERED: f32 = 0.045;
 
-/// The person of one picture, measured: lengths in head units, colours as they are painted.
+/// The person of one image, measured: lengths in head units, colours as they are painted.
 struct Sitter {
     half_width: f32,
     half_height: f32,
@@ -178,22 +178,22 @@ impl Sitter {
         1.02 * self.width_at(y)
     }
 
-    /// Where a point of the picture lies on the unrolled face; far outside when it is beside the head.
+    /// Where a point of the image lies on the unrolled face; far outside when it is beside the head.
     fn face_u(&self, x: f32, y: f32) -> f32 {
         let sine = x / self.radius(y);
         if sine.abs() < 1.0 { self.radius(y) * (sine.asin() - self.yaw).sin() } else { 3.0 * x }
     }
 
-    /// Where a point of the unrolled face lies in the picture.
-    fn picture_x(&self, u: f32, v: f32) -> f32 {
+    /// Where a point of the unrolled face lies in the image.
+    fn image_x(&self, u: f32, v: f32) -> f32 {
         let angle = (u / self.radius(v)).clamp(-1.0, 1.0).asin() + self.yaw;
         self.radius(v) * angle.clamp(-0.5 * PI, 0.5 * PI).sin()
     }
 
-    /// The part of the picture that holds this part of the face.
+    /// The part of the image that holds this part of the face.
     fn on_face(&self, u: (f32, f32), v: (f32, f32)) -> Area {
-        let left = self.picture_x(u.0, v.0).min(self.picture_x(u.0, v.1));
-        let right = self.picture_x(u.1, v.0).max(self.picture_x(u.1, v.1));
+        let left = self.image_x(u.0, v.0).min(self.image_x(u.0, v.1));
+        let right = self.image_x(u.1, v.0).max(self.image_x(u.1, v.1));
         Area { x: (left, right), y: v }
     }
 
@@ -305,7 +305,7 @@ fn paint_ears(canvas: &mut Canvas, sitter: &Sitter) {
 /// The head with its round shading, and the soft forms of the face: sockets, cheeks, forehead.
 fn paint_head(canvas: &mut Canvas, sitter: &Sitter) {
     let edge = canvas.edge(1.0);
-    let turned = sitter.picture_x(0.0, 0.0);
+    let turned = sitter.image_x(0.0, 0.0);
     canvas.over(Area::ALL, |at| {
         let (across, down) = ((at.x - 0.25 * turned) / sitter.half_width, at.y / sitter.half_height);
         let (across, down) = (across.clamp(-1.0, 1.0), down.clamp(-1.0, 1.0));
@@ -458,7 +458,7 @@ fn paint_mouth(canvas: &mut Canvas, sitter: &Sitter) {
     });
 }
 
-/// One eye: white, iris, pupil, glint, lids. `side` is -1 for the left one in the picture.
+/// One eye: white, iris, pupil, glint, lids. `side` is -1 for the left one in the image.
 fn paint_eye(canvas: &mut Canvas, sitter: &Sitter, side: f32) {
     let edge = canvas.edge(0.8);
     let (width, open) = (sitter.eye_width, sitter.eye_open);
@@ -601,7 +601,7 @@ fn paint_hat(canvas: &mut Canvas, sitter: &Sitter) {
                 let seam = 1.0 - 0.12 * hill(at.u, 0.02);
                 (lit(at) * seam, coverage(crown(at, 0.04, 0.03).max(at.y - line - 0.02), edge))
             });
-            let peak_x = 1.2 * sitter.picture_x(0.0, 0.0);
+            let peak_x = 1.2 * sitter.image_x(0.0, 0.0);
             canvas.over(Area::rows(line - 0.2, line + 0.25), |at| {
                 let across = (at.x - peak_x) / (0.92 * width);
                 let bow = 0.075 * (1.0 - across * across).max(0.0);
@@ -710,7 +710,7 @@ struct Spot {
     face: f32,
 }
 
-/// A rectangle of the picture, in head units; layers are evaluated only there.
+/// A rectangle of the image, in head units; layers are evaluated only there.
 #[derive(Clone, Copy)]
 struct Area {
     x: (f32, f32),
@@ -725,7 +725,7 @@ impl Area {
     }
 }
 
-/// The picture while it is painted.
+/// The image while it is painted.
 struct Canvas {
     side: usize,
     /// Half frames per head unit.
@@ -933,9 +933,9 @@ mod tests {
     #[test]
     fn people_differ_in_the_same_scene() {
         let scene = Scene::draw(0, 0).plain();
-        let pictures: Vec<_> = (0..20).map(|number| paint(&Person::new(0, number), &scene, 32, 1)).collect();
-        for (index, one) in pictures.iter().enumerate() {
-            for other in &pictures[..index] {
+        let images: Vec<_> = (0..20).map(|number| paint(&Person::new(0, number), &scene, 32, 1)).collect();
+        for (index, one) in images.iter().enumerate() {
+            for other in &images[..index] {
                 let change: u64 = one.iter().zip(other).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
                 assert!(change > 2 * one.len() as u64, "mean change {}", change as f64 / one.len() as f64);
             }

@@ -91,7 +91,7 @@ pub enum End {
 }
 
 /// Trains `vars` by `plan`: `loss(step, shard)` must draw what is random from its arguments alone. `after` is called
-/// after each step (from 1) with the averages, for pictures along the way.
+/// after each step (from 1) with the averages, for images along the way.
 ///
 /// Ctrl-C saves the state and ends with [`crate::failure::Failure::Interrupted`].
 pub fn run<S: Serialize>(

@@ -247,7 +247,7 @@ fn other_format(first: &[u8]) -> Option<&'static str> {
         [b'P', b'K', 3, 4, ..] => "a zip archive, as PyTorch's .pt and .bin are",
         [0x80, 2..=5, ..] => "a Python pickle",
         [b'G', b'G', b'U', b'F', ..] => "a GGUF file",
-        [0x89, b'P', b'N', b'G', ..] | [0xff, 0xd8, 0xff, ..] => "a picture",
+        [0x89, b'P', b'N', b'G', ..] | [0xff, 0xd8, 0xff, ..] => "an image",
         b"version " => "a Git LFS pointer to a file",
         [b'<', b'!' | b'h', ..] => "a web page",
         _ => return None,

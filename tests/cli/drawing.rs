@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use difflora::picture::Picture;
+use difflora::image::Image;
 use serde_json::Value;
 
 use crate::difflora;
@@ -17,14 +17,14 @@ fn text(path: &Path) -> &str {
 }
 
 #[test]
-fn the_same_seed_gives_the_same_bytes_of_lora_and_picture() {
+fn the_same_seed_gives_the_same_bytes_of_lora_and_image() {
     let folder = tempfile::tempdir().unwrap();
     let mut made = Vec::new();
     for round in ["one", "two"] {
-        // The name of the LoRA stands in the picture's text, so each round has a folder instead.
+        // The name of the LoRA stands in the image's text, so each round has a folder instead.
         let out = folder.path().join(round);
         fs::create_dir(&out).unwrap();
-        let (picture, lora) = (out.join("me.png"), out.join("me.safetensors"));
+        let (image, lora) = (out.join("me.png"), out.join("me.safetensors"));
         let run = difflora(&[
             "gen",
             "--ref",
@@ -34,7 +34,7 @@ fn the_same_seed_gives_the_same_bytes_of_lora_and_picture() {
             "--steps",
             "3",
             "--out",
-            text(&picture),
+            text(&image),
             "--lora-out",
             text(&lora),
             "--json",
@@ -43,7 +43,7 @@ fn the_same_seed_gives_the_same_bytes_of_lora_and_picture() {
         assert!(run.stderr.contains("64×64"), "it must say what the built-in model is: {}", run.stderr);
         let report: Value = serde_json::from_str(&run.stdout).unwrap();
         assert_eq!(report["person"]["references"][0]["faces"], 1);
-        made.push((fs::read(&picture).unwrap(), fs::read(&lora).unwrap()));
+        made.push((fs::read(&image).unwrap(), fs::read(&lora).unwrap()));
     }
     assert!(made[0] == made[1]);
     let words = String::from_utf8_lossy(&made[0].0);
@@ -51,20 +51,20 @@ fn the_same_seed_gives_the_same_bytes_of_lora_and_picture() {
 }
 
 #[test]
-fn the_lora_changes_the_picture_and_merged_equals_run_time() {
+fn the_lora_changes_the_image_and_merged_equals_run_time() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let lora = at("me.safetensors");
     let run = difflora(&["gen", "--ref", PHOTO, "--lora-out", text(&lora)]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     let draw = |name: &str, more: &[&str]| {
-        let picture = at(name);
+        let image = at(name);
         let mut arguments =
-            vec!["gen", "--prompt", "a photo of a person", "--steps", "4", "--out", text(&picture)];
+            vec!["gen", "--prompt", "a photo of a person", "--steps", "4", "--out", text(&image)];
         arguments.extend(more);
         let run = difflora(&arguments);
         assert_eq!(run.code, 0, "{}", run.stderr);
-        Picture::open(&picture).unwrap().rgb
+        Image::open(&image).unwrap().rgb
     };
     let plain = draw("plain.png", &[]);
     let merged = draw("merged.png", &["--lora", text(&lora)]);
@@ -81,7 +81,7 @@ fn what_cannot_be_is_refused_before_the_work_with_its_exit_code() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
     fs::write(at("cut.png"), &fs::read(PHOTO).unwrap()[..5000]).unwrap();
-    let grey = Picture::filled(200, 200, [127; 3]);
+    let grey = Image::filled(200, 200, [127; 3]);
     grey.save(Path::new(&at("grey.png")), None).unwrap();
     fs::write(at("cut.safetensors"), [9, 0, 0, 0, 0, 0, 0, 0, b'{']).unwrap();
     let (out, lora) = (at("x.png"), at("x.safetensors"));
@@ -100,7 +100,7 @@ fn what_cannot_be_is_refused_before_the_work_with_its_exit_code() {
         (&["--ref", &at("grey.png"), "--lora-out", &lora], 3, "no face found"),
         (&["--ref", &at("cut.png"), "--lora-out", &lora], 4, "cut.png"),
         (&["--ref", &at("missing.png"), "--lora-out", &lora], 4, "missing.png"),
-        (&["--ref", folder.path().to_str().unwrap(), "--lora-out", &lora], 3, "2 pictures were left out"),
+        (&["--ref", folder.path().to_str().unwrap(), "--lora-out", &lora], 3, "2 images were left out"),
         (&["--ref", PHOTO, "--face", "2", "--lora-out", &lora], 2, "there is no face 2"),
         (&["--ref", PHOTO, "--face-encoder", "sface", "--lora-out", &lora], 2, "`mobilefacenet512`"),
         (&["--ref", PHOTO, "--face-encoder", "sface", "--lora-out", &lora], 2, "`sface-2021dec`"),
@@ -161,7 +161,7 @@ fn pixels(out: &Path, more: &[&str]) -> Vec<u8> {
         [&["gen", "--prompt", "a photo of a person", "--quiet", "--out", text(out)], more].concat();
     let run = difflora(&arguments);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    Picture::open(out).unwrap().rgb
+    Image::open(out).unwrap().rgb
 }
 
 fn largest_difference(a: &[u8], b: &[u8]) -> u8 {
@@ -170,7 +170,7 @@ fn largest_difference(a: &[u8], b: &[u8]) -> u8 {
 }
 
 #[test]
-fn a_picture_of_several_is_the_one_drawn_alone_with_its_seed() {
+fn a_image_of_several_is_the_one_drawn_alone_with_its_seed() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     for sampler in ["euler-a", "lcm", "dpmpp-2m-karras"] {
@@ -180,8 +180,8 @@ fn a_picture_of_several_is_the_one_drawn_alone_with_its_seed() {
         let arguments =
             [&["gen", "--prompt", "a photo of a person", "--quiet", "--out", text(&out)], &several[..]];
         assert_eq!(difflora(&arguments.concat()).code, 0);
-        let second = Picture::open(&at(&format!("{sampler}-0002.png"))).unwrap().rgb;
-        let first = Picture::open(&at(&format!("{sampler}-0001.png"))).unwrap().rgb;
+        let second = Image::open(&at(&format!("{sampler}-0002.png"))).unwrap().rgb;
+        let first = Image::open(&at(&format!("{sampler}-0001.png"))).unwrap().rgb;
         assert_eq!(pixels(&at("alone.png"), &[&common[..], &["--seed", "6"]].concat()), second, "{sampler}");
         assert!(largest_difference(&first, &second) > 20, "{sampler}");
     }
@@ -203,12 +203,12 @@ fn number_types_strips_and_sizes_change_what_they_should() {
     assert!(apart("enlarged.png", &["--original-size", "8x8"]) > 0);
     // 60 = 15 latents: odd on every level of the UNet.
     draw("odd.png", &["--width", "60", "--height", "36"]);
-    let odd = Picture::open(&at("odd.png")).unwrap();
+    let odd = Image::open(&at("odd.png")).unwrap();
     assert_eq!((odd.width, odd.height), (60, 36));
 }
 
 #[test]
-fn settings_stand_in_the_picture_and_beside_it() {
+fn settings_stand_in_the_image_and_beside_it() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let draw = |out: &Path, more: &[&str]| {
@@ -224,7 +224,7 @@ fn settings_stand_in_the_picture_and_beside_it() {
     let beside: Value = serde_json::from_slice(&fs::read(at("me.json")).unwrap()).unwrap();
     assert_eq!(report["pictures"][0], beside);
     assert_eq!((&beside["sampler"], &beside["steps"]), (&"unipc".into(), &4.into()));
-    let preview = Picture::open(&at("me.preview.png")).unwrap();
+    let preview = Image::open(&at("me.preview.png")).unwrap();
     assert_eq!((preview.width, preview.height), (16, 16));
     assert!(preview.rgb.iter().max() > preview.rgb.iter().min());
     let utf16: Vec<u8> = "写真 of a person\nNegative prompt: blurry\nSteps: 4, Sampler: UniPC"
@@ -254,11 +254,11 @@ fn a_long_prompt_is_drawn_with_a_warning_that_says_what_was_cut() {
 fn a_photo_of_somebody_else_is_named_and_left_out() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let astronaut = difflora::picture::Picture::open(Path::new(PHOTO)).unwrap();
+    let astronaut = difflora::image::Image::open(Path::new(PHOTO)).unwrap();
     astronaut.save(&at("a.png"), None).unwrap();
     astronaut.mirrored().save(&at("b.png"), None).unwrap();
     fs::copy("tests/data/obama_senate_public_domain.jpg", at("other.jpg")).unwrap();
-    fs::write(at("notes.txt"), "no picture").unwrap();
+    fs::write(at("notes.txt"), "no image").unwrap();
     let made = |name: &str, reference: &[&str]| {
         let lora = at(name);
         let run = difflora(&[&["gen", "--json", "--lora-out", text(&lora), "--ref"], reference].concat());
@@ -290,11 +290,11 @@ fn a_photo_of_somebody_else_is_named_and_left_out() {
 fn the_face_that_was_asked_for_is_taken() {
     let folder = tempfile::tempdir().unwrap();
     let group = folder.path().join("group.png");
-    let head = difflora::picture::Picture::open(Path::new(PHOTO)).unwrap().crop(130, 10, 184, 184);
-    let mut picture = difflora::picture::Picture::filled(900, 500, [120, 140, 160]);
-    picture.paste(&head.resize(160, 160, difflora::picture::Filter::Bicubic), 40, 100);
-    picture.paste(&head.resize(320, 320, difflora::picture::Filter::Bicubic), 500, 100);
-    picture.save(&group, None).unwrap();
+    let head = difflora::image::Image::open(Path::new(PHOTO)).unwrap().crop(130, 10, 184, 184);
+    let mut image = difflora::image::Image::filled(900, 500, [120, 140, 160]);
+    image.paste(&head.resize(160, 160, difflora::image::Filter::Bicubic), 40, 100);
+    image.paste(&head.resize(320, 320, difflora::image::Filter::Bicubic), 500, 100);
+    image.save(&group, None).unwrap();
     let lora = folder.path().join("x.safetensors");
     for (number, left, right) in [("1", 500.0, 900.0), ("2", 0.0, 250.0)] {
         let run =

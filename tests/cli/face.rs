@@ -28,7 +28,7 @@ fn detect_draws_what_it_found() {
     let out = folder.path().join("drawn.png");
     let run = difflora(&["face", "detect", "tests/data/astronaut.png", "--draw", path(&out)]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    let open = |path: &Path| difflora::picture::Picture::open(path).unwrap();
+    let open = |path: &Path| difflora::image::Image::open(path).unwrap();
     let (drawn, plain) = (open(&out), open(Path::new("tests/data/astronaut.png")));
     assert_eq!((drawn.width, drawn.height), (plain.width, plain.height));
     // The tip of the nose, and a place without a face.
@@ -42,10 +42,10 @@ fn detect_draws_what_it_found() {
 }
 
 #[test]
-fn dedupe_groups_pictures_by_person() {
+fn dedupe_groups_images_by_person() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let astronaut = difflora::picture::Picture::open(Path::new("tests/data/astronaut.png")).unwrap();
+    let astronaut = difflora::image::Image::open(Path::new("tests/data/astronaut.png")).unwrap();
     astronaut.save(&at("1.png"), None).unwrap();
     astronaut.mirrored().save(&at("3.png"), None).unwrap();
     fs::copy("tests/data/obama_senate_public_domain.jpg", at("2.jpg")).unwrap();
@@ -59,9 +59,8 @@ fn dedupe_groups_pictures_by_person() {
         .unwrap()
         .iter()
         .map(|person| {
-            let file = |picture: &Value| {
-                Path::new(picture["file"].as_str().unwrap()).file_name().unwrap().to_owned()
-            };
+            let file =
+                |image: &Value| Path::new(image["file"].as_str().unwrap()).file_name().unwrap().to_owned();
             person["pictures"].as_array().unwrap().iter().map(|p| file(p).into_string().unwrap()).collect()
         })
         .collect();
@@ -72,19 +71,19 @@ fn dedupe_groups_pictures_by_person() {
 }
 
 #[test]
-fn pictures_of_every_kind_are_read() {
+fn images_of_every_kind_are_read() {
     for entry in fs::read_dir("tests/data/odd").unwrap() {
         let file = entry.unwrap().path();
         if file.extension().is_some_and(|extension| extension == "avif") {
             continue;
         }
-        let picture = difflora::picture::Picture::open(&file).unwrap();
+        let image = difflora::image::Image::open(&file).unwrap();
         let near = |x, wanted: [u8; 3]| {
-            let seen: [u8; 3] = picture.pixel(x, 4);
+            let seen: [u8; 3] = image.pixel(x, 4);
             seen.iter().zip(wanted).all(|(a, b)| a.abs_diff(b) < 32)
         };
-        assert_eq!((picture.width, picture.height), (16, 8), "{file:?}");
-        assert!(near(2, [255, 0, 0]) && near(13, [0, 0, 255]), "{file:?}: {:?}", picture.rgb);
+        assert_eq!((image.width, image.height), (16, 8), "{file:?}");
+        assert!(near(2, [255, 0, 0]) && near(13, [0, 0, 255]), "{file:?}: {:?}", image.rgb);
     }
 }
 
@@ -95,7 +94,7 @@ fn animations_and_kinds_that_are_not_read_are_said() {
         ("animated.webp", 3, "is animated"),
         ("animated.png", 3, "is animated"),
         ("plain.gif", 3, "no face found"),
-        ("picture.avif", 4, "it is an AVIF picture, which is not read here; save it as JPEG"),
+        ("image.avif", 4, "it is an AVIF image, which is not read here; save it as JPEG"),
     ] {
         let run = difflora(&["face", "detect", &format!("tests/data/odd/{file}")]);
         assert_eq!(run.code, code, "{file}: {}", run.stderr);
@@ -108,7 +107,7 @@ fn animations_and_kinds_that_are_not_read_are_said() {
     for argument in [path(&phone), path(folder.path())] {
         let run = difflora(&["face", "detect", argument]);
         assert_eq!(run.code, 4, "{}", run.stderr);
-        assert!(run.stderr.contains("it is a HEIC picture"), "{}", run.stderr);
+        assert!(run.stderr.contains("it is a HEIC image"), "{}", run.stderr);
     }
 }
 
@@ -119,7 +118,7 @@ fn no_face_tells_the_sizes_that_were_tried_and_the_best_score() {
         [("black.png", 300, 300, 0), ("dot.png", 1, 1, 255), ("line.png", 1, 700, 9)]
     {
         let file = folder.path().join(name);
-        difflora::picture::Picture::filled(width, height, [grey; 3]).save(&file, None).unwrap();
+        difflora::image::Image::filled(width, height, [grey; 3]).save(&file, None).unwrap();
         let run = difflora(&["face", "detect", path(&file)]);
         assert_eq!(run.code, 3, "{name}: {}", run.stderr);
         assert!(
@@ -179,12 +178,12 @@ fn embed_writes_unit_vectors_and_leaves_out_what_it_cannot_use() {
     let at = |name: &str| folder.path().join(name);
     fs::copy("tests/data/astronaut.png", at("a.png")).unwrap();
     fs::write(at("broken.png"), &fs::read("tests/data/astronaut.png").unwrap()[..5000]).unwrap();
-    fs::write(at("notes.txt"), "no picture").unwrap();
+    fs::write(at("notes.txt"), "no image").unwrap();
     let out = at("faces.safetensors");
     let run = difflora(&["face", "embed", path(folder.path()), "--out", path(&out)]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(
-        run.stderr.contains("1 picture was left out:\n  cannot use")
+        run.stderr.contains("1 image was left out:\n  cannot use")
             && run.stderr.contains("broken.png")
             && run.stderr.contains("notes.txt"),
         "{}",
@@ -203,11 +202,11 @@ fn embed_writes_unit_vectors_and_leaves_out_what_it_cannot_use() {
 fn embed_with_an_image_encoder_writes_what_it_sees() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let flat = difflora::picture::Picture::filled(90, 70, [90, 140, 60]);
+    let flat = difflora::image::Image::filled(90, 70, [90, 140, 60]);
     flat.save(&at("meadow.png"), None).unwrap();
     let out = at("images.safetensors");
-    let embed = |picture: &str, options: &[&str]| {
-        let start = ["face", "embed", picture, "--out", path(&out), "--image-encoder", "tiny"];
+    let embed = |image: &str, options: &[&str]| {
+        let start = ["face", "embed", image, "--out", path(&out), "--image-encoder", "tiny"];
         let run = difflora(&[&start[..], options].concat());
         let shape = fs::read(&out).ok().map(|bytes| {
             let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -226,8 +225,8 @@ fn embed_with_an_image_encoder_writes_what_it_sees() {
     assert_eq!(tokens.unwrap().0.len(), 2);
     let meadow = at("meadow.png");
     assert_eq!(embed(path(&meadow), &[]).0.code, 3);
-    assert_eq!(embed(path(&meadow), &["--whole-picture"]).0.code, 0);
-    let run = difflora(&["face", "embed", photo, "--out", path(&out), "--whole-picture"]);
+    assert_eq!(embed(path(&meadow), &["--whole-image"]).0.code, 0);
+    let run = difflora(&["face", "embed", photo, "--out", path(&out), "--whole-image"]);
     assert!(run.code == 2 && run.stderr.contains("--image-encoder"), "{}", run.stderr);
 }
 
@@ -237,7 +236,7 @@ fn verify_tells_people_apart_and_what_it_needs() {
     let at = |name: &str| folder.path().join(name);
     fs::create_dir(at("eileen")).unwrap();
     fs::create_dir(at("other")).unwrap();
-    let astronaut = difflora::picture::Picture::open(Path::new("tests/data/astronaut.png")).unwrap();
+    let astronaut = difflora::image::Image::open(Path::new("tests/data/astronaut.png")).unwrap();
     astronaut.save(&at("eileen/1.png"), None).unwrap();
     let run = difflora(&["face", "verify", path(folder.path())]);
     assert!(run.code == 4 && run.stderr.contains("wanted two people"), "{}", run.stderr);
@@ -270,15 +269,15 @@ fn crop_writes_aligned_faces() {
     let out = folder.path().join("faces");
     let run = difflora(&["face", "crop", "tests/data/astronaut.png", "--out", path(&out), "--size", "224"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    let face = difflora::picture::Picture::open(&out.join("astronaut.png")).unwrap();
+    let face = difflora::image::Image::open(&out.join("astronaut.png")).unwrap();
     assert_eq!((face.width, face.height), (224, 224));
 }
 
 #[test]
-fn bad_pictures_are_told_apart_by_exit_code() {
+fn bad_images_are_told_apart_by_exit_code() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    let flat = difflora::picture::Picture::filled(200, 200, [90, 140, 60]);
+    let flat = difflora::image::Image::filled(200, 200, [90, 140, 60]);
     flat.save(&at("meadow.png"), None).unwrap();
     fs::write(at("half.png"), &fs::read("tests/data/astronaut.png").unwrap()[..300_000]).unwrap();
     let jpeg = fs::read("tests/data/obama_senate_public_domain.jpg").unwrap();
@@ -291,7 +290,7 @@ fn bad_pictures_are_told_apart_by_exit_code() {
         ("half.jpg", 4, "truncated"),
         ("empty.png", 4, "empty"),
         ("missing.png", 4, "no such file"),
-        ("nothing", 4, "no picture in this folder"),
+        ("nothing", 4, "no image in this folder"),
     ] {
         for action in ["detect", "compare"] {
             let run = difflora(&["face", action, path(&at(name))]);

@@ -71,10 +71,10 @@ fn write(path: &Path, changes: &Changes) {
 }
 
 fn draw(folder: &Path, more: &[&str]) -> Vec<u8> {
-    let picture = folder.join("picture.png");
-    let arguments = ["gen", "--prompt", "a photo of a person", "--steps", "2", "--out", text(&picture)];
+    let image = folder.join("image.png");
+    let arguments = ["gen", "--prompt", "a photo of a person", "--steps", "2", "--out", text(&image)];
     ok(&[&arguments, more].concat());
-    difflora::picture::Picture::open(&picture).unwrap().rgb
+    difflora::image::Image::open(&image).unwrap().rgb
 }
 
 fn distance(a: &[u8], b: &[u8]) -> u8 {
@@ -540,7 +540,7 @@ fn gen_tells_what_each_lora_is_and_records_where_its_own_comes_from() {
     let stray = changes.modules.first_key_value().unwrap().1.clone();
     changes.modules.insert("up_blocks.0.attentions.0.transformer_blocks.9.attn2.to_q".into(), stray);
     write(&at("anna.safetensors"), &changes);
-    let (anna, picture, own) = (at("anna.safetensors"), at("picture.png"), at("own.safetensors"));
+    let (anna, image, own) = (at("anna.safetensors"), at("image.png"), at("own.safetensors"));
     let photo = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/astronaut.png");
     let arguments = [
         "gen",
@@ -553,7 +553,7 @@ fn gen_tells_what_each_lora_is_and_records_where_its_own_comes_from() {
         "--lora",
         &format!("{}:0.5", text(&anna)),
         "--out",
-        text(&picture),
+        text(&image),
         "--lora-out",
         text(&own),
         "--json",

@@ -41,13 +41,13 @@ fn draw(env: &[(&str, &str)], base: &str, more: &[&str]) -> (Run, Option<Vec<u8>
     let out = folder.path().join("x.png");
     let arguments = ["gen", "--prompt", "a photo", "--steps", "1", "--out", text(&out), "--base", base];
     let run = difflora_with(env, &[&arguments, more].concat());
-    let pixels = out.exists().then(|| difflora::picture::Picture::open(&out).unwrap().rgb);
+    let pixels = out.exists().then(|| difflora::image::Image::open(&out).unwrap().rgb);
     assert_eq!(pixels.is_some(), run.code == 0, "{}", run.stderr);
     (run, pixels)
 }
 
 #[test]
-fn one_file_draws_the_folder_s_picture() {
+fn one_file_draws_the_folder_s_image() {
     let (_, folder) = draw(&[], text(&golden("folder")), &[]);
     let config = golden("folder");
     let (run, one) = draw(&[], text(&golden("one.safetensors")), &["--base-config", text(&config)]);
@@ -205,7 +205,7 @@ fn a_folder_that_cannot_be_used_is_refused_with_its_name_and_a_remedy() {
 
 /// The weights are fine as such, so that no file is at fault.
 #[test]
-fn numbers_that_grow_beyond_all_bounds_are_a_failure_with_its_place_and_no_picture() {
+fn numbers_that_grow_beyond_all_bounds_are_a_failure_with_its_place_and_no_image() {
     for (file, name, said) in [
         (UNET, "conv_out.weight", "the UNet predicted NaN or infinity at step 1 of 1"),
         (

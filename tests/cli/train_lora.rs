@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use difflora::image::Image;
 use difflora::lora::change::{Changes, Form};
 use difflora::lora::file;
 use difflora::lora::keys::BlockLayout;
-use difflora::picture::Picture;
 use tempfile::TempDir;
 
 use crate::difflora;
 use crate::difflora_with;
 
-/// Three people with three pictures each, painted once a test.
+/// Three people with three images each, painted once a test.
 struct World {
     folder: TempDir,
 }
@@ -27,7 +27,7 @@ impl World {
             "portraits",
             "--people",
             &people.to_string(),
-            "--pictures",
+            "--images",
             "3",
             "--seed",
             "7",
@@ -217,8 +217,8 @@ fn many_people_at_once_are_as_each_alone() {
     let run = many(&["--people-per-batch", "2"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     for number in 1..=3 {
-        let (pictures, alone) = (world.person(number), world.at("alone.safetensors"));
-        let mut arguments = vec!["train-lora", text(&pictures), "--out", text(&alone)];
+        let (images, alone) = (world.person(number), world.at("alone.safetensors"));
+        let mut arguments = vec!["train-lora", text(&images), "--out", text(&alone)];
         arguments.extend(options);
         assert_eq!(difflora(&arguments).code, 0);
         let together = file::read_changes(
@@ -251,7 +251,7 @@ fn who_fails_does_not_stop_the_others_and_everybody_has_steps_of_its_own() {
         text(&people),
         "--out",
         text(&out),
-        "--steps-per-picture",
+        "--steps-per-image",
         "2",
         "--batch",
         "1",
@@ -310,13 +310,13 @@ fn bad_input_is_named() {
     let out = world.at("bad.safetensors");
     let run = difflora(&["train-lora", text(&empty), "--out", text(&out)]);
     assert_eq!(run.code, 4);
-    assert!(run.stderr.contains("no picture in this folder"), "{}", run.stderr);
+    assert!(run.stderr.contains("no image in this folder"), "{}", run.stderr);
     for (options, words) in [
         (&["--rank", "100"][..], "rank 100 does not fit the layer"),
         (&["--rank", "0"], "rank is 0"),
         (&["--lr=-1"], "lr must be above 0"),
         (&["--config", "no-such-preset"], "presets are tiny, sdxl-dreambooth"),
-        (&["--num-class-pictures", "2"], "--class-pictures DIR"),
+        (&["--num-class-images", "2"], "--class-images DIR"),
         (&["--resolution", "63"], "multiples of"),
     ] {
         let mut arguments = vec!["train-lora", text(&person), "--out", text(&out), "--steps", "1"];
@@ -325,17 +325,17 @@ fn bad_input_is_named() {
         assert_eq!(run.code, 2, "{}", run.stderr);
         assert!(run.stderr.contains(words), "{}", run.stderr);
     }
-    // Before class pictures are drawn, which takes long.
+    // Before class images are drawn, which takes long.
     let class = world.at("class");
-    let class_pictures = ["--class-pictures", text(&class), "--rank", "100"];
-    let run = difflora(&[&["train-lora", text(&person), "--out", text(&out)][..], &class_pictures].concat());
+    let class_images = ["--class-images", text(&class), "--rank", "100"];
+    let run = difflora(&[&["train-lora", text(&person), "--out", text(&out)][..], &class_images].concat());
     assert!(run.code == 2 && !class.exists(), "{}", run.stderr);
-    // A picture that cannot be read is named and left out; few pictures and missing faces are warned of.
-    fs::write(person.join("0001.png"), b"no picture").unwrap();
-    Picture::filled(64, 64, [90, 120, 90]).save(&person.join("0002.png"), None).unwrap();
+    // An image that cannot be read is named and left out; few images and missing faces are warned of.
+    fs::write(person.join("0001.png"), b"no image").unwrap();
+    Image::filled(64, 64, [90, 120, 90]).save(&person.join("0002.png"), None).unwrap();
     let run = world.train("poor", &["--steps", "1"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    for words in ["0001.png", "only 2 pictures", "no face is found in"] {
+    for words in ["0001.png", "only 2 images", "no face is found in"] {
         assert!(run.stderr.contains(words), "{words}: {}", run.stderr);
     }
     fs::write(person.join("0003.txt"), b"caf\xe9").unwrap();
@@ -364,10 +364,10 @@ fn a_learning_rate_that_explodes_stops_with_advice_and_keeps_a_good_state() {
 }
 
 #[test]
-fn class_pictures_are_drawn_once_and_count() {
+fn class_images_are_drawn_once_and_count() {
     let world = World::new(1);
     let class = world.at("class");
-    let options = ["--class-pictures", text(&class), "--num-class-pictures", "2"];
+    let options = ["--class-images", text(&class), "--num-class-images", "2"];
     assert_eq!(world.train("with", &options).code, 0);
     let drawn = class.join("class-00001.png");
     let before = fs::read(&drawn).unwrap();
@@ -410,9 +410,9 @@ fn text_encoders_and_convolutions_are_written_with_all_that_other_programs_read(
         let found = lora.metadata.get(key).unwrap_or_else(|| panic!("{key} is missing"));
         assert!(value.is_empty() || found == value, "{key} is {found}");
     }
-    let sheet = Picture::open(&world.at("all.training/samples/step-000002.png")).unwrap();
+    let sheet = Image::open(&world.at("all.training/samples/step-000002.png")).unwrap();
     assert!(sheet.width > 4 * 64 && sheet.height > 64);
-    let picture = world.at("drawn.png");
+    let image = world.at("drawn.png");
     let file = world.at("all.safetensors");
     let run = difflora(&[
         "gen",
@@ -423,7 +423,7 @@ fn text_encoders_and_convolutions_are_written_with_all_that_other_programs_read(
         "--steps",
         "2",
         "--out",
-        text(&picture),
+        text(&image),
     ]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     // With the same seed another person's frozen `down`s are the same.
@@ -442,12 +442,12 @@ fn text_encoders_and_convolutions_are_written_with_all_that_other_programs_read(
 }
 
 #[test]
-fn pictures_of_any_proportions_are_trained_on() {
+fn images_of_any_proportions_are_trained_on() {
     let world = World::new(1);
     let person = world.person(1);
-    let picture = Picture::open(&person.join("0001.png")).unwrap();
-    picture.crop(0, 8, 64, 48).save(&person.join("0001.png"), None).unwrap();
-    picture.crop(10, 0, 44, 64).save(&person.join("0002.png"), None).unwrap();
+    let image = Image::open(&person.join("0001.png")).unwrap();
+    image.crop(0, 8, 64, 48).save(&person.join("0001.png"), None).unwrap();
+    image.crop(10, 0, 44, 64).save(&person.join("0002.png"), None).unwrap();
     for (name, options) in [
         ("buckets", &["--crop", "buckets", "--flip"][..]),
         ("random", &["--crop", "random", "--flip", "--colour", "0.2"]),

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use difflora::identity::{FaceEncoder, Judge, cosine};
-use difflora::picture::{Filter, Picture};
+use difflora::image::{Filter, Image};
 
 fn golden() -> HashMap<String, Tensor> {
     difflora::weights::read_file(Path::new("tests/data/golden/face.safetensors")).unwrap()
@@ -16,12 +16,12 @@ fn numbers(golden: &HashMap<String, Tensor>, name: &str) -> Vec<f32> {
 }
 
 /// The astronaut's head, 184×184 pixels.
-fn head() -> Picture {
-    Picture::open(Path::new("tests/data/astronaut.png")).unwrap().crop(130, 10, 184, 184)
+fn head() -> Image {
+    Image::open(Path::new("tests/data/astronaut.png")).unwrap().crop(130, 10, 184, 184)
 }
 
-fn pictures() -> [(&'static str, Picture); 7] {
-    let open = |path: &str| Picture::open(Path::new(path)).unwrap();
+fn images() -> [(&'static str, Image); 7] {
+    let open = |path: &str| Image::open(Path::new(path)).unwrap();
     [
         ("astronaut", open("tests/data/astronaut.png")),
         ("photo", open("tests/data/obama_senate_public_domain.jpg")),
@@ -36,8 +36,8 @@ fn pictures() -> [(&'static str, Picture); 7] {
 #[test]
 fn faces_are_found_where_onnxruntime_finds_them_and_embed_alike() {
     let (golden, encoder, judge) = (golden(), FaceEncoder::builtin().unwrap(), Judge::sface().unwrap());
-    for (name, picture) in pictures() {
-        let faces = encoder.detect(&picture).unwrap();
+    for (name, image) in images() {
+        let faces = encoder.detect(&image).unwrap();
         let face = &faces[0];
         assert_eq!(faces.len(), 1, "{name}");
         let apart = |ours: &[f32], kind: &str| {
@@ -56,8 +56,8 @@ fn faces_are_found_where_onnxruntime_finds_them_and_embed_alike() {
             assert!(cosine >= least, "{name} {kind}: {cosine}");
         };
         println!("{name}: points {} px", apart(face.points.as_flattened(), "points"));
-        alike(encoder.embed(&picture, face).unwrap(), "mobilefacenet");
-        alike(judge.embed(&picture, face).unwrap(), "sface");
+        alike(encoder.embed(&image, face).unwrap(), "mobilefacenet");
+        alike(judge.embed(&image, face).unwrap(), "sface");
     }
 }
 
@@ -79,16 +79,16 @@ fn resizing_gives_pillows_bytes() {
 #[test]
 fn a_face_that_fills_the_frame_and_one_of_64_pixels_are_found() {
     let encoder = FaceEncoder::builtin().unwrap();
-    let astronaut = Picture::open(Path::new("tests/data/astronaut.png")).unwrap();
+    let astronaut = Image::open(Path::new("tests/data/astronaut.png")).unwrap();
     let face = encoder.detect(&astronaut).unwrap().remove(0);
     let own = encoder.embed(&astronaut, &face).unwrap();
     let [x1, y1, x2, y2] = face.bounds.map(|value| value as usize);
     let close = astronaut.crop(x1, y1, x2 - x1, y2 - y1);
     for (width, height, least) in [(1600, 1950, 0.8), (400, 488, 0.8), (64, 78, 0.7), (48, 58, 0.5)] {
-        let picture = close.resize(width, height, Filter::Bicubic);
-        let search = encoder.search(&picture).unwrap();
+        let image = close.resize(width, height, Filter::Bicubic);
+        let search = encoder.search(&image).unwrap();
         println!("{width}×{height}: {:?} {} {}", search.tried, search.best_score, search.faces.len());
-        let alike = cosine(&own, &encoder.embed(&picture, search.largest("close").unwrap()).unwrap());
+        let alike = cosine(&own, &encoder.embed(&image, search.largest("close").unwrap()).unwrap());
         assert!(alike > least, "{width}×{height}: {alike}");
     }
 }
@@ -96,7 +96,7 @@ fn a_face_that_fills_the_frame_and_one_of_64_pixels_are_found() {
 #[test]
 fn of_several_faces_the_largest_comes_first() {
     let encoder = FaceEncoder::builtin().unwrap();
-    let mut group = Picture::filled(900, 500, [120, 140, 160]);
+    let mut group = Image::filled(900, 500, [120, 140, 160]);
     group.paste(&head().resize(160, 160, Filter::Bicubic), 40, 100);
     group.paste(&head().resize(320, 320, Filter::Bicubic), 500, 100);
     let faces = encoder.detect(&group).unwrap();
@@ -107,11 +107,11 @@ fn of_several_faces_the_largest_comes_first() {
 #[test]
 fn two_people_differ_and_one_person_mirrored_does_not() {
     let (encoder, judge) = (FaceEncoder::builtin().unwrap(), Judge::sface().unwrap());
-    let embed = |picture: &Picture| {
-        let face = encoder.detect(picture).unwrap().remove(0);
-        (encoder.embed(picture, &face).unwrap(), judge.embed(picture, &face).unwrap())
+    let embed = |image: &Image| {
+        let face = encoder.detect(image).unwrap().remove(0);
+        (encoder.embed(image, &face).unwrap(), judge.embed(image, &face).unwrap())
     };
-    let [(_, astronaut), (_, senator), ..] = pictures();
+    let [(_, astronaut), (_, senator), ..] = images();
     let (one, other, mirrored) = (embed(&astronaut), embed(&senator), embed(&astronaut.mirrored()));
     println!("other {} {}", cosine(&one.0, &other.0), cosine(&one.1, &other.1));
     println!("mirrored {} {}", cosine(&one.0, &mirrored.0), cosine(&one.1, &mirrored.1));

@@ -11,7 +11,7 @@ use difflora::identity::align::align;
 use difflora::identity::detect::Detector;
 use difflora::identity::recognise::Recogniser;
 use difflora::identity::{Face, FaceEncoder, cosine};
-use difflora::picture::Picture;
+use difflora::image::Image;
 
 use crate::golden::Golden;
 
@@ -23,8 +23,8 @@ fn numbers(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn astronaut() -> Picture {
-    Picture::open(Path::new("tests/data/astronaut.png")).unwrap()
+fn astronaut() -> Image {
+    Image::open(Path::new("tests/data/astronaut.png")).unwrap()
 }
 
 /// The astronaut's face where the golden file of YuNet has it.
@@ -48,12 +48,12 @@ fn scrfd_finds_what_the_insightface_package_finds() {
 fn compare_scrfd(golden: &str, pixels: f32, scores_apart: f32) {
     let golden = Golden::open(golden);
     let detector = Detector::scrfd("scrfd", Path::new(SCRFD)).unwrap();
-    for (name, picture) in
+    for (name, image) in
         [("tall", astronaut().crop(130, 10, 220, 490)), ("wide", astronaut().crop(0, 0, 512, 301))]
     {
         let [scores, boxes, points] =
             ["scores", "boxes", "points"].map(|kind| numbers(&golden.get(&format!("{name}.{kind}"))));
-        let search = detector.search(&picture).unwrap();
+        let search = detector.search(&image).unwrap();
         assert_eq!((search.faces.len(), &search.tried[..]), (scores.len(), &[640][..]), "{name}");
         let areas: Vec<f32> = search
             .faces
@@ -82,10 +82,10 @@ fn compare_scrfd(golden: &str, pixels: f32, scores_apart: f32) {
 
 #[test]
 fn faces_are_cut_out_and_embedded_as_the_insightface_package_does() {
-    let (golden, picture, face) = (Golden::open("insightface_package"), astronaut(), face());
+    let (golden, image, face) = (Golden::open("insightface_package"), astronaut(), face());
     for side in [112, 128] {
         let theirs = numbers(&golden.get(&format!("crop{side}")));
-        let ours = align(&picture, &face.points, side);
+        let ours = align(&image, &face.points, side);
         let apart = |(a, b): (&u8, &f32)| (f32::from(*a) - b).abs();
         let apart: Vec<f32> = ours.rgb.iter().zip(&theirs).map(apart).collect();
         let (most, mean) =
@@ -94,7 +94,7 @@ fn faces_are_cut_out_and_embedded_as_the_insightface_package_does() {
         assert!(most <= 10.0 && mean < 0.5, "{side}: {most} {mean}");
     }
     for (name, path) in [("iresnet50", IRESNET), ("mxnet", MXNET)] {
-        let ours = Recogniser::arcface(name, Path::new(path)).unwrap().embed(&picture, &face).unwrap();
+        let ours = Recogniser::arcface(name, Path::new(path)).unwrap().embed(&image, &face).unwrap();
         let cosine = cosine(&ours, &numbers(&golden.get(name)));
         println!("{name}: {cosine}");
         assert!(cosine >= 0.9999, "{name}: {cosine}");
@@ -103,10 +103,10 @@ fn faces_are_cut_out_and_embedded_as_the_insightface_package_does() {
 
 #[test]
 fn arcface_embeds_as_onnxruntime_does() {
-    let (golden, picture, face) = (Golden::open("insightface"), astronaut(), face());
+    let (golden, image, face) = (Golden::open("insightface"), astronaut(), face());
     let embed = |path: &str| {
         let recogniser = Recogniser::arcface("arcface", Path::new(path)).unwrap();
-        recogniser.embed(&picture, &face).unwrap()
+        recogniser.embed(&image, &face).unwrap()
     };
     let alike = |ours: &[f32], name: &str| cosine(ours, &numbers(&golden.get(name)));
     let iresnet = embed(IRESNET);
@@ -162,7 +162,7 @@ fn files_that_are_something_else_say_which_input_or_output_differs() {
         (detector(&folder.path().join("missing.onnx")), "missing.onnx"),
         (recogniser(Path::new(SCRFD)), "9 outputs (`448`"),
         (recogniser(&cut), "truncated"),
-        (recogniser(&grey), "its input is `input.1` [1, 1, 112, 112], wanted a picture"),
+        (recogniser(&grey), "its input is `input.1` [1, 1, 112, 112], wanted an image"),
         (
             recogniser(&small),
             "its input is `input.1` [1, 3, 96, 96], a face recogniser's is [B, 3, 112, 112]",

@@ -1,4 +1,4 @@
-//! Whole pictures against diffusers' StableDiffusionXLPipeline (`scripts/golden_pipeline.py`), and the parts on the way,
+//! Whole images against diffusers' StableDiffusionXLPipeline (`scripts/golden_pipeline.py`), and the parts on the way,
 //! so that a fault is found where it is.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
 use clap::ValueEnum;
-use difflora::picture::Picture;
+use difflora::image::Image;
 use difflora::sdxl::pipeline::{Drawing, Sampler, Sdxl, Sizes, Tiling};
 use difflora::weights::model_folder::ModelFiles;
 use serde::Deserialize;
@@ -66,8 +66,8 @@ impl Case {
         }
     }
 
-    /// Final latents and the picture.
-    fn draw(&self, model: &Sdxl, golden: &Golden) -> (Tensor, Picture) {
+    /// Final latents and the image.
+    fn draw(&self, model: &Sdxl, golden: &Golden) -> (Tensor, Image) {
         let Case { model: name, width, height, .. } = self;
         let start = golden.get(&format!("{name}.start.{width}x{height}"));
         let noise = golden.get(&format!("{name}.noise.{width}x{height}"));
@@ -77,30 +77,30 @@ impl Case {
         let fresh = |i: usize| Ok(noise.narrow(0, i, 1)?);
         let latents = painter.denoise(&start, &prompt, &negative, self.drawing(), fresh, |_| Ok(())).unwrap();
         let pixels = painter.decode(&latents, Tiling::Auto).unwrap();
-        (latents, Picture::from_tensor(&pixels.i(0).unwrap()).unwrap())
+        (latents, Image::from_tensor(&pixels.i(0).unwrap()).unwrap())
     }
 }
 
 #[test]
-fn pictures_are_those_of_diffusers() {
+fn images_are_those_of_diffusers() {
     for (file, models) in FILES {
-        let samplers = pictures_are_those_of(&Golden::open(file), models);
+        let samplers = images_are_those_of(&Golden::open(file), models);
         let all = Sampler::value_variants().len();
         assert!(file != "pipeline" || samplers == all, "every sampler has its cases");
     }
 }
 
 /// Gives how many samplers there were.
-fn pictures_are_those_of(golden: &Golden, models: [&str; 2]) -> usize {
+fn images_are_those_of(golden: &Golden, models: [&str; 2]) -> usize {
     let cases: Vec<Case> = golden.json("cases");
     let models: BTreeMap<&str, Sdxl> = models.map(|name| (name, open(name, DType::F32))).into();
     let mut worst = BTreeMap::<&str, (f64, u8)>::new();
     for (number, case) in cases.iter().enumerate() {
-        let (latents, picture) = case.draw(&models[case.model.as_str()], golden);
+        let (latents, image) = case.draw(&models[case.model.as_str()], golden);
         let error = apart(&latents, &golden.get(&format!("{number}.latents")));
         let theirs = golden.get(&format!("{number}.pixels")).flatten_all().unwrap().to_vec1::<u8>().unwrap();
-        assert!(theirs.iter().collect::<BTreeSet<_>>().len() > 10, "case {number} compares an empty picture");
-        let pixels = picture.rgb.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert!(theirs.iter().collect::<BTreeSet<_>>().len() > 10, "case {number} compares an empty image");
+        let pixels = image.rgb.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
         let Case { model, sampler, steps, guidance, width, height, prompt, .. } = case;
         let what =
             format!("{model} {sampler} {steps} steps, guidance {guidance}, {width}×{height}, {prompt:?}");
@@ -158,7 +158,7 @@ fn every_part_gives_what_diffusers_part_gives() {
 }
 
 #[test]
-fn strips_decode_the_picture_without_seams() {
+fn strips_decode_the_image_without_seams() {
     let golden = Golden::open("pipeline");
     for (name, size) in [("two", "24x16"), ("three", "24x32")] {
         let vae = open(name, DType::F32).vae;
@@ -179,7 +179,7 @@ fn strips_decode_the_picture_without_seams() {
 }
 
 #[test]
-fn a_picture_is_the_same_alone_and_in_a_batch() {
+fn a_image_is_the_same_alone_and_in_a_batch() {
     let model = open("three", DType::F32);
     let prompts = ["a photo of a person", UNICODE];
     let shape = [1, 4, 8, 6];
@@ -215,7 +215,7 @@ fn a_picture_is_the_same_alone_and_in_a_batch() {
 }
 
 #[test]
-fn sixteen_bits_draw_nearly_the_same_picture() {
+fn sixteen_bits_draw_nearly_the_same_image() {
     let golden = Golden::open("pipeline");
     let cases: Vec<Case> = golden.json("cases");
     for (number, case) in cases.iter().enumerate().filter(|(_, case)| case.steps == 4 && case.guidance == 1.0)
@@ -307,9 +307,9 @@ fn a_megapixel_decodes_the_same_in_strips() {
     let z = noise.upsample_bilinear2d(128, 128, false).unwrap();
     let timed = |tiling: &str, decode: &dyn Fn() -> Tensor| {
         let start = std::time::Instant::now();
-        let picture = decode();
+        let image = decode();
         println!("{tiling}: {:.1} s, {}", start.elapsed().as_secs_f64(), peak());
-        picture
+        image
     };
     let strips = timed("strips", &|| vae.decode_in_strips(&z, 1 << 15).unwrap());
     let whole = timed("whole", &|| vae.decode(&z).unwrap());

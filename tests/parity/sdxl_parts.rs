@@ -7,7 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use difflora::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig};
-use difflora::picture::Picture;
+use difflora::image::Image;
 use difflora::sdxl::files::ModelFiles;
 use difflora::sdxl::text::{ClipTextConfig, ClipTextModel};
 use difflora::sdxl::tokenizer::{ClipTokenizer, build_vocabulary};
@@ -147,7 +147,7 @@ fn the_image_encoder_and_its_preprocessing_agree_with_transformers() {
     let settings = r#"{"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}"#;
     let settings: ClipPreprocessor = serde_json::from_str(settings).unwrap();
     assert_eq!(settings, ClipPreprocessor::sized(24));
-    let pixels = settings.apply(&Picture { width, height, rgb }, &Device::Cpu).unwrap();
+    let pixels = settings.apply(&Image { width, height, rgb }, &Device::Cpu).unwrap();
     let error = apart(&pixels.unsqueeze(0).unwrap(), &golden.tensors["pixels"], 0.0);
     println!("pixels: {error:.1e}");
     assert!(error < 1e-5, "{error:e}");

@@ -77,8 +77,8 @@ fn train(golden: &Golden, case: &str, people: usize) -> (BTreeMap<String, Tensor
         min_snr_gamma: options["gamma"].as_f64().unwrap_or(0.0),
         prior_weight: options["prior"].as_f64().unwrap_or(1.0),
     };
-    let class_pictures = if options["prior"].is_null() { 0 } else { 2 };
-    let n = 2 + class_pictures;
+    let class_images = if options["prior"].is_null() { 0 } else { 2 };
+    let n = 2 + class_images;
     let passes = options["accumulate"].as_u64().unwrap_or(1);
     let row = |key: &str, pass: u64| golden.get(key).get(pass as usize).unwrap().narrow(0, 0, n).unwrap();
     let batch = |pass: u64| {
@@ -97,7 +97,7 @@ fn train(golden: &Golden, case: &str, people: usize) -> (BTreeMap<String, Tensor
             timesteps: t.into_iter().map(|t| t as usize).collect(),
             words,
             time_ids: of("time_ids"),
-            class_pictures,
+            class_images,
             scale: 1.0,
         }
     };

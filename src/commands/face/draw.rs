@@ -1,7 +1,7 @@
-//! Boxes, landmarks and numbers of faces, painted into their picture.
+//! Boxes, landmarks and numbers of faces, painted into their image.
 
 use crate::identity::Face;
-use crate::picture::Picture;
+use crate::image::Image;
 
 /// One colour a face, the largest first; then they repeat.
 const COLOURS: [[u8; 3]; 4] = [[0, 200, 80], [255, 120, 0], [0, 140, 255], [230, 0, 120]];
@@ -20,11 +20,11 @@ const DIGITS: [[u8; 7]; 10] = [
     [14, 17, 17, 15, 1, 2, 12],
 ];
 
-/// The picture with each face's box, its five points, and its number as `--face` takes it.
-pub fn draw(picture: &Picture, faces: &[Face]) -> Picture {
-    let mut drawn = picture.clone();
+/// The image with each face's box, its five points, and its number as `--face` takes it.
+pub fn draw(image: &Image, faces: &[Face]) -> Image {
+    let mut drawn = image.clone();
     // Lines of 1 pixel in 64×64, of 4 in a photo.
-    let thick = (picture.width.max(picture.height) / 400).clamp(1, 12) as isize;
+    let thick = (image.width.max(image.height) / 400).clamp(1, 12) as isize;
     for (number, face) in faces.iter().enumerate() {
         let colour = COLOURS[number % COLOURS.len()];
         let [x1, y1, x2, y2] = face.bounds.map(|at| at.round() as isize);
@@ -52,13 +52,13 @@ pub fn draw(picture: &Picture, faces: &[Face]) -> Picture {
     drawn
 }
 
-/// Fills a rectangle, without its right and lower edge, as far as it lies in the picture.
-fn fill(picture: &mut Picture, [left, top, right, bottom]: [isize; 4], colour: [u8; 3]) {
+/// Fills a rectangle, without its right and lower edge, as far as it lies in the image.
+fn fill(image: &mut Image, [left, top, right, bottom]: [isize; 4], colour: [u8; 3]) {
     let inside = |at: isize, length: usize| at.clamp(0, length as isize) as usize;
-    let (width, height) = (picture.width, picture.height);
+    let (width, height) = (image.width, image.height);
     for y in inside(top, height)..inside(bottom, height) {
         for x in inside(left, width)..inside(right, width) {
-            picture.rgb[(y * width + x) * 3..][..3].copy_from_slice(&colour);
+            image.rgb[(y * width + x) * 3..][..3].copy_from_slice(&colour);
         }
     }
 }
@@ -68,10 +68,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn boxes_and_points_lie_where_the_face_is_and_nothing_leaves_the_picture() {
+    fn boxes_and_points_lie_where_the_face_is_and_nothing_leaves_the_image() {
         let face = |bounds| Face { bounds, points: [[30.0, 40.0]; 5], score: 1.0 };
-        let picture = Picture::filled(60, 60, [9; 3]);
-        let drawn = draw(&picture, &[face([10.0, 12.0, 50.0, 52.0]), face([-1e9, -5.0, 1e9, 400.0])]);
+        let image = Image::filled(60, 60, [9; 3]);
+        let drawn = draw(&image, &[face([10.0, 12.0, 50.0, 52.0]), face([-1e9, -5.0, 1e9, 400.0])]);
         for (x, y) in [(10, 30), (49, 30), (30, 12), (30, 51)] {
             assert_eq!(drawn.pixel(x, y), COLOURS[0], "{x} {y}");
         }

@@ -1,11 +1,11 @@
-//! The image encoder's embeddings of pictures, as the hypernetwork's second condition has them or as transformers does.
+//! The image encoder's embeddings of images, as the hypernetwork's second condition has them or as transformers does.
 
 use std::path::Path;
 
 use anyhow::Result;
 use serde_json::json;
 
-use crate::commands::face::{Encoder, Pictures, print_json, short_names, tell_several, write_vectors};
+use crate::commands::face::{Encoder, Images, print_json, short_names, tell_several, write_vectors};
 use crate::commands::models;
 use crate::files;
 use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};
@@ -14,7 +14,7 @@ use crate::output::print_line;
 
 /// Embeddings of an image encoder instead of a face encoder's.
 #[derive(Debug, clap::Args)]
-pub struct Image {
+pub struct ImageEncoderArgs {
     /// Embed with a CLIP image encoder instead: `tiny`, or a folder as of openai/clip-vit-large-patch14.
     #[arg(long, value_name = "NAME|DIR", env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: Option<String>,
@@ -22,14 +22,14 @@ pub struct Image {
     /// `hidden_states[-2]` (N, D), as resamplers take them.
     #[arg(long, default_value = "projected", requires = "image_encoder", env = "DIFFLORA_IMAGE_OUTPUT")]
     image_output: Output,
-    /// Show it the whole picture, as IP-Adapter does, not the square around the largest face; needs no face.
-    #[arg(long, requires = "image_encoder", env = "DIFFLORA_WHOLE_PICTURE")]
-    whole_picture: bool,
+    /// Show it the whole image, as IP-Adapter does, not the square around the largest face; needs no face.
+    #[arg(long, requires = "image_encoder", alias = "whole-picture", env = "DIFFLORA_WHOLE_IMAGE")]
+    whole_image: bool,
     /// Make all grey that lies outside an ellipse around the face, so that the background tells nothing.
     #[arg(
         long,
         requires = "image_encoder",
-        conflicts_with = "whole_picture",
+        conflicts_with = "whole_image",
         env = "DIFFLORA_BLANK_BACKGROUND"
     )]
     blank_background: bool,
@@ -42,46 +42,46 @@ enum Output {
     Tokens,
 }
 
-impl Image {
+impl ImageEncoderArgs {
     /// The image encoder that was asked for.
     pub fn encoder(&self) -> Option<&str> {
         self.image_encoder.as_deref()
     }
 }
 
-/// Writes one tensor a picture, under its file name.
+/// Writes one tensor an image, under its file name.
 pub fn embed(
-    pictures: &Pictures,
+    images: &Images,
     faces: &Encoder,
     name: &str,
-    image: &Image,
+    options: &ImageEncoderArgs,
     out: &Path,
     json: bool,
 ) -> Result<()> {
     files::check_writable(out)?;
     let files = models::find(name, "image_encoder")?;
     let id = models::identify(&files, name, models::ENCODER_WEIGHTS)?;
-    let output = match image.image_output {
+    let output = match options.image_output {
         Output::Projected => ImageOutput::Projected,
         Output::Penultimate | Output::Tokens => ImageOutput::Penultimate,
     };
-    let input = ImageInput { output, blank_background: image.blank_background };
-    let images = ImageEncoder::open(&files)?.with_input(input);
-    let faces = if image.whole_picture { None } else { Some(faces.load()?) };
-    let seen = Photos::find(&pictures.pictures)?.look(|_, file, picture| {
+    let input = ImageInput { output, blank_background: options.blank_background };
+    let image_encoder = ImageEncoder::open(&files)?.with_input(input);
+    let faces = if options.whole_image { None } else { Some(faces.load()?) };
+    let seen = Photos::find(&images.images)?.look(|_, file, image| {
         let (count, shown) = match &faces {
-            None => (1, picture.clone()),
+            None => (1, image.clone()),
             Some(faces) => {
-                let search = faces.search(picture)?;
+                let search = faces.search(image)?;
                 let face = search.largest(&file.display().to_string())?;
-                (search.faces.len(), images.shown(picture, face))
+                (search.faces.len(), image_encoder.shown(image, face))
             }
         };
-        if image.image_output == Output::Tokens {
-            let tokens = images.tokens(&shown)?;
+        if options.image_output == Output::Tokens {
+            let tokens = image_encoder.tokens(&shown)?;
             return Ok((count, tokens.dims().to_vec(), tokens.flatten_all()?.to_vec1()?));
         }
-        let vector = images.embed_whole(&shown)?;
+        let vector = image_encoder.embed_whole(&shown)?;
         Ok((count, vec![vector.len()], vector))
     })?;
     tell_several(&seen, |(faces, ..)| *faces);

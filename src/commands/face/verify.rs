@@ -1,16 +1,16 @@
-//! How well a recogniser tells the people of the user's own pictures apart.
+//! How well a recogniser tells the people of the user's own images apart.
 
 use std::path::Path;
 
 use anyhow::Result;
 use serde_json::json;
 
-use crate::commands::face::{Encoder, People, Pictures, print_json};
+use crate::commands::face::{Encoder, Images, People, print_json};
 use crate::failure::Failure;
 use crate::identity::verification::{Pairs, Spread};
 use crate::output::print_line;
 
-/// Embeds all pictures, compares each with each, and prints what tells people apart.
+/// Embeds all images, compares each with each, and prints what tells people apart.
 pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
     if !folder.is_dir() {
         return Err(Failure::Usage(format!(
@@ -20,7 +20,7 @@ pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
         .into());
     }
     let encoder = encoder.load()?;
-    let people = People::embed(&Pictures { pictures: vec![folder.to_path_buf()] }, &encoder)?;
+    let people = People::embed(&Images { images: vec![folder.to_path_buf()] }, &encoder)?;
     let names: Vec<String> = people.files.iter().map(|file| person(folder, file)).collect();
     let pairs = Pairs::of(&people.vectors, &names);
     let mut different = names.clone();
@@ -28,11 +28,11 @@ pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
     different.dedup();
     let Some(found) = pairs.verify() else {
         let why = format!(
-            "its {} pictures with a face show {} {}: wanted two people or more, one of them in two pictures or more; \
+            "its {} images with a face show {} {}: wanted two people or more, one of them in two images or more; \
              the name is that of the folder inside it, or what stands before the last `-`, `_` or space of a file's name",
             names.len(),
             different.len(),
-            if different.len() == 1 { "person" } else { "people with one picture each" },
+            if different.len() == 1 { "person" } else { "people with one image each" },
         );
         return Err(Failure::unusable(folder, why));
     };
@@ -49,7 +49,7 @@ pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
             "left_out": people.left_out,
         }));
     }
-    print_line!("{name}: {} pictures of {} people", names.len(), different.len())?;
+    print_line!("{name}: {} images of {} people", names.len(), different.len())?;
     for (kind, spread) in [("one person", genuine), ("two people", impostor)] {
         if let Some(Spread { pairs, mean, deviation, least, most, .. }) = spread {
             print_line!(
@@ -68,7 +68,7 @@ pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
     )
 }
 
-/// Whose picture a file is: the name of its folder inside `root`; for a file that lies in `root` itself, what stands
+/// Whose image a file is: the name of its folder inside `root`; for a file that lies in `root` itself, what stands
 /// before the last `-`, `_` or space of its name.
 fn person(root: &Path, file: &Path) -> String {
     let inside = file.strip_prefix(root).unwrap_or(file);

@@ -1,4 +1,4 @@
-//! Prompts → pictures.
+//! Prompts → images.
 
 use std::path::{Path, PathBuf};
 
@@ -12,9 +12,9 @@ use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::files;
 use crate::hypernet::ModelId;
+use crate::image::Image;
 use crate::output::Output;
 use crate::output::print_line;
-use crate::picture::Picture;
 use crate::progress;
 use crate::progress::Stage;
 use crate::sdxl::infotext::Settings;
@@ -65,10 +65,10 @@ impl Plan {
     }
 }
 
-/// Draws every picture that was asked for and writes it; gives what was written.
+/// Draws every image that was asked for and writes it; gives what was written.
 ///
 /// Memory holds one part of the model at a time where it can: the text encoders go before the UNet comes, and the UNet
-/// goes before the last picture is decoded.
+/// goes before the last image is decoded.
 pub(super) fn draw(
     args: &Args,
     plan: &Plan,
@@ -115,13 +115,13 @@ pub(super) fn draw(
             bar.suspend(|| std::mem::replace(&mut clock, Stage::begin("a step")).end());
             match &preview {
                 Some((every, colours)) if step.number.is_multiple_of(*every as usize) => {
-                    colours.picture(&step.denoised()?)?.save(&path.with_extension("preview.png"), None)?;
+                    colours.image(&step.denoised()?)?.save(&path.with_extension("preview.png"), None)?;
                 }
                 _ => {}
             }
             progress::check()
         };
-        let network = unet.as_ref().context("the UNet stays until the last picture")?;
+        let network = unet.as_ref().context("the UNet stays until the last image")?;
         let denoiser = Denoiser { unet: network, schedule: &model.schedule, factor: model.vae.factor() };
         let latents = denoiser.denoise(&latents, &prompts[which], &negative, plan.drawing, fresh, step)?;
         if k + 1 == paths.len() {
@@ -132,16 +132,16 @@ pub(super) fn draw(
             none => none.insert(load_vae(model)?),
         };
         let clock = Stage::begin("decoding");
-        let picture = Picture::from_tensor(&decode(codec, &latents, args.vae_tiling)?.squeeze(0)?)?;
+        let image = Image::from_tensor(&decode(codec, &latents, args.vae_tiling)?.squeeze(0)?)?;
         clock.end();
         let text = settings.parameters();
-        picture.save(path, (!args.no_metadata).then_some(&text))?;
+        image.save(path, (!args.no_metadata).then_some(&text))?;
         let mut told = settings.to_json();
         told["file"] = json!(path);
         if output.json {
             files::write_whole(&path.with_extension("json"), format!("{told:#}\n").as_bytes())?;
         } else {
-            bar.suspend(|| print_line!("picture {}", path.display()))?;
+            bar.suspend(|| print_line!("image {}", path.display()))?;
         }
         written.push(told);
     }

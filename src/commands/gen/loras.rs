@@ -1,4 +1,4 @@
-//! The LoRAs of a picture: which, how strong, and into the model.
+//! The LoRAs of an image: which, how strong, and into the model.
 
 use std::io::Cursor;
 use std::path::Path;
@@ -24,7 +24,7 @@ use crate::sdxl::unet::UNet;
 use crate::weights::model_folder::ModelFiles;
 use crate::weights::sha256;
 
-/// A LoRA with its name, strength and short hash, for the picture's text.
+/// A LoRA with its name, strength and short hash, for the image's text.
 pub(crate) struct Chosen {
     pub(crate) name: String,
     pub(crate) strength: Strength,

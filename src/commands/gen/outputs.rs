@@ -7,12 +7,12 @@ use anyhow::Result;
 use crate::commands::r#gen::{Args, LoraMode};
 use crate::failure::Failure;
 use crate::files;
-use crate::picture::PictureFormat;
+use crate::image::FileFormat;
 
 /// Where results go; checked before the work begins.
 pub(super) struct Outputs {
     pub(super) lora: Option<PathBuf>,
-    pub(super) pictures: Vec<PathBuf>,
+    pub(super) images: Vec<PathBuf>,
 }
 
 impl Outputs {
@@ -20,7 +20,7 @@ impl Outputs {
         args.identity.check(!args.reference.is_empty())?;
         if !args.has_person() && args.prompt.is_empty() {
             return Err(Failure::Usage(
-                "nothing to do: give --ref PHOTO for a LoRA, --prompt TEXT for a picture, or both".into(),
+                "nothing to do: give --ref PHOTO for a LoRA, --prompt TEXT for an image, or both".into(),
             )
             .into());
         }
@@ -41,7 +41,7 @@ impl Outputs {
         };
         let count = args.prompt.len() * args.num_images as usize;
         let out = args.out.clone().unwrap_or_else(|| PathBuf::from("difflora.png"));
-        let pictures: Vec<PathBuf> = if out.is_dir() {
+        let images: Vec<PathBuf> = if out.is_dir() {
             (1..=count).map(|i| out.join(format!("{i:04}.png"))).collect()
         } else if count == 1 {
             vec![out]
@@ -50,12 +50,12 @@ impl Outputs {
             let (stem, extension) = (stem.display(), extension.to_string_lossy());
             (1..=count).map(|i| PathBuf::from(format!("{stem}-{i:04}.{extension}"))).collect()
         };
-        for path in pictures.iter().chain(&lora) {
+        for path in images.iter().chain(&lora) {
             files::check_writable(path)?;
         }
-        for path in &pictures {
-            PictureFormat::of(path)?;
+        for path in &images {
+            FileFormat::of(path)?;
         }
-        Ok(Self { lora, pictures })
+        Ok(Self { lora, images })
     }
 }

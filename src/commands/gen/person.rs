@@ -17,8 +17,8 @@ use crate::identity::clip::ImageEncoder;
 use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
 use crate::identity::photos::Photos;
 use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
+use crate::image::Image;
 use crate::lora::{Lora, TRIGGER_PHRASE};
-use crate::picture::Picture;
 use crate::progress::{self, Stage};
 use crate::recipes::dreambooth::functional_loss::{Refinement, refine};
 use crate::sdxl::pipeline::Sdxl;
@@ -127,12 +127,12 @@ fn look_at_all(args: &Args, config: &DenoiserConfig) -> Result<Vec<(References, 
     let faces = open_encoder(face_name)?;
     let [_, (name, sha256)] = faces.provenance();
     config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
-    let images = ImageEncoder::open(&image_files)?.with_input(config.image_input);
+    let image_encoder = ImageEncoder::open(&image_files)?.with_input(config.image_input);
     if !args.identity.mixes() {
-        return Ok(vec![(look_at(args, &args.reference, &faces, &images)?, 1.0)]);
+        return Ok(vec![(look_at(args, &args.reference, &faces, &image_encoder)?, 1.0)]);
     }
     (args.identity.mixed()?.into_iter())
-        .map(|(photo, weight)| Ok((look_at(args, &[photo], &faces, &images)?, weight)))
+        .map(|(photo, weight)| Ok((look_at(args, &[photo], &faces, &image_encoder)?, weight)))
         .collect()
 }
 
@@ -205,18 +205,18 @@ impl References {
     }
 
     /// The photos again, cut to squares around the face.
-    fn squares(&self) -> Result<Vec<Picture>> {
+    fn squares(&self) -> Result<Vec<Image>> {
         let square = |(path, photo): &(PathBuf, Reference)| {
-            let picture = Picture::open(path)?;
+            let image = Image::open(path)?;
             let [x1, y1, x2, y2] = photo.chosen.bounds;
             // Three times the face: head, hair and shoulders, as portraits show them.
             let side = (3.0 * (x2 - x1).max(y2 - y1)) as usize;
-            let side = side.clamp(1, picture.width.min(picture.height));
+            let side = side.clamp(1, image.width.min(image.height));
             let from = |a: f32, b: f32, length: usize| {
                 ((((a + b) / 2.0) as usize).saturating_sub(side / 2)).min(length - side)
             };
-            let (left, top) = (from(x1, x2, picture.width), from(y1, y2, picture.height));
-            Ok(picture.crop(left, top, side, side))
+            let (left, top) = (from(x1, x2, image.width), from(y1, y2, image.height));
+            Ok(image.crop(left, top, side, side))
         };
         self.used.iter().map(square).collect()
     }
@@ -240,18 +240,18 @@ fn look_at(
     args: &Args,
     photos: &[PathBuf],
     faces: &FaceEncoder,
-    images: &ImageEncoder,
+    image_encoder: &ImageEncoder,
 ) -> Result<References> {
-    let seen = Photos::find(photos)?.look(|_, path, picture| {
-        let search = faces.search(picture)?;
+    let seen = Photos::find(photos)?.look(|_, path, image| {
+        let search = faces.search(image)?;
         let chosen = search.face(args.face as usize, &path.display().to_string())?;
         Ok(Reference {
-            face: faces.embed(picture, chosen)?,
-            image: images.embed(picture, chosen)?,
+            face: faces.embed(image, chosen)?,
+            image: image_encoder.embed(image, chosen)?,
             sha256: sha256::of_file(path)?,
             faces: search.faces.len(),
             chosen: chosen.clone(),
-            quality: Quality::of(picture, chosen, &search.faces),
+            quality: Quality::of(image, chosen, &search.faces),
         })
     })?;
     let mut left_out = seen.left_out_json();
@@ -294,7 +294,7 @@ fn look_at(
     {
         progress::warn(format_args!(
             "`{}` and `{}` seem to show two people (cosine {:.2}); both are used. `difflora face dedupe` groups \
-             pictures by person",
+             images by person",
             one.display(),
             two.display(),
             cosine(&a.face, &b.face)

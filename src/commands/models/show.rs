@@ -16,7 +16,7 @@ use crate::sdxl::vae::VaeConfig;
 /// Arguments of `difflora models show`.
 ///
 /// Only configs are read. Multiply-adds are those of convolutions and linear layers for one prompt, one step without
-/// guidance and one picture; the last column adds the products of attention.
+/// guidance and one image; the last column adds the products of attention.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A folder, a file, owner/name[@revision], or a name.

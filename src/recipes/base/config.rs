@@ -12,7 +12,8 @@ pub struct Settings {
     /// Of weights, batches and noise.
     pub seed: u64,
     /// What is painted to learn from.
-    pub pictures: image_set::Settings,
+    #[serde(rename(serialize = "pictures"), alias = "pictures")]
+    pub images: image_set::Settings,
     /// Sizes and recipe of the VAE.
     pub vae: vae::Settings,
     /// Sizes and recipe of UNet and text encoders.

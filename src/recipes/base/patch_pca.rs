@@ -36,10 +36,10 @@ pub struct Patches {
 }
 
 impl Patches {
-    /// From pictures (B, 3, H, W) in [−1, 1].
-    pub fn fit(pictures: &Tensor, components: usize) -> Result<Self> {
-        let (b, c, h, w) = pictures.dims4()?;
-        let rows = pictures
+    /// From images (B, 3, H, W) in [−1, 1].
+    pub fn fit(images: &Tensor, components: usize) -> Result<Self> {
+        let (b, c, h, w) = images.dims4()?;
+        let rows = images
             .reshape(vec![b, c, h / SIDE, SIDE, w / SIDE, SIDE])?
             .permute(vec![0, 2, 4, 1, 3, 5])?
             .contiguous()?
@@ -60,7 +60,7 @@ impl Patches {
     }
 
     /// Scale of latent k: component k in standard deviations times this. The square root keeps part of the
-    /// spectrum, so that a denoiser spends its effort where the picture is; together the latents have power 1.
+    /// spectrum, so that a denoiser spends its effort where the image is; together the latents have power 1.
     fn scale(&self, k: usize) -> f64 {
         let power = self.deviations.iter().sum::<f64>() / self.deviations.len() as f64;
         (self.deviations[k] / power).sqrt()
@@ -195,16 +195,16 @@ mod tests {
         };
         let trainable = Trainable::new(3);
         let vae = Vae::new(&config, trainable.builder(&Device::Cpu)).unwrap();
-        let pictures =
+        let images =
             crate::train::normal(&mut crate::train::rng(1, 1), &(6, 3, 32, 32).into(), &Device::Cpu).unwrap();
-        let pictures = (pictures * 0.4).unwrap();
-        let patches = Patches::fit(&pictures, 8).unwrap();
+        let images = (images * 0.4).unwrap();
+        let patches = Patches::fit(&images, 8).unwrap();
         patches.write(&config, &trainable.vars()).unwrap();
-        let (mean, logvar) = vae.encode(&pictures).unwrap();
+        let (mean, logvar) = vae.encode(&images).unwrap();
         assert_eq!(mean.dims(), [6, 8, 8, 8]);
         assert!(logvar.max_all().unwrap().to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap() < -29.0);
-        // The patch in row 2, column 5 of picture 4, by hand.
-        let patch = pictures.get(4).unwrap().narrow(1, 8, 4).unwrap().narrow(2, 20, 4).unwrap();
+        // The patch in row 2, column 5 of image 4, by hand.
+        let patch = images.get(4).unwrap().narrow(1, 8, 4).unwrap().narrow(2, 20, 4).unwrap();
         let patch: Vec<f32> = patch.flatten_all().unwrap().to_vec1().unwrap();
         for i in 0..8 {
             let component: f64 = patches.basis[i]

@@ -1,4 +1,4 @@
-//! The second stage: UNet and both text encoders learn together to draw pictures from captions.
+//! The second stage: UNet and both text encoders learn together to draw images from captions.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::diffusion::sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
-use crate::picture::{Picture, contact_sheet};
+use crate::image::{Image, contact_sheet};
 use crate::progress;
 use crate::sdxl::folder::SdxlParts;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel, TextConditioning, TextEncoders};
@@ -41,7 +41,7 @@ pub struct Settings {
     pub timestep_power: f64,
     /// Tokens and positions start with this many times transformers' deviation of 0.02.
     pub embedding_scale: f64,
-    /// Steps between sheets of pictures.
+    /// Steps between sheets of images.
     pub sheet_every: u64,
     /// Steps, batch, rate.
     pub plan: Plan,
@@ -138,7 +138,7 @@ pub fn train(
         encoder_2,
     };
     let schedule = NoiseSchedule::new(&settings.scheduler)?;
-    let drawing = Drawing { text, unet, schedule, size: all.pictures.size };
+    let drawing = Drawing { text, unet, schedule, size: all.images.size };
 
     let seed = all.seed.wrapping_add(1);
     let loss = |step: u64, shard: usize| drawing.loss(settings, gallery, &latents, (seed, step, shard));
@@ -182,7 +182,7 @@ fn words() -> Vec<&'static str> {
     words
 }
 
-/// The scaled latents of all pictures, made once and kept in `folder`. (pictures, C, h, w).
+/// The scaled latents of all images, made once and kept in `folder`. (images, C, h, w).
 fn latents(
     vae: &Vae,
     all: &crate::recipes::base::config::Settings,
@@ -191,7 +191,7 @@ fn latents(
 ) -> Result<Tensor> {
     let path = folder.join("latents.safetensors");
     // The scale was measured on the trained weights, so it stands for them.
-    let made_of = serde_json::json!({ "pictures": all.pictures, "vae": vae.config() });
+    let made_of = serde_json::json!({ "pictures": all.images, "vae": vae.config() });
     if path.exists()
         && let Ok(saved) = checkpoint::load(&path, &made_of)
         && let Some(latents) = saved.part("latents").remove("all")
@@ -262,7 +262,7 @@ impl Drawing {
         Ok(Loss { value, parts: vec![("error", plain)] })
     }
 
-    /// The UNet's answer; pictures are uncropped squares of the size trained on.
+    /// The UNet's answer; images are uncropped squares of the size trained on.
     fn predict(&self, x: &Tensor, times: &[f32], conditioning: &TextConditioning) -> Result<Tensor> {
         let b = x.dim(0)?;
         ensure!(times.len() == b, "{} timesteps for {b} samples", times.len());
@@ -272,8 +272,8 @@ impl Drawing {
         self.unet.forward(x, &times, &conditioning.context, &conditioning.pooled, &sizes.contiguous()?)
     }
 
-    /// Pictures of the prompts of [`PROMPTS`], drawn with guidance.
-    fn sheet(&self, vae: &Vae) -> Result<Picture> {
+    /// Images of the prompts of [`PROMPTS`], drawn with guidance.
+    fn sheet(&self, vae: &Vae) -> Result<Image> {
         let columns = 6;
         let rows = in_threads(PROMPTS.len(), |row| {
             let UNetConfig { in_channels, sample_size, .. } = self.unet.config;
@@ -288,10 +288,10 @@ impl Drawing {
                 Ok((&empty + ((told - &empty)? * 4.0)?)?)
             };
             let z = sampler::ddim(denoise, x, &self.schedule, 20, 0.0, |_| unreachable!("eta is 0"))?;
-            let pictures = vae.decode(&vae.from_latents(&z)?)?.clamp(-1f32, 1f32)?;
-            (0..columns).map(|i| Picture::from_tensor(&pictures.get(i)?)).collect::<Result<Vec<_>>>()
+            let images = vae.decode(&vae.from_latents(&z)?)?.clamp(-1f32, 1f32)?;
+            (0..columns).map(|i| Image::from_tensor(&images.get(i)?)).collect::<Result<Vec<_>>>()
         })?;
-        let rows: Vec<Vec<&Picture>> = rows.iter().map(|row| row.iter().collect()).collect();
+        let rows: Vec<Vec<&Image>> = rows.iter().map(|row| row.iter().collect()).collect();
         Ok(contact_sheet(&rows, 128, 2))
     }
 }

@@ -11,7 +11,7 @@ use rand::Rng;
 use rand::seq::index;
 use serde::{Deserialize, Serialize};
 
-use crate::picture::{Picture, contact_sheet};
+use crate::image::{Image, contact_sheet};
 use crate::progress;
 use crate::recipes::base::patch_pca::Patches;
 use crate::sdxl::vae::{Vae, VaeConfig};
@@ -32,7 +32,7 @@ pub struct Settings {
     pub noise: f64,
     /// Weight of the absolute error of the differences between neighbouring pixels.
     pub edges: f64,
-    /// Steps between sheets of pictures.
+    /// Steps between sheets of images.
     pub sheet_every: u64,
     /// Steps, batch, rate.
     pub plan: Plan,
@@ -42,7 +42,7 @@ pub struct Settings {
 #[derive(Serialize)]
 struct Recipe<'a> {
     seed: u64,
-    pictures: &'a image_set::Settings,
+    images: &'a image_set::Settings,
     vae: &'a Settings,
 }
 
@@ -72,7 +72,7 @@ pub fn train(
     )?;
     vars.retain(|name, _| name.starts_with("decoder.") || name.starts_with("post_quant_conv."));
 
-    let recipe = Recipe { seed: all.seed, pictures: &all.pictures, vae: settings };
+    let recipe = Recipe { seed: all.seed, images: &all.images, vae: settings };
     let shown = gallery.strangers(16)?;
     let samples = settings.plan.samples_a_shard()?;
     let loss = |step: u64, shard: usize| {
@@ -149,13 +149,13 @@ fn finish(
     Ok(())
 }
 
-/// Pictures above what comes back. `x` (B, 3, H, W).
-fn sheet(vae: &Vae, x: &Tensor) -> Result<Picture> {
-    let pictures = |x: &Tensor| -> Result<Vec<Picture>> {
-        (0..x.dim(0)?).map(|i| Picture::from_tensor(&x.get(i)?.clamp(-1f32, 1f32)?)).collect()
+/// Images above what comes back. `x` (B, 3, H, W).
+fn sheet(vae: &Vae, x: &Tensor) -> Result<Image> {
+    let images = |x: &Tensor| -> Result<Vec<Image>> {
+        (0..x.dim(0)?).map(|i| Image::from_tensor(&x.get(i)?.clamp(-1f32, 1f32)?)).collect()
     };
-    let (before, after) = (pictures(x)?, pictures(&vae.decode(&vae.encode(x)?.0)?)?);
-    let rows: Vec<Vec<&Picture>> = before
+    let (before, after) = (images(x)?, images(&vae.decode(&vae.encode(x)?.0)?)?);
+    let rows: Vec<Vec<&Image>> = before
         .chunks(8)
         .zip(after.chunks(8))
         .flat_map(|(before, after)| [before.iter().collect(), after.iter().collect()])

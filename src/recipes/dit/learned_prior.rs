@@ -1,5 +1,5 @@
 //! A prior whose means and deviations train along (Corgi, arXiv 2211.15388; `training_losses` in
-//! drboog/Shifted_Diffusion, whose formula the paper prints as a picture).
+//! drboog/Shifted_Diffusion, whose formula the paper prints as an image).
 
 use std::collections::BTreeMap;
 

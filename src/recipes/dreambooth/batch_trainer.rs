@@ -35,7 +35,7 @@ pub struct Room {
     pub schedule: NoiseSchedule,
     /// From the VAE's latents to the UNet's.
     pub scaling: Scaling,
-    /// Class pictures.
+    /// Class images.
     pub class: Option<Lessons>,
     /// For samples along the way.
     pub easel: Option<Easel>,
@@ -55,7 +55,7 @@ pub struct Room {
     pub base: ModelId,
     /// Where it lies.
     pub device: Device,
-    /// Side of the pictures.
+    /// Side of the images.
     pub side: usize,
     /// Whether it computes in f16.
     pub half: bool,
@@ -71,15 +71,15 @@ pub struct Room {
 pub struct Person {
     /// As warnings and logs say.
     pub name: String,
-    /// Folder of the pictures.
-    pub pictures: PathBuf,
+    /// Folder of the images.
+    pub images: PathBuf,
     /// The LoRA to write.
     pub out: PathBuf,
     /// State, log and samples.
     pub folder: PathBuf,
 }
 
-/// A LoRA that was written, the number of its pictures, and the mean loss of the last steps.
+/// A LoRA that was written, the number of its images, and the mean loss of the last steps.
 pub type Done = (PathBuf, usize, f64);
 
 /// Who waits, and what has become of the others.
@@ -99,7 +99,7 @@ struct Waiting {
 
 /// What a person brings to the seat.
 enum Material {
-    /// Pictures and captions that are still to be encoded, by these.
+    /// Images and captions that are still to be encoded, by these.
     Raw(Arc<(Encoders, FaceEncoder)>),
     Encoded(Box<Lessons>),
 }
@@ -111,7 +111,7 @@ impl Queue {
         Self { waiting: Mutex::new(waiting), done: Mutex::default(), failed: Mutex::default() }
     }
 
-    /// Encodes the first person's pictures and captions now; the encoders go if nobody else waits.
+    /// Encodes the first person's images and captions now; the encoders go if nobody else waits.
     pub fn encode_the_first(&mut self, settings: &Settings, side: usize) -> Result<()> {
         let waiting = self.waiting.get_mut().expect("nobody panics in the queue");
         if let (Some(person), Some(encoders)) = (waiting.people.front(), &waiting.encoders) {
@@ -143,16 +143,16 @@ impl Queue {
     }
 }
 
-/// A person's pictures and captions, as the networks take them. Warns of what makes a poor LoRA.
+/// A person's images and captions, as the networks take them. Warns of what makes a poor LoRA.
 fn encode(
     person: &Person,
     settings: &Settings,
     side: usize,
     (encoders, faces): &(Encoders, FaceEncoder),
 ) -> Result<Lessons> {
-    let pictures = image_dataset::read_pictures(&person.pictures, &settings.caption())?;
-    image_dataset::warn_of_poor_pictures(&person.name, &pictures, faces)?;
-    Lessons::new(pictures, settings, side, encoders)
+    let images = image_dataset::read_images(&person.images, &settings.caption())?;
+    image_dataset::warn_of_poor_images(&person.name, &images, faces)?;
+    Lessons::new(images, settings, side, encoders)
 }
 
 impl Room {
@@ -207,7 +207,7 @@ impl Room {
         }
     }
 
-    /// Reads a person's pictures and state; nothing when the person's LoRA is there already.
+    /// Reads a person's images and state; nothing when the person's LoRA is there already.
     fn seat(&self, person: Person, material: Material, queue: &Queue) -> Result<Option<Learner>> {
         let settings = &self.settings;
         std::fs::create_dir_all(&person.folder)

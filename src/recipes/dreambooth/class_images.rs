@@ -1,10 +1,10 @@
-//! Class pictures for prior preservation: pictures of anybody of the class, drawn by the base where they are missing.
+//! Class images for prior preservation: images of anybody of the class, drawn by the base where they are missing.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::picture::pictures_in;
+use crate::image::images_in;
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::lockstep::Networks;
@@ -12,8 +12,8 @@ use crate::recipes::dreambooth::previews::Easel;
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::text::TextEncoders;
 
-/// Draws as many pictures into `folder` as are missing there, number by number, so that it goes on where it was stopped.
-/// Pictures of other names in the folder count too.
+/// Draws as many images into `folder` as are missing there, number by number, so that it goes on where it was stopped.
+/// Images of other names in the folder count too.
 pub fn complete(
     folder: &Path,
     model: &Unloaded,
@@ -23,8 +23,8 @@ pub fn complete(
 ) -> Result<()> {
     std::fs::create_dir_all(folder)
         .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
-    let there = pictures_in(folder)?;
-    let wanted = settings.objective.class_pictures as usize;
+    let there = images_in(folder)?;
+    let wanted = settings.objective.class_images as usize;
     let missing = wanted.saturating_sub(there.len());
     if missing == 0 {
         return Ok(());
@@ -39,8 +39,8 @@ pub fn complete(
         progress::check()?;
         let (steps, guidance) = (settings.samples.steps, settings.samples.guidance);
         let seed = settings.seed + number;
-        for picture in easel.draw(&networks, &prompt, seed, steps, guidance)? {
-            picture.save(&path, None)?;
+        for image in easel.draw(&networks, &prompt, seed, steps, guidance)? {
+            image.save(&path, None)?;
         }
         bar.inc(1);
     }

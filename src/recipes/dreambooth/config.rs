@@ -18,21 +18,23 @@ pub const PRESETS: [(&str, &str); 2] = [
     ("sdxl-dreambooth", include_str!("../../../configs/train-lora-sdxl-dreambooth.toml")),
 ];
 
-/// Everything that decides a LoRA besides base and pictures.
+/// Everything that decides a LoRA besides base and images.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Of the start, the order of pictures, timesteps and noise.
+    /// Of the start, the order of images, timesteps and noise.
     pub seed: u64,
     /// What is trained.
     pub lora: Factors,
     /// What is asked of it.
     pub objective: Objective,
     /// What it is shown.
-    pub pictures: Pictures,
+    // Here and below: written under its first name, which the states of existing runs hold.
+    #[serde(rename(serialize = "pictures"), alias = "pictures")]
+    pub images: Images,
     /// How it is brought there.
     pub training: Training,
-    /// Pictures along the way.
+    /// Images along the way.
     pub samples: Samples,
 }
 
@@ -63,40 +65,41 @@ pub struct Objective {
     pub min_snr_gamma: f64,
     /// Noise that all pixels of a channel share, as a part of the noise.
     pub noise_offset: f64,
-    /// Class pictures for prior preservation; 0 for none.
-    pub class_pictures: u64,
-    /// What class pictures show; `template` with the class word alone where it is not given.
+    /// Class images for prior preservation; 0 for none.
+    #[serde(rename(serialize = "class_pictures"), alias = "class_pictures")]
+    pub class_images: u64,
+    /// What class images show; `template` with the class word alone where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub class_prompt: Option<String>,
     /// λ, their weight.
     pub prior_weight: f64,
 }
 
-/// The pictures and their captions.
+/// The images and their captions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Pictures {
+pub struct Images {
     /// What the person is.
     pub class_word: String,
     /// A rare word that calls the person; empty for none.
     pub trigger: String,
-    /// The caption of pictures without a text beside them; `{}` stands for trigger and class word.
+    /// The caption of images without a text beside them; `{}` stands for trigger and class word.
     pub template: String,
     /// Pixels on a side; 0 for the base's own. With buckets, the side of the square of equal area.
     pub resolution: usize,
-    /// What of a picture is shown.
+    /// What of an image is shown.
     pub crop: Crop,
-    /// Each picture mirrored every other time, at random.
+    /// Each image mirrored every other time, at random.
     pub flip: bool,
     /// Brightness, contrast and saturation change by up to this part.
     pub colour: f64,
-    /// Which latents stand for a picture.
+    /// Which latents stand for an image.
     pub latents: Latents,
     /// What SDXL is told of sizes and crops.
     pub sizes: ToldSizes,
 }
 
-/// What of a picture is shown.
+/// What of an image is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Crop {
@@ -104,11 +107,11 @@ pub enum Crop {
     Center,
     /// A square at another place each time.
     Random,
-    /// Nearly all: sizes of equal area in many proportions, each pass with pictures of one.
+    /// Nearly all: sizes of equal area in many proportions, each pass with images of one.
     Buckets,
 }
 
-/// Which latents stand for a picture.
+/// Which latents stand for an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Latents {
@@ -123,7 +126,8 @@ pub enum Latents {
 #[serde(rename_all = "kebab-case")]
 pub enum ToldSizes {
     /// The size of the file, what was cut off, and the size that is trained on.
-    Picture,
+    #[serde(rename(serialize = "picture"), alias = "picture")]
+    Image,
     /// The size that is trained on, and no crop.
     Target,
 }
@@ -134,8 +138,9 @@ pub enum ToldSizes {
 pub struct Training {
     /// Steps of the optimiser.
     pub steps: u64,
-    /// Where it is not 0, each person has so many steps for each of the person's pictures instead.
-    pub steps_per_picture: u64,
+    /// Where it is not 0, each person has so many steps for each of the person's images instead.
+    #[serde(rename(serialize = "steps_per_picture"), alias = "steps_per_picture")]
+    pub steps_per_image: u64,
     /// Samples of a forward pass.
     pub batch: usize,
     /// Forward passes of a step.
@@ -201,7 +206,7 @@ impl std::str::FromStr for LossScale {
     }
 }
 
-/// Pictures along the way.
+/// Images along the way.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Samples {
@@ -248,11 +253,11 @@ impl Settings {
         whole.try_into().map_err(|error| Failure::unusable(path, error))
     }
 
-    /// Steps for somebody with so many pictures.
-    pub fn steps(&self, pictures: usize) -> u64 {
-        match self.training.steps_per_picture {
+    /// Steps for somebody with so many images.
+    pub fn steps(&self, images: usize) -> u64 {
+        match self.training.steps_per_image {
             0 => self.training.steps,
-            each => each * pictures as u64,
+            each => each * images as u64,
         }
     }
 
@@ -263,17 +268,17 @@ impl Settings {
 
     /// Trigger and class word, as captions call the person.
     pub fn called(&self) -> String {
-        format!("{} {}", self.pictures.trigger, self.pictures.class_word).trim().to_string()
+        format!("{} {}", self.images.trigger, self.images.class_word).trim().to_string()
     }
 
-    /// The caption of a picture without a text of its own.
+    /// The caption of an image without a text of its own.
     pub fn caption(&self) -> String {
-        self.pictures.template.replace("{}", &self.called())
+        self.images.template.replace("{}", &self.called())
     }
 
-    /// What class pictures show.
+    /// What class images show.
     pub fn class_prompt(&self) -> String {
-        let plain = || self.pictures.template.replace("{}", &self.pictures.class_word);
+        let plain = || self.images.template.replace("{}", &self.images.class_word);
         self.objective.class_prompt.clone().unwrap_or_else(plain)
     }
 
@@ -306,8 +311,8 @@ impl Settings {
             (objective.min_snr_gamma < 0.0, "min_snr_gamma must not be negative"),
             (!objective.noise_offset.is_finite(), "noise_offset must be a number"),
             (objective.prior_weight < 0.0, "prior_weight must not be negative"),
-            (!(0.0..1.0).contains(&self.pictures.colour), "colour must be at least 0 and below 1"),
-            (!self.pictures.template.contains("{}"), "template needs a {} for the person"),
+            (!(0.0..1.0).contains(&self.images.colour), "colour must be at least 0 and below 1"),
+            (!self.images.template.contains("{}"), "template needs a {} for the person"),
         ];
         match wrong.iter().find(|(is, _)| *is) {
             Some((_, why)) => bail!(Failure::Usage((*why).to_string())),
@@ -316,9 +321,14 @@ impl Settings {
     }
 }
 
-/// Puts the values of `above` over those of `below`, table by table.
+/// Keys of earlier versions and their present spelling.
+const RENAMED_KEYS: [(&str, &str); 3] =
+    [("pictures", "images"), ("class_pictures", "class_images"), ("steps_per_picture", "steps_per_image")];
+
+/// Puts the values of `above` over those of `below`, table by table; old keys count as their new spelling.
 fn lay_over(below: &mut toml::Table, above: toml::Table) {
     for (key, value) in above {
+        let key = RENAMED_KEYS.iter().find(|(old, _)| *old == key).map_or(key, |(_, new)| (*new).to_string());
         match (below.get_mut(&key), value) {
             (Some(toml::Value::Table(below)), toml::Value::Table(above)) => lay_over(below, above),
             (_, value) => drop(below.insert(key, value)),
@@ -354,7 +364,7 @@ mod tests {
         (wanted.lora.rank, wanted.training.loss_scale) = (2, LossScale::Static(128.0));
         assert_eq!(read("[lora]\nrank = 2\n[training]\nloss_scale = 128.0").unwrap(), wanted);
         let sdxl = read("preset = \"sdxl-dreambooth\"\nseed = 4").unwrap();
-        assert_eq!((sdxl.lora.rank, sdxl.seed, sdxl.pictures.crop), (8, 4, Crop::Buckets));
+        assert_eq!((sdxl.lora.rank, sdxl.seed, sdxl.images.crop), (8, 4, Crop::Buckets));
     }
 
     #[test]

@@ -31,24 +31,24 @@ impl Timesteps {
     }
 }
 
-/// Which of `pictures` pictures are in pass `pass` of `batch` samples: every picture comes once before any comes
+/// Which of `images` images are in pass `pass` of `batch` samples: every image comes once before any comes
 /// again, and each round has an order of its own.
-pub fn in_turn(seed: u64, pass: u64, batch: usize, pictures: usize) -> Vec<usize> {
+pub fn in_turn(seed: u64, pass: u64, batch: usize, images: usize) -> Vec<usize> {
     (0..batch as u64)
         .map(|i| {
             let at = pass * batch as u64 + i;
-            let (round, place) = (at / pictures as u64, at % pictures as u64);
-            order(seed, round, pictures)[place as usize]
+            let (round, place) = (at / images as u64, at % images as u64);
+            order(seed, round, images)[place as usize]
         })
         .collect()
 }
 
-/// The same where only pictures of one group may share a pass, `groups` telling each picture's. A group whose
-/// pictures don't fill its passes repeats some of them.
+/// The same where only images of one group may share a pass, `groups` telling each image's. A group whose
+/// images don't fill its passes repeats some of them.
 pub fn in_turn_by_group(seed: u64, pass: u64, batch: usize, groups: &[usize]) -> Vec<usize> {
     let count = groups.iter().max().map_or(0, |last| last + 1);
     let mut members = vec![Vec::new(); count];
-    groups.iter().enumerate().for_each(|(picture, group)| members[*group].push(picture));
+    groups.iter().enumerate().for_each(|(image, group)| members[*group].push(image));
     members.retain(|group| !group.is_empty());
     if members.len() == 1 {
         return in_turn(seed, pass, batch, groups.len());
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_picture_comes_once_a_round() {
+    fn every_image_comes_once_a_round() {
         let mut seen: Vec<usize> = (0..5).flat_map(|pass| in_turn(3, pass, 2, 10)).collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..10).collect::<Vec<_>>());
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pass_holds_pictures_of_one_group_and_a_round_holds_all() {
+    fn a_pass_holds_images_of_one_group_and_a_round_holds_all() {
         let groups = [0, 1, 0, 1, 2, 0, 0];
         let passes = 2 + 1 + 1;
         for round in 0..3 {

@@ -1,7 +1,7 @@
-//! The functional loss: what LoRAs cost the frozen base on pictures of their people.
+//! The functional loss: what LoRAs cost the frozen base on images of their people.
 //!
-//! The distance of weights treats all directions alike, though some change a picture and some do not. So LoRAs are
-//! also put beside the weights of the base, and pay the base's own diffusion loss on pictures of the person; the
+//! The distance of weights treats all directions alike, though some change an image and some do not. So LoRAs are
+//! also put beside the weights of the base, and pay the base's own diffusion loss on images of the person; the
 //! gradient goes back into whatever made them: an autoencoder, a diffusion transformer, or the LoRA's factors
 //! themselves, which is how [`refine`] fine-tunes a predicted LoRA. HyperLoRA (arXiv 2503.16944) and LoFA train so
 //! without any distance of weights.
@@ -19,10 +19,10 @@ use serde::Deserialize;
 use crate::commands::build_dataset::{self, read_manifest};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::failure::Failure;
+use crate::image::{Filter, Image};
 use crate::layers::{Adapter, Layer};
 use crate::lora::layout::LoraLayout;
 use crate::lora::{Lora, LoraLayer};
-use crate::picture::{Filter, Picture};
 use crate::progress;
 use crate::sdxl::pipeline::{Sdxl, time_ids};
 use crate::sdxl::text::TextConditioning;
@@ -59,7 +59,7 @@ pub fn adapters(layout: &LoraLayout, vectors: &Tensor) -> Result<Adapters> {
     Ok(adapters)
 }
 
-/// Pictures of K people in the same S scenes, noised alike: what differs between two people's losses is who they are.
+/// Images of K people in the same S scenes, noised alike: what differs between two people's losses is who they are.
 pub struct Sitting {
     /// (K, S, C, h, w), scaled as the UNet wants them
     pub latents: Tensor,
@@ -69,7 +69,7 @@ pub struct Sitting {
     pub size: usize,
 }
 
-/// The base's diffusion loss, mean over people, of LoRAs on their people's pictures; a scalar.
+/// The base's diffusion loss, mean over people, of LoRAs on their people's images; a scalar.
 ///
 /// Each scene has a timestep from a part of the range of its own, the same for all people, and so is the noise.
 pub fn loss(
@@ -128,7 +128,7 @@ fn adapted(unet: &UNet, adapters: &Adapters) -> Result<UNet> {
     Ok(unet)
 }
 
-/// The pictures that the LoRAs of a dataset were trained on, made again when they are wanted.
+/// The images that the LoRAs of a dataset were trained on, made again when they are wanted.
 pub struct Album {
     unet: UNet,
     vae: Vae,
@@ -143,21 +143,21 @@ impl Album {
     /// Of the people to learn from of the dataset in `folder`, who must be `people`.
     ///
     /// # Errors
-    /// [`Failure::Unusable`] when the dataset does not say how its pictures were made.
+    /// [`Failure::Unusable`] when the dataset does not say how its images were made.
     pub fn open(folder: &Path, base: Sdxl, people: usize) -> Result<Self> {
         #[derive(Deserialize)]
         struct Settings {
-            pictures: Pictures,
+            images: Images,
         }
         #[derive(Deserialize)]
-        struct Pictures {
+        struct Images {
             size: usize,
             scenes: u64,
             seed: u64,
         }
         let path = folder.join("settings.toml");
         let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
-        let Settings { pictures: Pictures { size, scenes, seed } } =
+        let Settings { images: Images { size, scenes, seed } } =
             toml::from_str(&text).map_err(|error| Failure::unusable(&path, error))?;
         let rows = read_manifest(folder)?.into_iter().filter(|row| row.split == "train");
         let known: Vec<Person> = rows.map(|row| Person::new(row.person.0, row.person.1)).collect();
@@ -175,21 +175,21 @@ impl Album {
         Ok(Self { unet, vae, schedule, people: known, scenes, captions, size })
     }
 
-    /// [`loss`] of LoRA vectors (K, P) of these K people, each in `pictures` scenes; `vectors` lie where the base does.
+    /// [`loss`] of LoRA vectors (K, P) of these K people, each in `images` scenes; `vectors` lie where the base does.
     pub fn loss(
         &self,
         layout: &LoraLayout,
         vectors: &Tensor,
         people: &[usize],
-        pictures: usize,
+        images: usize,
         rng: &mut ChaCha8Rng,
     ) -> Result<Tensor> {
-        let scenes: Vec<u32> = (0..pictures).map(|_| rng.random_range(0..self.scenes.len() as u32)).collect();
+        let scenes: Vec<u32> = (0..images).map(|_| rng.random_range(0..self.scenes.len() as u32)).collect();
         let mut latents = Vec::with_capacity(people.len());
         for person in people {
             let painted = scenes.iter().map(|scene| {
                 let scene = &self.scenes[*scene as usize];
-                build_dataset::picture(&self.people[*person], scene, self.size)?.to_tensor(&Device::Cpu)
+                build_dataset::image(&self.people[*person], scene, self.size)?.to_tensor(&Device::Cpu)
             });
             let painted =
                 Tensor::stack(&painted.collect::<Result<Vec<_>>>()?, 0)?.to_device(vectors.device())?;
@@ -245,20 +245,20 @@ pub struct Refined {
 pub fn refine(
     base: &Sdxl,
     lora: &Lora,
-    photos: &[Picture],
+    photos: &[Image],
     how: Refinement,
     bar: &ProgressBar,
 ) -> Result<(Lora, Refined)> {
     let size = base.native_size();
     let device = base.device();
-    let mut pictures = Vec::new();
+    let mut images = Vec::new();
     for photo in photos {
         let photo = photo.square(size, Filter::Bicubic);
         // Mirrored too: one photo is little to learn from.
-        pictures.extend([photo.mirrored().to_tensor(device)?, photo.to_tensor(device)?]);
+        images.extend([photo.mirrored().to_tensor(device)?, photo.to_tensor(device)?]);
     }
-    let pictures = Tensor::stack(&pictures, 0)?.to_dtype(base.vae.dtype())?;
-    let latents = base.vae.to_latents(&base.vae.encode(&pictures)?.0)?;
+    let images = Tensor::stack(&images, 0)?.to_dtype(base.vae.dtype())?;
+    let latents = base.vae.to_latents(&base.vae.encode(&images)?.0)?;
     let count = latents.dim(0)?;
     // Where the base is small a step looks at several noises at once.
     let batch = if size <= 128 { 8 } else { 1 };
@@ -419,7 +419,7 @@ mod tests {
     #[test]
     fn refining_lowers_the_loss_on_the_photos_and_repeats() {
         let base = tiny();
-        let photo = Picture::filled(80, 64, [200, 30, 40]);
+        let photo = Image::filled(80, 64, [200, 30, 40]);
         let how = Refinement { steps: 6, rate: 1e-2, seed: 1, downs: false };
         let start = lora(1, 0.05);
         let (refined, told) =

@@ -1,4 +1,4 @@
-//! The pictures and captions that one LoRA is learnt from, as the networks take them.
+//! The images and captions that one LoRA is learnt from, as the networks take them.
 
 use std::path::{Path, PathBuf};
 
@@ -10,37 +10,37 @@ use sha2::{Digest, Sha256};
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::identity::FaceEncoder;
+use crate::image::{Image, images_in};
 use crate::layers::compute_dtype;
-use crate::picture::{Picture, pictures_in};
 use crate::progress;
 use crate::recipes::dreambooth::augment::{self, Cut};
-use crate::recipes::dreambooth::config::{Crop, Latents, Pictures, Settings, ToldSizes};
+use crate::recipes::dreambooth::config::{Crop, Images, Latents, Settings, ToldSizes};
 use crate::recipes::dreambooth::data_order;
 use crate::recipes::dreambooth::loss::Words;
 use crate::sdxl::pipeline::Sizes;
 use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
 
-/// A picture and what it is called.
+/// An image and what it is called.
 pub struct Captioned {
     /// Upright.
-    pub picture: Picture,
+    pub image: Image,
     /// What it shows.
     pub caption: String,
 }
 
-/// Reads the pictures of a folder with their captions: the text beside a picture, in a .txt of the same name, or
+/// Reads the images of a folder with their captions: the text beside an image, in a .txt of the same name, or
 /// `caption`. What cannot be read is named and left out.
 ///
 /// # Errors
-/// [`Failure::Unusable`] when no picture is left, or a caption is not UTF-8.
-pub fn read_pictures(folder: &Path, caption: &str) -> Result<Vec<Captioned>> {
+/// [`Failure::Unusable`] when no image is left, or a caption is not UTF-8.
+pub fn read_images(folder: &Path, caption: &str) -> Result<Vec<Captioned>> {
     let mut read = Vec::new();
     let mut left_out = 0;
-    for path in pictures_in(folder)? {
+    for path in images_in(folder)? {
         progress::check()?;
-        match Picture::open(&path) {
-            Ok(picture) => read.push(Captioned { picture, caption: caption_beside(&path, caption)? }),
+        match Image::open(&path) {
+            Ok(image) => read.push(Captioned { image, caption: caption_beside(&path, caption)? }),
             Err(error) => {
                 left_out += 1;
                 progress::warn(format_args!("left out: {error:#}"));
@@ -49,17 +49,17 @@ pub fn read_pictures(folder: &Path, caption: &str) -> Result<Vec<Captioned>> {
     }
     if read.is_empty() {
         let why = match left_out {
-            0 => "there is no picture in this folder".to_string(),
-            n => format!("none of its {n} pictures can be read"),
+            0 => "there is no image in this folder".to_string(),
+            n => format!("none of its {n} images can be read"),
         };
         return Err(Failure::unusable(folder, why));
     }
     Ok(read)
 }
 
-/// The text beside a picture.
-fn caption_beside(picture: &Path, otherwise: &str) -> Result<String> {
-    let path = picture.with_extension("txt");
+/// The text beside an image.
+fn caption_beside(image: &Path, otherwise: &str) -> Result<String> {
+    let path = image.with_extension("txt");
     if !path.exists() {
         return Ok(otherwise.to_string());
     }
@@ -72,29 +72,29 @@ fn caption_beside(picture: &Path, otherwise: &str) -> Result<String> {
     Ok(text.trim_start_matches('\u{feff}').trim().to_string())
 }
 
-/// Warns of what makes a poor LoRA but is allowed: few pictures, and pictures without a face.
-pub fn warn_of_poor_pictures(name: &str, pictures: &[Captioned], faces: &FaceEncoder) -> Result<()> {
-    if pictures.len() < 3 {
-        let count = pictures.len();
+/// Warns of what makes a poor LoRA but is allowed: few images, and images without a face.
+pub fn warn_of_poor_images(name: &str, images: &[Captioned], faces: &FaceEncoder) -> Result<()> {
+    if images.len() < 3 {
+        let count = images.len();
         progress::warn(format_args!(
             "{name}: only {count} {}; the LoRA will learn them by heart",
-            if count == 1 { "picture" } else { "pictures" }
+            if count == 1 { "image" } else { "images" }
         ));
     }
     let mut without = 0;
-    for Captioned { picture, .. } in pictures {
+    for Captioned { image, .. } in images {
         progress::check()?;
-        without += usize::from(faces.search(picture)?.faces.is_empty());
+        without += usize::from(faces.search(image)?.faces.is_empty());
     }
     if without > 0 {
-        progress::warn(format_args!("{name}: no face is found in {without} of {} pictures", pictures.len()));
+        progress::warn(format_args!("{name}: no face is found in {without} of {} images", images.len()));
     }
     Ok(())
 }
 
-/// The parts of a model that turn pictures and captions into what the UNet takes.
+/// The parts of a model that turn images and captions into what the UNet takes.
 pub struct Encoders {
-    /// Pictures to latents.
+    /// Images to latents.
     pub vae: Vae,
     /// Captions to conditioning.
     pub text: TextEncoders,
@@ -102,7 +102,7 @@ pub struct Encoders {
     pub device: Device,
 }
 
-/// One person's pictures, or those of the class.
+/// One person's images, or those of the class.
 pub struct Lessons {
     shown: Vec<Shown>,
     captions: Captions,
@@ -110,22 +110,22 @@ pub struct Lessons {
     texts: Vec<String>,
     /// For views that are drawn anew each time.
     vae: Option<Vae>,
-    how: Pictures,
+    how: Images,
     seed: u64,
     device: Device,
     /// SHA-256 of pixels and captions.
     pub sha256: String,
 }
 
-/// One picture.
+/// One image.
 struct Shown {
     /// Where views are drawn anew.
-    picture: Option<Picture>,
+    image: Option<Image>,
     /// Encoded beforehand: as it is, and mirrored where flips are wanted.
     encoded: Vec<(Moments, Sizes)>,
     /// Width and height that it is shown in.
     size: [usize; 2],
-    /// Only pictures of one group share a pass.
+    /// Only images of one group share a pass.
     group: usize,
     /// Place in the captions.
     caption: usize,
@@ -148,12 +148,12 @@ impl Lessons {
     /// Encodes what can be encoded beforehand: captions unless text encoders train, latents unless crops or colours
     /// are random.
     pub fn new(
-        pictures: Vec<Captioned>,
+        images: Vec<Captioned>,
         settings: &Settings,
         side: usize,
         encoders: &Encoders,
     ) -> Result<Self> {
-        let how = settings.pictures.clone();
+        let how = settings.images.clone();
         let factor = encoders.vae.config().factor();
         let sizes = match how.crop {
             Crop::Buckets => augment::buckets(side, (side / 16).next_multiple_of(factor)),
@@ -163,12 +163,12 @@ impl Lessons {
         let mut captions: Vec<String> = Vec::new();
         let mut lessons = Vec::new();
         let anew = how.crop == Crop::Random || how.colour > 0.0;
-        for Captioned { picture, caption } in pictures {
+        for Captioned { image, caption } in images {
             progress::check()?;
-            hash.update((picture.width as u64).to_le_bytes());
-            hash.update(&picture.rgb);
+            hash.update((image.width as u64).to_le_bytes());
+            hash.update(&image.rgb);
             hash.update(&caption);
-            let group = augment::nearest_bucket(&sizes, [picture.width, picture.height]);
+            let group = augment::nearest_bucket(&sizes, [image.width, image.height]);
             let size = sizes[group];
             let caption = captions.iter().position(|known| *known == caption).unwrap_or_else(|| {
                 captions.push(caption);
@@ -176,14 +176,14 @@ impl Lessons {
             });
             let mut encoded = Vec::new();
             if !anew {
-                let cut = augment::cut(&picture, size, [0.5, 0.5]);
-                encoded.push((moments(&encoders.vae, &cut.picture, &encoders.device)?, told(&how, &cut)));
+                let cut = augment::cut(&image, size, [0.5, 0.5]);
+                encoded.push((moments(&encoders.vae, &cut.image, &encoders.device)?, told(&how, &cut)));
                 if how.flip {
                     let cut = cut.mirrored();
-                    encoded.push((moments(&encoders.vae, &cut.picture, &encoders.device)?, told(&how, &cut)));
+                    encoded.push((moments(&encoders.vae, &cut.image, &encoders.device)?, told(&how, &cut)));
                 }
             }
-            lessons.push(Shown { picture: anew.then_some(picture), encoded, size, group, caption });
+            lessons.push(Shown { image: anew.then_some(image), encoded, size, group, caption });
         }
         let told: Vec<&str> = captions.iter().map(String::as_str).collect();
         for caption in &told {
@@ -209,20 +209,20 @@ impl Lessons {
         })
     }
 
-    /// How many pictures there are; never 0.
+    /// How many images there are; never 0.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.shown.len()
     }
 
-    /// Width, height and number of pictures of each size that is trained on.
+    /// Width, height and number of images of each size that is trained on.
     pub fn sizes(&self) -> std::collections::BTreeMap<[usize; 2], usize> {
         let mut sizes = std::collections::BTreeMap::new();
         self.shown.iter().for_each(|shown| *sizes.entry(shown.size).or_default() += 1);
         sizes
     }
 
-    /// How many pictures have each caption.
+    /// How many images have each caption.
     pub fn caption_counts(&self) -> std::collections::BTreeMap<&str, usize> {
         let mut counts = std::collections::BTreeMap::new();
         self.shown
@@ -231,7 +231,7 @@ impl Lessons {
         counts
     }
 
-    /// The pictures of pass `pass` (numbers), `batch` of them.
+    /// The images of pass `pass` (numbers), `batch` of them.
     pub fn choose(&self, pass: u64, batch: usize) -> Vec<usize> {
         let groups: Vec<usize> = self.shown.iter().map(|shown| shown.group).collect();
         data_order::in_turn_by_group(self.seed, pass, batch, &groups)
@@ -240,10 +240,10 @@ impl Lessons {
     /// Their latents (n, C, h, w), scaled as the UNet wants them, and their sizes and crops (n, 6).
     pub fn latents(&self, chosen: &[usize], pass: u64, vae: &Scaling) -> Result<(Tensor, Tensor)> {
         let (mut latents, mut time_ids) = (Vec::new(), Vec::new());
-        for (i, &picture) in chosen.iter().enumerate() {
+        for (i, &image) in chosen.iter().enumerate() {
             // One stream a sample: 4096 is more than any batch.
             let mut rng = noise::generator(self.seed ^ 0xa46, pass * 4096 + i as u64);
-            let (moments, sizes) = self.view(&self.shown[picture], &mut rng)?;
+            let (moments, sizes) = self.view(&self.shown[image], &mut rng)?;
             let z = match self.how.latents {
                 Latents::Mean => moments.mean,
                 Latents::Sample => {
@@ -257,26 +257,26 @@ impl Lessons {
         Ok((Tensor::cat(&latents, 0)?, Tensor::cat(&time_ids, 0)?))
     }
 
-    /// One look at a picture.
+    /// One look at an image.
     fn view(&self, shown: &Shown, rng: &mut impl Rng) -> Result<(Moments, Sizes)> {
         let mirrored = self.how.flip && rng.random::<bool>();
-        let (Some(picture), Some(vae)) = (&shown.picture, &self.vae) else {
+        let (Some(image), Some(vae)) = (&shown.image, &self.vae) else {
             return Ok(shown.encoded[usize::from(mirrored)].clone());
         };
         let place = if self.how.crop == Crop::Random { [rng.random(), rng.random()] } else { [0.5, 0.5] };
-        let mut cut = augment::cut(picture, shown.size, place);
+        let mut cut = augment::cut(image, shown.size, place);
         if mirrored {
             cut = cut.mirrored();
         }
         if self.how.colour > 0.0 {
-            cut.picture = augment::jitter_colour(&cut.picture, self.how.colour, rng);
+            cut.image = augment::jitter_colour(&cut.image, self.how.colour, rng);
         }
-        Ok((moments(vae, &cut.picture, &self.device)?, told(&self.how, &cut)))
+        Ok((moments(vae, &cut.image, &self.device)?, told(&self.how, &cut)))
     }
 
     /// The captions of `chosen`.
     pub fn words(&self, chosen: &[usize]) -> Result<Words> {
-        let index: Vec<u32> = chosen.iter().map(|picture| self.shown[*picture].caption as u32).collect();
+        let index: Vec<u32> = chosen.iter().map(|image| self.shown[*image].caption as u32).collect();
         let index = Tensor::new(index, &self.device)?;
         Ok(match &self.captions {
             Captions::Encoded(text) => Words::Encoded(TextConditioning {
@@ -312,17 +312,17 @@ impl Scaling {
     }
 }
 
-fn moments(vae: &Vae, picture: &Picture, device: &Device) -> Result<Moments> {
+fn moments(vae: &Vae, image: &Image, device: &Device) -> Result<Moments> {
     let dtype = compute_dtype(vae.dtype(), device);
-    let (mean, log_variance) = vae.encode(&picture.to_tensor(device)?.unsqueeze(0)?.to_dtype(dtype)?)?;
+    let (mean, log_variance) = vae.encode(&image.to_tensor(device)?.unsqueeze(0)?.to_dtype(dtype)?)?;
     let deviation = (log_variance.to_dtype(DType::F32)? * 0.5)?.exp()?;
     Ok(Moments { mean: mean.to_dtype(DType::F32)?, deviation })
 }
 
-fn told(how: &Pictures, cut: &Cut) -> Sizes {
-    let target = [cut.picture.width, cut.picture.height];
+fn told(how: &Images, cut: &Cut) -> Sizes {
+    let target = [cut.image.width, cut.image.height];
     match how.sizes {
-        ToldSizes::Picture => Sizes { original: cut.original, crop: cut.crop, target },
+        ToldSizes::Image => Sizes { original: cut.original, crop: cut.crop, target },
         ToldSizes::Target => Sizes::of(target[0], target[1]),
     }
 }
@@ -341,7 +341,7 @@ pub fn people_in(folder: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     if people.is_empty() {
-        return Err(Failure::unusable(folder, "there is no folder in it; each person's pictures lie in one"));
+        return Err(Failure::unusable(folder, "there is no folder in it; each person's images lie in one"));
     }
     people.sort();
     Ok(people)

@@ -46,7 +46,7 @@ pub struct Recipe {
     pub rate: Schedule,
     /// The result is the mean of the weights over this part of the run, at its end: less noise, more person.
     pub average_last: f64,
-    /// Of the order of pictures, timesteps and noise, and of the frozen `down`s.
+    /// Of the order of images, timesteps and noise, and of the frozen `down`s.
     pub seed: u64,
 }
 
@@ -59,13 +59,13 @@ pub struct Frozen<'a> {
     pub schedule: &'a NoiseSchedule,
 }
 
-/// What K people are learnt from: M pictures each, in the same scenes.
+/// What K people are learnt from: M images each, in the same scenes.
 pub struct Lessons {
     /// (K, M, C, h, w), scaled as the UNet wants them.
     pub latents: Tensor,
     /// Of the M captions.
     pub captions: TextConditioning,
-    /// Side of the pictures in pixels.
+    /// Side of the images in pixels.
     pub size: usize,
 }
 
@@ -220,11 +220,11 @@ impl<'a> Class<'a> {
     /// Sum over the people of the mean squared error of each, with what is random drawn from the step alone.
     fn loss(&self, recipe: &Recipe, step: u64) -> Result<Tensor> {
         let Lessons { latents, captions, size } = self.lessons;
-        let (_, pictures, c, h, w) = latents.dims5()?;
+        let (_, images, c, h, w) = latents.dims5()?;
         let device = latents.device();
         let batch = recipe.batch;
-        let chosen = super::data_order::in_turn(recipe.seed, step, batch, pictures);
-        let chosen: Vec<u32> = chosen.into_iter().map(|picture| picture as u32).collect();
+        let chosen = super::data_order::in_turn(recipe.seed, step, batch, images);
+        let chosen: Vec<u32> = chosen.into_iter().map(|image| image as u32).collect();
         let index = Tensor::from_vec(chosen, batch, device)?;
         let mut rng = noise::generator(recipe.seed, step);
         let timesteps = Timesteps::Stratified.draw(batch, self.schedule.alphas_bar.len(), &mut rng);
@@ -240,7 +240,7 @@ impl<'a> Class<'a> {
                 timesteps: timesteps.clone(),
                 words: words.clone(),
                 time_ids: time_ids(batch, *size, *size, device)?,
-                class_pictures: 0,
+                class_images: 0,
                 scale: 1.0,
             })
         };

@@ -27,7 +27,7 @@ pub struct Learner {
     pub out: PathBuf,
     /// State, log and samples.
     pub folder: PathBuf,
-    /// The person's pictures.
+    /// The person's images.
     pub lessons: Lessons,
     /// The adapters.
     pub student: Student,
@@ -137,7 +137,7 @@ impl Learner {
         self.health.recent()
     }
 
-    /// What is learnt from in part `part` of the next step, class pictures included.
+    /// What is learnt from in part `part` of the next step, class images included.
     pub fn batch(
         &self,
         settings: &Settings,
@@ -152,28 +152,28 @@ impl Learner {
         let chosen = self.lessons.choose(pass, training.batch);
         let (mut x0, mut time_ids) = self.lessons.latents(&chosen, pass, scaling)?;
         let mut words = self.lessons.words(&chosen)?;
-        let mut class_pictures = 0;
+        let mut class_images = 0;
         if let Some(class) = class {
             let chosen = class.choose(pass, training.batch);
             let (latents, sizes) = class.latents(&chosen, pass, scaling)?;
             x0 = Tensor::cat(&[&x0, &latents], 0)?;
             time_ids = Tensor::cat(&[&time_ids, &sizes], 0)?;
             words = joined(words, class.words(&chosen)?)?;
-            class_pictures = chosen.len();
+            class_images = chosen.len();
         }
         let (n, c, h, w) = x0.dims4()?;
         let objective = &settings.objective;
         let mut rng = noise::generator(seed, pass);
-        // The class pictures' timesteps are drawn behind the person's, so that these stay what they are without them.
-        let mut t = objective.timesteps.draw(n - class_pictures, timesteps, &mut rng);
-        t.extend(objective.timesteps.draw(class_pictures, timesteps, &mut rng));
+        // The class images' timesteps are drawn behind the person's, so that these stay what they are without them.
+        let mut t = objective.timesteps.draw(n - class_images, timesteps, &mut rng);
+        t.extend(objective.timesteps.draw(class_images, timesteps, &mut rng));
         Ok(Batch {
             x0,
             eps: data_order::eps(seed, pass, [n, c, h, w], objective.noise_offset, device)?,
             timesteps: t,
             words,
             time_ids,
-            class_pictures,
+            class_images,
             scale: self.scale(),
         })
     }

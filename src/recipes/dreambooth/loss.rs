@@ -1,9 +1,9 @@
 //! The loss of DreamBooth: how far the UNet's answer is from the noise, or the velocity, that was put in.
 //!
 //! As diffusers' `train_dreambooth_lora_sdxl.py`: the mean over the person's samples, and the mean over the class
-//! pictures' times λ (prior preservation, arXiv 2208.12242, eq. 2). With min-SNR γ (arXiv 2303.09556) the person's
+//! images' times λ (prior preservation, arXiv 2208.12242, eq. 2). With min-SNR γ (arXiv 2303.09556) the person's
 //! samples are weighted by min(SNR, γ)/SNR for ε and min(SNR, γ)/(SNR + 1) for v, as the paper and diffusers'
-//! `train_text_to_image_lora_sdxl.py` have it; class pictures are not.
+//! `train_text_to_image_lora_sdxl.py` have it; class images are not.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
@@ -18,7 +18,7 @@ use crate::train::shards::Gradients;
 pub struct Objective {
     /// γ of min-SNR; 0 for none.
     pub min_snr_gamma: f64,
-    /// λ, the weight of the class pictures.
+    /// λ, the weight of the class images.
     pub prior_weight: f64,
 }
 
@@ -37,7 +37,7 @@ pub enum Words {
     Tokens(Tensor, Tensor),
 }
 
-/// What one person's LoRA learns from in one forward pass: the person's samples, then the class pictures.
+/// What one person's LoRA learns from in one forward pass: the person's samples, then the class images.
 #[derive(Clone, Debug)]
 pub struct Batch {
     /// Clean latents, (n, C, h, w).
@@ -50,8 +50,8 @@ pub struct Batch {
     pub words: Words,
     /// Sizes and crops, (n, 6).
     pub time_ids: Tensor,
-    /// How many of the samples, at the end, are class pictures.
-    pub class_pictures: usize,
+    /// How many of the samples, at the end, are class images.
+    pub class_images: usize,
     /// Factor on the loss whose gradient is taken, against underflow in 16 bits.
     pub scale: f64,
 }
@@ -176,12 +176,12 @@ fn conditioning(networks: &Networks, batches: &[Batch]) -> Result<TextConditioni
 
 /// The weight of each sample's mean squared error.
 fn weights(schedule: &NoiseSchedule, objective: &Objective, batch: &Batch) -> Result<Vec<f32>> {
-    let own = batch.timesteps.len() - batch.class_pictures;
+    let own = batch.timesteps.len() - batch.class_images;
     let mut weights = vec![1.0 / own as f64; own];
     if objective.min_snr_gamma > 0.0 {
         let by_snr = schedule.min_snr_weights(&batch.timesteps[..own], objective.min_snr_gamma)?;
         weights.iter_mut().zip(by_snr).for_each(|(weight, factor)| *weight *= factor);
     }
-    weights.resize(batch.timesteps.len(), objective.prior_weight / batch.class_pictures.max(1) as f64);
+    weights.resize(batch.timesteps.len(), objective.prior_weight / batch.class_images.max(1) as f64);
     Ok(weights.into_iter().map(|weight| weight as f32).collect())
 }

@@ -27,13 +27,13 @@ pub fn hash(value: &Value) -> String {
 /// The metadata of a finished LoRA.
 pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
     let settings = &room.settings;
-    let (lora, training, pictures) = (&settings.lora, &settings.training, &settings.pictures);
+    let (lora, training, images) = (&settings.lora, &settings.training, &settings.images);
     let objective = &settings.objective;
     let name = learner.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let python = |value: bool| if value { "True" } else { "False" }.to_string();
     let or_none = |value: f64| if value == 0.0 { "None".to_string() } else { value.to_string() };
-    let images = learner.lessons.len();
-    let batches = images.div_ceil(training.batch).max(1) as u64;
+    let image_count = learner.lessons.len();
+    let batches = image_count.div_ceil(training.batch).max(1) as u64;
     let epochs = (learner.steps * training.accumulate).div_ceil(batches);
     let arguments = match lora.targets {
         Targets::Conv => {
@@ -48,7 +48,7 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
         .enumerate()
         .map(|(i, (size, count))| (i.to_string(), json!({ "resolution": size, "count": count })))
         .collect();
-    let bucketed = pictures.crop == Crop::Buckets;
+    let bucketed = images.crop == Crop::Buckets;
     let [beta1, beta2] = training.betas;
     let text_lr = if lora.text_encoders { training.text_encoder_lr.to_string() } else { "None".to_string() };
     let prediction = match room.schedule.config.prediction_type {
@@ -80,7 +80,7 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
         ("ss_num_epochs", epochs.to_string()),
         ("ss_epoch", epochs.to_string()),
         ("ss_num_batches_per_epoch", batches.to_string()),
-        ("ss_num_train_images", images.to_string()),
+        ("ss_num_train_images", image_count.to_string()),
         ("ss_num_reg_images", room.class.as_ref().map_or(0, |class| class.len()).to_string()),
         ("ss_batch_size_per_device", training.batch.to_string()),
         ("ss_total_batch_size", (training.batch as u64 * training.accumulate).to_string()),
@@ -101,15 +101,18 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
         ),
         ("ss_full_fp16", "False".into()),
         ("ss_seed", settings.seed.to_string()),
-        ("ss_cache_latents", python(pictures.crop != Crop::Random && pictures.colour == 0.0)),
+        ("ss_cache_latents", python(images.crop != Crop::Random && images.colour == 0.0)),
         ("ss_enable_bucket", python(bucketed)),
         ("ss_bucket_info", if bucketed { json!({ "buckets": buckets }).to_string() } else { "null".into() }),
-        ("ss_random_crop", python(pictures.crop == Crop::Random)),
-        ("ss_flip_aug", python(pictures.flip)),
-        ("ss_color_aug", python(pictures.colour > 0.0)),
+        ("ss_random_crop", python(images.crop == Crop::Random)),
+        ("ss_flip_aug", python(images.flip)),
+        ("ss_color_aug", python(images.colour > 0.0)),
         ("ss_clip_skip", "None".into()),
         ("ss_max_token_length", "None".into()),
-        ("ss_dataset_dirs", json!({ &learner.name: { "n_repeats": 1, "img_count": images } }).to_string()),
+        (
+            "ss_dataset_dirs",
+            json!({ &learner.name: { "n_repeats": 1, "img_count": image_count } }).to_string(),
+        ),
         ("ss_tag_frequency", json!({ &learner.name: learner.lessons.caption_counts() }).to_string()),
         ("ss_training_comment", "None".into()),
         ("modelspec.title", name),

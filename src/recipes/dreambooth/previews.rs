@@ -1,4 +1,4 @@
-//! Pictures that a LoRA in training draws, as contact sheets.
+//! Images that a LoRA in training draws, as contact sheets.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::diffusion::noise;
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::files;
-use crate::picture::{Picture, contact_sheet};
+use crate::image::{Image, contact_sheet};
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::lockstep::{Networks, Student};
@@ -27,7 +27,7 @@ pub struct Easel {
     negative: TextConditioning,
 }
 
-/// Pictures of a prompt on a sheet.
+/// Images of a prompt on a sheet.
 const COLUMNS: usize = 4;
 
 impl Easel {
@@ -43,7 +43,7 @@ impl Easel {
         })
     }
 
-    /// Draws a picture of each prompt from the noise of `seed`, `seed` + 1, ….
+    /// Draws an image of each prompt from the noise of `seed`, `seed` + 1, ….
     pub fn draw(
         &self,
         networks: &Networks,
@@ -51,9 +51,9 @@ impl Easel {
         seed: u64,
         steps: usize,
         guidance_scale: f64,
-    ) -> Result<Vec<Picture>> {
+    ) -> Result<Vec<Image>> {
         let [c, h, w] = self.shape;
-        let mut pictures = Vec::new();
+        let mut images = Vec::new();
         for i in 0..prompts.context.dim(0)? {
             let prompt = TextConditioning {
                 context: prompts.context.narrow(0, i, 1)?,
@@ -72,12 +72,12 @@ impl Easel {
             let fresh = |step: usize| Ok(normal(1 + step as u64)?);
             let drawn =
                 painter.draw(&normal(0)?, &prompt, &self.negative, drawing, fresh, |_| progress::check())?;
-            pictures.extend(drawn);
+            images.extend(drawn);
         }
-        Ok(pictures)
+        Ok(images)
     }
 
-    /// Draws what `student` has learnt: a row of pictures a prompt, the same noise at every time, into `path`.
+    /// Draws what `student` has learnt: a row of images a prompt, the same noise at every time, into `path`.
     pub fn sheet(
         &self,
         networks: &Networks,
@@ -99,7 +99,7 @@ impl Easel {
                 TextConditioning { context: same(&encoded.context)?, pooled: same(&encoded.pooled)? };
             rows.push(self.draw(&networks, &prompts, settings.seed, samples.steps, samples.guidance)?);
         }
-        let rows: Vec<Vec<&Picture>> = rows.iter().map(|row| row.iter().collect()).collect();
+        let rows: Vec<Vec<&Image>> = rows.iter().map(|row| row.iter().collect()).collect();
         let side = self.shape[1].max(self.shape[2]) * self.vae.config().factor();
         std::fs::create_dir_all(files::folder_of(path))?;
         contact_sheet(&rows, side.min(256), 4).save(path, None)

@@ -9,7 +9,7 @@ use rand::Rng;
 use rand_distr::StandardNormal;
 use serde_json::{Value, json};
 
-use crate::picture::Picture;
+use crate::image::Image;
 use crate::progress;
 use crate::recipes::encoder::config::{HELD_OUT, Recipe, paint, soften};
 use crate::synthetic::judge::{self, Config, Network, NetworkConfig, Record};
@@ -30,13 +30,13 @@ pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> R
     let loss = |step: u64, shard: usize| {
         let number = step * shards + shard as u64;
         let mut rng = train::rng(recipe.seed, number);
-        let (mut pictures, mut truth) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
+        let (mut images, mut truth) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
         for person in number * samples as u64..(number + 1) * samples as u64 {
-            let (picture, right) = sitting(recipe.seed, person, model.image_size);
-            pictures.push(grain(soften(picture, &mut rng), &mut rng));
+            let (image, right) = sitting(recipe.seed, person, model.image_size);
+            images.push(grain(soften(image, &mut rng), &mut rng));
             truth.push(right);
         }
-        error(&network.forward(&judge::pixels(&pictures, model.image_size)?)?, &truth)
+        error(&network.forward(&judge::pixels(&images, model.image_size)?)?, &truth)
     };
     let (end, ema) = trainer::run(&recipe.plan, recipe, keeping, &trainable.vars(), loss, |_, _| Ok(()))?;
     if end != End::Finished {
@@ -52,25 +52,25 @@ pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> R
     Ok((end, json!(record)))
 }
 
-/// What is to be seen in a picture.
+/// What is to be seen in an image.
 type Truth = ([usize; Scene::CLASSES], [f32; Identity::COUNT]);
 
 /// Person `number` in a scene, and what is to be seen.
-fn sitting(seed: u64, number: u64, size: usize) -> (Picture, Truth) {
+fn sitting(seed: u64, number: u64, size: usize) -> (Image, Truth) {
     let person = Person::new(seed, number);
     let scene = Scene::draw_for(&person, 0);
     (paint(&person, &scene, size), (scene.classes(), person.identity.to_array()))
 }
 
-/// A little noise on half of the pictures, as codecs leave it.
-fn grain(mut picture: Picture, rng: &mut impl Rng) -> Picture {
+/// A little noise on half of the images, as codecs leave it.
+fn grain(mut image: Image, rng: &mut impl Rng) -> Image {
     if rng.random_bool(0.5) {
         let deviation = rng.random_range(0.0..6.0f32);
-        for byte in &mut picture.rgb {
+        for byte in &mut image.rgb {
             *byte = (f32::from(*byte) + deviation * rng.sample::<f32, _>(StandardNormal)).round() as u8;
         }
     }
-    picture
+    image
 }
 
 /// `outputs` (B, [`judge::outputs`]) against what is to be seen: mean cross entropy of the attributes plus twice the
@@ -105,13 +105,13 @@ fn measure(out: &Path, model: &NetworkConfig, seed: u64) -> Result<Record> {
     const TOGETHER: u64 = 50;
     let parts = in_threads((STRANGERS / TOGETHER) as usize, |part| {
         progress::check()?;
-        let (mut pictures, mut truth) = (Vec::new(), Vec::new());
+        let (mut images, mut truth) = (Vec::new(), Vec::new());
         for number in (0..TOGETHER).map(|i| HELD_OUT + part as u64 * TOGETHER + i) {
-            let (picture, right) = sitting(seed, number, model.image_size);
-            pictures.push(picture);
+            let (image, right) = sitting(seed, number, model.image_size);
+            images.push(image);
             truth.push(right);
         }
-        Ok((network.forward(&judge::pixels(&pictures, model.image_size)?)?.to_vec2::<f32>()?, truth))
+        Ok((network.forward(&judge::pixels(&images, model.image_size)?)?.to_vec2::<f32>()?, truth))
     })?;
     let (rows, truth): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     let record = Record::measure(&rows.concat(), &truth.concat());

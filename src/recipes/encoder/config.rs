@@ -4,7 +4,7 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::identity::clip::ClipVisionConfig;
-use crate::picture::{Filter, Picture};
+use crate::image::{Filter, Image};
 use crate::synthetic::judge::NetworkConfig;
 use crate::synthetic::{self, Person, Scene};
 use crate::train::trainer::Plan;
@@ -33,19 +33,19 @@ pub struct Recipe<C> {
 pub const HELD_OUT: u64 = 1 << 40;
 
 /// Paints somebody as the trainings see them, one point a pixel, with the grain of the scene.
-pub fn paint(person: &Person, scene: &Scene, size: usize) -> Picture {
-    Picture { width: size, height: size, rgb: synthetic::paint(person, scene, size, 1) }
+pub fn paint(person: &Person, scene: &Scene, size: usize) -> Image {
+    Image { width: size, height: size, rgb: synthetic::paint(person, scene, size, 1) }
 }
 
-/// Half of the pictures lose some sharpness: drawn portraits, and photos that were scaled, are softer than painted
+/// Half of the images lose some sharpness: drawn portraits, and photos that were scaled, are softer than painted
 /// ones.
-pub fn soften(picture: Picture, rng: &mut impl Rng) -> Picture {
-    let side = picture.width;
+pub fn soften(image: Image, rng: &mut impl Rng) -> Image {
+    let side = image.width;
     if rng.random_bool(0.5) {
-        return picture;
+        return image;
     }
     let small = rng.random_range(side / 2..side);
-    picture.resize(small, small, Filter::Bicubic).resize(side, side, Filter::Bicubic)
+    image.resize(small, small, Filter::Bicubic).resize(side, side, Filter::Bicubic)
 }
 
 #[cfg(test)]

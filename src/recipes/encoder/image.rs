@@ -1,10 +1,10 @@
-//! The image encoder, trained by contrast: for P people with two pictures each in different scenes,
+//! The image encoder, trained by contrast: for P people with two images each in different scenes,
 //!
 //! ```text
 //! loss = ½ (CE(s·A·Bᵀ) + CE(s·B·Aᵀ)),   A, B unit rows (P, D),   s = e^`logit_scale`, learned
 //! ```
 //!
-//! as CLIP contrasts pictures and texts (arXiv 2103.00020, figure 3). The pictures are squares around the face, as
+//! as CLIP contrasts images and texts (arXiv 2103.00020, figure 3). The images are squares around the face, as
 //! [`portrait_crop`](crate::identity::portrait_crop) cuts them.
 
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig, ImageEncoder};
 use crate::identity::portrait::{MARGIN, square_around};
 use crate::identity::{FaceEncoder, cosine};
-use crate::picture::Picture;
+use crate::image::Image;
 use crate::progress;
 use crate::recipes::encoder::config::{HELD_OUT, Recipe, paint, soften};
 use crate::synthetic::{Person, Scene};
@@ -39,16 +39,16 @@ pub fn train(recipe: &Recipe<ClipVisionConfig>, keeping: &Keeping, out: &Path) -
     let preprocessor = ClipPreprocessor::sized(recipe.model.image_size);
 
     let (shards, samples) = (recipe.plan.shards as u64, recipe.plan.samples_a_shard()?);
-    anyhow::ensure!(samples.is_multiple_of(2), "a shard of {samples} pictures is no two pictures a person");
+    anyhow::ensure!(samples.is_multiple_of(2), "a shard of {samples} images is no two images a person");
     let people = samples as u64 / 2;
     let loss = |step: u64, shard: usize| {
         let number = step * shards + shard as u64;
         let mut rng = train::rng(recipe.seed, number);
         let mut pixels = Vec::with_capacity(samples);
-        for picture in 0..2 {
+        for image in 0..2 {
             for person in number * people..(number + 1) * people {
                 let person = Person::new(recipe.seed, person);
-                let square = training_picture(&person, picture, recipe.model.image_size, &mut rng);
+                let square = training_image(&person, image, recipe.model.image_size, &mut rng);
                 pixels.push(preprocessor.apply(&square, &Device::Cpu)?);
             }
         }
@@ -72,7 +72,7 @@ pub fn train(recipe: &Recipe<ClipVisionConfig>, keeping: &Keeping, out: &Path) -
 /// The logarithm of the inverse temperature; it is of no use after the training.
 const SCALE: &str = "logit_scale";
 
-/// `embeddings` (2·P, D), first pictures before second ones, and the logarithm of the scale (1).
+/// `embeddings` (2·P, D), first images before second ones, and the logarithm of the scale (1).
 fn contrast(embeddings: &Tensor, scale: &Tensor) -> Result<Loss> {
     let people = embeddings.dim(0)? / 2;
     let length = embeddings.sqr()?.sum_keepdim(D::Minus1)?.affine(1.0, 1e-12)?.sqrt()?;
@@ -92,8 +92,8 @@ fn contrast(embeddings: &Tensor, scale: &Tensor) -> Result<Loss> {
 }
 
 /// Somebody in a scene of their own, cut out about where the detector would find the face.
-fn training_picture(person: &Person, picture: u64, size: usize, rng: &mut impl Rng) -> Picture {
-    let scene = Scene::draw_for(person, picture);
+fn training_image(person: &Person, image: u64, size: usize, rng: &mut impl Rng) -> Image {
+    let scene = Scene::draw_for(person, image);
     let painted = soften(paint(person, &scene, size), rng);
     // YuNet's boxes on 239 painted portraits, in half frames: the middle lies 0.12·yaw ± 0.02 right and
     // 0.135 ± 0.048 below the head's place, the longer side is 1.43 ± 0.10; all by the scale of the head.
@@ -108,17 +108,17 @@ fn training_picture(person: &Person, picture: u64, size: usize, rng: &mut impl R
 /// People for the measurement.
 const STRANGERS: u64 = 100;
 
-/// How well strangers are found again: embeds two pictures of each, cut out where the detector finds the face.
+/// How well strangers are found again: embeds two images of each, cut out where the detector finds the face.
 fn measure(encoder: &ImageEncoder, recipe: &Recipe<ClipVisionConfig>) -> Result<Value> {
     let faces = FaceEncoder::builtin()?;
     let bar = progress::bar(STRANGERS, "measuring");
     let found = in_threads(STRANGERS as usize, |number| {
         progress::check()?;
         let person = Person::new(recipe.seed, HELD_OUT + number as u64);
-        let embed = |picture: u64| -> Result<Option<Vec<f32>>> {
-            let picture = paint(&person, &Scene::draw_for(&person, picture), recipe.model.image_size);
-            let face = faces.detect(&picture)?.into_iter().next();
-            face.map(|face| encoder.embed(&picture, &face)).transpose()
+        let embed = |image: u64| -> Result<Option<Vec<f32>>> {
+            let image = paint(&person, &Scene::draw_for(&person, image), recipe.model.image_size);
+            let face = faces.detect(&image)?.into_iter().next();
+            face.map(|face| encoder.embed(&image, &face)).transpose()
         };
         let pair = embed(0)?.zip(embed(1)?);
         bar.inc(1);
@@ -133,7 +133,7 @@ fn measure(encoder: &ImageEncoder, recipe: &Recipe<ClipVisionConfig>) -> Result<
         same.push(near[i]);
         different.extend(near.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, other)| *other));
     }
-    anyhow::ensure!(pairs.len() > 1, "the detector found next to no face in painted pictures");
+    anyhow::ensure!(pairs.len() > 1, "the detector found next to no face in painted images");
     let top = first as f64 / pairs.len() as f64;
     let area = area(&same, &mut different);
     let mean = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;

@@ -1,4 +1,4 @@
-//! Pictures in and out: decoding with limits, upright and over white; resizing as Pillow does; PNG with text.
+//! Images in and out: decoding with limits, upright and over white; resizing as Pillow does; PNG with text.
 //!
 //! Resizing gives Pillow's numbers bit for bit, because CLIP's and the detector's published pre-processing is
 //! defined by it (`src/libImaging/Resample.c`: two passes, each rounded to bytes).
@@ -20,15 +20,15 @@ use crate::progress;
 /// Most pixels that are decoded; a file that claims more is refused before memory is taken for it.
 pub const MAX_PIXELS: u64 = 100_000_000;
 
-/// Largest file that is read as a picture, in bytes.
+/// Largest file that is read as an image, in bytes.
 const MAX_BYTES: u64 = 1 << 29;
 
-/// Extensions of picture files.
+/// Extensions of image files.
 const EXTENSIONS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"];
 
-/// An upright RGB picture with 8 bits a channel.
+/// An upright RGB image with 8 bits a channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Picture {
+pub struct Image {
     /// Pixels from left to right.
     pub width: usize,
     /// Pixels from top to bottom.
@@ -37,7 +37,7 @@ pub struct Picture {
     pub rgb: Vec<u8>,
 }
 
-/// How [`Picture::resize`] weighs its neighbours; both widen when they shrink a picture (antialiasing).
+/// How [`Image::resize`] weighs its neighbours; both widen when they shrink an image (antialiasing).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filter {
     /// Triangle, Pillow's `BILINEAR`.
@@ -46,12 +46,12 @@ pub enum Filter {
     Bicubic,
 }
 
-impl Picture {
+impl Image {
     /// Reads a PNG, JPEG, WebP, BMP, TIFF or GIF (first frame): EXIF orientation applied, transparency laid over
     /// white, grey and 16-bit pixels turned into 8-bit RGB.
     ///
     /// # Errors
-    /// [`Failure::Unusable`] when the file is missing, a folder, no picture, truncated or larger than
+    /// [`Failure::Unusable`] when the file is missing, a folder, no image, truncated or larger than
     /// [`MAX_PIXELS`].
     pub fn open(path: &Path) -> Result<Self> {
         let data = std::fs::metadata(path).map_err(|error| match error.kind() {
@@ -59,32 +59,32 @@ impl Picture {
             _ => Failure::unusable(path, error),
         })?;
         if data.is_dir() {
-            return Err(Failure::unusable(path, "it is a folder, wanted a picture file"));
+            return Err(Failure::unusable(path, "it is a folder, wanted an image file"));
         }
         if data.len() > MAX_BYTES {
             return Err(Failure::unusable(
                 path,
-                format!("{} MB are too large for a picture", data.len() >> 20),
+                format!("{} MB are too large for an image", data.len() >> 20),
             ));
         }
         let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
-        let picture = Self::decode(&bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
+        let image = Self::decode(&bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
         if is_animated(&bytes) {
             progress::note(format_args!("`{}` is animated: its first frame is taken", path.display()));
         }
-        Ok(picture)
+        Ok(image)
     }
 
-    /// [`Picture::open`] for a file that is in memory.
+    /// [`Image::open`] for a file that is in memory.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         ensure!(!bytes.is_empty(), "the file is empty");
         if let Some(kind) = container_of_other_kind(bytes) {
-            bail!("it is {kind} picture, which is not read here; save it as JPEG, PNG or WebP");
+            bail!("it is {kind} image, which is not read here; save it as JPEG, PNG or WebP");
         }
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-        let format = reader.format().context("it is not a PNG, JPEG, WebP, BMP, TIFF or GIF picture")?;
+        let format = reader.format().context("it is not a PNG, JPEG, WebP, BMP, TIFF or GIF image")?;
         let mut limits = image::Limits::default();
-        // Room for 16-bit RGBA of the largest picture.
+        // Room for 16-bit RGBA of the largest image.
         limits.max_alloc = Some(MAX_PIXELS * 8);
         reader.limits(limits);
         let mut decoder = reader.into_decoder().map_err(damaged)?;
@@ -109,30 +109,30 @@ impl Picture {
         Ok(Self { width, height, rgb })
     }
 
-    /// A picture of one colour.
+    /// An image of one colour.
     pub fn filled(width: usize, height: usize, colour: [u8; 3]) -> Self {
         Self { width, height, rgb: colour.repeat(width * height) }
     }
 
-    /// The picture in a tensor of shape (3, height, width) with values in −1…1, as the VAE draws them.
+    /// The image in a tensor of shape (3, height, width) with values in −1…1, as the VAE draws them.
     ///
     /// # Errors
     /// Numbers that are not finite, or another shape.
-    pub fn from_tensor(picture: &Tensor) -> Result<Self> {
-        let (channels, height, width) = picture.dims3()?;
-        ensure!(channels == 3, "a picture has 3 channels, this tensor {channels}");
-        let values = picture.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.permute((1, 2, 0))?;
+    pub fn from_tensor(image: &Tensor) -> Result<Self> {
+        let (channels, height, width) = image.dims3()?;
+        ensure!(channels == 3, "an image has 3 channels, this tensor {channels}");
+        let values = image.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.permute((1, 2, 0))?;
         let values = values.flatten_all()?.to_vec1::<f32>()?;
         ensure!(
             values.iter().all(|value| value.is_finite()),
-            "the network drew numbers that are not finite (NaN); no picture is written"
+            "the network drew numbers that are not finite (NaN); no image is written"
         );
         let rgb =
             values.iter().map(|value| ((value / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8).collect();
         Ok(Self { width, height, rgb })
     }
 
-    /// The picture as a tensor of shape (3, height, width) with values in −1…1.
+    /// The image as a tensor of shape (3, height, width) with values in −1…1.
     pub fn to_tensor(&self, device: &Device) -> Result<Tensor> {
         let values: Vec<f32> = self.rgb.iter().map(|&value| f32::from(value) / 127.5 - 1.0).collect();
         let tensor = Tensor::from_vec(values, (self.height, self.width, 3), &Device::Cpu)?;
@@ -145,14 +145,14 @@ impl Picture {
         [self.rgb[at], self.rgb[at + 1], self.rgb[at + 2]]
     }
 
-    /// The picture at another size, equal to Pillow's `resize` bit for bit.
+    /// The image at another size, equal to Pillow's `resize` bit for bit.
     pub fn resize(&self, width: usize, height: usize, filter: Filter) -> Self {
-        assert!(width > 0 && height > 0, "a picture has at least one pixel");
-        let mut picture = Cow::Borrowed(self);
+        assert!(width > 0 && height > 0, "an image has at least one pixel");
+        let mut image = Cow::Borrowed(self);
         if width != self.width {
             let taps = taps(self.width, width, filter);
             let mut rgb = vec![0; width * self.height * 3];
-            for (row, out) in picture.rgb.chunks_exact(self.width * 3).zip(rgb.chunks_exact_mut(width * 3)) {
+            for (row, out) in image.rgb.chunks_exact(self.width * 3).zip(rgb.chunks_exact_mut(width * 3)) {
                 for (pixel, (first, weights)) in out.chunks_exact_mut(3).zip(&taps) {
                     let mut sums = [HALF; 3];
                     for (from, weight) in row[first * 3..].chunks_exact(3).zip(weights) {
@@ -163,7 +163,7 @@ impl Picture {
                     pixel.copy_from_slice(&sums.map(to_byte));
                 }
             }
-            picture = Cow::Owned(Self { width, height: self.height, rgb });
+            image = Cow::Owned(Self { width, height: self.height, rgb });
         }
         if height != self.height {
             let taps = taps(self.height, height, filter);
@@ -172,19 +172,19 @@ impl Picture {
             let mut sums = vec![0; stride];
             for (out, (first, weights)) in rgb.chunks_exact_mut(stride).zip(&taps) {
                 sums.fill(HALF);
-                for (row, weight) in picture.rgb[first * stride..].chunks_exact(stride).zip(weights) {
+                for (row, weight) in image.rgb[first * stride..].chunks_exact(stride).zip(weights) {
                     for (sum, &value) in sums.iter_mut().zip(row) {
                         *sum += weight * i32::from(value);
                     }
                 }
                 out.iter_mut().zip(&sums).for_each(|(out, &sum)| *out = to_byte(sum));
             }
-            picture = Cow::Owned(Self { width, height, rgb });
+            image = Cow::Owned(Self { width, height, rgb });
         }
-        picture.into_owned()
+        image.into_owned()
     }
 
-    /// The part of the picture from (`left`, `top`) on, cut to what lies inside.
+    /// The part of the image from (`left`, `top`) on, cut to what lies inside.
     pub fn crop(&self, left: usize, top: usize, width: usize, height: usize) -> Self {
         let (left, top) = (left.min(self.width), top.min(self.height));
         let (width, height) = (width.min(self.width - left), height.min(self.height - top));
@@ -208,20 +208,20 @@ impl Picture {
         }
     }
 
-    /// The picture mirrored left to right.
+    /// The image mirrored left to right.
     pub fn mirrored(&self) -> Self {
-        let mut picture = self.clone();
+        let mut image = self.clone();
         for (to, from) in
-            picture.rgb.chunks_exact_mut(self.width * 3).zip(self.rgb.chunks_exact(self.width * 3))
+            image.rgb.chunks_exact_mut(self.width * 3).zip(self.rgb.chunks_exact(self.width * 3))
         {
             for (to, from) in to.chunks_exact_mut(3).zip(from.chunks_exact(3).rev()) {
                 to.copy_from_slice(from);
             }
         }
-        picture
+        image
     }
 
-    /// The bytes of a PNG file, the same for the same picture. `parameters` is the text chunk in which A1111 and
+    /// The bytes of a PNG file, the same for the same image. `parameters` is the text chunk in which A1111 and
     /// its kin keep prompt and settings: Latin-1 (`tEXt`) where it fits, else UTF-8 (`iTXt`).
     pub fn to_png(&self, parameters: Option<&str>) -> Result<Vec<u8>> {
         let (width, height) = (u32::try_from(self.width)?, u32::try_from(self.height)?);
@@ -246,20 +246,20 @@ impl Picture {
 
     /// The bytes of a file in `format`. `parameters` is the text that A1111 and its relatives read: a text chunk of a
     /// PNG, EXIF's user comment elsewhere. JPEG is written with quality 95, WebP without loss.
-    pub fn to_bytes(&self, format: PictureFormat, parameters: Option<&str>) -> Result<Vec<u8>> {
+    pub fn to_bytes(&self, format: FileFormat, parameters: Option<&str>) -> Result<Vec<u8>> {
         let (width, height) = (u32::try_from(self.width)?, u32::try_from(self.height)?);
         let exif = parameters.map(user_comment);
         let mut bytes = Vec::new();
         match format {
-            PictureFormat::Png => return self.to_png(parameters),
-            PictureFormat::Jpeg => {
+            FileFormat::Png => return self.to_png(parameters),
+            FileFormat::Jpeg => {
                 let mut encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 95);
                 if let Some(exif) = exif {
                     encoder.set_exif_metadata(exif)?;
                 }
                 encoder.write_image(&self.rgb, width, height, ExtendedColorType::Rgb8)?;
             }
-            PictureFormat::WebP => {
+            FileFormat::WebP => {
                 let mut encoder = image::codecs::webp::WebPEncoder::new_lossless(&mut bytes);
                 if let Some(exif) = exif {
                     encoder.set_exif_metadata(exif)?;
@@ -270,18 +270,18 @@ impl Picture {
         Ok(bytes)
     }
 
-    /// Writes the picture as PNG, JPEG or WebP by the extension of `path`, see [`Picture::to_bytes`].
+    /// Writes the image as PNG, JPEG or WebP by the extension of `path`, see [`Image::to_bytes`].
     ///
     /// # Errors
     /// [`Failure::Usage`] for another extension.
     pub fn save(&self, path: &Path, parameters: Option<&str>) -> Result<()> {
-        files::write_whole(path, &self.to_bytes(PictureFormat::of(path)?, parameters)?)
+        files::write_whole(path, &self.to_bytes(FileFormat::of(path)?, parameters)?)
     }
 }
 
-/// A kind of picture file that can be written.
+/// A kind of image file that can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PictureFormat {
+pub enum FileFormat {
     /// `.png`
     Png,
     /// `.jpg`, `.jpeg`
@@ -290,7 +290,7 @@ pub enum PictureFormat {
     WebP,
 }
 
-impl PictureFormat {
+impl FileFormat {
     /// What the extension of `path` stands for.
     ///
     /// # Errors
@@ -302,7 +302,7 @@ impl PictureFormat {
             "jpg" | "jpeg" => Ok(Self::Jpeg),
             "webp" => Ok(Self::WebP),
             _ => Err(Failure::Usage(format!(
-                "pictures are written as PNG, JPEG or WebP: name `{}` with .png, .jpg or .webp, or give a folder",
+                "images are written as PNG, JPEG or WebP: name `{}` with .png, .jpg or .webp, or give a folder",
                 path.display()
             ))
             .into()),
@@ -330,11 +330,11 @@ fn user_comment(text: &str) -> Vec<u8> {
     exif
 }
 
-/// The picture files in a folder and in the folders inside it, by their extension and sorted by path; what is hidden
+/// The image files in a folder and in the folders inside it, by their extension and sorted by path; what is hidden
 /// is left out.
-pub fn pictures_in(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn images_in(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = files_in(folder)?;
-    files.retain(|path| has_picture_name(path));
+    files.retain(|path| has_image_name(path));
     Ok(files)
 }
 
@@ -361,23 +361,23 @@ pub fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Whether a file is a picture by its extension.
-pub fn has_picture_name(path: &Path) -> bool {
+/// Whether a file is an image by its extension.
+pub fn has_image_name(path: &Path) -> bool {
     path.extension().is_some_and(|e| EXTENSIONS.iter().any(|known| e.eq_ignore_ascii_case(known)))
 }
 
-/// Pictures in rows on a white ground, each brought to `cell` pixels in height and width (its longer side; centred
+/// Images in rows on a white ground, each brought to `cell` pixels in height and width (its longer side; centred
 /// in its cell), with `gap` white pixels between and around them.
-pub fn contact_sheet(rows: &[Vec<&Picture>], cell: usize, gap: usize) -> Picture {
+pub fn contact_sheet(rows: &[Vec<&Image>], cell: usize, gap: usize) -> Image {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let pitch = cell + gap;
-    let mut sheet = Picture::filled(gap + columns * pitch, gap + rows.len() * pitch, [255; 3]);
+    let mut sheet = Image::filled(gap + columns * pitch, gap + rows.len() * pitch, [255; 3]);
     for (y, row) in rows.iter().enumerate() {
-        for (x, picture) in row.iter().enumerate() {
-            let longer = picture.width.max(picture.height);
+        for (x, image) in row.iter().enumerate() {
+            let longer = image.width.max(image.height);
             let side = |length: usize| (length * cell / longer).max(1);
-            let (width, height) = (side(picture.width), side(picture.height));
-            let small = picture.resize(width, height, Filter::Bicubic);
+            let (width, height) = (side(image.width), side(image.height));
+            let small = image.resize(width, height, Filter::Bicubic);
             sheet.paste(&small, gap + x * pitch + (cell - width) / 2, gap + y * pitch + (cell - height) / 2);
         }
     }
@@ -439,7 +439,7 @@ fn over_white(rgba: &[u8]) -> Vec<u8> {
     rgba.chunks_exact(4).flat_map(|p| [blend(p[0], p[3]), blend(p[1], p[3]), blend(p[2], p[3])]).collect()
 }
 
-/// Whether the picture's own end marker is there: segments are skipped by their length (a thumbnail has an end of
+/// Whether the image's own end marker is there: segments are skipped by their length (a thumbnail has an end of
 /// its own), the pixel data between them byte by byte (there FF is followed by 00 or a restart marker).
 fn jpeg_is_whole(bytes: &[u8]) -> bool {
     let mut at = 2;
@@ -506,16 +506,16 @@ fn damaged(error: image::ImageError) -> anyhow::Error {
 mod tests {
     use super::*;
 
-    /// A small picture without symmetry.
-    fn gradient(width: usize, height: usize) -> Picture {
+    /// A small image without symmetry.
+    fn gradient(width: usize, height: usize) -> Image {
         let rgb = (0..width * height * 3).map(|at| (at * 37 % 251) as u8).collect();
-        Picture { width, height, rgb }
+        Image { width, height, rgb }
     }
 
     #[test]
-    fn a_picture_survives_png() {
-        let picture = gradient(7, 5);
-        assert_eq!(Picture::decode(&picture.to_png(None).unwrap()).unwrap(), picture);
+    fn a_image_survives_png() {
+        let image = gradient(7, 5);
+        assert_eq!(Image::decode(&image.to_png(None).unwrap()).unwrap(), image);
     }
 
     #[test]
@@ -534,15 +534,14 @@ mod tests {
 
     #[test]
     fn every_format_carries_its_text() {
-        let picture = gradient(16, 8);
-        for (format, loss) in [(PictureFormat::Png, 0), (PictureFormat::WebP, 0), (PictureFormat::Jpeg, 255)]
-        {
+        let image = gradient(16, 8);
+        for (format, loss) in [(FileFormat::Png, 0), (FileFormat::WebP, 0), (FileFormat::Jpeg, 255)] {
             let text = "naïve 写真, Steps: 3";
-            let bytes = picture.to_bytes(format, Some(text)).unwrap();
-            let again = Picture::decode(&bytes).unwrap();
-            let apart = again.rgb.iter().zip(&picture.rgb).map(|(a, b)| a.abs_diff(*b)).max();
+            let bytes = image.to_bytes(format, Some(text)).unwrap();
+            let again = Image::decode(&bytes).unwrap();
+            let apart = again.rgb.iter().zip(&image.rgb).map(|(a, b)| a.abs_diff(*b)).max();
             assert!((again.width, again.height) == (16, 8) && apart.unwrap() <= loss, "{format:?}");
-            if format != PictureFormat::Png {
+            if format != FileFormat::Png {
                 let mut decoder = ImageReader::new(Cursor::new(&bytes))
                     .with_guessed_format()
                     .unwrap()
@@ -554,9 +553,9 @@ mod tests {
                     exif[at..].chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]])).collect();
                 assert_eq!(String::from_utf16(&units).unwrap(), text, "{format:?}");
             }
-            assert!(picture.to_bytes(format, None).unwrap().len() < bytes.len());
+            assert!(image.to_bytes(format, None).unwrap().len() < bytes.len());
         }
-        assert!(PictureFormat::of(Path::new("a.gif")).is_err() && PictureFormat::of(Path::new("a")).is_err());
+        assert!(FileFormat::of(Path::new("a.gif")).is_err() && FileFormat::of(Path::new("a")).is_err());
     }
 
     #[test]
@@ -567,7 +566,7 @@ mod tests {
             encoder.set_color(colour);
             encoder.set_depth(depth);
             encoder.write_header().unwrap().write_image_data(data).unwrap();
-            Picture::decode(&bytes).unwrap().rgb
+            Image::decode(&bytes).unwrap().rgb
         };
         use png::{BitDepth::*, ColorType::*};
         assert_eq!(png(Grayscale, Eight, &[77]), [77, 77, 77]);
@@ -579,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn exif_orientation_turns_the_picture_upright() {
+    fn exif_orientation_turns_the_image_upright() {
         let mut jpeg = Vec::new();
         let wide = gradient(16, 8);
         let mut encoder = image::codecs::jpeg::JpegEncoder::new(&mut jpeg);
@@ -588,14 +587,14 @@ mod tests {
         exif.extend([0x12, 0x01, 3, 0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0]);
         image::ImageEncoder::set_exif_metadata(&mut encoder, exif).unwrap();
         encoder.encode(&wide.rgb, 16, 8, image::ExtendedColorType::Rgb8).unwrap();
-        let upright = Picture::decode(&jpeg).unwrap();
+        let upright = Image::decode(&jpeg).unwrap();
         assert_eq!((upright.width, upright.height), (8, 16));
     }
 
-    /// A small picture in every kind of file that is read.
-    fn every_kind(picture: &Picture) -> Vec<(&'static str, Vec<u8>)> {
-        let (width, height) = (picture.width as u32, picture.height as u32);
-        let rgb = image::RgbImage::from_raw(width, height, picture.rgb.clone()).unwrap();
+    /// A small image in every kind of file that is read.
+    fn every_kind(image: &Image) -> Vec<(&'static str, Vec<u8>)> {
+        let (width, height) = (image.width as u32, image.height as u32);
+        let rgb = image::RgbImage::from_raw(width, height, image.rgb.clone()).unwrap();
         let formats = [
             ("PNG", ImageFormat::Png),
             ("JPEG", ImageFormat::Jpeg),
@@ -616,11 +615,11 @@ mod tests {
     }
 
     #[test]
-    fn one_pixel_is_a_picture_in_every_kind_of_file() {
-        for (kind, bytes) in every_kind(&Picture::filled(1, 1, [200; 3])).into_iter().take(6) {
-            let picture = Picture::decode(&bytes).unwrap_or_else(|error| panic!("{kind}: {error:#}"));
-            assert_eq!((picture.width, picture.height), (1, 1), "{kind}");
-            assert!(picture.rgb.iter().all(|value| value.abs_diff(200) < 4), "{kind}: {:?}", picture.rgb);
+    fn one_pixel_is_a_image_in_every_kind_of_file() {
+        for (kind, bytes) in every_kind(&Image::filled(1, 1, [200; 3])).into_iter().take(6) {
+            let image = Image::decode(&bytes).unwrap_or_else(|error| panic!("{kind}: {error:#}"));
+            assert_eq!((image.width, image.height), (1, 1), "{kind}");
+            assert!(image.rgb.iter().all(|value| value.abs_diff(200) < 4), "{kind}: {:?}", image.rgb);
         }
     }
 
@@ -669,7 +668,7 @@ mod tests {
                 "GIF" => bytes[6..10].copy_from_slice(&[0x30, 0x75, 0x30, 0x75]),
                 _ => unreachable!("every kind has its place for the size"),
             }
-            let error = Picture::decode(&bytes).unwrap_err().to_string();
+            let error = Image::decode(&bytes).unwrap_err().to_string();
             assert!(error.contains("limit of 100 megapixels"), "{kind}: {error}");
         }
     }
@@ -677,9 +676,9 @@ mod tests {
     #[test]
     fn a_truncated_file_is_said_to_be_truncated() {
         for (kind, whole) in every_kind(&gradient(64, 64)) {
-            assert!(Picture::decode(&whole).is_ok(), "{kind}");
+            assert!(Image::decode(&whole).is_ok(), "{kind}");
             for part in [3, 12, 40, whole.len() / 2, whole.len() * 9 / 10] {
-                let cut = Picture::decode(&whole[..part.min(whole.len() - 1)]);
+                let cut = Image::decode(&whole[..part.min(whole.len() - 1)]);
                 let error = format!("{:#}", cut.expect_err(&format!("{kind}, {part} bytes")));
                 let said = ["truncated", "not a PNG"].iter().any(|said| error.contains(said));
                 assert!(said, "{kind}, {part} bytes: {error}");
@@ -692,23 +691,23 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mislabelled = folder.path().join("really-a-png.jpg");
         std::fs::write(&mislabelled, gradient(7, 5).to_png(None).unwrap()).unwrap();
-        assert_eq!(Picture::open(&mislabelled).unwrap(), gradient(7, 5));
+        assert_eq!(Image::open(&mislabelled).unwrap(), gradient(7, 5));
     }
 
     #[test]
     fn a_jpeg_may_carry_other_data_behind_its_end() {
-        let picture = gradient(32, 32);
+        let image = gradient(32, 32);
         let mut jpeg = Vec::new();
         let encoder = image::codecs::jpeg::JpegEncoder::new(&mut jpeg);
-        image::ImageEncoder::write_image(encoder, &picture.rgb, 32, 32, image::ExtendedColorType::Rgb8)
+        image::ImageEncoder::write_image(encoder, &image.rgb, 32, 32, image::ExtendedColorType::Rgb8)
             .unwrap();
         jpeg.extend([0, 1, 0xFF, 0xDA, 2, 3]);
-        assert!(Picture::decode(&jpeg).is_ok());
+        assert!(Image::decode(&jpeg).is_ok());
     }
 
     #[test]
     fn a_contact_sheet_keeps_proportions_and_order() {
-        let (wide, dark) = (Picture::filled(20, 10, [200, 0, 0]), Picture::filled(5, 5, [0, 0, 50]));
+        let (wide, dark) = (Image::filled(20, 10, [200, 0, 0]), Image::filled(5, 5, [0, 0, 50]));
         let sheet = contact_sheet(&[vec![&wide, &dark], vec![&dark]], 10, 2);
         assert_eq!((sheet.width, sheet.height), (26, 26));
         assert_eq!((sheet.pixel(2, 7), sheet.pixel(2, 3)), ([200, 0, 0], [255; 3]));
@@ -719,7 +718,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_picture_file_is_unusable() {
+    fn what_is_no_image_file_is_unusable() {
         let folder = tempfile::tempdir().unwrap();
         let text = folder.path().join("text.png");
         std::fs::write(&text, "hello, this is text").unwrap();
@@ -728,7 +727,7 @@ mod tests {
             (folder.path().join("missing.png"), "no such file"),
             (text, "not a PNG"),
         ] {
-            let error = Picture::open(&path).unwrap_err();
+            let error = Image::open(&path).unwrap_err();
             assert!(
                 matches!(error.downcast_ref(), Some(Failure::Unusable(text)) if text.contains(why)),
                 "{error}"
@@ -738,21 +737,21 @@ mod tests {
 
     #[test]
     fn crops_and_pastes_stay_inside() {
-        let picture = gradient(6, 4);
-        let part = picture.crop(4, 2, 10, 10);
-        assert_eq!((part.width, part.height, part.pixel(1, 1)), (2, 2, picture.pixel(5, 3)));
-        let mut ground = Picture::filled(3, 3, [9; 3]);
-        ground.paste(&picture, 2, 2);
-        assert_eq!((ground.pixel(2, 2), ground.pixel(1, 2)), (picture.pixel(0, 0), [9; 3]));
-        assert_eq!(picture.mirrored().pixel(0, 1), picture.pixel(5, 1));
+        let image = gradient(6, 4);
+        let part = image.crop(4, 2, 10, 10);
+        assert_eq!((part.width, part.height, part.pixel(1, 1)), (2, 2, image.pixel(5, 3)));
+        let mut ground = Image::filled(3, 3, [9; 3]);
+        ground.paste(&image, 2, 2);
+        assert_eq!((ground.pixel(2, 2), ground.pixel(1, 2)), (image.pixel(0, 0), [9; 3]));
+        assert_eq!(image.mirrored().pixel(0, 1), image.pixel(5, 1));
     }
 
     #[test]
-    fn a_tensor_with_nan_is_no_picture() {
+    fn a_tensor_with_nan_is_no_image() {
         let tensor = Tensor::new(&[[[f32::NAN]], [[0.0]], [[0.0]]], &Device::Cpu).unwrap();
-        assert!(Picture::from_tensor(&tensor).unwrap_err().to_string().contains("not finite"));
-        let picture = gradient(5, 3);
-        assert_eq!(Picture::from_tensor(&picture.to_tensor(&Device::Cpu).unwrap()).unwrap(), picture);
+        assert!(Image::from_tensor(&tensor).unwrap_err().to_string().contains("not finite"));
+        let image = gradient(5, 3);
+        assert_eq!(Image::from_tensor(&image.to_tensor(&Device::Cpu).unwrap()).unwrap(), image);
     }
 
     /// CRC-32 as PNG chunks carry it.
