@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The built-in bundle `tiny`, from nothing, by this program alone, on the CPU.
 #
-#     scripts/make-tiny.sh OUT            the recipe of configs/, see the README for times
+#     scripts/make-tiny.sh OUT            the recipe of configs/, see tests/bench/RESULTS.md for times
 #     scripts/make-tiny.sh OUT --quick    a few steps of everything, to see that it runs
 #     scripts/make-tiny.sh OUT --install  afterwards put the bundle into src/assets/tiny
 #
