@@ -27,31 +27,31 @@ pub struct Cli {
 /// One subcommand, one story in `commands/`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a LoRA from photos of a person, and draw images with it.
+    /// Make a LoRA from photos of a person, and generate images with it.
     Gen(Box<commands::r#gen::Args>),
-    /// Train a LoRA on a folder of one person's images (DreamBooth), or many at once.
+    /// Train a LoRA on images of one person (DreamBooth), or of many people at once.
     TrainLora(Box<commands::train_lora::Args>),
-    /// Look into LoRA files, convert, add, shorten, extract, compare and disturb them.
+    /// Inspect, convert, merge, resize, extract, mix and compare LoRA files.
     Lora(commands::lora::Args),
-    /// Detect, embed, compare, cut out and group faces.
+    /// Detect, embed, compare, crop and group faces.
     Face(commands::face::Args),
-    /// Find, fetch, check and measure base models.
+    /// List, download, verify and measure base models.
     Models(commands::models::Args),
-    /// Train LoRAs of many painted people for the hypernetwork to learn from.
+    /// Build the dataset of LoRAs of painted people that a hypernetwork learns from.
     BuildDataset(commands::build_dataset::Args),
-    /// Train the autoencoder of LoRAs.
+    /// Train the LoRA autoencoder (LAE).
     TrainLae(commands::train_lae::Args),
-    /// Train the networks from a person to a LoRA.
+    /// Train the mixer and the diffusion transformer: from a person to a LoRA.
     TrainDit(commands::train_dit::Args),
-    /// Judge the images of held-out people that a hypernetwork's LoRAs draw, or of the base alone.
+    /// Evaluate a hypernetwork on held-out people, or a base model alone.
     Eval(commands::eval::Args),
     /// Paint people of the small world.
     Portraits(commands::portraits::Args),
-    /// Train a small SDXL from nothing on painted portraits.
+    /// Train a small SDXL from scratch on painted portraits.
     TrainBase(commands::train_base::Args),
-    /// Train the small image encoder, or the judge of drawn portraits.
+    /// Train the small image encoder, or the attribute classifier.
     TrainEncoder(commands::train_encoder::Args),
-    /// Print the script that completes commands and options in a shell.
+    /// Print a completion script for a shell.
     Completions(commands::shell::Completions),
     /// Print the manual page, or write those of all commands.
     Man(commands::shell::Man),

@@ -9,13 +9,13 @@ use anyhow::{Context, Result};
 #[derive(Clone, Debug, clap::Args)]
 pub struct Output {
     /// Print results as JSON on stdout.
-    #[arg(long, global = true, env = "DIFFLORA_JSON")]
+    #[arg(help_heading = "Global options", long, global = true, env = "DIFFLORA_JSON")]
     pub json: bool,
-    /// No progress bars and no notes on stderr.
-    #[arg(long, short, global = true, env = "DIFFLORA_QUIET")]
+    /// Suppress progress bars and notes on stderr.
+    #[arg(help_heading = "Global options", long, short, global = true, env = "DIFFLORA_QUIET")]
     pub quiet: bool,
-    /// Say on stderr how long each stage of the work takes, and all names in warnings instead of the first ten.
-    #[arg(long, short, global = true, env = "DIFFLORA_VERBOSE")]
+    /// Print the time of each stage, and all names in warnings instead of the first ten.
+    #[arg(help_heading = "Global options", long, short, global = true, env = "DIFFLORA_VERBOSE")]
     pub verbose: bool,
 }
 

@@ -34,36 +34,43 @@ use crate::weights::sha256;
 
 /// Arguments of `difflora build-dataset`.
 ///
-/// Paints the people of the small world, trains a DreamBooth LoRA of each on the frozen base, and embeds their
-/// faces. OUT holds manifest.jsonl with a row a person, loras/, embeddings/, portraits/ and the shared basis. A
-/// person is written when done: the same command goes on where it was stopped.
+/// Paints the people of the small world, trains a DreamBooth LoRA for each, and embeds their faces. OUT holds
+/// manifest.jsonl with one row per person, loras/, embeddings/, portraits/ and the shared basis. Run the same command
+/// again to continue.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder for the dataset; made where it is missing.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    /// Dataset folder, created if missing.
+    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
     pub out: PathBuf,
-    /// People, images and recipe, as in configs/dataset-tiny.toml.
-    #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
+    /// Settings file, as configs/dataset-tiny.toml.
+    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     pub config: PathBuf,
-    /// The model that the LoRAs are for.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    /// Base model of the LoRAs.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
     pub base_options: models::BaseOptions,
-    /// The encoder of whole images.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    /// CLIP image encoder.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub image_encoder: String,
-    /// The encoder of faces, which becomes the condition of hypernetworks for this dataset.
-    #[arg(long, value_name = "NAME|DIR", default_value = catalog::BUILT_IN, env = "DIFFLORA_FACE_ENCODER")]
+    /// Face encoder; hypernetworks for this dataset are conditioned on it.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = catalog::BUILT_IN, env = "DIFFLORA_FACE_ENCODER")]
     pub face_encoder: String,
-    /// Where to compute.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
+    #[arg(
+        help_heading = "Advanced",
+        long,
+        value_name = "auto|cpu|cuda[:N]|metal",
+        default_value = "auto",
+        env = "DIFFLORA_DEVICE"
+    )]
     pub device: String,
-    /// Train so many people twice, with other images and noise, and print how far their two LoRAs agree.
-    #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_SIGNAL")]
+    /// Repeatability: train this many people twice, with other images and noise, and print the cosine of their two
+    /// LoRAs.
+    #[arg(help_heading = "Advanced", long, value_name = "N", default_value_t = 0, env = "DIFFLORA_SIGNAL")]
     pub signal: u64,
-    /// Stop after the basis and the signal.
-    #[arg(long, env = "DIFFLORA_SIGNAL_ONLY")]
+    /// Stop after the basis and the repeatability.
+    #[arg(help_heading = "Advanced", long, env = "DIFFLORA_SIGNAL_ONLY")]
     pub signal_only: bool,
 }
 

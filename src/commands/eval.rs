@@ -41,68 +41,91 @@ use crate::train::shards::in_threads_or_turn;
 
 /// Arguments of `difflora eval`.
 ///
-/// Draws the held-out people of a dataset without a LoRA, with the mean LoRA of the training set, with the LoRA
-/// that the hypernetwork makes from one photo, with the one it makes from a photo of somebody else, with the LoRA
-/// of the most similar training person, with the person's own DreamBooth LoRA, and with what the autoencoder
-/// restores of that; all from the same noise and prompts. SFace, which no training has seen, compares the faces
-/// with other photos of the person.
+/// Generates images of held-out people with no LoRA, the mean LoRA, the hypernetwork's LoRA from one photo and from
+/// another person's photo, the LoRA of the nearest training person, the person's own DreamBooth LoRA, and that LoRA
+/// through the autoencoder; all from the same noise and prompts. SFace, which took part in no training, measures the
+/// similarity to other photos of the person.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The dataset, as `build-dataset` writes it.
-    #[arg(long, value_name = "DIR", required_unless_present = "base_only", env = "DIFFLORA_DATASET")]
+    /// Dataset folder of `build-dataset`.
+    #[arg(
+        help_heading = "Input",
+        long,
+        value_name = "DIR",
+        required_unless_present = "base_only",
+        env = "DIFFLORA_DATASET"
+    )]
     pub dataset: Option<PathBuf>,
-    /// The hypernetwork.
-    #[arg(long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
+    /// Hypernetwork: tiny (built in), a folder, or a hub repository.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     pub hypernet: String,
-    /// The model that the LoRAs are for.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    /// Base model of the LoRAs.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
     pub base_options: models::BaseOptions,
-    /// The encoder of whole images.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    /// CLIP image encoder.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub image_encoder: String,
-    /// The judge of attributes; without one prompts and factors are not judged. The built-in one when not given.
-    #[arg(long, value_name = "NAME|DIR", env = "DIFFLORA_JUDGE")]
+    /// Attribute classifier, which measures prompt accuracy and factors [default: the built-in one].
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_JUDGE")]
     pub judge: Option<String>,
-    /// At most so many held-out people; all when not given.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "DIFFLORA_PEOPLE")]
+    /// Maximum number of held-out people [default: all].
+    #[arg(help_heading = "Input", long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "DIFFLORA_PEOPLE")]
     pub people: Option<u64>,
-    /// Images of each person and way; four prompts take turns.
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64), alias = "pictures", env = "DIFFLORA_IMAGES")]
+    /// Images per person and method; four prompts alternate.
+    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64), alias = "pictures", env = "DIFFLORA_IMAGES")]
     pub images: u64,
-    /// Sampling steps of an image.
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_STEPS")]
+    /// Number of sampling steps.
+    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_STEPS")]
     pub steps: u64,
-    /// Weight of the prompt against no prompt.
-    #[arg(long, value_name = "X", default_value_t = 3.0, env = "DIFFLORA_GUIDANCE")]
+    /// Classifier-free guidance scale; 1 or less disables guidance.
+    #[arg(
+        help_heading = "Sampling",
+        long,
+        value_name = "X",
+        default_value_t = 3.0,
+        env = "DIFFLORA_GUIDANCE"
+    )]
     pub guidance: f64,
     /// Sampling method.
-    #[arg(long, value_enum, default_value_t = Sampler::Euler, env = "DIFFLORA_SAMPLER")]
+    #[arg(help_heading = "Sampling", long, value_enum, default_value_t = Sampler::Euler, env = "DIFFLORA_SAMPLER")]
     pub sampler: Sampler,
-    /// Latents that the hypernetwork samples and averages.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_SAMPLES")]
+    /// Latents to sample and average per person.
+    #[arg(help_heading = "Identity", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_SAMPLES")]
     pub samples: u64,
-    /// How far from the mean LoRA: factor on the generated latent.
-    #[arg(long, value_name = "X", default_value_t = 1.0, env = "DIFFLORA_STRENGTH")]
+    /// Factor on the generated latent: distance from the mean LoRA.
+    #[arg(
+        help_heading = "Identity",
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        env = "DIFFLORA_STRENGTH"
+    )]
     pub strength: f64,
-    /// Draw also with the generated LoRA after so many fine-tuning steps on the photo, as `gen --refine` takes them.
-    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
+    /// Evaluate the generated LoRA after this many fine-tuning steps on the photo as well, as `gen --refine`.
+    #[arg(help_heading = "Identity", long, value_name = "STEPS", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
     pub refine: Option<u32>,
-    /// Learning rate of these steps.
-    #[arg(long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
+    /// Learning rate of --refine.
+    #[arg(help_heading = "Identity", long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
     pub refine_rate: f64,
-    /// Of all noise.
-    #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
+    /// Seed of all noise.
+    #[arg(help_heading = "Sampling", long, default_value_t = 0, env = "DIFFLORA_SEED")]
     pub seed: u64,
-    /// Where to compute.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
+    #[arg(
+        help_heading = "Advanced",
+        long,
+        value_name = "auto|cpu|cuda[:N]|metal",
+        default_value = "auto",
+        env = "DIFFLORA_DEVICE"
+    )]
     pub device: String,
-    /// Folder for table.json, table.md and sheet.png; made where it is missing.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    /// Folder for table.json, table.md and sheet.png, created if missing.
+    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
     pub out: Option<PathBuf>,
-    /// Judge the base alone, by N images (100) from captions of random scenes.
-    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "100", value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_BASE_ONLY")]
+    /// Evaluate only the base model, on N images (100) from random captions.
+    #[arg(help_heading = "Input", long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "100", value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_BASE_ONLY")]
     pub base_only: Option<u64>,
 }
 

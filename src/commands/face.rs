@@ -32,17 +32,17 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Print box, five landmarks and score of each face, the largest first, and how good a reference it is.
+    /// Print box, five landmarks, score and quality of each face, largest first.
     Detect {
         #[command(flatten)]
         images: Images,
         #[command(flatten)]
         encoder: Encoder,
-        /// Write the image with boxes, points and numbers: a PNG file for one image, else a folder.
+        /// Write the image with boxes, landmarks and numbers: a PNG file for one image, else a folder.
         #[arg(long, value_name = "FILE.png|DIR", env = "DIFFLORA_DRAW")]
         draw: Option<PathBuf>,
     },
-    /// Write one unit vector an image, under its file name.
+    /// Write one unit vector per image, under its file name.
     Embed {
         #[command(flatten)]
         images: Images,
@@ -50,57 +50,56 @@ enum Action {
         encoder: Encoder,
         #[command(flatten)]
         image_encoder: embed_image::ImageEncoderArgs,
-        /// The .safetensors file to write.
+        /// Safetensors file to write.
         #[arg(long, value_name = "FILE", env = "DIFFLORA_OUT")]
         out: PathBuf,
     },
-    /// Print the cosine between the largest faces of all images.
+    /// Print the cosine similarity of the largest faces, image by image.
     Compare {
         #[command(flatten)]
         images: Images,
         #[command(flatten)]
         encoder: Encoder,
     },
-    /// Write the largest face of each image, upright and centred as recognisers take it.
+    /// Write the largest face of each image, aligned as recognisers expect it.
     Crop {
         #[command(flatten)]
         images: Images,
         #[command(flatten)]
         encoder: Encoder,
-        /// The folder to write into.
+        /// Folder to write.
         #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
         out: PathBuf,
-        /// Height and width in pixels; 112 and 512 are usual. Multiples of 128 show a little more at the sides, as
-        /// insightface's do.
+        /// Side in pixels, usually 112 or 512. Multiples of 128 use insightface's slightly wider template.
         #[arg(long, default_value_t = SIDE as u32, value_parser = clap::value_parser!(u32).range(16..=4096), env = "DIFFLORA_SIZE")]
         size: u32,
     },
-    /// Time the networks of a face encoder on this machine.
+    /// Time the networks of a face encoder.
     Bench {
         #[command(flatten)]
         encoder: Encoder,
-        /// How often each network is run; the median counts.
+        /// Runs of each network; the median is printed.
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000), env = "DIFFLORA_RUNS")]
         runs: u32,
     },
-    /// Group images by the person whose face is the largest in them.
+    /// Group images by the person of their largest face.
     ///
-    /// Groups are joined while the mean cosine between their faces, each of one with each of the other, is the
-    /// threshold or more (average linkage): one image that resembles two people does not join them.
+    /// Groups are merged while the mean cosine between their faces reaches the threshold (average linkage), so that
+    /// one image that resembles two people does not join them.
     Dedupe {
         #[command(flatten)]
         images: Images,
         #[command(flatten)]
         encoder: Encoder,
-        /// From which mean cosine on two groups are one person; without it what suits photos with the recogniser:
-        /// mobilefacenet 0.4, sface 0.363, ArcFace 0.28. `difflora face verify` measures one on your own images;
-        /// drawings and paintings need a higher one.
+        /// Mean cosine from which two groups are one person [default for photos: mobilefacenet 0.4, sface 0.363,
+        /// ArcFace 0.28]. `difflora face verify` measures it on your own images; drawings and paintings need a higher
+        /// one.
         #[arg(long, value_name = "COSINE", value_parser = cosine_value, env = "DIFFLORA_THRESHOLD")]
         threshold: Option<f32>,
     },
-    /// Measure how well the encoder tells people apart: AUC, equal error rate, best threshold.
+    /// Measure how well an encoder separates people: AUC, equal error rate, best threshold.
     Verify {
-        /// A folder with a folder for each person, or with files such as anna-1.jpg, anna-2.jpg, ben-1.jpg.
+        /// Folder with one folder per person, or with files such as anna-1.jpg, anna-2.jpg, ben-1.jpg.
         #[arg(value_name = "DIR")]
         folder: PathBuf,
         #[command(flatten)]
@@ -117,8 +116,7 @@ struct Images {
 
 #[derive(Debug, clap::Args)]
 struct Encoder {
-    /// mobilefacenet (512 numbers, the built-in condition), sface (128, the judge of `eval`), antelopev2, buffalo_l,
-    /// auraface, or a folder with ONNX files.
+    /// mobilefacenet (512 values), sface (128 values), antelopev2, buffalo_l, auraface, or a folder of ONNX files.
     #[arg(
         long,
         visible_alias = "encoder",

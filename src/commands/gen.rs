@@ -28,44 +28,44 @@ use crate::weights::model_folder::WeightType;
 
 /// Arguments of `difflora gen`.
 ///
-/// With neither --ref nor --lora it draws with the base model alone. The built-in model `tiny` draws portraits of
-/// 64×64 pixels of painted people: it is there to try the program and to prove the method.
+/// With neither --ref nor --lora, images come from the base model alone. The built-in model `tiny` generates painted
+/// portraits of 64×64 pixels, to try the program. Guide: difflora help generate.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Images of one person: files, patterns such as 'me/*.jpg', or folders. Those that show somebody else are
-    /// left out.
-    #[arg(long = "ref", value_name = "PHOTO|DIR", num_args = 1.., env = "DIFFLORA_REF")]
+    /// Photos of one person: files, patterns such as 'me/*.jpg', or folders. Photos of other people are left out.
+    #[arg(help_heading = "Input", long = "ref", value_name = "PHOTO|DIR", num_args = 1.., env = "DIFFLORA_REF")]
     reference: Vec<PathBuf>,
-    /// Which face of the images, 1 for the largest.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_FACE")]
+    /// Face to use in each photo, 1 for the largest.
+    #[arg(help_heading = "Input", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_FACE")]
     face: u32,
-    /// What to draw; several prompts draw several images. Without it only the LoRA is made.
-    #[arg(long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_PROMPT")]
+    /// Prompts, one or more images each. Without a prompt only the LoRA is made.
+    #[arg(help_heading = "Input", long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_PROMPT")]
     prompt: Vec<String>,
-    /// What not to draw.
-    #[arg(long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
+    /// Negative prompt.
+    #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
     negative_prompt: Option<String>,
-    /// The hypernetwork: a folder, a hub repository owner/name[@revision], or the built-in one.
-    #[arg(long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
+    /// Hypernetwork: tiny (built in), a folder, or a hub repository owner/name[@revision].
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     hypernet: String,
-    /// The base model: a folder in diffusers' layout, one `.safetensors` in LDM layout, a hub repository
-    /// owner/name[@revision][:file.safetensors], or a name: tiny (built in), sdxl.
-    #[arg(long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    /// Base model: tiny (built in), sdxl, a diffusers folder, a `.safetensors` in LDM layout, or a hub repository
+    /// owner/name[@revision][:file.safetensors].
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
     #[command(flatten)]
     base_options: models::BaseOptions,
-    /// The encoder of whole images that the hypernetwork was trained with.
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    /// CLIP image encoder that the hypernetwork was trained with.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
-    /// The encoder of faces that the hypernetwork was trained with; by itself the one that it names.
-    #[arg(long, value_name = "NAME|DIR", env = "DIFFLORA_FACE_ENCODER")]
+    /// Face encoder that the hypernetwork was trained with [default: the one it names].
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_FACE_ENCODER")]
     face_encoder: Option<String>,
-    /// Further LoRA files, each with an optional weight: 0.8, or by part, unet=0.8,te=0.4,down.1=0.5. Parts are
-    /// unet, te, te1, te2, down, down.N, mid, up, up.N.
-    #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
+    /// LoRA files with optional weights: FILE:0.8, or by part, FILE:unet=0.8,te=0.4,down.1=0.5 (parts: unet, te, te1,
+    /// te2, down, down.N, mid, up, up.N).
+    #[arg(help_heading = "Model", long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
     lora: Vec<String>,
     /// Weight of the person's LoRA.
     #[arg(
+        help_heading = "Model",
         long,
         value_name = "F",
         default_value_t = 1.0,
@@ -73,74 +73,84 @@ pub struct Args {
         env = "DIFFLORA_LORA_SCALE"
     )]
     lora_scale: f64,
-    /// Merge LoRAs into the weights, or apply them beside the weights.
-    #[arg(long, value_enum, default_value = "merge", env = "DIFFLORA_LORA_MODE")]
+    /// How LoRAs are applied.
+    #[arg(help_heading = "Model", long, value_enum, default_value = "merge", env = "DIFFLORA_LORA_MODE")]
     lora_mode: LoraMode,
-    /// Let LoRAs change only what follows the prompt, not the negative prompt; needs --lora-mode runtime.
-    #[arg(long, env = "DIFFLORA_LORA_POSITIVE_ONLY")]
+    /// Apply LoRAs to the prompt only, not to the negative prompt; requires --lora-mode runtime.
+    #[arg(help_heading = "Model", long, env = "DIFFLORA_LORA_POSITIVE_ONLY")]
     lora_positive_only: bool,
-    /// Sampling steps of an image.
-    #[arg(long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_STEPS")]
+    /// Number of sampling steps.
+    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_STEPS")]
     steps: u32,
-    /// How much the prompt counts; 1 or less draws without the second pass.
-    #[arg(long, value_name = "F", default_value_t = 3.0, env = "DIFFLORA_GUIDANCE")]
+    /// Classifier-free guidance scale; 1 or less disables guidance.
+    #[arg(
+        help_heading = "Sampling",
+        long,
+        value_name = "F",
+        default_value_t = 3.0,
+        env = "DIFFLORA_GUIDANCE"
+    )]
     guidance: f64,
-    /// Sampling method of an image; the one that the base model names where it is not given.
-    #[arg(long, value_enum, env = "DIFFLORA_SAMPLER")]
+    /// Sampling method [default: the base model's].
+    #[arg(help_heading = "Sampling", long, value_enum, env = "DIFFLORA_SAMPLER")]
     sampler: Option<Sampler>,
-    /// Pixels across, a multiple of 8 (in small models: of what their VAE says); the base model's own size where it is
-    /// not given.
-    #[arg(long, value_name = "PX", env = "DIFFLORA_WIDTH")]
+    /// Width in pixels, a multiple of 8 (small models: of their VAE's factor) [default: the base's native size].
+    #[arg(help_heading = "Sampling", long, value_name = "PX", env = "DIFFLORA_WIDTH")]
     width: Option<usize>,
-    /// Pixels down, likewise.
-    #[arg(long, value_name = "PX", env = "DIFFLORA_HEIGHT")]
+    /// Height in pixels, likewise [default: the base's native size].
+    #[arg(help_heading = "Sampling", long, value_name = "PX", env = "DIFFLORA_HEIGHT")]
     height: Option<usize>,
-    /// Size before the image was made smaller, as SDXL is told; the image's own where it is not given. A small one
-    /// asks for the look of an enlarged image.
-    #[arg(long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_ORIGINAL_SIZE")]
+    /// SDXL's `original_size` conditioning [default: output size]. Small values imitate upscaled images.
+    #[arg(help_heading = "Sampling", long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_ORIGINAL_SIZE")]
     original_size: Option<[usize; 2]>,
-    /// Size that the image was brought to, as SDXL is told; its own where it is not given.
-    #[arg(long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_TARGET_SIZE")]
+    /// SDXL's `target_size` conditioning [default: output size].
+    #[arg(help_heading = "Sampling", long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_TARGET_SIZE")]
     target_size: Option<[usize; 2]>,
-    /// Rows and columns that were cut off above and to the left, as SDXL is told; 0,0 centres the subject.
-    #[arg(long, value_name = "TOP,LEFT", value_parser = top_and_left, default_value = "0,0", env = "DIFFLORA_CROP")]
+    /// SDXL's `crop_coords_top_left` conditioning; 0,0 centres the subject.
+    #[arg(help_heading = "Sampling", long, value_name = "TOP,LEFT", value_parser = top_and_left, default_value = "0,0", env = "DIFFLORA_CROP")]
     crop: [usize; 2],
-    /// Decode the image in strips: the same image in a fraction of the memory.
-    #[arg(long, value_enum, default_value = "auto", env = "DIFFLORA_VAE_TILING")]
+    /// Decode in strips: the same image with less memory.
+    #[arg(help_heading = "Advanced", long, value_enum, default_value = "auto", env = "DIFFLORA_VAE_TILING")]
     vae_tiling: Tiling,
-    /// Images of each prompt.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_NUM_IMAGES")]
+    /// Images per prompt.
+    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_NUM_IMAGES")]
     num_images: u32,
-    /// Seed of the images' noise; image k of a call uses seed + k.
-    #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
+    /// Seed of the images' noise; image k of the command uses seed + k.
+    #[arg(help_heading = "Sampling", long, default_value_t = 0, env = "DIFFLORA_SEED")]
     seed: u64,
-    /// Start every image from the tensor `latents` (1, C, height/8, width/8) of this safetensors file, unit normal,
-    /// instead of the seed's noise.
-    #[arg(long, value_name = "FILE", env = "DIFFLORA_INIT_LATENTS")]
+    /// Initial noise instead of the seed's: tensor `latents` (1, C, height/8, width/8) of a safetensors file, unit
+    /// normal.
+    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_INIT_LATENTS")]
     init_latents: Option<PathBuf>,
     #[command(flatten)]
     identity: IdentityOptions,
-    /// Number type of the base model.
-    #[arg(long, value_enum, default_value = "f32", env = "DIFFLORA_DTYPE")]
+    /// Number type of the base model's weights.
+    #[arg(help_heading = "Advanced", long, value_enum, default_value = "f32", env = "DIFFLORA_DTYPE")]
     dtype: Precision,
-    /// Where to compute.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
+    #[arg(
+        help_heading = "Advanced",
+        long,
+        value_name = "auto|cpu|cuda[:N]|metal",
+        default_value = "auto",
+        env = "DIFFLORA_DEVICE"
+    )]
     device: String,
-    /// Image to write (.png, .jpg or .webp), or a folder for several; `difflora.png` where it is not given. With
-    /// --json each image has its settings beside it, in a file of its name that ends in .json.
-    #[arg(long, value_name = "FILE|DIR", env = "DIFFLORA_OUT")]
+    /// Image to write (.png, .jpg, .webp), or a folder for several [default: difflora.png]. With --json the settings
+    /// of each image are written beside it (.json).
+    #[arg(help_heading = "Output", long, value_name = "FILE|DIR", env = "DIFFLORA_OUT")]
     out: Option<PathBuf>,
-    /// Write no prompt and no settings into images.
-    #[arg(long, env = "DIFFLORA_NO_METADATA")]
+    /// Omit prompt and settings from image metadata.
+    #[arg(help_heading = "Output", long, env = "DIFFLORA_NO_METADATA")]
     no_metadata: bool,
-    /// Every N steps write what the image looks like so far, small and rough: `me.preview.png` beside `me.png`.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_PREVIEW")]
+    /// Write a rough preview every N steps: `me.preview.png` beside `me.png`.
+    #[arg(help_heading = "Output", long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_PREVIEW")]
     preview: Option<u32>,
-    /// LoRA to write; `difflora.safetensors` where neither it nor --prompt is given.
-    #[arg(long, value_name = "FILE.safetensors", env = "DIFFLORA_LORA_OUT")]
+    /// LoRA to write [default without --prompt: difflora.safetensors].
+    #[arg(help_heading = "Output", long, value_name = "FILE.safetensors", env = "DIFFLORA_LORA_OUT")]
     lora_out: Option<PathBuf>,
-    /// Spelling of the layers' names in the LoRA.
-    #[arg(long, value_enum, default_value = "kohya", env = "DIFFLORA_LORA_FORMAT")]
+    /// Key names of the written LoRA.
+    #[arg(help_heading = "Output", long, value_enum, default_value = "kohya", env = "DIFFLORA_LORA_FORMAT")]
     lora_format: Format,
 }
 
@@ -154,7 +164,7 @@ impl Args {
 /// How LoRAs change the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum LoraMode {
-    /// Once, into the weights: drawing costs nothing extra.
+    /// Into the weights, once: sampling costs nothing extra.
     Merge,
     /// Beside the weights, at each step.
     Runtime,

@@ -29,115 +29,127 @@ use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_W
 pub struct Args {
     #[command(subcommand)]
     action: Action,
-    /// The base that the files are for: LDM names of layers depend on its blocks. SDXL's where it is not given.
-    #[arg(long, value_name = "NAME|DIR|FILE|REPO", global = true, env = "DIFFLORA_BASE")]
+    /// Base model of the LoRAs, which determines LDM key names [default: SDXL's layout].
+    #[arg(
+        help_heading = "Model",
+        long,
+        value_name = "NAME|DIR|FILE|REPO",
+        global = true,
+        env = "DIFFLORA_BASE"
+    )]
     base: Option<String>,
-    /// For models in one file: a JSON file or a diffusers folder with the settings that tensors do not tell.
-    #[arg(long, value_name = "FILE|DIR", global = true, env = "DIFFLORA_BASE_CONFIG")]
+    /// Settings of a single-file base that its tensors do not show: a JSON file or a diffusers folder.
+    #[arg(
+        help_heading = "Model",
+        long,
+        value_name = "FILE|DIR",
+        global = true,
+        env = "DIFFLORA_BASE_CONFIG"
+    )]
     base_config: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Tell what a file is: kinds, ranks, alphas, modules, metadata. Reads its header alone.
+    /// Show kinds, ranks, alphas, modules and metadata of a file; reads only its header.
     Inspect {
-        /// The file.
+        /// LoRA file.
         file: PathBuf,
     },
-    /// Write a file in another spelling; metadata are kept.
+    /// Convert a file to other key names; metadata are kept.
     Convert {
-        /// The file.
+        /// LoRA file.
         input: PathBuf,
-        /// Where the result goes.
+        /// File to write.
         output: PathBuf,
-        /// The spelling.
+        /// Key names of the written LoRA.
         #[arg(long, value_enum, default_value = "kohya")]
         format: Format,
     },
-    /// Add LoRAs to each other, exactly, or with --base into a model's weights.
+    /// Sum LoRAs into one file, exactly or by SVD; with --base, merge them into a model.
     Merge {
-        /// The files, each with an optional weight as in `gen`.
+        /// LoRA files with optional weights, as in `gen`.
         #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., required = true)]
         lora: Vec<String>,
-        /// A LoRA file; with --base a model: a file where the base is one file, else a folder that does not exist yet.
+        /// LoRA file to write; with --base a model: a file for a single-file base, else a new folder.
         #[arg(long, value_name = "FILE|DIR")]
         out: PathBuf,
         #[command(flatten)]
         length: Length,
-        /// The spelling of a LoRA file.
+        /// Key names of the written LoRA.
         #[arg(long, value_enum, default_value = "kohya")]
         format: Format,
     },
-    /// Shorten a file to a rank, or to the share of Σ σ² that is to be kept.
+    /// Reduce the rank of a file by SVD.
     Resize {
-        /// The file.
+        /// LoRA file.
         input: PathBuf,
-        /// Where the result goes.
+        /// File to write.
         output: PathBuf,
         #[command(flatten)]
         length: Length,
-        /// The spelling.
+        /// Key names of the written LoRA.
         #[arg(long, value_enum, default_value = "kohya")]
         format: Format,
     },
-    /// Make a LoRA of the difference between two models of the same shape. Layers of UNet and text encoders become
-    /// products of the given rank; biases and norms are stored as they are; what else has changed is named.
+    /// Extract a LoRA from the difference between two models of the same shape. Layers become products of the given
+    /// rank; changed biases and norms are stored as they are; other changes are listed.
     Extract {
-        /// The model before: a folder, one file, or a name.
+        /// Original model: a folder, a file, or a name.
         before: String,
-        /// The model after.
+        /// Changed model.
         after: String,
-        /// Where the LoRA goes.
+        /// LoRA file to write.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
-        /// Its rank.
+        /// Rank of each layer.
         #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
         rank: u32,
-        /// Leave out biases and norms, which some programs do not read.
+        /// Omit biases and norms, which some programs do not read.
         #[arg(long)]
         layers_only: bool,
-        /// The spelling.
+        /// Key names of the written LoRA.
         #[arg(long, value_enum, default_value = "kohya")]
         format: Format,
     },
-    /// The weighted mean of several LoRAs; weights are divided by their sum.
+    /// Weighted mean of several LoRAs; weights are divided by their sum.
     Mix {
-        /// The files, each with an optional weight.
+        /// LoRA files with optional weights.
         #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 2.., required = true)]
         lora: Vec<String>,
-        /// Where the result goes.
+        /// LoRA file to write.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
         #[command(flatten)]
         length: Length,
-        /// The spelling.
+        /// Key names of the written LoRA.
         #[arg(long, value_enum, default_value = "kohya")]
         format: Format,
     },
-    /// Replace the largest or smallest weights of a LoRA, to see which ones matter.
+    /// Replace the largest or smallest weights of a LoRA, to measure which ones matter.
     Perturb {
-        /// The file.
+        /// LoRA file.
         input: PathBuf,
-        /// Where the result goes.
+        /// File to write.
         output: PathBuf,
-        /// Which weights.
+        /// Weights to replace.
         #[arg(long, value_enum, default_value = "largest")]
         which: Which,
-        /// What takes their place: zero, or normal noise with their own root mean square.
+        /// Replacement.
         #[arg(long, value_enum, default_value = "zero")]
         with: Disturbance,
-        /// How many of all weights.
+        /// Share of all weights to replace.
         #[arg(long, default_value_t = 0.25)]
         share: f64,
         /// Seed of the noise.
         #[arg(long, default_value_t = 0)]
         seed: u64,
     },
-    /// Compare what two files change, module by module.
+    /// Compare the ΔW of two files, module by module.
     Diff {
-        /// One.
+        /// First LoRA file.
         one: PathBuf,
-        /// The other.
+        /// Second LoRA file.
         two: PathBuf,
     },
 }
@@ -149,7 +161,7 @@ struct Length {
     /// Rank of the result.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     rank: Option<u32>,
-    /// Share of Σ σ² that is kept, module by module.
+    /// Share of Σ σ² to keep, per module; chooses the rank.
     #[arg(long, value_name = "SHARE")]
     keep: Option<f64>,
 }

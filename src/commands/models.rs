@@ -60,23 +60,23 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// The names that are known, and what of the hub lies in the cache.
+    /// List known names and the base models in the hub's cache.
     List,
-    /// The folder that a model of the hub lies in.
+    /// Print the folder of a cached hub model.
     Path {
         /// sdxl, or owner/name[@revision].
         name: String,
     },
-    /// Fetch the newest version of a model of the hub: only the files that drawing needs. Also the face encoders
-    /// antelopev2, buffalo_l and auraface, after their licence.
+    /// Download the newest version of a hub model, only the files that are used; or a face encoder (antelopev2,
+    /// buffalo_l, auraface), whose licence is shown.
     Pull {
         /// sdxl, owner/name[@revision][:file.safetensors], or a face encoder.
         name: String,
-        /// Fetch half-precision weights where there are any: half the download.
+        /// Prefer half-precision weights: half the download.
         #[arg(long)]
         fp16: bool,
     },
-    /// Look at every weight of a model: names, shapes, numbers, and the hub's checksums.
+    /// Check every tensor of a model (name, shape, finite values) and the hub's checksums.
     Verify {
         /// A folder, a file, owner/name[@revision], or a name.
         name: String,
@@ -208,15 +208,15 @@ fn verify(name: &str, options: &BaseOptions, output: &Output) -> Result<()> {
 /// How to find a base model.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct BaseOptions {
-    /// For a base in one file: a JSON file (keys `unet`, `vae`, `text_encoder`, `text_encoder_2`, `scheduler`,
-    /// `tokenizer`, `tokenizer_2`, `model_index`) or a diffusers folder with the settings that its tensors do not tell.
-    #[arg(long, value_name = "FILE|DIR", env = "DIFFLORA_BASE_CONFIG")]
+    /// Settings of a single-file base that its tensors do not show: a diffusers folder, or a JSON file with the keys
+    /// `unet`, `vae`, `text_encoder`, `text_encoder_2`, `scheduler`, `tokenizer`, `tokenizer_2`, `model_index`.
+    #[arg(help_heading = "Model", long, value_name = "FILE|DIR", env = "DIFFLORA_BASE_CONFIG")]
     pub base_config: Option<PathBuf>,
     /// Branch, tag or commit of a base on the hub.
-    #[arg(long, value_name = "REVISION", env = "DIFFLORA_REVISION")]
+    #[arg(help_heading = "Model", long, value_name = "REVISION", env = "DIFFLORA_REVISION")]
     pub revision: Option<String>,
-    /// Never use the network: a base on the hub must lie in the cache (HF_HUB_OFFLINE says the same).
-    #[arg(long, env = "DIFFLORA_OFFLINE")]
+    /// Use only cached models, never the network (as HF_HUB_OFFLINE).
+    #[arg(help_heading = "Model", long, env = "DIFFLORA_OFFLINE")]
     pub offline: bool,
 }
 

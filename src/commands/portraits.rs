@@ -17,17 +17,17 @@ use crate::synthetic::{self, CaptionOptions, Person, Scene};
 
 /// Arguments of `difflora portraits`.
 ///
-/// Writes OUT/person-0001/0001.png with its caption in 0001.txt, and the person's factors and scenes in
-/// person.json. A person is fixed by --seed and number: the same command paints the same bytes.
+/// Writes OUT/person-0001/0001.png, its caption 0001.txt, and the attributes and scenes in person.json. --seed and
+/// number determine a person: the same command writes the same bytes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder for the images; made where it is missing.
+    /// Folder to write, created if missing.
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
     out: PathBuf,
-    /// How many people.
+    /// Number of people.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1_000_000), env = "DIFFLORA_PEOPLE")]
     people: u64,
-    /// How many images of each.
+    /// Images per person.
     #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=100_000), alias = "pictures", env = "DIFFLORA_IMAGES")]
     images: u64,
     /// Number of the first person.
@@ -36,19 +36,19 @@ pub struct Args {
     /// Seed of the population.
     #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
     seed: u64,
-    /// Show everybody in the same scenes, drawn from this seed.
+    /// Show all people in the same scenes, generated from this seed.
     #[arg(long, value_name = "SEED", env = "DIFFLORA_SCENES")]
     scenes: Option<u64>,
-    /// Pixels on a side.
+    /// Side in pixels.
     #[arg(long, value_name = "PX", default_value_t = 64, value_parser = clap::value_parser!(u16).range(8..=1024), env = "DIFFLORA_SIZE")]
     size: u16,
-    /// Points along each side of a pixel: 1 is fast, 2 smoother.
+    /// Samples per pixel side (antialiasing).
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=8), env = "DIFFLORA_SUPERSAMPLE")]
     supersample: u8,
-    /// What captions call the person.
+    /// Word for the person in captions.
     #[arg(long, value_name = "WORDS", default_value = "person", env = "DIFFLORA_SUBJECT")]
     subject: String,
-    /// Say up to N attributes of the person in a caption, such as hair and skin.
+    /// Mention up to N attributes of the person in captions, such as hair and skin.
     #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_ATTRIBUTES")]
     attributes: usize,
 }

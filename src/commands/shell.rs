@@ -12,7 +12,7 @@ use crate::output;
 /// Arguments of `difflora completions`.
 #[derive(Debug, clap::Args)]
 pub struct Completions {
-    /// For which shell.
+    /// Shell.
     shell: clap_complete::Shell,
 }
 
@@ -26,7 +26,7 @@ pub fn completions(args: &Completions) -> Result<()> {
 /// Arguments of `difflora man`.
 #[derive(Debug, clap::Args)]
 pub struct Man {
-    /// Write a page for every command into this folder; without it the program's own page is printed.
+    /// Folder to write the pages of all commands into [default: print the program's page].
     #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
     out: Option<PathBuf>,
 }

@@ -17,42 +17,42 @@ use crate::train::trainer::{End, Keeping};
 
 /// Arguments of `difflora train-base`.
 ///
-/// Two stages: the VAE learns to code images, then the UNet and both text encoders learn to draw from captions.
-/// OUT becomes an ordinary SDXL folder as diffusers reads it; checkpoints, logs and sample sheets go to OUT/training.
+/// Two stages: first the VAE, then the UNet and both text encoders from captions. OUT becomes an SDXL folder in
+/// diffusers' layout; checkpoints, logs and contact sheets go to OUT/training.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder for the model; made where it is missing.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    /// Folder for the model, created if missing.
+    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
     out: PathBuf,
-    /// Sizes and recipe, as in configs/base-tiny.toml.
-    #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
+    /// Settings file, as configs/base-tiny.toml.
+    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     config: PathBuf,
-    /// What to train; the UNet needs a VAE that has been trained before.
-    #[arg(long, value_enum, default_value = "all", env = "DIFFLORA_STAGE")]
+    /// Stage to train; the UNet needs a trained VAE.
+    #[arg(help_heading = "Training", long, value_enum, default_value = "all", env = "DIFFLORA_STAGE")]
     stage: Stage,
-    /// Go on from the last checkpoint of the same settings.
-    #[arg(long, env = "DIFFLORA_RESUME")]
+    /// Continue from the last checkpoint of the same settings.
+    #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
     resume: bool,
-    /// Start UNet and text encoders from the weights of this model instead of from noise: a further round of
-    /// training with a schedule of its own. The VAE stays what OUT has.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_FROM")]
+    /// Initialise UNet and text encoders from this model, for a further round with its own schedule. The VAE of OUT
+    /// is kept.
+    #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_FROM")]
     from: Option<PathBuf>,
-    /// Steps of each stage that is trained, instead of the number in the settings.
-    #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
+    /// Steps per stage [default: the settings].
+    #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_STEPS")]
     steps: Option<u64>,
-    /// Stop after so many minutes with a checkpoint; --resume goes on.
-    #[arg(long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
+    /// Stop with a checkpoint after this many minutes; --resume continues.
+    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
     minutes: Option<f64>,
 }
 
 /// Parts of the training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Stage {
-    /// The codec between images and latents.
+    /// The VAE.
     Vae,
-    /// The denoiser and the text encoders.
+    /// UNet and text encoders.
     Unet,
-    /// One after the other.
+    /// Both, one after the other.
     All,
 }
 

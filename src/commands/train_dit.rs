@@ -43,34 +43,40 @@ use crate::weights::model_folder::{ModelFiles, save_json};
 
 /// Arguments of `difflora train-dit`.
 ///
-/// Learns to make the latent of a person's LoRA from embeddings of one photo. OUT becomes the finished hypernetwork
-/// for `gen`; checkpoint, log and report.json (its errors on the people held out, beside simpler ways) go to
-/// OUT/training.
+/// Trains the mixer and the diffusion transformer, which predict the latent of a person's LoRA from the embeddings of
+/// one photo. OUT becomes the hypernetwork for `gen`; checkpoint, log and report.json (held-out errors beside
+/// baselines) go to OUT/training. Guide: difflora help hypernetwork.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder that `build-dataset` wrote.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_DATASET")]
+    /// Dataset folder of `build-dataset`.
+    #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_DATASET")]
     pub dataset: PathBuf,
-    /// Folder that `train-lae` wrote for the same dataset.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_LAE")]
+    /// Autoencoder of `train-lae` for the same dataset.
+    #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_LAE")]
     pub lae: PathBuf,
-    /// Folder for the hypernetwork; made where it is missing.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    /// Folder for the hypernetwork, created if missing.
+    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
     pub out: PathBuf,
-    /// Sizes and recipe, as in configs/hypernet-tiny.toml.
-    #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
+    /// Settings file, as configs/hypernet-tiny.toml.
+    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     pub config: PathBuf,
-    /// The model that the LoRAs are for, where the recipe has a loss of images (`functional`).
-    #[arg(long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    /// Base model for the diffusion loss of images (`functional` in the settings).
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
-    /// Where to compute.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
+    #[arg(
+        help_heading = "Advanced",
+        long,
+        value_name = "auto|cpu|cuda[:N]|metal",
+        default_value = "auto",
+        env = "DIFFLORA_DEVICE"
+    )]
     pub device: String,
-    /// Go on from the last checkpoint of the same settings.
-    #[arg(long, env = "DIFFLORA_RESUME")]
+    /// Continue from the last checkpoint of the same settings.
+    #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
     pub resume: bool,
-    /// Stop after so many minutes with a checkpoint; --resume goes on.
-    #[arg(long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
+    /// Stop with a checkpoint after this many minutes; --resume continues.
+    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
     pub minutes: Option<f64>,
 }
 

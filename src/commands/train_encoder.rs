@@ -16,36 +16,36 @@ use crate::train::trainer::{End, Keeping};
 
 /// Arguments of `difflora train-encoder`.
 ///
-/// Learns from portraits that are painted on the way; nothing is read but the settings. OUT becomes a folder as
-/// transformers writes it (the encoder is a CLIPVisionModelWithProjection); checkpoint and log go to OUT/training.
+/// Trains on portraits painted on the fly; only the settings are read. OUT becomes a folder in transformers' layout
+/// (a CLIPVisionModelWithProjection); checkpoint and log go to OUT/training.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Which network.
-    #[arg(long, value_enum, env = "DIFFLORA_KIND")]
+    /// Network to train.
+    #[arg(help_heading = "Training", long, value_enum, env = "DIFFLORA_KIND")]
     kind: Kind,
-    /// Folder for the network; made where it is missing.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    /// Folder for the network, created if missing.
+    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
     out: PathBuf,
-    /// Sizes and recipe, as in configs/encoder-tiny.toml.
-    #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
+    /// Settings file, as configs/encoder-tiny.toml.
+    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     config: PathBuf,
-    /// Go on from the last checkpoint of the same settings.
-    #[arg(long, env = "DIFFLORA_RESUME")]
+    /// Continue from the last checkpoint of the same settings.
+    #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
     resume: bool,
-    /// Steps to train, instead of the number in the settings.
-    #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
+    /// Number of steps [default: the settings].
+    #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_STEPS")]
     steps: Option<u64>,
-    /// Stop after so many minutes with a checkpoint; --resume goes on.
-    #[arg(long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
+    /// Stop with a checkpoint after this many minutes; --resume continues.
+    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
     minutes: Option<f64>,
 }
 
 /// The networks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Kind {
-    /// The image encoder: images of one person lie together, whatever the scene.
+    /// Image encoder: images of one person are close, whatever the scene.
     Image,
-    /// The judge: names what an image shows; for evaluation only.
+    /// Attribute classifier, used only by `eval`.
     Judge,
 }
 

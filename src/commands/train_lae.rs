@@ -33,37 +33,49 @@ use crate::weights::model_folder::save_json;
 
 /// Arguments of `difflora train-lae`.
 ///
-/// Learns to write the LoRAs of a dataset as short latents. OUT holds the autoencoder for `train-dit`; checkpoint,
-/// log and report.json (what is left of the LoRAs of people held out) go to OUT/training. With --sweep, one autoencoder
-/// for each entry of a list, OUT/NAME each, and a table of them.
+/// OUT holds the autoencoder for `train-dit`; checkpoint, log and report.json (errors on held-out LoRAs) go to
+/// OUT/training. With --sweep, one autoencoder per entry of a list, OUT/NAME each, and one table. Guide: difflora
+/// help hypernetwork.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder that `build-dataset` wrote.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_DATASET")]
+    /// Dataset folder of `build-dataset`.
+    #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_DATASET")]
     pub dataset: PathBuf,
-    /// Folder for the autoencoder; made where it is missing.
-    #[arg(long, value_name = "DIR", env = "DIFFLORA_OUT")]
+    /// Folder for the autoencoder, created if missing.
+    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
     pub out: PathBuf,
-    /// Sizes and recipe, as in configs/hypernet-tiny.toml.
-    #[arg(long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
+    /// Settings file, as configs/hypernet-tiny.toml.
+    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     pub config: PathBuf,
-    /// A list of [[variant]]s, each with a `name` and what it changes in [lae], as in configs/lae-sweep-tiny.toml.
-    #[arg(long, value_name = "FILE", env = "DIFFLORA_SWEEP")]
+    /// List of [[variant]]s, each with a `name` and its changes of [lae], as configs/lae-sweep-tiny.toml.
+    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_SWEEP")]
     pub sweep: Option<PathBuf>,
-    /// Leave out people whose files are missing.
-    #[arg(long, env = "DIFFLORA_SKIP_MISSING")]
+    /// Skip people whose files are missing.
+    #[arg(help_heading = "Input", long, env = "DIFFLORA_SKIP_MISSING")]
     pub skip_missing: bool,
-    /// Gigabytes of LoRAs that are kept in memory; the rest of a larger dataset is read again in each step.
-    #[arg(long, value_name = "GB", default_value_t = 2.0, env = "DIFFLORA_MEMORY")]
+    /// Gigabytes of LoRAs cached in memory; the rest is read from disk in each step.
+    #[arg(
+        help_heading = "Advanced",
+        long,
+        value_name = "GB",
+        default_value_t = 2.0,
+        env = "DIFFLORA_MEMORY"
+    )]
     pub memory: f64,
-    /// Where to compute.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
+    #[arg(
+        help_heading = "Advanced",
+        long,
+        value_name = "auto|cpu|cuda[:N]|metal",
+        default_value = "auto",
+        env = "DIFFLORA_DEVICE"
+    )]
     pub device: String,
-    /// Go on from the last checkpoint of the same settings.
-    #[arg(long, env = "DIFFLORA_RESUME")]
+    /// Continue from the last checkpoint of the same settings.
+    #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
     pub resume: bool,
-    /// Stop after so many minutes with a checkpoint; --resume goes on.
-    #[arg(long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
+    /// Stop with a checkpoint after this many minutes; --resume continues.
+    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
     pub minutes: Option<f64>,
 }
 

@@ -30,41 +30,54 @@ use crate::train::shards::in_threads;
 
 /// Arguments of `difflora train-lora`.
 ///
-/// A caption may lie beside each image in a .txt of the same name; otherwise the template makes one. Settings come from
-/// a preset or a TOML file (--config); options win over it. State, log, samples and the settings in effect are kept in
-/// OUT.training; --resume goes on after Ctrl-C or a crash to the same bytes.
+/// Captions are read from a .txt beside each image, else made from the template. Settings come from a preset or a
+/// TOML file (--config); options override them. State, log, samples and the settings in effect are kept in
+/// OUT.training; --resume continues to the same bytes. Options without a default take it from the preset. Guide:
+/// difflora help train-lora.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Folder of images of one person.
-    #[arg(value_name = "IMAGES", required_unless_present = "many")]
+    #[arg(help_heading = "Input", value_name = "IMAGES", required_unless_present = "many")]
     pub images: Option<PathBuf>,
-    /// Folder of people, each a folder of images, instead of one person's images.
-    #[arg(long, value_name = "DIR", conflicts_with = "images", env = "DIFFLORA_MANY")]
+    /// Folder of people, each a folder of images, instead of IMAGES.
+    #[arg(
+        help_heading = "Input",
+        long,
+        value_name = "DIR",
+        conflicts_with = "images",
+        env = "DIFFLORA_MANY"
+    )]
     pub many: Option<PathBuf>,
     /// People who share each forward pass of the frozen base.
-    #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_PEOPLE_PER_BATCH")]
+    #[arg(help_heading = "Advanced", long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_PEOPLE_PER_BATCH")]
     pub people_per_batch: u32,
-    /// With --many: groups of people that train at the same time, a thread each. For small bases as many as there are
-    /// cores; with 1, each operation uses all cores.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_GROUPS")]
+    /// With --many: groups of people trained in parallel, one thread each. Use the number of cores for small bases;
+    /// with 1, each operation uses all cores.
+    #[arg(help_heading = "Advanced", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024), env = "DIFFLORA_GROUPS")]
     pub groups: u32,
     /// LoRA to write; with --many a folder, for PERSON.safetensors each.
-    #[arg(long, value_name = "FILE.safetensors|DIR", env = "DIFFLORA_OUT")]
+    #[arg(help_heading = "Output", long, value_name = "FILE.safetensors|DIR", env = "DIFFLORA_OUT")]
     pub out: PathBuf,
-    /// A preset (tiny, sdxl-dreambooth) or a TOML file like those in configs/, which may name a preset that it changes:
-    /// preset = "tiny". By itself the preset that fits the base.
-    #[arg(long, value_name = "NAME|FILE", env = "DIFFLORA_CONFIG")]
+    /// Preset (tiny, sdxl-dreambooth) or a TOML file like those in configs/, which may override a preset (preset =
+    /// "tiny") [default: the preset that fits the base].
+    #[arg(help_heading = "Input", long, value_name = "NAME|FILE", env = "DIFFLORA_CONFIG")]
     pub config: Option<PathBuf>,
-    /// The model that the LoRA is for.
-    #[arg(long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    /// Base model: tiny (built in), sdxl, a diffusers folder, a `.safetensors` in LDM layout, or a hub repository.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
     pub base_options: models::BaseOptions,
-    /// Where to compute.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]|metal", default_value = "auto", env = "DIFFLORA_DEVICE")]
+    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
+    #[arg(
+        help_heading = "Advanced",
+        long,
+        value_name = "auto|cpu|cuda[:N]|metal",
+        default_value = "auto",
+        env = "DIFFLORA_DEVICE"
+    )]
     pub device: String,
-    /// Go on from the state that an interrupted run left.
-    #[arg(long, env = "DIFFLORA_RESUME")]
+    /// Continue an interrupted run.
+    #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
     pub resume: bool,
     #[command(flatten)]
     pub options: Options,
@@ -73,113 +86,131 @@ pub struct Args {
 /// Options that change the settings.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// What the person is.
-    #[arg(long, value_name = "WORD", env = "DIFFLORA_CLASS_WORD")]
+    /// Class of the subject, such as person.
+    #[arg(help_heading = "Input", long, value_name = "WORD", env = "DIFFLORA_CLASS_WORD")]
     pub class_word: Option<String>,
-    /// A rare word that calls the person; without it the class word does.
-    #[arg(long, value_name = "WORD", env = "DIFFLORA_TRIGGER")]
+    /// Rare word that names the person in prompts [default: none, the class word].
+    #[arg(help_heading = "Input", long, value_name = "WORD", env = "DIFFLORA_TRIGGER")]
     pub trigger: Option<String>,
-    /// Caption of images without a text beside them; {} stands for trigger and class word.
-    #[arg(long, value_name = "TEXT", env = "DIFFLORA_TEMPLATE")]
+    /// Caption of images without a .txt; {} stands for trigger and class word.
+    #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_TEMPLATE")]
     pub template: Option<String>,
-    /// Rank of every layer.
-    #[arg(long, value_name = "R", env = "DIFFLORA_RANK")]
+    /// Rank of each layer.
+    #[arg(help_heading = "Model", long, value_name = "R", env = "DIFFLORA_RANK")]
     pub rank: Option<usize>,
-    /// The LoRA is scaled by alpha / rank; the rank where it is not given.
-    #[arg(long, value_name = "F", env = "DIFFLORA_ALPHA")]
+    /// The LoRA is scaled by alpha / rank [default: the rank].
+    #[arg(help_heading = "Model", long, value_name = "F", env = "DIFFLORA_ALPHA")]
     pub alpha: Option<f64>,
-    /// Which layers are adapted.
-    #[arg(long, value_enum, env = "DIFFLORA_TARGETS")]
+    /// Modules to adapt.
+    #[arg(help_heading = "Model", long, value_enum, env = "DIFFLORA_TARGETS")]
     pub targets: Option<Targets>,
-    /// Train `up` alone and leave `down` as the seed draws it, so that LoRAs of one seed can be compared.
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FREEZE_A")]
+    /// Train only `up`; keep the seeded `down`, so that LoRAs of one seed are comparable.
+    #[arg(help_heading = "Model", long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FREEZE_A")]
     pub freeze_a: Option<bool>,
-    /// Train LoRAs of both text encoders too.
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_TEXT_ENCODERS")]
+    /// Train LoRAs of both text encoders as well.
+    #[arg(help_heading = "Model", long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_TEXT_ENCODERS")]
     pub text_encoders: Option<bool>,
-    /// Steps of the optimiser.
-    #[arg(long, value_name = "N", env = "DIFFLORA_STEPS")]
+    /// Number of optimiser steps.
+    #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_STEPS")]
     pub steps: Option<u64>,
-    /// Steps for each image of a person, instead of the same number for all.
-    #[arg(long, value_name = "N", alias = "steps-per-picture", env = "DIFFLORA_STEPS_PER_IMAGE")]
+    /// Optimiser steps per training image, instead of a fixed number.
+    #[arg(
+        help_heading = "Training",
+        long,
+        value_name = "N",
+        alias = "steps-per-picture",
+        env = "DIFFLORA_STEPS_PER_IMAGE"
+    )]
     pub steps_per_image: Option<u64>,
-    /// Samples of a forward pass.
-    #[arg(long, value_name = "N", env = "DIFFLORA_BATCH")]
+    /// Samples per forward pass.
+    #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_BATCH")]
     pub batch: Option<usize>,
-    /// Forward passes of a step.
-    #[arg(long, value_name = "N", env = "DIFFLORA_ACCUMULATE")]
+    /// Forward passes per optimiser step.
+    #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_ACCUMULATE")]
     pub accumulate: Option<u64>,
-    /// The highest learning rate.
-    #[arg(long, value_name = "F", env = "DIFFLORA_LR")]
+    /// Peak learning rate.
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_LR")]
     pub lr: Option<f64>,
-    /// Likewise for the text encoders.
-    #[arg(long, value_name = "F", env = "DIFFLORA_TEXT_ENCODER_LR")]
+    /// Peak learning rate of the text encoders.
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_TEXT_ENCODER_LR")]
     pub text_encoder_lr: Option<f64>,
-    /// The way of the learning rate after the warm-up.
-    #[arg(long, value_enum, env = "DIFFLORA_LR_SCHEDULE")]
+    /// Learning rate after the warm-up.
+    #[arg(help_heading = "Training", long, value_enum, env = "DIFFLORA_LR_SCHEDULE")]
     pub lr_schedule: Option<Decay>,
-    /// Steps of linear growth of the learning rate.
-    #[arg(long, value_name = "N", env = "DIFFLORA_WARMUP")]
+    /// Steps of linear warm-up.
+    #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_WARMUP")]
     pub warmup: Option<u64>,
     /// AdamW's weight decay.
-    #[arg(long, value_name = "F", env = "DIFFLORA_WEIGHT_DECAY")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_WEIGHT_DECAY")]
     pub weight_decay: Option<f64>,
-    /// Longest gradient; 0 for no bound.
-    #[arg(long, value_name = "F", env = "DIFFLORA_CLIP")]
+    /// Maximum gradient norm; 0 disables clipping.
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_CLIP")]
     pub clip: Option<f64>,
-    /// Decay of the average of the weights that becomes the LoRA; 0 for the weights themselves.
-    #[arg(long, value_name = "F", env = "DIFFLORA_EMA")]
+    /// Decay of the moving average that becomes the LoRA; 0 uses the last weights.
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_EMA")]
     pub ema: Option<f64>,
-    /// Pixels on a side; the base's own where it is not given.
-    #[arg(long, value_name = "PX", env = "DIFFLORA_RESOLUTION")]
+    /// Side in pixels [default: the base's native size].
+    #[arg(help_heading = "Input", long, value_name = "PX", env = "DIFFLORA_RESOLUTION")]
     pub resolution: Option<usize>,
-    /// What of an image is shown: the square in the middle, a random square, or nearly all in one of many proportions.
-    #[arg(long, value_enum, env = "DIFFLORA_CROP")]
+    /// How images are cropped.
+    #[arg(help_heading = "Input", long, value_enum, env = "DIFFLORA_CROP")]
     pub crop: Option<Crop>,
-    /// Mirror each image every other time, at random.
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FLIP")]
+    /// Mirror images at random.
+    #[arg(help_heading = "Input", long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FLIP")]
     pub flip: Option<bool>,
-    /// Change brightness, contrast and saturation by up to this part.
-    #[arg(long, value_name = "F", env = "DIFFLORA_COLOUR")]
+    /// Vary brightness, contrast and saturation by up to this factor.
+    #[arg(help_heading = "Input", long, value_name = "F", env = "DIFFLORA_COLOUR")]
     pub colour: Option<f64>,
-    /// How timesteps are drawn.
-    #[arg(long, value_enum, env = "DIFFLORA_TIMESTEPS")]
+    /// Distribution of the timesteps.
+    #[arg(help_heading = "Training", long, value_enum, env = "DIFFLORA_TIMESTEPS")]
     pub timesteps: Option<Timesteps>,
-    /// γ of min-SNR weighting (the paper's is 5); 0 for none.
-    #[arg(long, value_name = "F", env = "DIFFLORA_MIN_SNR_GAMMA")]
+    /// γ of min-SNR loss weighting (5 in the paper); 0 disables it.
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_MIN_SNR_GAMMA")]
     pub min_snr_gamma: Option<f64>,
-    /// Noise that all pixels of a channel share, as a part of the noise.
-    #[arg(long, value_name = "F", env = "DIFFLORA_NOISE_OFFSET")]
+    /// Strength of noise shared by all pixels of a channel.
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_NOISE_OFFSET")]
     pub noise_offset: Option<f64>,
-    /// Folder of class images for prior preservation; those that are missing are drawn by the base.
-    #[arg(long, value_name = "DIR", alias = "class-pictures", env = "DIFFLORA_CLASS_IMAGES")]
+    /// Folder of class images for prior preservation; missing ones are generated by the base.
+    #[arg(
+        help_heading = "Input",
+        long,
+        value_name = "DIR",
+        alias = "class-pictures",
+        env = "DIFFLORA_CLASS_IMAGES"
+    )]
     pub class_images: Option<PathBuf>,
-    /// How many class images; 100 where only their folder is given.
-    #[arg(long, value_name = "N", alias = "num-class-pictures", env = "DIFFLORA_NUM_CLASS_IMAGES")]
+    /// Number of class images [default with --class-images: 100].
+    #[arg(
+        help_heading = "Input",
+        long,
+        value_name = "N",
+        alias = "num-class-pictures",
+        env = "DIFFLORA_NUM_CLASS_IMAGES"
+    )]
     pub num_class_images: Option<u64>,
-    /// What class images show; the template with the class word alone where it is not given.
-    #[arg(long, value_name = "TEXT", env = "DIFFLORA_CLASS_PROMPT")]
+    /// Prompt of the class images [default: the template with the class word].
+    #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_CLASS_PROMPT")]
     pub class_prompt: Option<String>,
-    /// Weight of the class images.
-    #[arg(long, value_name = "F", env = "DIFFLORA_PRIOR_WEIGHT")]
+    /// Weight of the prior preservation loss.
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_PRIOR_WEIGHT")]
     pub prior_weight: Option<f64>,
-    /// Number type of the frozen weights; the LoRA itself is trained in f32. On a CPU they are widened as they are used.
-    #[arg(long, value_enum, env = "DIFFLORA_DTYPE")]
+    /// Number type of the frozen weights; the LoRA is trained in f32.
+    #[arg(help_heading = "Advanced", long, value_enum, env = "DIFFLORA_DTYPE")]
     pub dtype: Option<Precision>,
-    /// Factor on the loss against underflow of f16 gradients on a GPU: none, dynamic, or a number.
-    #[arg(long, value_name = "none|dynamic|F", env = "DIFFLORA_LOSS_SCALE")]
+    /// Loss scaling against underflow of f16 gradients on a GPU: none, dynamic, or a factor.
+    #[arg(help_heading = "Advanced", long, value_name = "none|dynamic|F", env = "DIFFLORA_LOSS_SCALE")]
     pub loss_scale: Option<LossScale>,
     /// Steps between checkpoints.
-    #[arg(long, value_name = "N", env = "DIFFLORA_CHECKPOINT_EVERY")]
+    #[arg(help_heading = "Output", long, value_name = "N", env = "DIFFLORA_CHECKPOINT_EVERY")]
     pub checkpoint_every: Option<u64>,
-    /// Draw a contact sheet every N steps; 0 for none.
-    #[arg(long, value_name = "N", env = "DIFFLORA_SAMPLE_EVERY")]
+    /// Write a contact sheet every N steps; 0 disables it.
+    #[arg(help_heading = "Output", long, value_name = "N", env = "DIFFLORA_SAMPLE_EVERY")]
     pub sample_every: Option<u64>,
-    /// What the sheets show, a row each; the template's caption where it is not given.
-    #[arg(long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_SAMPLE_PROMPT")]
+    /// Prompts of the contact sheets, one row each [default: the template's caption].
+    #[arg(help_heading = "Output", long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_SAMPLE_PROMPT")]
     pub sample_prompt: Vec<String>,
-    /// Of the start, the order of images, timesteps and noise.
-    #[arg(long, env = "DIFFLORA_SEED")]
+    /// Seed of initialisation, data order, timesteps and noise.
+    #[arg(help_heading = "Training", long, env = "DIFFLORA_SEED")]
     pub seed: Option<u64>,
 }
 

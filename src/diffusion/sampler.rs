@@ -17,22 +17,22 @@ use super::schedule::NoiseSchedule;
 /// How latents become less noisy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sampler {
-    /// Denoising diffusion implicit models, deterministic.
+    /// DDIM, deterministic (Song et al. 2020).
     Ddim,
-    /// Euler's method on the noise level, SDXL's default.
+    /// Euler's method in sigma, SDXL's default.
     Euler,
-    /// Euler's method with fresh noise at each step.
+    /// Euler's method with ancestral noise.
     EulerA,
-    /// DPM-Solver++ of second order over two steps.
+    /// DPM-Solver++, second-order multistep.
     #[value(name = "dpmpp-2m")]
     Dpmpp2m,
-    /// The same on the noise levels of Karras et al.
+    /// DPM-Solver++ 2M with Karras sigmas.
     #[value(name = "dpmpp-2m-karras")]
     Dpmpp2mKarras,
-    /// UniPC of second order: predictor and corrector.
+    /// UniPC, second-order predictor-corrector.
     #[value(name = "unipc")]
     UniPc,
-    /// Latent consistency sampling, for models that were distilled for it: 1 to 8 steps, guidance 1 to 2.
+    /// Latent consistency sampling, for LCM-distilled models: 1 to 8 steps, guidance 1 to 2.
     Lcm,
 }
 

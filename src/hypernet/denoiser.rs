@@ -72,10 +72,10 @@ pub fn diffusion_of_latents() -> SchedulerConfig {
 /// What becomes of several samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Choice {
-    /// Their mean: nearest to all of them, and flatter than each.
+    /// Their mean: nearest to all samples, with less detail than each.
     #[default]
     Mean,
-    /// The one that lies nearest to their mean: as sharp as a single sample, but no outlier.
+    /// The sample nearest to their mean.
     Typical,
 }
 

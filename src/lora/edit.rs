@@ -51,9 +51,9 @@ pub struct Likeness {
 /// Which weights [`perturb`] touches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Which {
-    /// Those of largest magnitude.
+    /// Largest magnitude.
     Largest,
-    /// Those of smallest magnitude.
+    /// Smallest magnitude.
     Smallest,
 }
 
@@ -62,7 +62,7 @@ pub enum Which {
 pub enum Disturbance {
     /// Zero.
     Zero,
-    /// Normal noise with their own root mean square.
+    /// Normal noise of the same root mean square.
     Noise,
 }
 

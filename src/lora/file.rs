@@ -24,13 +24,12 @@ use crate::weights::sha256;
 /// How the keys of a file are spelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// `lora_unet_` and LDM paths, with alpha: what sd-scripts writes for SDXL, and what all programs read.
-    /// (diffusers 0.42.1 takes one alpha for all attention layers of such a file; where they differ, use
-    /// [`Format::Peft`] for it.)
+    /// `lora_unet_…` with LDM block names and alpha, as sd-scripts writes for SDXL; read by all programs. (diffusers
+    /// 0.42.1 uses one alpha for all attention layers; write peft for it where alphas differ.)
     Kohya,
-    /// `lora_unet_` and diffusers paths, with alpha.
+    /// `lora_unet_…` with diffusers block names and alpha.
     KohyaDiffusers,
-    /// `unet.….lora_A.weight`. The spelling has no place for alpha; where it is not R, `up` is scaled instead.
+    /// `unet.….lora_A.weight`; without alpha, which is multiplied into `lora_B`.
     Peft,
 }
 

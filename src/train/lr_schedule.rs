@@ -23,12 +23,12 @@ pub struct Schedule {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
-    /// It stays at the peak.
+    /// Constant at the peak.
     Constant,
-    /// Half a wave of the cosine down to the floor.
+    /// Cosine decay to the floor.
     #[default]
     Cosine,
-    /// A line down to the floor.
+    /// Linear decay to the floor.
     Linear,
 }
 

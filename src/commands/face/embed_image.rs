@@ -15,17 +15,17 @@ use crate::output::print_line;
 /// Embeddings of an image encoder instead of a face encoder's.
 #[derive(Debug, clap::Args)]
 pub struct ImageEncoderArgs {
-    /// Embed with a CLIP image encoder instead: `tiny`, or a folder as of openai/clip-vit-large-patch14.
+    /// Embed with a CLIP image encoder instead: `tiny`, or a folder like openai/clip-vit-large-patch14.
     #[arg(long, value_name = "NAME|DIR", env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: Option<String>,
-    /// Which of its outputs: `image_embeds`, or the mean of `hidden_states[-2]` (both unit vectors), or all tokens of
-    /// `hidden_states[-2]` (N, D), as resamplers take them.
+    /// Output of the image encoder: `image_embeds` (projected), the mean of `hidden_states[-2]` (penultimate), both
+    /// unit vectors, or all tokens of `hidden_states[-2]`, shape (N, D).
     #[arg(long, default_value = "projected", requires = "image_encoder", env = "DIFFLORA_IMAGE_OUTPUT")]
     image_output: Output,
-    /// Show it the whole image, as IP-Adapter does, not the square around the largest face; needs no face.
+    /// Embed the whole image, as IP-Adapter does, instead of the square around the largest face; needs no face.
     #[arg(long, requires = "image_encoder", alias = "whole-picture", env = "DIFFLORA_WHOLE_IMAGE")]
     whole_image: bool,
-    /// Make all grey that lies outside an ellipse around the face, so that the background tells nothing.
+    /// Paint everything outside an ellipse around the face grey.
     #[arg(
         long,
         requires = "image_encoder",

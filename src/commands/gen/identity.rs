@@ -11,38 +11,62 @@ use crate::recipes::dreambooth::functional_loss::learning_rate;
 /// How a person becomes a LoRA.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct IdentityOptions {
-    /// Sampling steps of the LoRA; the hypernetwork's own number where it is not given.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_IDENTITY_STEPS")]
+    /// DDIM steps for the LoRA's latent [default: the hypernetwork's].
+    #[arg(help_heading = "Identity", long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_IDENTITY_STEPS")]
     identity_steps: Option<u32>,
-    /// Guidance in the sampling of the LoRA.
-    #[arg(long, value_name = "F", env = "DIFFLORA_IDENTITY_GUIDANCE")]
+    /// Guidance scale for the latent [default: the hypernetwork's].
+    #[arg(help_heading = "Identity", long, value_name = "F", env = "DIFFLORA_IDENTITY_GUIDANCE")]
     identity_guidance: Option<f64>,
-    /// Fresh noise in each of these steps: 0 none, 1 as much as in DDPM.
-    #[arg(long, value_name = "F", default_value_t = 0.0, env = "DIFFLORA_IDENTITY_ETA")]
+    /// DDIM η: 0 is deterministic, 1 adds as much noise as DDPM.
+    #[arg(
+        help_heading = "Identity",
+        long,
+        value_name = "F",
+        default_value_t = 0.0,
+        env = "DIFFLORA_IDENTITY_ETA"
+    )]
     identity_eta: f64,
-    /// Seed of the LoRA's noise.
-    #[arg(long, value_name = "N", default_value_t = 0, env = "DIFFLORA_IDENTITY_SEED")]
+    /// Seed of the latent noise.
+    #[arg(
+        help_heading = "Identity",
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        env = "DIFFLORA_IDENTITY_SEED"
+    )]
     identity_seed: u64,
-    /// Sample the LoRA so many times.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_IDENTITY_SAMPLES")]
+    /// Number of latents to sample.
+    #[arg(help_heading = "Identity", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_IDENTITY_SAMPLES")]
     identity_samples: u32,
-    /// What becomes of several samples.
-    #[arg(long, value_enum, default_value = "mean", env = "DIFFLORA_IDENTITY_CHOICE")]
+    /// How several samples become one latent.
+    #[arg(
+        help_heading = "Identity",
+        long,
+        value_enum,
+        default_value = "mean",
+        env = "DIFFLORA_IDENTITY_CHOICE"
+    )]
     identity_choice: Choice,
-    /// How far from the mean person: more than 1 exaggerates.
-    #[arg(long, value_name = "F", default_value_t = 1.0, env = "DIFFLORA_IDENTITY_STRENGTH")]
+    /// Distance from the mean person; above 1 exaggerates.
+    #[arg(
+        help_heading = "Identity",
+        long,
+        value_name = "F",
+        default_value_t = 1.0,
+        env = "DIFFLORA_IDENTITY_STRENGTH"
+    )]
     identity_strength: f64,
-    /// Mix several people, in the place of --ref: --mix anna.jpg:0.6 --mix ben.jpg:0.4. Weights are made to sum to 1.
-    #[arg(long, value_name = "PHOTO[:WEIGHT]", num_args = 1.., conflicts_with = "reference", env = "DIFFLORA_MIX")]
+    /// Mix several people instead of --ref: --mix anna.jpg:0.6 --mix ben.jpg:0.4. Weights are normalised to sum 1.
+    #[arg(help_heading = "Identity", long, value_name = "PHOTO[:WEIGHT]", num_args = 1.., conflicts_with = "reference", env = "DIFFLORA_MIX")]
     mix: Vec<String>,
-    /// Another person nearby: 0 is the person, 1 anybody. --identity-seed says which.
-    #[arg(long, value_name = "F", env = "DIFFLORA_VARY")]
+    /// Another person nearby: 0 is the person, 1 an unrelated one; --identity-seed selects which.
+    #[arg(help_heading = "Identity", long, value_name = "F", env = "DIFFLORA_VARY")]
     vary: Option<f64>,
-    /// Fine-tune the LoRA on the photos for so many steps.
-    #[arg(long, value_name = "STEPS", conflicts_with = "mix", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
+    /// Fine-tune the LoRA on the photos for this many steps.
+    #[arg(help_heading = "Identity", long, value_name = "STEPS", conflicts_with = "mix", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
     pub(super) refine: Option<u32>,
-    /// Learning rate of these steps.
-    #[arg(long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
+    /// Learning rate of --refine.
+    #[arg(help_heading = "Identity", long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
     pub(super) refine_rate: f64,
 }
 

@@ -15,16 +15,16 @@ use crate::sdxl::vae::VaeConfig;
 
 /// Arguments of `difflora models show`.
 ///
-/// Only configs are read. Multiply-adds are those of convolutions and linear layers for one prompt, one step without
-/// guidance and one image; the last column adds the products of attention.
+/// Reads only configs. Multiply-adds are those of convolutions and linear layers for one prompt, one step without
+/// guidance and one image; the last column adds the matrix products of attention.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A folder, a file, owner/name[@revision], or a name.
     base: String,
-    /// Pixels across; the model's own size where it is not given.
+    /// Width in pixels [default: the model's native size].
     #[arg(long, value_name = "PX")]
     width: Option<usize>,
-    /// Pixels down; the model's own size where it is not given.
+    /// Height in pixels [default: the model's native size].
     #[arg(long, value_name = "PX")]
     height: Option<usize>,
     #[command(flatten)]

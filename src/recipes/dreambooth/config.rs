@@ -103,11 +103,11 @@ pub struct Images {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Crop {
-    /// The largest square in the middle.
+    /// The largest centred square.
     Center,
-    /// A square at another place each time.
+    /// A random square each time.
     Random,
-    /// Nearly all: sizes of equal area in many proportions, each pass with images of one.
+    /// Aspect-ratio buckets of equal area; images of one batch share a bucket.
     Buckets,
 }
 

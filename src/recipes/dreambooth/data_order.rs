@@ -11,9 +11,9 @@ use crate::diffusion::noise;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Timesteps {
-    /// Each sample's independently and uniformly, as in diffusers.
+    /// Independent and uniform, as in diffusers.
     Uniform,
-    /// One from each of as many equal parts of the range as there are samples: less noise between steps.
+    /// One per equal part of the range: lower variance between steps.
     Stratified,
 }
 

@@ -17,7 +17,7 @@ use crate::sdxl::unet::UNet;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Targets {
-    /// Queries, keys, values and outputs of every attention (diffusers' default).
+    /// Projections of every attention layer (diffusers' default).
     Attn,
     /// Attention and feed-forward.
     #[value(name = "attn+ff", alias = "attn-ff")]
@@ -25,7 +25,7 @@ pub enum Targets {
     AttnFf,
     /// Every linear layer (PEFT's `all-linear`).
     AllLinear,
-    /// Every linear layer and every convolution of the UNet's blocks (LoCon, LyCORIS' preset `full`).
+    /// Every linear layer and convolution of the UNet's blocks (LoCon; LyCORIS' preset `full`).
     Conv,
 }
 
