@@ -1,7 +1,7 @@
 //! What the user types. Doc comments here and in [`crate::commands`] are the help text.
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::output::Output;
 use crate::{commands, progress};
@@ -12,8 +12,8 @@ use crate::{commands, progress};
     name = "difflora",
     version,
     propagate_version = true,
-    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 no face found, 4 input file unusable, 130 interrupted.\n\
-                  Every option can be set in the environment as DIFFLORA_NAME; a flag wins."
+    disable_help_subcommand = true,
+    after_help = commands::help::epilogue()
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -51,6 +51,10 @@ pub enum Command {
     TrainBase(commands::train_base::Args),
     /// Train the small image encoder, or the attribute classifier.
     TrainEncoder(commands::train_encoder::Args),
+    /// Check this build and this machine: features, CPU kernels, GPUs, folders, models.
+    Doctor(commands::doctor::Args),
+    /// Print the help of a command, or a guide.
+    Help(commands::help::Args),
     /// Print a completion script for a shell.
     Completions(commands::shell::Completions),
     /// Print the manual page, or write those of all commands.
@@ -93,6 +97,24 @@ pub unsafe fn accept_old_environment() {
     }
 }
 
+impl Cli {
+    /// Reads the process's arguments; exits after `--help`, `--version` and usage errors.
+    pub fn read() -> Self {
+        match Self::from_arg_matches(&command().get_matches()) {
+            Ok(cli) => cli,
+            Err(error) => error.exit(),
+        }
+    }
+}
+
+/// The command line. Its help omits the environment variables: their names follow from those of the options.
+pub fn command() -> clap::Command {
+    fn hide_variables(command: clap::Command) -> clap::Command {
+        command.mut_args(|arg| arg.hide_env(true)).mut_subcommands(hide_variables)
+    }
+    hide_variables(Cli::command())
+}
+
 /// Runs the command that was asked for.
 pub fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.output.quiet);
@@ -111,6 +133,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Portraits(args) => commands::portraits::run(args, &cli.output),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.output),
         Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.output),
+        Command::Doctor(args) => commands::doctor::run(&args, &cli.output),
+        Command::Help(args) => commands::help::run(&args),
         Command::Completions(args) => commands::shell::completions(&args),
         Command::Man(args) => commands::shell::man(&args),
     }

@@ -33,6 +33,7 @@ pub mod synthetic;
 pub mod train;
 
 pub mod device;
+pub mod diagnostics;
 pub mod failure;
 pub mod files;
 pub mod image;

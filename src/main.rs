@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use difflora::cli;
 use difflora::failure::Failure;
 use difflora::layers;
@@ -15,7 +14,7 @@ fn main() -> ExitCode {
     unsafe { layers::let_waiting_threads_sleep() };
     // SAFETY: likewise.
     unsafe { cli::accept_old_environment() };
-    let cli = cli::Cli::parse();
+    let cli = cli::Cli::read();
     if cli.command.trains_in_shards() {
         // SAFETY: likewise.
         unsafe { train::single_threaded_kernels() };

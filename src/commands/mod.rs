@@ -1,9 +1,11 @@
 //! One file a subcommand, to be read aloud; the four rooms meet only here.
 
 pub mod build_dataset;
+pub mod doctor;
 pub mod eval;
 pub mod face;
 pub mod r#gen;
+pub mod help;
 pub mod lora;
 pub mod models;
 pub mod portraits;

@@ -32,8 +32,16 @@ static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");
 /// The name of the built-in bundle.
 pub const BUILT_IN: &str = "tiny";
 
+/// Stability AI's SDXL on the hub.
+pub const SDXL: &str = "stabilityai/stable-diffusion-xl-base-1.0";
+
 /// Short names of hub repositories.
-const NAMES: [(&str, &str); 1] = [("sdxl", "stabilityai/stable-diffusion-xl-base-1.0")];
+const NAMES: [(&str, &str); 1] = [("sdxl", SDXL)];
+
+/// The licence of a well-known base on the hub, as its model card names it.
+pub fn licence(id: &str) -> Option<&'static str> {
+    (id == SDXL).then_some("CreativeML Open RAIL++-M")
+}
 
 /// What a hypernetwork's folder holds.
 const HYPERNET_FILES: [&str; 4] = ["config.json", "dit.safetensors", "lae.safetensors", "stats.safetensors"];

@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use clap::CommandFactory;
 
-use crate::cli::Cli;
+use crate::cli;
 use crate::files;
 use crate::output;
 
@@ -19,7 +18,7 @@ pub struct Completions {
 /// Prints the script that completes commands and options.
 pub fn completions(args: &Completions) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "difflora", &mut script);
+    clap_complete::generate(args.shell, &mut cli::command(), "difflora", &mut script);
     output::print(format_args!("{}", String::from_utf8(script)?))
 }
 
@@ -33,7 +32,7 @@ pub struct Man {
 
 /// Prints the manual page, or writes those of all commands.
 pub fn man(args: &Man) -> Result<()> {
-    let mut command = Cli::command();
+    let mut command = cli::command();
     command.build();
     match &args.out {
         Some(folder) => pages(&command, folder),

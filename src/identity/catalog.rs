@@ -13,6 +13,7 @@ use super::detect::Detector;
 use super::onnx_header::Header;
 use super::recognise::Recogniser;
 use crate::failure::Failure;
+use crate::weights::sha256;
 
 /// A face encoder that is not built in.
 #[derive(Debug)]
@@ -109,6 +110,26 @@ pub fn find(name: &str) -> Option<&'static FaceModel> {
 /// Whether a name means the same encoder on every machine.
 pub fn is_known(name: &str) -> bool {
     matches!(name, "mobilefacenet" | "mobilefacenet512" | "sface" | "sface-2021dec") || find(name).is_some()
+}
+
+/// A file of a face encoder on this machine.
+#[derive(Debug)]
+pub struct InstalledFile {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// Whether its SHA-256 is the known one.
+    pub matches: bool,
+}
+
+/// The files of `model` on this machine; nothing when one is missing.
+pub fn installed(model: &FaceModel) -> Option<Vec<InstalledFile>> {
+    let places = Places::of_this_machine();
+    let file = |file: &ModelFile| {
+        let path = places.find(model, file).ok()?;
+        let matches = sha256::of_file(&path).is_ok_and(|found| found == file.sha256);
+        Some(InstalledFile { path, matches })
+    };
+    model.files().map(file).collect()
 }
 
 /// Detector and recogniser of a name or a folder.

@@ -62,6 +62,19 @@ pub fn compute_dtype(stored: DType, device: &Device) -> DType {
     }
 }
 
+/// The instruction set that the CPU kernels use on this machine.
+pub fn instruction_set() -> &'static str {
+    tile::instruction_set()
+}
+
+/// Whether oneDNN's library is found; nothing in builds without the feature `onednn`.
+pub fn onednn_library() -> Option<bool> {
+    #[cfg(feature = "onednn")]
+    return Some(onednn::is_available());
+    #[cfg(not(feature = "onednn"))]
+    None
+}
+
 /// A weight in the type of `x`.
 fn like(weight: &Tensor, x: &Tensor) -> Result<Tensor> {
     if weight.dtype() == x.dtype() { Ok(weight.clone()) } else { weight.to_dtype(x.dtype()) }

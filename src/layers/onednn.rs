@@ -26,6 +26,11 @@ const FEWEST_ROWS: usize = 16;
 /// Words along the depth are filled up with zeros to a multiple of this.
 const UNIT: usize = 16;
 
+/// Whether the library is found and of a version that is used.
+pub(super) fn is_available() -> bool {
+    library::is_there()
+}
+
 /// Memory of this thread for packed operands and sums, kept from call to call.
 #[derive(Default)]
 struct Scratch {

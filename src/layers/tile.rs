@@ -62,6 +62,21 @@ pub(super) fn has_avx512() -> bool {
     }
 }
 
+/// The best instruction set that the kernels here have a form for.
+pub(super) fn instruction_set() -> &'static str {
+    if has_bf16() {
+        return "AVX-512 with BF16";
+    }
+    if has_avx512() {
+        return "AVX-512";
+    }
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        return "AVX2";
+    }
+    "portable"
+}
+
 /// Whether the processor multiplies bf16.
 fn has_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]

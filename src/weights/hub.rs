@@ -9,7 +9,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use hf_hub::api::sync::{ApiBuilder, ApiError};
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::failure::Failure;
@@ -178,19 +178,7 @@ impl Repository {
 
     /// Fetches what `choose` takes of the files that the repository lists.
     fn fetch_those(&self, choose: impl FnOnce(&[String]) -> Result<BTreeSet<String>>) -> Result<PathBuf> {
-        let builder = ApiBuilder::from_cache(cache())
-            .with_user_agent("difflora", env!("CARGO_PKG_VERSION"))
-            .with_retries(3)
-            .with_progress(!progress::is_quiet());
-        let builder = match std::env::var("HF_ENDPOINT") {
-            Ok(endpoint) => builder.with_endpoint(endpoint.trim_end_matches('/').to_string()),
-            Err(_) => builder,
-        };
-        let builder = match std::env::var("HF_TOKEN") {
-            Ok(token) if !token.trim().is_empty() => builder.with_token(Some(token.trim().to_string())),
-            _ => builder,
-        };
-        let api = builder.build().map_err(|error| self.explain(error))?.repo(self.repo());
+        let api = self.api()?;
         let info = api.info().map_err(|error| self.explain(error))?;
         let listed: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
         let wanted = choose(&listed)?;
@@ -203,6 +191,30 @@ impl Repository {
         }
         cache().repo(self.repo()).create_ref(&info.sha).map_err(|error| self.explain(error.into()))?;
         self.folder().with_context(|| format!("`{}` was fetched and is not in the cache", self.name()))
+    }
+
+    /// Asks the hub for the list of files.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] that says what the hub answered and what to do, or that there is no network.
+    pub fn ask(&self) -> Result<()> {
+        self.api()?.info().map(drop).map_err(|error| self.explain(error))
+    }
+
+    fn api(&self) -> Result<ApiRepo> {
+        let builder = ApiBuilder::from_cache(cache())
+            .with_user_agent("difflora", env!("CARGO_PKG_VERSION"))
+            .with_retries(3)
+            .with_progress(!progress::is_quiet());
+        let builder = match std::env::var("HF_ENDPOINT") {
+            Ok(endpoint) => builder.with_endpoint(endpoint.trim_end_matches('/').to_string()),
+            Err(_) => builder,
+        };
+        let builder = match std::env::var("HF_TOKEN") {
+            Ok(token) if !token.trim().is_empty() => builder.with_token(Some(token.trim().to_string())),
+            _ => builder,
+        };
+        Ok(builder.build().map_err(|error| self.explain(error))?.repo(self.repo()))
     }
 
     fn repo(&self) -> Repo {
@@ -266,6 +278,11 @@ fn cache() -> Cache {
         Ok(path) if !path.is_empty() => Cache::new(path.into()),
         _ => Cache::from_env(),
     }
+}
+
+/// The folder of the cache, which may not exist yet.
+pub fn cache_folder() -> PathBuf {
+    cache().path().clone()
 }
 
 /// Every repository in the cache.

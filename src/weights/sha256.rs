@@ -46,10 +46,15 @@ pub fn of_file(path: &Path) -> Result<String> {
 /// # Errors
 /// [`Failure::Unusable`] when one cannot be read.
 pub fn remembered(paths: &[PathBuf]) -> Result<String> {
-    match dirs::cache_dir() {
-        Some(folder) => remembered_in(&folder.join("difflora/hashes.json"), paths, LARGE),
+    match cache_file() {
+        Some(cache) => remembered_in(&cache, paths, LARGE),
         None => of_files(paths),
     }
+}
+
+/// Where hashes are remembered; nothing where the user has no cache directory.
+pub fn cache_file() -> Option<PathBuf> {
+    Some(dirs::cache_dir()?.join("difflora/hashes.json"))
 }
 
 fn of_files(paths: &[PathBuf]) -> Result<String> {

@@ -1,0 +1,145 @@
+//! `difflora doctor`: what works on this machine, what does not, and what to do about it.
+
+use anyhow::{Result, bail};
+use serde_json::json;
+
+use crate::commands::models;
+use crate::diagnostics::{self, Check, Status};
+use crate::identity::catalog::{self, FACE_MODELS, FaceModel};
+use crate::output::Output;
+use crate::output::print_line;
+use crate::weights::hub::{self, Repository};
+use crate::weights::sha256;
+
+/// Space that SDXL's files take with room for a merged copy, in bytes.
+const SDXL_SPACE: u64 = 15_000_000_000;
+
+/// Arguments of `difflora doctor`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Check that the Hugging Face hub can be reached as well.
+    #[arg(long, env = "DIFFLORA_ONLINE")]
+    online: bool,
+}
+
+/// Prints every finding; fails when one is a problem.
+pub fn run(args: &Args, output: &Output) -> Result<()> {
+    let mut checks = diagnostics::machine();
+    checks.push(diagnostics::folder("hub cache", &hub::cache_folder(), SDXL_SPACE));
+    if let Some(hashes) = sha256::cache_file().as_deref().and_then(std::path::Path::parent) {
+        checks.push(diagnostics::folder("hash cache", hashes, 0));
+    }
+    checks.extend(built_in_models());
+    checks.extend(FACE_MODELS.iter().map(face_encoder));
+    checks.extend(hub_models());
+    checks.push(if args.online { reachability() } else { network() });
+
+    if output.json {
+        print_line!("{:#}", json!({ "checks": checks }))?;
+    } else {
+        checks.iter().try_for_each(print_check)?;
+    }
+    match checks.iter().filter(|check| check.status == Status::Problem).count() {
+        0 => Ok(()),
+        1 => bail!("1 problem was found"),
+        several => bail!("{several} problems were found"),
+    }
+}
+
+fn print_check(check: &Check) -> Result<()> {
+    let status = match check.status {
+        Status::Ok => "ok",
+        Status::Note => "note",
+        Status::Problem => "problem",
+    };
+    print_line!("{status:<8} {:<13} {}", check.area, check.text)?;
+    match &check.remedy {
+        Some(remedy) => print_line!("{:22} → {remedy}", ""),
+        None => Ok(()),
+    }
+}
+
+/// The models inside the program.
+fn built_in_models() -> Vec<Check> {
+    let tiny = match models::built_in("base").and_then(|_| models::built_in("hypernet")) {
+        Ok(_) => Check::ok("model", "tiny: base and hypernetwork, built in; Apache-2.0"),
+        Err(error) => {
+            Check::problem("model", format!("{error:#}"), "run `scripts/make-tiny.sh OUT --install`")
+        }
+    };
+    let faces = [("mobilefacenet", "MIT package, training data not stated"), ("sface", "Apache-2.0")];
+    let face = |(name, licence): (&str, &str)| {
+        Check::ok("face encoder", format!("{name}: built in; {licence}"))
+            .with(json!({ "name": name, "licence": licence, "state": "built in" }))
+    };
+    std::iter::once(tiny).chain(faces.map(face)).collect()
+}
+
+/// A face encoder that can be downloaded: whether it is there, and whether its bytes are the known ones.
+fn face_encoder(model: &FaceModel) -> Check {
+    let found = catalog::installed(model);
+    let state = match &found {
+        None => "not downloaded",
+        Some(files) if files.iter().all(|file| file.matches) => "SHA-256 matches",
+        Some(_) => "SHA-256 differs",
+    };
+    let text = format!("{}: {state}; {}", model.name, model.licence);
+    let check = match found.iter().flatten().find(|file| !file.matches) {
+        Some(file) => Check::problem(
+            "face encoder",
+            format!("{text}: `{}`", file.path.display()),
+            format!("delete the file and run `difflora models pull {}`", model.name),
+        ),
+        // Not having an optional model is no restriction of what was set up.
+        None => Check::ok("face encoder", text),
+    };
+    check.with(json!({ "name": model.name, "licence": model.licence, "state": state }))
+}
+
+/// Base models in the hub's cache.
+fn hub_models() -> Vec<Check> {
+    let bases = hub::repositories().into_iter();
+    let bases = bases.filter(|it| it.folder().is_some_and(|folder| folder.join("model_index.json").exists()));
+    bases
+        .map(|repository| {
+            let id = &repository.id;
+            let whole = repository.cached().is_ok();
+            let licence = models::licence(id).unwrap_or("licence: see its model card");
+            let details = json!({ "name": id, "licence": licence, "complete": whole });
+            let check = match whole {
+                true => Check::ok(
+                    "model",
+                    format!("{id}: complete; {licence}; `models verify` checks its hashes"),
+                ),
+                false => Check::note(
+                    "model",
+                    format!("{id}: incomplete; {licence}"),
+                    format!("run `difflora models pull {id}`"),
+                ),
+            };
+            check.with(details)
+        })
+        .collect()
+}
+
+/// Whether the hub may be asked at all.
+fn network() -> Check {
+    match hub::offline() {
+        true => Check::ok("hub", "HF_HUB_OFFLINE forbids the network"),
+        false => Check::ok("hub", "not checked; `--online` does"),
+    }
+}
+
+/// Asks the hub for SDXL's list of files.
+fn reachability() -> Check {
+    if hub::offline() {
+        return Check::note("hub", "HF_HUB_OFFLINE forbids the network", "unset HF_HUB_OFFLINE");
+    }
+    let sdxl = Repository { id: models::SDXL.into(), revision: "main".into(), file: None };
+    match sdxl.ask() {
+        Ok(()) => Check::ok("hub", "reachable"),
+        Err(error) => {
+            Check::problem("hub", format!("{error:#}"), "check network, proxy, HF_ENDPOINT and HF_TOKEN")
+        }
+    }
+}
