@@ -1,22 +1,36 @@
-//! difflora: from one photo of a face to a personal SDXL LoRA, and the images it draws.
+//! difflora predicts a personal SDXL LoRA from one photo of a face, and generates images with it (DiffLoRA,
+//! Wu et al. 2024, arXiv 2408.06740).
 //!
 //! ```text
-//! photo ──► identity ──► hypernet ──► lora ──► sdxl ──► images
+//! photo ──► identity ──────► hypernet ─────────────────► lora ──────────► sdxl ──► images
+//!           face + CLIP      mixer ─► DiT: noise ─► z     .safetensors     text, UNet, VAE
+//!           embeddings       LAE decoder: z ─► LoRA       or merge
 //! ```
 //!
-//! Four rooms in the order in which data passes; they meet only in [`commands`].
-//! [`dataset`] and [`train`] make what the hypernetwork learns from.
+//! | to find | look in |
+//! |---|---|
+//! | LoRA autoencoder (LAE), weight-preserved loss | [`hypernet::lae`], [`recipes`] |
+//! | gated mixer (MIF), diffusion transformer (DiT) | [`hypernet::mixer`], [`hypernet::dit`] |
+//! | DDIM and the other samplers, schedules | [`diffusion`] |
+//! | merging ΔW into a model | [`lora::apply`] |
+//! | DreamBooth, the dataset of LoRAs | [`recipes::dreambooth`], [`dataset`] |
+//! | evaluation against baselines | [`eval`] |
+//!
+//! Modules are listed from top to bottom; one imports only those below it. [`commands`] alone knows command-line
+//! arguments and prints.
 //!
 //! Dimension key, used in every shape comment:
 //! `B` batch · `N` tokens · `D` width · `H` heads · `R` LoRA rank · `P` LoRA parameters, flattened ·
 //! `C` channels · `L` latent length.
+//!
+#![doc = include_str!("docs/install.md")]
 
 pub mod cli;
 pub mod commands;
 pub mod eval;
 pub mod recipes;
 
-// The four rooms, in the order in which data passes.
+// The four stages, in the order in which data passes.
 pub mod identity;
 
 pub mod hypernet;
@@ -25,7 +39,7 @@ pub mod lora;
 
 pub mod sdxl;
 
-// What the rooms stand on.
+// What they are built on.
 pub mod dataset;
 pub mod diffusion;
 pub mod layers;

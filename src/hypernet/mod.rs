@@ -7,6 +7,8 @@
 //!
 //! A hypernetwork is a folder: `config.json`, `lae.safetensors`, `dit.safetensors` (mixer and linear guess
 //! included), `stats.safetensors`.
+//!
+#![doc = include_str!("../docs/hypernetwork.md")]
 
 pub mod codec;
 pub mod delta;

@@ -4,6 +4,8 @@
 //! image ──► detect: box, 5 points ──► align: 112×112 ──► recognise: 512 numbers, the condition
 //!                                                      └─► Judge: 128 numbers, evaluation only
 //! ```
+//!
+#![doc = include_str!("../docs/faces.md")]
 
 pub mod align;
 pub mod catalog;

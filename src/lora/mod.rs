@@ -3,6 +3,8 @@
 //! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`change`]
 //! every kind of adapter that they hold, [`canonical`] brings its factors to one form, [`layout`] turns a
 //! LoRA into the flat vector that the hypernetwork learns and back, [`apply`] puts all of them into a model, [`edit`] adds, shortens and compares them.
+//!
+#![doc = include_str!("../docs/lora-files.md")]
 
 use std::collections::BTreeMap;
 

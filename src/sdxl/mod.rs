@@ -1,4 +1,6 @@
 //! Prompt and LoRA → image: the text encoders, the UNet and the VAE of SDXL.
+//!
+#![doc = include_str!("../docs/generate.md")]
 
 pub mod architecture;
 mod blocks;

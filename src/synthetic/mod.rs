@@ -1,4 +1,6 @@
 //! The small world: procedural people with captions, made to train small models and to judge them.
+//!
+#![doc = include_str!("../docs/small-world.md")]
 
 mod captions;
 pub mod image_set;

@@ -1,4 +1,6 @@
 //! DreamBooth LoRAs: one person, or many in one forward pass.
+//!
+#![doc = include_str!("../../docs/train-lora.md")]
 
 pub mod augment;
 pub mod batch_trainer;
