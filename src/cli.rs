@@ -6,7 +6,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::output::Output;
 use crate::{commands, progress};
 
-/// From one photo of a face to a personal SDXL LoRA in seconds, and the images it draws.
+/// From one photo of a face to a personal SDXL LoRA, and images generated with it.
 #[derive(Debug, Parser)]
 #[command(
     name = "difflora",
@@ -17,14 +17,14 @@ use crate::{commands, progress};
 )]
 pub struct Cli {
     #[command(flatten)]
-    /// What every command takes.
+    /// Options of every command.
     pub output: Output,
     #[command(subcommand)]
-    /// What to do.
+    /// The subcommand.
     pub command: Command,
 }
 
-/// One subcommand, one story in `commands/`.
+/// The subcommands; each has a file in `commands/`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make a LoRA from photos of a person, and generate images with it.

@@ -1,4 +1,4 @@
-//! `difflora completions` and `difflora man`: what a shell and `man` are told about the program.
+//! `difflora completions` and `difflora man`: shell completion and manual pages.
 
 use std::path::{Path, PathBuf};
 

@@ -41,6 +41,24 @@ fn a_damaged_face_encoder_is_a_problem_with_a_remedy() {
     assert!(problems[0]["remedy"].as_str().unwrap().contains("difflora models pull auraface"));
 }
 
+#[cfg(all(unix, not(any(feature = "cuda", feature = "metal"))))]
+#[test]
+fn a_gpu_that_this_build_cannot_use_is_a_note() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("nvidia-smi");
+    std::fs::write(&program, "#!/bin/sh\necho 'NVIDIA H100 PCIe, 81559, 80994, 550.54.15'\n").unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+    let run = difflora_with(&[("PATH", &path)], &["doctor", "--json"]);
+    let report: Value = serde_json::from_str(&run.stdout).unwrap();
+    let gpu = report["checks"].as_array().unwrap().iter().find(|check| check["area"] == "gpu").unwrap();
+    assert_eq!((run.code, &gpu["status"]), (0, &Value::from("note")), "{gpu:#}");
+    assert_eq!(gpu["details"]["total_mib"], 81559);
+    assert_eq!(gpu["details"]["driver"], "550.54.15");
+    assert!(gpu["remedy"].as_str().unwrap().contains("--features cuda"));
+}
+
 #[test]
 fn an_unreachable_hub_is_a_problem_only_when_it_is_asked() {
     let folder = tempfile::tempdir().unwrap();
