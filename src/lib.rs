@@ -29,6 +29,7 @@ pub mod cli;
 pub mod commands;
 pub mod eval;
 pub mod recipes;
+pub mod registry;
 
 // The four stages, in the order in which data passes.
 pub mod identity;

@@ -11,7 +11,6 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::commands::face::open_encoder;
-use crate::commands::models;
 use crate::device;
 use crate::failure::Failure;
 use crate::files;
@@ -27,6 +26,7 @@ use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
 use crate::recipes::dreambooth::lockstep::{self, Downs, Frozen, Lessons, Recipe};
+use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::{self, CaptionOptions, Person, Scene};
 use crate::train::shards::in_threads_or_turn;
@@ -46,12 +46,12 @@ pub struct Args {
     #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     pub config: PathBuf,
     /// Base model of the LoRAs.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
-    pub base_options: models::BaseOptions,
+    pub base_options: registry::BaseOptions,
     /// CLIP image encoder.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub image_encoder: String,
     /// Face encoder; hypernetworks for this dataset are conditioned on it.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = catalog::BUILT_IN, env = "DIFFLORA_FACE_ENCODER")]
@@ -186,10 +186,10 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         std::fs::create_dir_all(args.out.join(folder))
             .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;
     }
-    let base_files = models::find_base(&args.base, &args.base_options)?;
-    let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
-    let image_files = models::find(&args.image_encoder, "image_encoder")?;
-    let image_encoder = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    let base_files = registry::find_base(&args.base, &args.base_options)?;
+    let base = registry::identify(&base_files, &args.base, registry::BASE_WEIGHTS)?;
+    let image_files = registry::find(&args.image_encoder, "image_encoder")?;
+    let image_encoder = registry::identify(&image_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;
     let model = Sdxl::open(&base_files, DType::F32, &device)?;
     let unet = &model.unet.config;
     let workshop = Workshop {

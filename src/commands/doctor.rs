@@ -3,11 +3,11 @@
 use anyhow::{Result, bail};
 use serde_json::json;
 
-use crate::commands::models;
 use crate::diagnostics::{self, Check, Status};
 use crate::identity::catalog::{self, FACE_MODELS, FaceModel};
 use crate::output::Output;
 use crate::output::print_line;
+use crate::registry;
 use crate::weights::hub::{self, Repository};
 use crate::weights::sha256;
 
@@ -61,7 +61,7 @@ fn print_check(check: &Check) -> Result<()> {
 
 /// The models inside the program.
 fn built_in_models() -> Vec<Check> {
-    let tiny = match models::built_in("base").and_then(|_| models::built_in("hypernet")) {
+    let tiny = match registry::built_in("base").and_then(|_| registry::built_in("hypernet")) {
         Ok(_) => Check::ok("model", "tiny: base and hypernetwork, built in; Apache-2.0"),
         Err(error) => {
             Check::problem("model", format!("{error:#}"), "run `scripts/make-tiny.sh OUT --install`")
@@ -104,7 +104,7 @@ fn hub_models() -> Vec<Check> {
         .map(|repository| {
             let id = &repository.id;
             let whole = repository.cached().is_ok();
-            let licence = models::licence(id).unwrap_or("licence: see its model card");
+            let licence = registry::licence(id).unwrap_or("licence: see its model card");
             let details = json!({ "name": id, "licence": licence, "complete": whole });
             let check = match whole {
                 true => Check::ok(
@@ -135,7 +135,7 @@ fn reachability() -> Check {
     if hub::offline() {
         return Check::note("hub", "HF_HUB_OFFLINE forbids the network", "unset HF_HUB_OFFLINE");
     }
-    let sdxl = Repository { id: models::SDXL.into(), revision: "main".into(), file: None };
+    let sdxl = Repository { id: registry::SDXL.into(), revision: "main".into(), file: None };
     match sdxl.ask() {
         Ok(()) => Check::ok("hub", "reachable"),
         Err(error) => {

@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::commands::build_dataset::{self, Header, Row};
-use crate::commands::models;
 use crate::device;
 use crate::diffusion::noise;
 use crate::eval::metrics::{Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired};
@@ -32,6 +31,7 @@ use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
 use crate::recipes::dreambooth::functional_loss::{Refinement, learning_rate, refine};
+use crate::registry;
 use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
 use crate::statistics::Mean;
@@ -57,15 +57,15 @@ pub struct Args {
     )]
     pub dataset: Option<PathBuf>,
     /// Hypernetwork: tiny (built in), a folder, or a hub repository.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     pub hypernet: String,
     /// Base model of the LoRAs.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
-    pub base_options: models::BaseOptions,
+    pub base_options: registry::BaseOptions,
     /// CLIP image encoder.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub image_encoder: String,
     /// Attribute classifier, which measures prompt accuracy and factors [default: the built-in one].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_JUDGE")]
@@ -185,7 +185,7 @@ pub struct Difference {
 pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let mut bench = Bench::open(args)?;
     let header: Header = read_json(&dataset.join("dataset.json"))?;
-    let hypernet_files = models::find_hypernet(&args.hypernet, args.base_options.offline)?;
+    let hypernet_files = registry::find_hypernet(&args.hypernet, args.base_options.offline)?;
     let hypernet = Hypernet::open(&hypernet_files, bench.model.device())?;
     hypernet.codec.base.demand(&bench.base, "base model")?;
     let face_encoder = &hypernet.denoiser.config.face_encoder.name;
@@ -204,8 +204,8 @@ pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
         return Err(Failure::unusable(&dataset.join("manifest.jsonl"), why));
     }
     let known = Known::read(dataset, &known)?;
-    let encoder_files = models::find(&args.image_encoder, "image_encoder")?;
-    let image_id = models::identify(&encoder_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    let encoder_files = registry::find(&args.image_encoder, "image_encoder")?;
+    let image_id = registry::identify(&encoder_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;
     hypernet.denoiser.config.image_encoder.demand(&image_id, "image encoder")?;
     let image_encoder = ImageEncoder::open(&encoder_files)?.with_input(hypernet.denoiser.config.image_input);
     let [_, (name, sha256)] = bench.faces.provenance();
@@ -484,11 +484,11 @@ pub struct Portrayed {
 
 impl Bench {
     pub fn open(args: &Args) -> Result<Self> {
-        let files = models::find_base(&args.base, &args.base_options)?;
+        let files = registry::find_base(&args.base, &args.base_options)?;
         let model = Sdxl::open(&files, DType::F32, &device::open(&args.device)?)?;
         let attributes = match &args.judge {
-            Some(name) => Some(AttributeJudge::open(&models::find(name, "judge")?)?),
-            None => match models::built_in("judge") {
+            Some(name) => Some(AttributeJudge::open(&registry::find(name, "judge")?)?),
+            None => match registry::built_in("judge") {
                 Ok(files) => Some(AttributeJudge::open(&files)?),
                 Err(error) => {
                     progress::note(format_args!("prompts and factors are not judged: {error:#}"));
@@ -497,8 +497,8 @@ impl Bench {
             },
         };
         Ok(Self {
-            base: models::identify(&files, &args.base, models::BASE_WEIGHTS)?,
-            layout: models::block_layout(&files)?,
+            base: registry::identify(&files, &args.base, registry::BASE_WEIGHTS)?,
+            layout: registry::block_layout(&files)?,
             faces: FaceEncoder::builtin()?,
             recogniser: identity::Judge::sface()?,
             attributes,

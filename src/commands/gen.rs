@@ -17,12 +17,12 @@ use crate::commands::r#gen::identity::IdentityOptions;
 use crate::commands::r#gen::loras::{check_loras, chosen_loras};
 use crate::commands::r#gen::outputs::Outputs;
 use crate::commands::r#gen::person::make_lora;
-use crate::commands::models;
 use crate::device::{self, Precision};
 use crate::lora::file::{self, Format};
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress::{self, Stage};
+use crate::registry;
 use crate::sdxl::pipeline::{Sampler, Tiling, Unloaded};
 use crate::weights::model_folder::WeightType;
 
@@ -45,16 +45,16 @@ pub struct Args {
     #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
     negative_prompt: Option<String>,
     /// Hypernetwork: tiny (built in), a folder, or a hub repository owner/name[@revision].
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_HYPERNET")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     hypernet: String,
     /// Base model: tiny (built in), sdxl, a diffusers folder, a `.safetensors` in LDM layout, or a hub repository
     /// owner/name[@revision][:file.safetensors].
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     base: String,
     #[command(flatten)]
-    base_options: models::BaseOptions,
+    base_options: registry::BaseOptions,
     /// CLIP image encoder that the hypernetwork was trained with.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     image_encoder: String,
     /// Face encoder that the hypernetwork was trained with [default: the one it names].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_FACE_ENCODER")]
@@ -192,7 +192,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let start = Instant::now();
     let outputs = Outputs::plan(&args)?;
     let device = device::open(&args.device)?;
-    let base_files = models::find_base(&args.base, &args.base_options)?;
+    let base_files = registry::find_base(&args.base, &args.base_options)?;
     let drawing = match args.prompt.is_empty() {
         true => None,
         false => {
@@ -202,25 +202,25 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         }
     };
     let clock = Stage::begin("identifying the base model");
-    let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
+    let base = registry::identify(&base_files, &args.base, registry::BASE_WEIGHTS)?;
     clock.end();
 
     let person = match args.has_person() {
-        true => Some(make_lora(&args, &base, models::native_size(&base_files)?, &device)?),
+        true => Some(make_lora(&args, &base, registry::native_size(&base_files)?, &device)?),
         false => None,
     };
     let mut report = json!({});
     if let Some((lora, told)) = &person {
         report["person"] = told.clone();
         if let Some(path) = &outputs.lora {
-            let levels = models::block_layout(&base_files)?;
+            let levels = registry::block_layout(&base_files)?;
             file::write(path, lora, args.lora_format, &levels)?;
             report["lora"] = json!(path);
             say(output, format_args!("LoRA    {}", path.display()))?;
         }
     }
     if let Some((plan, model)) = drawing {
-        if args.base == models::BUILT_IN {
+        if args.base == registry::BUILT_IN {
             progress::note(
                 "the built-in model `tiny` draws painted portraits of 64×64 pixels, to try the program and to \
                  prove the method; real images need an SDXL folder (--base) and a hypernetwork for it (--hypernet)",

@@ -10,7 +10,6 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::commands::models;
 use crate::failure::Failure;
 use crate::files::{self, check_writable};
 use crate::lora::change::Changes;
@@ -22,6 +21,7 @@ use crate::lora::strength::Strength;
 use crate::lora::{LoraError, listed};
 use crate::output::Output;
 use crate::output::print_line;
+use crate::registry;
 use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 
 /// Arguments of `difflora lora`.
@@ -187,7 +187,7 @@ fn a_share(share: f64, option: &str) -> Result<f64> {
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let find = |name: &str| open_base(name, args.base_config.as_deref());
     let base = args.base.as_deref().map(find).transpose()?;
-    let layout = base.as_ref().map(models::block_layout).transpose()?.unwrap_or_default();
+    let layout = base.as_ref().map(registry::block_layout).transpose()?.unwrap_or_default();
     match args.action {
         Action::Inspect { file } => inspect(&file, &layout, output),
         Action::Convert { input, output: out, format } => {
@@ -302,7 +302,7 @@ fn inspect(path: &Path, layout: &BlockLayout, output: &Output) -> Result<()> {
 fn open_base(name: &str, config: Option<&Path>) -> Result<ModelFiles> {
     // The settings are for models in one file alone; of two models one may be a folder.
     let base_config = config.filter(|_| Path::new(name).is_file()).map(Path::to_path_buf);
-    models::find_base(name, &models::BaseOptions { base_config, ..Default::default() })
+    registry::find_base(name, &registry::BaseOptions { base_config, ..Default::default() })
 }
 
 /// A file of the command line.

@@ -1,23 +1,20 @@
-//! `difflora models`: models by name; and which model a name on any command line means.
+//! `difflora models`: lists, downloads, checks and measures models.
 
 mod show;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
-use include_dir::{Dir, include_dir};
+use anyhow::Result;
 use serde_json::json;
 
 use crate::failure::Failure;
 use crate::files as disk;
-use crate::hypernet::ModelId;
 use crate::identity::catalog::{self, FaceModel};
-use crate::lora::keys::BlockLayout;
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
+use crate::registry::{self, BUILT_IN, BaseOptions, NAMES};
 use crate::sdxl::architecture;
-use crate::sdxl::single_file;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
 use crate::sdxl::unet::UNet;
 use crate::sdxl::unet::UNetConfig;
@@ -25,39 +22,6 @@ use crate::sdxl::vae::{Vae, VaeConfig};
 use crate::weights::hub::{self, Repository, Weights};
 use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use crate::weights::sha256;
-
-/// The bundle that this program carries: a small SDXL and a hypernetwork for it, made by `scripts/make-tiny.sh`.
-static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");
-
-/// The name of the built-in bundle.
-pub const BUILT_IN: &str = "tiny";
-
-/// Stability AI's SDXL on the hub.
-pub const SDXL: &str = "stabilityai/stable-diffusion-xl-base-1.0";
-
-/// Short names of hub repositories.
-const NAMES: [(&str, &str); 1] = [("sdxl", SDXL)];
-
-/// The licence of a well-known base on the hub, as its model card names it.
-pub fn licence(id: &str) -> Option<&'static str> {
-    (id == SDXL).then_some("CreativeML Open RAIL++-M")
-}
-
-/// What a hypernetwork's folder holds.
-const HYPERNET_FILES: [&str; 4] = ["config.json", "dit.safetensors", "lae.safetensors", "stats.safetensors"];
-
-/// The file whose hash stands for a base model.
-pub const BASE_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
-/// The file whose hash stands for an image encoder.
-pub const ENCODER_WEIGHTS: &str = "model.safetensors";
-
-/// A part of the built-in bundle: `base`, `hypernet`, `image_encoder` or `judge`.
-pub fn built_in(part: &'static str) -> Result<ModelFiles> {
-    match TINY.get_dir(part) {
-        Some(dir) => Ok(ModelFiles::BuiltIn { name: BUILT_IN, dir }),
-        None => bail!("this build carries no `{part}`; make it with scripts/make-tiny.sh and build again"),
-    }
-}
 
 /// Arguments of `difflora models`.
 #[derive(Debug, clap::Args)]
@@ -146,7 +110,7 @@ fn on_the_hub(name: &str) -> Result<Repository> {
             Failure::Usage(format!("`{BUILT_IN}` is inside the program and lies in no folder")).into()
         );
     }
-    repository(name, None).ok_or_else(|| {
+    registry::repository(name, None).ok_or_else(|| {
         Failure::Usage(format!("`{name}` is no model of the hub: write owner/name[@revision], or sdxl"))
             .into()
     })
@@ -185,7 +149,7 @@ fn list(output: &Output) -> Result<()> {
 
 /// Checks every part of a model without keeping it.
 fn verify(name: &str, options: &BaseOptions, output: &Output) -> Result<()> {
-    let files = find_base(name, options)?;
+    let files = registry::find_base(name, options)?;
     architecture::require_sdxl(&files)?;
     let unet: UNetConfig = files.config("unet/config.json")?;
     files.check("unet", DIFFUSERS_WEIGHTS, |vb| UNet::new(&unet, vb))?;
@@ -211,115 +175,4 @@ fn verify(name: &str, options: &BaseOptions, output: &Output) -> Result<()> {
         )?;
     }
     Ok(())
-}
-
-/// How to find a base model.
-#[derive(Clone, Debug, Default, clap::Args)]
-pub struct BaseOptions {
-    /// Settings of a single-file base that its tensors do not show: a diffusers folder, or a JSON file with the keys
-    /// `unet`, `vae`, `text_encoder`, `text_encoder_2`, `scheduler`, `tokenizer`, `tokenizer_2`, `model_index`.
-    #[arg(help_heading = "Model", long, value_name = "FILE|DIR", env = "DIFFLORA_BASE_CONFIG")]
-    pub base_config: Option<PathBuf>,
-    /// Branch, tag or commit of a base on the hub.
-    #[arg(help_heading = "Model", long, value_name = "REVISION", env = "DIFFLORA_REVISION")]
-    pub revision: Option<String>,
-    /// Use only cached models, never the network (as HF_HUB_OFFLINE).
-    #[arg(help_heading = "Model", long, env = "DIFFLORA_OFFLINE")]
-    pub offline: bool,
-}
-
-/// The base model that `name` stands for: a built-in one, a folder in diffusers' layout, one file in LDM layout, or a
-/// repository on the hub.
-///
-/// # Errors
-/// [`Failure::Usage`] for a name that is none of them, [`Failure::Unusable`] for one that cannot be had.
-pub fn find_base(name: &str, options: &BaseOptions) -> Result<ModelFiles> {
-    let path = Path::new(name);
-    let found = if name == BUILT_IN || path.exists() {
-        path.to_path_buf()
-    } else if let Some(repository) = repository(name, options.revision.as_deref()) {
-        repository.open(options.offline)?
-    } else {
-        return Err(Failure::Usage(format!(
-            "there is no base `{name}`: give a folder in diffusers' layout, a `.safetensors` with a whole model, a \
-             repository `owner/name` of the Hugging Face hub, or a name: {BUILT_IN}, sdxl"
-        ))
-        .into());
-    };
-    if found.is_file() {
-        return single_file::open(&found, options.base_config.as_deref());
-    }
-    if options.base_config.is_some() {
-        return Err(Failure::Usage("--base-config is for a --base that is one file".into()).into());
-    }
-    if name == BUILT_IN { built_in("base") } else { ModelFiles::folder(found) }
-}
-
-/// The hypernetwork that `name` stands for: the built-in one, a folder, or a repository on the hub.
-///
-/// # Errors
-/// [`Failure::Usage`] for a name that is none of them, [`Failure::Unusable`] for one that cannot be had.
-pub fn find_hypernet(name: &str, offline: bool) -> Result<ModelFiles> {
-    match Repository::parse(name).filter(|_| name != BUILT_IN && !Path::new(name).exists()) {
-        Some(repository) => ModelFiles::folder(repository.open_files(&HYPERNET_FILES, offline)?),
-        None => find(name, "hypernet"),
-    }
-}
-
-/// The hub repository that `name` stands for.
-fn repository(name: &str, revision: Option<&str>) -> Option<Repository> {
-    let (short, of) = name.split_once('@').unwrap_or((name, ""));
-    let full = match NAMES.iter().find(|(known, _)| *known == short) {
-        Some((_, id)) if of.is_empty() => (*id).to_string(),
-        Some((_, id)) => format!("{id}@{of}"),
-        None => name.to_string(),
-    };
-    let mut repository = Repository::parse(&full)?;
-    if let Some(revision) = revision {
-        repository.revision = revision.to_string();
-    }
-    Some(repository)
-}
-
-/// The model `part` that `name` stands for: the built-in one, or a folder.
-///
-/// # Errors
-/// [`Failure::Usage`] for a name that is neither.
-pub fn find(name: &str, part: &'static str) -> Result<ModelFiles> {
-    if name == BUILT_IN {
-        return built_in(part);
-    }
-    let path = Path::new(name);
-    if path.is_dir() {
-        return ModelFiles::folder(path);
-    }
-    if path.exists() {
-        return Err(Failure::unusable(path, "this model is read from a folder"));
-    }
-    Err(Failure::Usage(format!(
-        "there is no {part} `{name}`: give a folder, or `{BUILT_IN}` for the built-in one"
-    ))
-    .into())
-}
-
-/// Name and SHA-256 of a model's weights, given the weight file that stands for it.
-pub fn identify(files: &ModelFiles, name: &str, weights: &str) -> Result<ModelId> {
-    let (folder, file) = weights.rsplit_once('/').unwrap_or(("", weights));
-    let sha256 = files.sha256(folder, file.trim_end_matches(".safetensors"))?;
-    // The folder's own name: a path of this machine says nothing elsewhere.
-    let short = Path::new(name).file_name().map_or(name.into(), |last| last.to_string_lossy());
-    Ok(ModelId { name: short.into(), sha256 })
-}
-
-/// How many layers each level of a base's UNet has: the LDM spelling of LoRA layers depends on it.
-pub fn block_layout(files: &ModelFiles) -> Result<BlockLayout> {
-    let config: UNetConfig = files.config("unet/config.json")?;
-    Ok(BlockLayout::uniform(config.block_out_channels.len(), config.layers_per_block))
-}
-
-/// The side in pixels of the images that a base was trained for.
-pub fn native_size(files: &ModelFiles) -> Result<usize> {
-    let unet: UNetConfig = files.config("unet/config.json")?;
-    let vae: VaeConfig = files.config("vae/config.json")?;
-    Ok(unet.sample_size * vae.factor())
 }

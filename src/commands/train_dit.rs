@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::commands::build_dataset::Header;
-use crate::commands::models;
 use crate::commands::train_lae::Settings;
 use crate::dataset::lora_dataset::{FormWanted, LoraSet, Reading};
 use crate::device;
@@ -33,6 +32,7 @@ use crate::recipes::dit::learned_prior::TrainedPrior;
 use crate::recipes::dit::report::{print_report, report};
 use crate::recipes::dit::training_set::Lessons;
 use crate::recipes::dreambooth::functional_loss::Album;
+use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 use crate::train;
 use crate::train::distributed;
@@ -61,7 +61,7 @@ pub struct Args {
     #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
     pub config: PathBuf,
     /// Base model for the diffusion loss of images (`functional` in the settings).
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
     #[arg(
@@ -279,7 +279,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
     let lae_files = ModelFiles::folder(&args.lae)?;
     let codec = LoraCodec::open(&lae_files, &device)?;
-    let lae = models::identify(&lae_files, &args.lae.display().to_string(), "lae.safetensors")?;
+    let lae = registry::identify(&lae_files, &args.lae.display().to_string(), "lae.safetensors")?;
     let form = FormWanted::Of(codec.form.clone());
     let set = LoraSet::open(&args.dataset, &Reading { form, ..Reading::default() })?;
     check(&codec, &set)?;
@@ -496,8 +496,8 @@ pub struct Gallery<'a> {
 
 impl<'a> Gallery<'a> {
     pub fn open(how: &'a Functional, args: &Args, codec: &'a LoraCodec, set: &LoraSet) -> Result<Self> {
-        let files = models::find_base(&args.base, &models::BaseOptions::default())?;
-        codec.base.demand(&models::identify(&files, &args.base, models::BASE_WEIGHTS)?, "base model")?;
+        let files = registry::find_base(&args.base, &registry::BaseOptions::default())?;
+        codec.base.demand(&registry::identify(&files, &args.base, registry::BASE_WEIGHTS)?, "base model")?;
         let base = Sdxl::open(&files, DType::F32, codec.device())?;
         Ok(Self { how, codec, album: Album::open(&args.dataset, base, set.train.people())? })
     }
@@ -545,7 +545,7 @@ mod tests {
             lae: folder.join("lae"),
             out: folder.join("hypernet"),
             config: folder.join("settings.toml"),
-            base: models::BUILT_IN.into(),
+            base: registry::BUILT_IN.into(),
             device: "cpu".into(),
             resume: false,
             minutes: None,

@@ -7,7 +7,6 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::json;
 
-use crate::commands::models;
 use crate::device::{self, Precision};
 use crate::failure::Failure;
 use crate::files;
@@ -23,6 +22,7 @@ use crate::recipes::dreambooth::image_dataset::{Encoders, Lessons, Scaling};
 use crate::recipes::dreambooth::lockstep::{Networks, Targets};
 use crate::recipes::dreambooth::previews::Easel;
 use crate::recipes::dreambooth::{class_images, image_dataset, targets};
+use crate::registry;
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::unet::UNetConfig;
 use crate::train::lr_schedule::Decay;
@@ -63,10 +63,10 @@ pub struct Args {
     #[arg(help_heading = "Input", long, value_name = "NAME|FILE", env = "DIFFLORA_CONFIG")]
     pub config: Option<PathBuf>,
     /// Base model: tiny (built in), sdxl, a diffusers folder, a `.safetensors` in LDM layout, or a hub repository.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = models::BUILT_IN, env = "DIFFLORA_BASE")]
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
-    pub base_options: models::BaseOptions,
+    pub base_options: registry::BaseOptions,
     /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
     #[arg(
         help_heading = "Advanced",
@@ -223,8 +223,8 @@ impl Args {
 
 /// Trains the LoRAs and writes them.
 pub fn run(args: Args, output: &Output) -> Result<()> {
-    let base_files = models::find_base(&args.base, &args.base_options)?;
-    let base = models::identify(&base_files, &args.base, models::BASE_WEIGHTS)?;
+    let base_files = registry::find_base(&args.base, &args.base_options)?;
+    let base = registry::identify(&base_files, &args.base, registry::BASE_WEIGHTS)?;
     let small = base_files.config::<UNetConfig>("unet/config.json")?.sample_size <= SMALL_LATENTS;
     let preset = if small { "tiny" } else { "sdxl-dreambooth" };
     let mut settings = Settings::read(args.config.as_deref(), preset)?;
@@ -310,7 +310,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         sites,
         downs,
         weight_norm,
-        layout: models::block_layout(&base_files)?,
+        layout: registry::block_layout(&base_files)?,
         base,
         device,
         side,

@@ -5,10 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use difflora::commands::models;
 use difflora::diffusion::noise::normal;
 use difflora::lora::change::{Change, Changes, Form, Magnitude};
 use difflora::lora::file::{self, Format};
+use difflora::registry;
 use difflora::sdxl::pipeline::Sdxl;
 use difflora::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use serde_json::Value;
@@ -32,7 +32,7 @@ fn json(arguments: &[&str]) -> Value {
 
 /// The shapes of all weights of the built-in base.
 fn shapes() -> BTreeMap<String, Vec<usize>> {
-    let files = models::built_in("base").unwrap();
+    let files = registry::built_in("base").unwrap();
     let mut model = Sdxl::open(&files, DType::F32, &Device::Cpu).unwrap();
     let mut shapes = BTreeMap::new();
     let mut note = |path: &str, layer: difflora::layers::Layer| {
@@ -66,7 +66,7 @@ fn low_rank(part: &str, rank: usize) -> Changes {
 }
 
 fn write(path: &Path, changes: &Changes) {
-    let layout = models::block_layout(&models::built_in("base").unwrap()).unwrap();
+    let layout = registry::block_layout(&registry::built_in("base").unwrap()).unwrap();
     file::write_changes(path, changes, Format::Kohya, &layout).unwrap();
 }
 
@@ -408,7 +408,7 @@ fn one_file_and_a_folder_are_merged_alike_and_compared_with_each_other() {
     let (one, folder) = (text(&one), text(&folder));
     let before = tensors(Path::new(folder));
     let changes = on_every_sort(&before);
-    let layout = models::block_layout(&ModelFiles::folder(folder).unwrap()).unwrap();
+    let layout = registry::block_layout(&ModelFiles::folder(folder).unwrap()).unwrap();
     let lora = at("lora.safetensors");
     file::write_changes(&lora, &changes, Format::Kohya, &layout).unwrap();
 
@@ -578,7 +578,7 @@ fn gen_tells_what_each_lora_is_and_records_where_its_own_comes_from() {
     let header = difflora::weights::header::Header::read(&mut fs::File::open(&own).unwrap()).unwrap();
     let mut files = Vec::new();
     for file in ["config.json", "lae.safetensors", "dit.safetensors", "stats.safetensors"] {
-        files.extend(models::built_in("hypernet").unwrap().read(file).unwrap().iter());
+        files.extend(registry::built_in("hypernet").unwrap().read(file).unwrap().iter());
     }
     assert_eq!(header.metadata["difflora.hypernet_sha256"], difflora::weights::sha256::of_bytes(&files));
     assert_eq!(

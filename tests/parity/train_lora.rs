@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use difflora::commands::models;
 use difflora::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
 use difflora::lora::change::Form;
 use difflora::recipes::dreambooth::lockstep::{Networks, Student, Targets};
 use difflora::recipes::dreambooth::loss::{Batch, Objective, Words, gradients};
 use difflora::recipes::dreambooth::targets::sites;
+use difflora::registry;
 use difflora::sdxl::text::{ClipTextConfig, ClipTextModel, TextEncoders};
 use difflora::sdxl::tokenizer::ClipTokenizer;
 use difflora::sdxl::unet::UNet;
@@ -35,7 +35,7 @@ fn networks(golden: &Golden, text: bool) -> (Networks, TextEncoders) {
         ClipTextModel::new(&config, part(name)).unwrap()
     };
     // Token numbers come from the file; these tokenizers are not asked.
-    let tokenizer = |name| ClipTokenizer::new(&models::built_in("base").unwrap(), name).unwrap();
+    let tokenizer = |name| ClipTokenizer::new(&registry::built_in("base").unwrap(), name).unwrap();
     let encoders = TextEncoders {
         tokenizer: tokenizer("tokenizer"),
         encoder: encoder("text_encoder"),

@@ -6,11 +6,11 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::commands::face::{Encoder, Images, print_json, short_names, tell_several, write_vectors};
-use crate::commands::models;
 use crate::files;
 use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};
 use crate::identity::photos::Photos;
 use crate::output::print_line;
+use crate::registry;
 
 /// Embeddings of an image encoder instead of a face encoder's.
 #[derive(Debug, clap::Args)]
@@ -59,8 +59,8 @@ pub fn embed(
     json: bool,
 ) -> Result<()> {
     files::check_writable(out)?;
-    let files = models::find(name, "image_encoder")?;
-    let id = models::identify(&files, name, models::ENCODER_WEIGHTS)?;
+    let files = registry::find(name, "image_encoder")?;
+    let id = registry::identify(&files, name, registry::ENCODER_WEIGHTS)?;
     let output = match options.image_output {
         Output::Projected => ImageOutput::Projected,
         Output::Penultimate | Output::Tokens => ImageOutput::Penultimate,

@@ -7,7 +7,6 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::commands::r#gen::{Args, LoraMode};
-use crate::commands::models;
 use crate::device::Precision;
 use crate::failure::Failure;
 use crate::layers::Visit;
@@ -18,6 +17,7 @@ use crate::lora::report::Report;
 use crate::lora::strength::Strength;
 use crate::lora::{Lora, LoraError, listed_for_user};
 use crate::progress;
+use crate::registry;
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::text::TextEncoders;
 use crate::sdxl::unet::UNet;
@@ -36,7 +36,7 @@ pub(crate) struct Chosen {
 
 /// The person's LoRA and those of `--lora`.
 pub(crate) fn chosen_loras(args: &Args, person: Option<&Lora>, base: &ModelFiles) -> Result<Vec<Chosen>> {
-    let layout = models::block_layout(base)?;
+    let layout = registry::block_layout(base)?;
     let mut chosen = Vec::new();
     if let Some(lora) = person {
         let name = args

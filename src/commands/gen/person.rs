@@ -10,7 +10,6 @@ use sha2::{Digest, Sha256};
 
 use crate::commands::face::open_encoder;
 use crate::commands::r#gen::Args;
-use crate::commands::models;
 use crate::failure::Failure;
 use crate::hypernet::{Config, DenoiserConfig, Hypernet, ModelId, SampleOptions, mixture};
 use crate::identity::clip::ImageEncoder;
@@ -21,13 +20,14 @@ use crate::image::Image;
 use crate::lora::{Lora, TRIGGER_PHRASE};
 use crate::progress::{self, Stage};
 use crate::recipes::dreambooth::functional_loss::{Refinement, refine};
+use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 use crate::weights::model_folder::ModelFiles;
 use crate::weights::sha256;
 
 /// Photos → identities → latent → LoRA for a `base` that draws `size` pixels across, and what is worth telling of it.
 pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Device) -> Result<(Lora, Value)> {
-    let hypernet_files = models::find_hypernet(&args.hypernet, args.base_options.offline)?;
+    let hypernet_files = registry::find_hypernet(&args.hypernet, args.base_options.offline)?;
     let (Config { base: wanted, layout, .. }, config) = Hypernet::config(&hypernet_files)?;
     wanted.demand(base, "base model")?;
     let clock = Stage::begin("looking at the photos");
@@ -44,7 +44,7 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Devic
             downs: !layout.shared_down,
         };
         let photos = people[0].0.squares()?;
-        let base_files = models::find_base(&args.base, &args.base_options)?;
+        let base_files = registry::find_base(&args.base, &args.base_options)?;
         let base = Sdxl::open(&base_files, DType::F32, device)?;
         let bar = progress::bar(u64::from(steps), "refining");
         let (better, told) = refine(&base, &lora, &photos, how, &bar)?;
@@ -61,7 +61,7 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Devic
     }
     let rank = lora.layers.values().next().map_or(0, crate::lora::LoraLayer::rank);
     let alpha = lora.layers.values().next().map_or(0.0, |layer| layer.alpha);
-    let base_version = if args.base == models::BUILT_IN { "difflora_tiny" } else { "sdxl_base_v1-0" };
+    let base_version = if args.base == registry::BUILT_IN { "difflora_tiny" } else { "sdxl_base_v1-0" };
     for (key, value) in [
         ("ss_network_module", "networks.lora".to_string()),
         ("ss_network_dim", rank.to_string()),
@@ -115,8 +115,8 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Devic
 /// The photos of each person, with the person's weight. The encoders are gone when it returns: an image encoder may take
 /// more memory than the hypernetwork.
 fn look_at_all(args: &Args, config: &DenoiserConfig) -> Result<Vec<(References, f64)>> {
-    let image_files = models::find(&args.image_encoder, "image_encoder")?;
-    let image_id = models::identify(&image_files, &args.image_encoder, models::ENCODER_WEIGHTS)?;
+    let image_files = registry::find(&args.image_encoder, "image_encoder")?;
+    let image_id = registry::identify(&image_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;
     config.image_encoder.demand(&image_id, "image encoder")?;
     let face_name = match &args.face_encoder {
         Some(name) => name,

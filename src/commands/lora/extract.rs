@@ -8,13 +8,13 @@ use candle_core::{DType, Tensor};
 use serde_json::json;
 
 use crate::commands::lora::{COMPONENTS, module_of, summary, write};
-use crate::commands::models;
 use crate::lora::change::{Change, Changes, Form};
 use crate::lora::edit;
 use crate::lora::file::Format;
 use crate::lora::{listed, listed_for_user};
 use crate::output::Output;
 use crate::progress;
+use crate::registry;
 use crate::weights::model_folder::ModelFiles;
 
 /// How the difference is stored.
@@ -35,7 +35,7 @@ pub(super) fn run(
     wanted: &Wanted,
     output: &Output,
 ) -> Result<()> {
-    let layout = models::block_layout(before)?;
+    let layout = registry::block_layout(before)?;
     let mut changes = Changes::default();
     let mut kept = BTreeMap::new();
     let mut left_out = Vec::new();
@@ -112,7 +112,7 @@ pub(super) fn run(
              diffusers does not read those, --layers-only leaves them out"
         ));
     }
-    let size = models::native_size(before)?;
+    let size = registry::native_size(before)?;
     changes.metadata.insert("modelspec.resolution".into(), format!("{size}x{size}"));
     changes.metadata.insert("modelspec.title".into(), "the difference of two models, by difflora".into());
     let mut told = summary(&kept);

@@ -3,10 +3,10 @@
 use anyhow::Result;
 use serde_json::json;
 
-use crate::commands::models::{BaseOptions, find_base};
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::output::print_line;
+use crate::registry::{BaseOptions, find_base};
 use crate::sdxl::architecture;
 use crate::sdxl::counts::{self, Cost};
 use crate::sdxl::text::ClipTextConfig;

@@ -322,11 +322,11 @@ pub fn refine(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::models;
     use crate::diffusion::noise::normal;
     use crate::lora::apply::{Originals, Unmatched, merge};
     use crate::lora::change::Changes;
     use crate::lora::strength::Strength;
+    use crate::registry;
 
     const MODULES: [(&str, usize, usize); 2] = [
         ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 128, 128),
@@ -334,7 +334,7 @@ mod tests {
     ];
 
     fn tiny() -> Sdxl {
-        let files = models::find(models::BUILT_IN, "base").unwrap();
+        let files = registry::find(registry::BUILT_IN, "base").unwrap();
         Sdxl::open(&files, DType::F32, &Device::Cpu).unwrap()
     }
 
