@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 
-use super::slices;
+use crate::layers::cpu;
 
 /// An element-wise non-linearity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -21,7 +21,7 @@ pub enum Activation {
 impl Activation {
     /// Applies it to every value of `x`.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
-        if slices::is_cpu_f32(x) {
+        if cpu::is_cpu_f32(x) {
             return x.contiguous()?.apply_op1(PointwiseOp(self));
         }
         match self {
@@ -41,13 +41,13 @@ impl Activation {
             Self::Gelu => {
                 let phi = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
                 // 1/√(2π)
-                let density = 0.398_942_3 * slices::exp(-0.5 * x * x);
+                let density = 0.398_942_3 * cpu::exp(-0.5 * x * x);
                 (x * phi, phi + x * density)
             }
             Self::GeluTanh => {
                 // 0.5 (1 + tanh u) = σ(2u), u = √(2/π) (x + 0.044715 x³)
                 let u = 0.797_884_6 * (x + 0.044_715 * x * x * x);
-                let s = 1.0 / (1.0 + slices::exp(-2.0 * u));
+                let s = 1.0 / (1.0 + cpu::exp(-2.0 * u));
                 let du = 0.797_884_6 * (1.0 + 3.0 * 0.044_715 * x * x);
                 (x * s, s + x * s * (1.0 - s) * 2.0 * du)
             }
@@ -58,7 +58,7 @@ impl Activation {
 /// x · σ(k x) and its derivative.
 #[inline(always)]
 fn gated(x: f32, k: f32) -> (f32, f32) {
-    let s = 1.0 / (1.0 + slices::exp(-k * x));
+    let s = 1.0 / (1.0 + cpu::exp(-k * x));
     (x * s, s * (1.0 + k * x * (1.0 - s)))
 }
 
@@ -68,7 +68,7 @@ fn erf(x: f32) -> f32 {
     let a = x.abs();
     let t = 1.0 / (1.0 + 0.327_591_1 * a);
     let p = ((((1.061_405_4 * t - 1.453_152) * t + 1.421_413_7) * t - 0.284_496_74) * t + 0.254_829_6) * t;
-    (1.0 - p * slices::exp(-a * a)).copysign(x)
+    (1.0 - p * cpu::exp(-a * a)).copysign(x)
 }
 
 struct PointwiseOp(Activation);
@@ -81,9 +81,9 @@ impl CustomOp1 for PointwiseOp {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slices::operand(x, layout)?;
+        let x = cpu::operand(x, layout)?;
         let mut y = vec![0f32; x.len()];
-        slices::for_chunks(&mut y, CHUNK, |i, y| {
+        cpu::for_chunks(&mut y, CHUNK, |i, y| {
             let x = &x[i * CHUNK..];
             match self.0 {
                 Activation::Silu => silu(x, y),
@@ -97,10 +97,10 @@ impl CustomOp1 for PointwiseOp {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
-        let values = slices::with_values(x, |x| {
-            slices::with_values(&grad, |grad| {
+        let values = cpu::with_values(x, |x| {
+            cpu::with_values(&grad, |grad| {
                 let mut out = vec![0f32; x.len()];
-                slices::for_chunks(&mut out, CHUNK, |i, out| {
+                cpu::for_chunks(&mut out, CHUNK, |i, out| {
                     let (x, grad) = (&x[i * CHUNK..], &grad[i * CHUNK..]);
                     match self.0 {
                         Activation::Silu => silu_slope(x, grad, out),
@@ -119,7 +119,7 @@ impl CustomOp1 for PointwiseOp {
 /// The feed-forward gate of SDXL: the first half of the last axis times GELU of the second. (…, 2D) → (…, D).
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
     let width = x.dim(D::Minus1)? / 2;
-    if slices::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) {
         return x.contiguous()?.apply_op1(GegluOp);
     }
     let value = x.narrow(D::Minus1, 0, width)?;
@@ -139,9 +139,9 @@ impl CustomOp1 for GegluOp {
         if let Some(last) = shape.last_mut() {
             *last = width;
         }
-        let x = slices::operand(x, layout)?;
+        let x = cpu::operand(x, layout)?;
         let mut y = vec![0f32; x.len() / 2];
-        slices::for_chunks(&mut y, width, |i, y| {
+        cpu::for_chunks(&mut y, width, |i, y| {
             geglu_row(&x[i * 2 * width..][..2 * width], y);
         });
         Ok((CpuStorage::F32(y), shape.into()))
@@ -150,10 +150,10 @@ impl CustomOp1 for GegluOp {
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let width = x.dim(D::Minus1)? / 2;
         let grad = grad.contiguous()?;
-        let values = slices::with_values(x, |x| {
-            slices::with_values(&grad, |grad| {
+        let values = cpu::with_values(x, |x| {
+            cpu::with_values(&grad, |grad| {
                 let mut out = vec![0f32; x.len()];
-                slices::for_chunks(&mut out, 2 * width, |i, out| {
+                cpu::for_chunks(&mut out, 2 * width, |i, out| {
                     geglu_slope(&x[i * 2 * width..], &grad[i * width..], width, out);
                 });
                 out
@@ -166,7 +166,7 @@ impl CustomOp1 for GegluOp {
 /// Each pixel becomes four. (B, C, H, W) → (B, C, 2H, 2W).
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
-    if slices::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) {
         return x.contiguous()?.apply_op1(UpsampleOp);
     }
     // Broadcasting is differentiable everywhere; candle's own upsampling overwrites gradients.
@@ -187,7 +187,7 @@ impl CustomOp1 for UpsampleOp {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (b, c, h, w) = layout.shape().dims4()?;
-        let x = slices::operand(x, layout)?;
+        let x = cpu::operand(x, layout)?;
         let mut y = vec![0f32; 4 * x.len()];
         double_rows(x, w, &mut y);
         Ok((CpuStorage::F32(y), (b, c, 2 * h, 2 * w).into()))
@@ -195,10 +195,10 @@ impl CustomOp1 for UpsampleOp {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (grad, w) = (grad.contiguous()?, x.dim(D::Minus1)?);
-        let values = slices::with_values(&grad, |grad| {
+        let values = cpu::with_values(&grad, |grad| {
             let mut out = vec![0f32; x.elem_count()];
             let together = (CHUNK / w).max(1) * w;
-            slices::for_chunks(&mut out, together, |i, out| add_fours(&grad[4 * i * together..], w, out));
+            cpu::for_chunks(&mut out, together, |i, out| add_fours(&grad[4 * i * together..], w, out));
             out
         })?;
         Ok(Some(Tensor::from_vec(values, x.shape(), x.device())?))
@@ -208,12 +208,12 @@ impl CustomOp1 for UpsampleOp {
 /// The loops, one function each, so that each is compiled as vectors.
 macro_rules! loops {
     ($($variant:ident $forward:ident $backward:ident;)*) => {$(
-        slices::vectorised! {
+        cpu::vectorised! {
             pub(super) fn $forward(x: &[f32], y: &mut [f32]) {
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::$variant.at(*x).0);
             }
         }
-        slices::vectorised! {
+        cpu::vectorised! {
             pub(super) fn $backward(x: &[f32], grad: &[f32], out: &mut [f32]) {
                 for ((out, x), grad) in out.iter_mut().zip(x).zip(grad) {
                     *out = Activation::$variant.at(*x).1 * grad;
@@ -230,7 +230,7 @@ loops! {
     QuickGelu quick_gelu quick_gelu_slope;
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Each row of `w` values becomes two of 2w.
     fn double_rows(x: &[f32], w: usize, y: &mut [f32]) {
         for (x, y) in x.chunks_exact(w).zip(y.chunks_exact_mut(4 * w)) {
@@ -241,7 +241,7 @@ slices::vectorised! {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Each value of `out` is the sum of its four of `grad`.
     fn add_fours(grad: &[f32], w: usize, out: &mut [f32]) {
         for (out, grad) in out.chunks_exact_mut(w).zip(grad.chunks_exact(4 * w)) {
@@ -252,7 +252,7 @@ slices::vectorised! {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     fn geglu_row(x: &[f32], y: &mut [f32]) {
         let (value, gate) = x.split_at(y.len());
         for ((y, v), g) in y.iter_mut().zip(value).zip(gate) {
@@ -261,7 +261,7 @@ slices::vectorised! {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     fn geglu_slope(x: &[f32], grad: &[f32], width: usize, out: &mut [f32]) {
         let rows = x.chunks_exact(2 * width).zip(grad.chunks_exact(width));
         for (out, (x, grad)) in out.chunks_exact_mut(2 * width).zip(rows) {

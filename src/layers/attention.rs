@@ -5,9 +5,9 @@ use std::ops::Range;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use gemm::Parallelism;
 
-use super::product::{Across, Along, Left, Right};
-use super::slices::{self, Matrix, Product, Shared, Weight};
-use super::tile::{self, Words};
+use crate::layers::cpu::{self, Matrix, Product, Shared, Weight};
+use crate::layers::gemm::microkernel::{self, ElemType};
+use crate::layers::gemm::operands::{ContiguousDepth, PackA, PackB, StridedDepth};
 
 /// softmax(q·kᵀ/√d)·v for each head. `q` (B, N, H·d), `k` and `v` (B, M, H·d) → (B, N, H·d).
 ///
@@ -17,7 +17,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
     if heads == 0 || !width.is_multiple_of(heads) {
         candle_core::bail!("width {width} does not part into {heads} heads");
     }
-    if slices::is_cpu_f32(q) {
+    if cpu::is_cpu_f32(q) {
         let op = AttentionOp { heads, causal };
         return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
     }
@@ -93,7 +93,7 @@ struct AttentionOp {
 }
 
 /// Queries whose scores are held at once, backward.
-const ROWS: usize = 128;
+const MR: usize = 128;
 
 impl AttentionOp {
     /// softmax(scale · q·kᵀ) for the queries `first..first + rows` of one head, into `scores` (rows, m).
@@ -121,13 +121,13 @@ impl AttentionOp {
             return vec![0.0; b * n * width];
         }
         // With few heads a head's queries are parted, so that every thread has some.
-        let threads = slices::threads_for(self.work(size));
-        let wanted = threads.div_ceil(b * self.heads).min(n.div_ceil(tile::ROWS));
+        let threads = cpu::threads_for(self.work(size));
+        let wanted = threads.div_ceil(b * self.heads).min(n.div_ceil(microkernel::MR));
         let parts = n.div_ceil(QUERIES).max(wanted);
-        let each = n.div_ceil(parts).next_multiple_of(tile::ROWS);
+        let each = n.div_ceil(parts).next_multiple_of(microkernel::MR);
         let mut y = vec![0f32; b * n * width];
         let out = Shared::new(y.as_mut_ptr());
-        slices::for_each_on(threads, b * self.heads * parts, |task| {
+        cpu::for_each_on(threads, b * self.heads * parts, |task| {
             let (sample, head, first) =
                 (task / parts / self.heads, task / parts % self.heads, task % parts * each);
             let queries = first.min(n)..(first + each).min(n);
@@ -155,8 +155,8 @@ impl AttentionOp {
     fn backward(&self, q: &[f32], k: &[f32], v: &[f32], grad: &[f32], size: [usize; 4]) -> [Vec<f32>; 3] {
         let [b, n, m, width] = size;
         let d = width / self.heads;
-        let threads = slices::threads_for(3 * self.work(size));
-        let heads = slices::map_indices_on(threads, b * self.heads, |i| {
+        let threads = cpu::threads_for(3 * self.work(size));
+        let heads = cpu::map_indices_on(threads, b * self.heads, |i| {
             let (sample, column) = (i / self.heads, i % self.heads * d);
             let part = |x, row: usize| head_of(x, row, column, width);
             let [q, grad] = [q, grad].map(|x| part(x, sample * n));
@@ -165,7 +165,7 @@ impl AttentionOp {
         });
         let join = |which: usize, rows: usize| {
             let mut whole = vec![0f32; b * rows * width];
-            slices::for_chunks(&mut whole, rows * width, |sample, whole| {
+            cpu::for_chunks(&mut whole, rows * width, |sample, whole| {
                 for (head, parts) in heads[sample * self.heads..][..self.heads].iter().enumerate() {
                     let rows = whole.chunks_exact_mut(width).zip(parts[which].chunks_exact(d));
                     rows.for_each(|(row, part)| row[head * d..][..d].copy_from_slice(part));
@@ -180,11 +180,11 @@ impl AttentionOp {
     fn backward_head(&self, [q, k, v, grad]: [Matrix; 4], [n, m, d]: [usize; 3]) -> [Vec<f32>; 3] {
         let scale = 1.0 / (d as f32).sqrt();
         let [mut grad_q, mut grad_k, mut grad_v] = [n, m, m].map(|rows| vec![0f32; rows * d]);
-        let [mut p, mut dp] = [(); 2].map(|()| vec![0f32; ROWS.min(n) * m]);
+        let [mut p, mut dp] = [(); 2].map(|()| vec![0f32; MR.min(n) * m]);
         let product = |m, n, k, scale, add| Product { m, n, k, scale, add, parallelism: Parallelism::None };
         let v_t = Matrix { row: v.column, column: v.row, ..v };
-        for first in (0..n).step_by(ROWS) {
-            let rows = ROWS.min(n - first);
+        for first in (0..n).step_by(MR) {
+            let rows = MR.min(n - first);
             let [q, g] = [q, grad].map(|x| Matrix { values: &x.values[first * x.row..], ..x });
             self.weights(q, k, first, [rows, m, d], &mut p);
             product(m, d, rows, 1.0, true).write(Matrix { values: &p, row: 1, column: m }, g, &mut grad_v, d);
@@ -201,8 +201,8 @@ impl AttentionOp {
 
 /// Queries of one task: few enough that their sums stay in the cache, many enough to pay for packing the keys.
 const QUERIES: usize = 516;
-/// Most keys whose scores are held at once: as many as a packed row has words.
-const KEYS: usize = tile::DEPTH;
+/// Most keys whose scores are held at once: as many as a packed row has elem.
+const KEYS: usize = microkernel::DEPTH;
 
 /// One head of one sample; rows lie `width` apart.
 struct Head<'a> {
@@ -233,60 +233,60 @@ impl Head<'_> {
     unsafe fn attend(&self, queries: Range<usize>, y: *mut f32) {
         let Self { d, width, .. } = *self;
         let n = queries.len();
-        let (depths, columns) = (d.div_ceil(tile::DEPTH), d.div_ceil(tile::COLUMNS));
+        let (depths, columns) = (d.div_ceil(microkernel::DEPTH), d.div_ceil(microkernel::NR));
         let seen = if self.causal { queries.end } else { self.keys };
-        let each = seen.div_ceil(seen.div_ceil(KEYS)).next_multiple_of(tile::COLUMNS);
+        let each = seen.div_ceil(seen.div_ceil(KEYS)).next_multiple_of(microkernel::NR);
         // No more than this head needs: for few and short keys clearing a whole block takes longer than the products.
-        let key_panels = each / tile::COLUMNS;
-        let panel = tile::COLUMNS * d.min(tile::DEPTH).max(each);
-        let keys = Along::new(Weight::F32(self.k), width, self.keys, d);
-        let values = Across::new(Weight::F32(self.v), width, d, self.keys);
-        let q = Along::new(Weight::F32(self.q), width, queries.end, d);
+        let key_panels = each / microkernel::NR;
+        let panel = microkernel::NR * d.min(microkernel::DEPTH).max(each);
+        let keys = ContiguousDepth::new(Weight::F32(self.k), width, self.keys, d);
+        let values = StridedDepth::new(Weight::F32(self.v), width, d, self.keys);
+        let q = ContiguousDepth::new(Weight::F32(self.q), width, queries.end, d);
         let mut packed_k = vec![0u32; depths * key_panels * panel];
         let mut packed_v = vec![0u32; columns * panel];
-        let mut left = vec![0u32; depths * tile::ROWS * tile::STRIDE];
-        let mut scores = vec![0f32; tile::ROWS * tile::STRIDE];
+        let mut left = vec![0u32; depths * microkernel::MR * microkernel::STRIDE];
+        let mut scores = vec![0f32; microkernel::MR * microkernel::STRIDE];
         let mut gathered =
             Gathered { top: vec![f32::NEG_INFINITY; n], total: vec![0.0; n], sums: vec![0.0; n * d] };
         for first in (0..seen).step_by(each) {
             let block = first..(first + each).min(seen);
-            for (i, from) in (0..d).step_by(tile::DEPTH).enumerate() {
-                let depth = from..(from + tile::DEPTH).min(d);
+            for (i, from) in (0..d).step_by(microkernel::DEPTH).enumerate() {
+                let depth = from..(from + microkernel::DEPTH).min(d);
                 keys.pack_columns(
-                    Words::F32,
+                    ElemType::F32,
                     block.clone(),
                     depth,
                     &mut packed_k[i * key_panels * panel..],
                     panel,
                 );
             }
-            values.pack_columns(Words::F32, 0..d, block.clone(), &mut packed_v, panel);
-            for row in (0..n).step_by(tile::ROWS) {
-                let rows = row..(row + tile::ROWS).min(n);
+            values.pack_columns(ElemType::F32, 0..d, block.clone(), &mut packed_v, panel);
+            for row in (0..n).step_by(microkernel::MR) {
+                let rows = row..(row + microkernel::MR).min(n);
                 let height = rows.len();
-                for (i, from) in (0..d).step_by(tile::DEPTH).enumerate() {
-                    let depth = from..(from + tile::DEPTH).min(d);
+                for (i, from) in (0..d).step_by(microkernel::DEPTH).enumerate() {
+                    let depth = from..(from + microkernel::DEPTH).min(d);
                     let count = depth.len();
-                    let left = &mut left[i * tile::ROWS * tile::STRIDE..];
+                    let left = &mut left[i * microkernel::MR * microkernel::STRIDE..];
                     let absolute = queries.start + rows.start..queries.start + rows.end;
-                    q.pack_rows(Words::F32, absolute, depth, left, tile::STRIDE);
-                    for (j, from) in (0..block.len()).step_by(tile::COLUMNS).enumerate() {
+                    q.pack_rows(ElemType::F32, absolute, depth, left, microkernel::STRIDE);
+                    for (j, from) in (0..block.len()).step_by(microkernel::NR).enumerate() {
                         let right = packed_k[(i * key_panels + j) * panel..].as_ptr();
                         let to = scores[from..].as_mut_ptr();
-                        let width = tile::COLUMNS.min(block.len() - from);
+                        let width = microkernel::NR.min(block.len() - from);
                         // SAFETY: both are packed, and a row of scores has room for all keys.
                         unsafe {
-                            tile::tile(
-                                Words::F32,
+                            microkernel::tile(
+                                ElemType::F32,
                                 height,
                                 width,
                                 count,
                                 left.as_ptr(),
-                                tile::STRIDE,
+                                microkernel::STRIDE,
                                 right,
-                                tile::COLUMNS,
+                                microkernel::NR,
                                 to,
-                                tile::STRIDE,
+                                microkernel::STRIDE,
                                 i > 0,
                             )
                         }
@@ -298,22 +298,22 @@ impl Head<'_> {
                 let sums = &mut now.sums[row * d..][..height * d];
                 let scale = 1.0 / (d as f32).sqrt();
                 weigh(&mut scores, block.len(), causal, scale, top, total, sums);
-                for (j, from) in (0..d).step_by(tile::COLUMNS).enumerate() {
+                for (j, from) in (0..d).step_by(microkernel::NR).enumerate() {
                     let right = packed_v[j * panel..].as_ptr();
                     let to = sums[from..].as_mut_ptr();
-                    let width = tile::COLUMNS.min(d - from);
+                    let width = microkernel::NR.min(d - from);
                     // SAFETY: both are packed, and a row of sums has `d` values.
                     unsafe {
                         let left = scores.as_ptr().cast();
-                        tile::tile(
-                            Words::F32,
+                        microkernel::tile(
+                            ElemType::F32,
                             height,
                             width,
                             block.len(),
                             left,
-                            tile::STRIDE,
+                            microkernel::STRIDE,
                             right,
-                            tile::COLUMNS,
+                            microkernel::NR,
                             to,
                             d,
                             first > 0,
@@ -330,7 +330,7 @@ impl Head<'_> {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Turns scores into exp(scale · score − top) and brings what was gathered before to the new top. With `causal`
     /// [seen, first], row i sees the keys before seen + i, and the first of these keys is `first`.
     fn weigh(
@@ -343,7 +343,7 @@ slices::vectorised! {
         sums: &mut [f32],
     ) {
         let d = sums.len() / top.len();
-        let rows = scores.chunks_exact_mut(tile::STRIDE).zip(top).zip(total).zip(sums.chunks_exact_mut(d));
+        let rows = scores.chunks_exact_mut(microkernel::STRIDE).zip(top).zip(total).zip(sums.chunks_exact_mut(d));
         for (i, (((row, top), total), sums)) in rows.enumerate() {
             let seen = causal.map_or(keys, |[seen, first]| (seen + i).saturating_sub(first).min(keys));
             let (row, unseen) = row[..keys].split_at_mut(seen);
@@ -351,38 +351,38 @@ slices::vectorised! {
             if row.is_empty() {
                 continue;
             }
-            let highest = slices::lanes_max(row) * scale;
+            let highest = cpu::lanes_max(row) * scale;
             if highest > *top {
                 // 0 where nothing was gathered yet.
-                let shrink = slices::exp(*top - highest) * f32::from(*top > f32::NEG_INFINITY);
+                let shrink = cpu::exp(*top - highest) * f32::from(*top > f32::NEG_INFINITY);
                 *total *= shrink;
                 sums.iter_mut().for_each(|sum| *sum *= shrink);
                 *top = highest;
             }
             let top = *top;
-            *total += slices::lanes_map_sum(row, |score| slices::exp(score * scale - top));
+            *total += cpu::lanes_map_sum(row, |score| cpu::exp(score * scale - top));
         }
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Softmax of each row of `m` scores; with `causal`, row i sees the first `causal + i + 1`.
     fn softmax_rows(scores: &mut [f32], m: usize, causal: Option<usize>) {
         for (i, row) in scores.chunks_exact_mut(m).enumerate() {
             let (row, unseen) = row.split_at_mut(causal.map_or(m, |first| first + i + 1));
             unseen.fill(0.0);
             let top = row.iter().copied().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b });
-            let inverse = 1.0 / slices::lanes_map_sum(row, |score| slices::exp(score - top));
+            let inverse = 1.0 / cpu::lanes_map_sum(row, |score| cpu::exp(score - top));
             row.iter_mut().for_each(|score| *score *= inverse);
         }
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// dL/dscore = p · (dL/dp − Σ p · dL/dp), in place of dL/dp.
     fn softmax_slope(p: &[f32], m: usize, dp: &mut [f32]) {
         for (p, dp) in p.chunks_exact(m).zip(dp.chunks_exact_mut(m)) {
-            let dot = slices::lanes_dot(p, dp, 0.0);
+            let dot = cpu::lanes_dot(p, dp, 0.0);
             for (dp, p) in dp.iter_mut().zip(p) {
                 *dp = p * (*dp - dot);
             }
@@ -421,9 +421,9 @@ impl CustomOp3 for AttentionOp {
             candle_core::bail!("attention of {q_layout:?} over {k_layout:?} and {v_layout:?}");
         }
         let y = self.forward(
-            slices::operand(q, q_layout)?,
-            slices::operand(k, k_layout)?,
-            slices::operand(v, v_layout)?,
+            cpu::operand(q, q_layout)?,
+            cpu::operand(k, k_layout)?,
+            cpu::operand(v, v_layout)?,
             size,
         );
         Ok((CpuStorage::F32(y), q_layout.shape().clone()))
@@ -439,11 +439,9 @@ impl CustomOp3 for AttentionOp {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let size = sizes(q.shape(), k.shape())?;
         let grad = grad.contiguous()?;
-        let [grad_q, grad_k, grad_v] = slices::with_values(q, |q| {
-            slices::with_values(k, |k| {
-                slices::with_values(v, |v| {
-                    slices::with_values(&grad, |grad| self.backward(q, k, v, grad, size))
-                })
+        let [grad_q, grad_k, grad_v] = cpu::with_values(q, |q| {
+            cpu::with_values(k, |k| {
+                cpu::with_values(v, |v| cpu::with_values(&grad, |grad| self.backward(q, k, v, grad, size)))
             })
         })????;
         let wanted = |input: &Tensor, values: Vec<f32>| {

@@ -10,11 +10,15 @@ use candle_nn::VarBuilder;
 use gemm::Parallelism;
 
 use super::Pass;
-use super::linear::{Adapter, uniform};
-use super::product::{Along, Left, Place, Right, Size, Start, multiplied};
-use super::slices::{self, Matrix, Product, Weight};
-use super::tile::{COLUMNS, Words, pack_across, pack_along, pack_gathered, pack_turned};
+use super::linear::uniform;
+use super::lora_linear::Adapter;
 use super::winograd::{Kernels, Winograd};
+use crate::layers::cpu::{self, Matrix, Product, Weight};
+use crate::layers::gemm::matmul::matmul;
+use crate::layers::gemm::microkernel::{
+    ElemType, NR, pack_contiguous, pack_gathered, pack_strided, pack_transposed,
+};
+use crate::layers::gemm::operands::{Accumulate, ContiguousDepth, OutputLayout, PackA, PackB, Size};
 
 /// A convolution; `weight` (out, in, k, k), `bias` (out).
 #[derive(Clone, Debug)]
@@ -76,7 +80,7 @@ impl Module for Conv2d {
 }
 
 impl Conv2d {
-    /// The same for the last layer of a recomputed piece: in [`Pass::Again`] the values may be zeros.
+    /// The same for the last layer of a checkpointed piece: in [`Pass::Recompute`] the values may be zeros.
     pub fn forward_last(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
         let y = conv2d(x, &self.weight, self.bias.as_ref(), self.geometry, pass)?;
         match &self.adapter {
@@ -114,7 +118,7 @@ impl Adapter {
 /// `x` (B, in, H, W), `weight` (out, in, k, k), `bias` (out) → (B, out, H', W').
 fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: ConvGeometry, pass: Pass) -> Result<Tensor> {
     let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
-    if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
+    if cpu::is_cpu_f32(x) && cpu::is_cpu_weight(weight) {
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
         return x.contiguous()?.apply_op3(
             &weight.contiguous()?,
@@ -200,30 +204,30 @@ impl Sizes {
 
     /// Threads over the groups of samples, or inside the product when there is one group.
     fn inner_parallelism(&self) -> Parallelism {
-        if self.b.div_ceil(self.group()) > 1 { Parallelism::None } else { slices::parallelism() }
+        if self.b.div_ceil(self.group()) > 1 { Parallelism::None } else { cpu::parallelism() }
     }
 
     /// How it is computed with fewer products, where that is quicker: with weights of bf16 too, unless it is oneDNN that
     /// multiplies them.
-    fn winograd(&self, words: Words) -> Option<Winograd> {
+    fn winograd(&self, elem: ElemType) -> Option<Winograd> {
         let ConvGeometry { kernel, stride, pad_before: pad, pad_after } = self.g;
         let Self { b, c_in, c_out, h, w, h_out, w_out, .. } = *self;
         let fits = kernel == 3 && stride == 1 && pad < kernel && pad_after < kernel;
         Some(Winograd { b, c_in, c_out, h, w, pad, h_out, w_out })
             .filter(|winograd| fits && winograd.is_quicker())
-            .filter(|_| words == Words::F32 || !cfg!(feature = "onednn"))
+            .filter(|_| elem == ElemType::F32 || !cfg!(feature = "onednn"))
     }
 
     fn forward(&self, x: &[f32], weight: Weight, bias: &[f32]) -> Vec<f32> {
-        if let Some(winograd) = self.winograd(weight.words()) {
+        if let Some(winograd) = self.winograd(weight.elem_type()) {
             return winograd.convolve(x, &Kernels::forward(weight, self.c_in), bias);
         }
         let (pixels, k) = (self.pixels_out(), self.patch());
         let size = Size { m: self.c_out, n: self.b * pixels, k };
-        let place = Place { row: pixels, part: pixels, part_step: self.sample_out() };
-        let start = if bias.is_empty() { Start::Zero } else { Start::Rows(bias) };
-        let left = Along::new(weight, k, self.c_out, k);
-        multiplied(weight.words(), size, &left, &Patches { x, s: *self }, start, place)
+        let place = OutputLayout { row: pixels, part: pixels, part_step: self.sample_out() };
+        let start = if bias.is_empty() { Accumulate::Zero } else { Accumulate::Rows(bias) };
+        let left = ContiguousDepth::new(weight, k, self.c_out, k);
+        matmul(weight.elem_type(), size, &left, &Patches { x, s: *self }, start, place)
     }
 
     /// The output gradients of `count` samples as one matrix (out, count · pixels).
@@ -249,18 +253,18 @@ impl Sizes {
             let Self { b, c_in, c_out, h, w, h_out, w_out, .. } = *self;
             let back =
                 Self { g: around, b, c_in: c_out, c_out: c_in, h: h_out, w: w_out, h_out: h, w_out: w };
-            if let Some(winograd) = back.winograd(weight.words()) {
+            if let Some(winograd) = back.winograd(weight.elem_type()) {
                 return winograd.convolve(grad, &Kernels::backward(weight, c_in), &[]);
             }
             let left = Turned { weight, taps: kernel * kernel, c_in };
             let size = Size { m: c_in, n: b * h * w, k: back.patch() };
-            let place = Place { row: h * w, part: h * w, part_step: self.sample_in() };
-            return multiplied(
-                weight.words(),
+            let place = OutputLayout { row: h * w, part: h * w, part_step: self.sample_in() };
+            return matmul(
+                weight.elem_type(),
                 size,
                 &left,
                 &Patches { x: grad, s: back },
-                Start::Zero,
+                Accumulate::Zero,
                 place,
             );
         }
@@ -270,7 +274,7 @@ impl Sizes {
         let (pixels, k, group) = (self.pixels_out(), self.patch(), self.group());
         let parallelism = self.inner_parallelism();
         let mut grad_x = vec![0f32; self.b * self.sample_in()];
-        slices::for_chunks(&mut grad_x, group * self.sample_in(), |i, grad_x| {
+        cpu::for_chunks(&mut grad_x, group * self.sample_in(), |i, grad_x| {
             let count = grad_x.len() / self.sample_in();
             let columns = count * pixels;
             with_scratch(k * columns, self.c_out * columns, |patches, together| {
@@ -283,7 +287,7 @@ impl Sizes {
                 );
                 if count == 1 {
                     let patches = &*patches;
-                    slices::for_chunks(grad_x, self.h * self.w, |channel, grad_x| {
+                    cpu::for_chunks(grad_x, self.h * self.w, |channel, grad_x| {
                         scatter(self, patches, columns, 0, channel, grad_x);
                     });
                     return;
@@ -300,14 +304,15 @@ impl Sizes {
     fn grad_weight(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
         let size = Size { m: self.patch(), n: self.c_out, k: self.b * self.pixels_out() };
         let (left, right) = (PatchRows { x, s: *self }, OutputPixels { grad, s: *self });
-        let turned = multiplied(Words::F32, size, &left, &right, Start::Zero, Place::matrix(self.c_out));
+        let turned =
+            matmul(ElemType::F32, size, &left, &right, Accumulate::Zero, OutputLayout::matrix(self.c_out));
         (0..self.c_out).flat_map(|o| turned.iter().skip(o).step_by(self.c_out)).copied().collect()
     }
 
     fn grad_bias(&self, grad: &[f32]) -> Vec<f32> {
         let mut sums = vec![0f32; self.c_out];
         for (channel, values) in grad.chunks_exact(self.pixels_out()).enumerate() {
-            sums[channel % self.c_out] += slices::sum(values);
+            sums[channel % self.c_out] += cpu::sum(values);
         }
         sums
     }
@@ -367,10 +372,10 @@ impl Patches<'_> {
     }
 }
 
-impl Right for Patches<'_> {
+impl PackB for Patches<'_> {
     fn pack_columns(
         &self,
-        words: Words,
+        elem: ElemType,
         columns: Range<usize>,
         depth: Range<usize>,
         to: &mut [u32],
@@ -404,7 +409,7 @@ impl Right for Patches<'_> {
             let places = std::array::from_fn(|i| begins[i.min(begins.len() - 1)]);
             let to = &mut to[half / 2 * step + half % 2 * 16..];
             // SAFETY: the assertion above.
-            unsafe { pack_gathered(words, from.as_ptr(), &offsets, &places, to, COLUMNS) }
+            unsafe { pack_gathered(elem, from.as_ptr(), &offsets, &places, to, NR) }
         }
         BORDER.set(border);
     }
@@ -421,9 +426,16 @@ struct PatchRows<'a> {
     s: Sizes,
 }
 
-impl Left for PatchRows<'_> {
-    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
-        assert!(words == Words::F32);
+impl PackA for PatchRows<'_> {
+    fn pack_rows(
+        &self,
+        elem: ElemType,
+        rows: Range<usize>,
+        depth: Range<usize>,
+        to: &mut [u32],
+        step: usize,
+    ) {
+        assert!(elem == ElemType::F32);
         let (s, ConvGeometry { kernel, stride, pad_before, .. }) = (&self.s, self.s.g);
         for (i, row) in rows.enumerate() {
             let (c, ky, kx) = (row / (kernel * kernel), row / kernel % kernel, row % kernel);
@@ -464,28 +476,28 @@ struct OutputPixels<'a> {
     s: Sizes,
 }
 
-impl Right for OutputPixels<'_> {
+impl PackB for OutputPixels<'_> {
     fn pack_columns(
         &self,
-        words: Words,
+        elem: ElemType,
         columns: Range<usize>,
         depth: Range<usize>,
         to: &mut [u32],
         step: usize,
     ) {
-        assert!(words == Words::F32);
+        assert!(elem == ElemType::F32);
         let pixels = self.s.pixels_out();
         let mut at = depth.start;
         while at < depth.end {
             let (sample, pixel) = (at / pixels, at % pixels);
             let count = (pixels - pixel).min(depth.end - at);
             let image = &self.grad[sample * self.s.sample_out()..][..self.s.sample_out()];
-            for (panel, channel) in columns.clone().step_by(COLUMNS).enumerate() {
-                let width = COLUMNS.min(columns.end - channel);
-                let to = &mut to[panel * step + (at - depth.start) * COLUMNS..];
+            for (panel, channel) in columns.clone().step_by(NR).enumerate() {
+                let width = NR.min(columns.end - channel);
+                let to = &mut to[panel * step + (at - depth.start) * NR..];
                 let from = |i: usize| image[(channel + i) * pixels + pixel..][..count].as_ptr();
                 // SAFETY: each of these lines has `count` values.
-                unsafe { pack_across(words, width, count, from, to, COLUMNS) }
+                unsafe { pack_strided(elem, width, count, from, to, NR) }
             }
             at += count;
         }
@@ -500,13 +512,20 @@ struct Turned<'a> {
     c_in: usize,
 }
 
-impl Left for Turned<'_> {
-    fn pack_rows(&self, words: Words, rows: Range<usize>, depth: Range<usize>, to: &mut [u32], step: usize) {
+impl PackA for Turned<'_> {
+    fn pack_rows(
+        &self,
+        elem: ElemType,
+        rows: Range<usize>,
+        depth: Range<usize>,
+        to: &mut [u32],
+        step: usize,
+    ) {
         thread_local! {
             static TURNED: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
         }
         let (taps, length) = (self.taps, depth.len());
-        if let (Words::Bf16, Weight::Bf16(values)) = (words, self.weight)
+        if let (ElemType::Bf16, Weight::Bf16(values)) = (elem, self.weight)
             && taps <= 16
             && depth.start.is_multiple_of(taps)
             && length.is_multiple_of(taps)
@@ -514,7 +533,7 @@ impl Left for Turned<'_> {
             let first = depth.start / taps;
             let run = |o, i| values[((first + o) * self.c_in + rows.start + i) * taps..][..taps].as_ptr();
             // SAFETY: each run has `taps` values.
-            unsafe { pack_turned(rows.len(), length / taps, taps, run, to, step) };
+            unsafe { pack_transposed(rows.len(), length / taps, taps, run, to, step) };
             return;
         }
         let [mut lines, mut kernels] = TURNED.take();
@@ -533,7 +552,7 @@ impl Left for Turned<'_> {
         // SAFETY: every line has `length` values.
         unsafe {
             let line = |i: usize| lines[i * length..].as_ptr();
-            pack_along(words, rows.len(), length, line, to, step);
+            pack_contiguous(elem, rows.len(), length, line, to, step);
         }
         TURNED.set([lines, kernels]);
     }
@@ -552,7 +571,7 @@ fn with_scratch(first: usize, second: usize, work: impl FnOnce(&mut [f32], &mut 
     SCRATCH.set([a, b]);
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Adds columns `at..` of `patches` back to the pixels they came from, in the channels of `sample` from `first` on.
     fn scatter(s: &Sizes, patches: &[f32], columns: usize, at: usize, first: usize, sample: &mut [f32]) {
         let ConvGeometry { kernel, stride, pad_before, .. } = s.g;
@@ -597,15 +616,12 @@ impl CustomOp3 for ConvOp {
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let s = Sizes::new(self.0, x_layout.shape(), w_layout.shape())?;
-        if self.1 == Pass::Again {
+        if self.1 == Pass::Recompute {
             let y = vec![0.0; s.b * s.sample_out()];
             return Ok((CpuStorage::F32(y), (s.b, s.c_out, s.h_out, s.w_out).into()));
         }
-        let y = s.forward(
-            slices::operand(x, x_layout)?,
-            Weight::operand(w, w_layout)?,
-            slices::operand(b, b_layout)?,
-        );
+        let y =
+            s.forward(cpu::operand(x, x_layout)?, Weight::operand(w, w_layout)?, cpu::operand(b, b_layout)?);
         Ok((CpuStorage::F32(y), (s.b, s.c_out, s.h_out, s.w_out).into()))
     }
 
@@ -619,16 +635,16 @@ impl CustomOp3 for ConvOp {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let s = Sizes::new(self.0, x.shape(), w.shape())?;
         let grad = grad.contiguous()?;
-        slices::with_values(&grad, |grad| {
+        cpu::with_values(&grad, |grad| {
             let device = x.device();
             let grad_x = if x.track_op() {
-                let values = slices::with_weight(w, |w| s.grad_input(w, grad))?;
+                let values = cpu::with_weight(w, |w| s.grad_input(w, grad))?;
                 Some(Tensor::from_vec(values, x.shape(), device)?)
             } else {
                 None
             };
             let grad_w = if w.track_op() {
-                let values = slices::with_values(x, |x| s.grad_weight(x, grad))?;
+                let values = cpu::with_values(x, |x| s.grad_weight(x, grad))?;
                 Some(Tensor::from_vec(values, w.shape(), device)?)
             } else {
                 None

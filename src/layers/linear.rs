@@ -1,14 +1,11 @@
 //! y = x·Wᵀ + b, with an optional LoRA beside it.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Module, Result, Shape, Tensor};
+use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Pass;
-use super::adapted::adapted;
-use super::gathered::gradient;
-use super::product::{self, Across, Along, Place, Size, Start, multiplied};
-use super::slices::{self, Shared, Weight};
-use super::tile::Words;
+use super::linear_op::linear_in;
+use super::lora_linear::{Adapter, lora_linear};
 
 /// A linear layer; `weight` (out, in), `bias` (out).
 #[derive(Clone, Debug)]
@@ -19,17 +16,6 @@ pub struct Linear {
     pub bias: Option<Tensor>,
     /// A LoRA applied at run time: y + scale · up(down(x)).
     pub adapter: Option<Adapter>,
-}
-
-/// LoRA factors of one linear layer, for one person or for several at once.
-#[derive(Clone, Debug)]
-pub struct Adapter {
-    /// (R, in), or (K, R, in) for the K people whose samples follow each other in the batch.
-    pub down: Tensor,
-    /// (out, R), or (K, out, R).
-    pub up: Tensor,
-    /// weight · alpha / R.
-    pub scale: f64,
 }
 
 impl Linear {
@@ -55,11 +41,11 @@ impl Linear {
 }
 
 impl Linear {
-    /// The same for the last layer of a recomputed piece: in [`Pass::Again`] the values may be zeros.
+    /// The same for the last layer of a checkpointed piece: in [`Pass::Recompute`] the values may be zeros.
     pub fn forward_last(&self, x: &Tensor, pass: Pass) -> Result<Tensor> {
         let (weight, bias) = (&self.weight, self.bias.as_ref());
         let Some(adapter) = &self.adapter else { return linear_in(x, weight, bias, pass) };
-        match adapted(x, weight, bias, adapter, pass)? {
+        match lora_linear(x, weight, bias, adapter, pass)? {
             Some(y) => Ok(y),
             None => linear_in(x, weight, bias, pass)? + adapter.forward(x)?,
         }
@@ -76,199 +62,5 @@ impl Module for Linear {
     /// `x` (…, in) → (…, out); with an adapter of K people the first axis is K · samples.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_last(x, Pass::Forward)
-    }
-}
-
-impl Adapter {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if self.up.rank() == 2 {
-            return linear(&linear(x, &self.down, None)?, &self.up, None)? * self.scale;
-        }
-        let people = self.up.dim(0)?;
-        let mut shape = x.dims().to_vec();
-        let width = x.dim(candle_core::D::Minus1)?;
-        let rows = x.elem_count() / width / people;
-        let x = x.reshape((people, rows, width))?;
-        let h = if self.down.rank() == 2 {
-            linear(&x, &self.down, None)? // one `down` shared by all
-        } else {
-            x.matmul(&super::like(&self.down, &x)?.t()?)?
-        };
-        let y = h.matmul(&super::like(&self.up, &h)?.t()?)?;
-        if let Some(last) = shape.last_mut() {
-            *last = self.up.dim(1)?;
-        }
-        y.reshape(shape)? * self.scale
-    }
-}
-
-/// x·Wᵀ + b. `x` (…, in), `weight` (out, in), `bias` (out) → (…, out).
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    linear_in(x, weight, bias, Pass::Forward)
-}
-
-fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass: Pass) -> Result<Tensor> {
-    let (output, input) = weight.dims2()?;
-    let mut shape = x.dims().to_vec();
-    match shape.last_mut() {
-        Some(last) if *last == input => *last = output,
-        _ => candle_core::bail!("linear layer {input} → {output} was given {:?}", x.shape()),
-    }
-    let bias = bias.map(|bias| super::like(bias, x)).transpose()?;
-    if slices::is_cpu_f32(x) && slices::is_cpu_weight(weight) {
-        // Whatever its shape: a gradient would be copied for each change of it.
-        let none = Tensor::zeros(0, x.dtype(), x.device())?;
-        let (weight, bias) = (weight.contiguous()?, bias.as_ref().unwrap_or(&none));
-        return x.contiguous()?.apply_op3(&weight, bias, LinearOp(pass));
-    }
-    let y = x.reshape(((), input))?.matmul(&super::like(weight, x)?.t()?)?;
-    let y = match bias {
-        Some(bias) => y.broadcast_add(&bias)?,
-        None => y,
-    };
-    y.reshape(shape)
-}
-
-struct LinearOp(Pass);
-
-impl CustomOp3 for LinearOp {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (n, k) = w_layout.shape().dims2()?;
-        let (rows, shape) = (x_layout.shape().elem_count() / k, with_last(x_layout.dims(), n));
-        let (x, b) = (slices::operand(x, x_layout)?, slices::operand(b, b_layout)?);
-        let y = match self.0 {
-            Pass::Forward => product(x, Weight::operand(w, w_layout)?, b, [rows, n, k]),
-            Pass::Again => vec![0.0; rows * n],
-        };
-        Ok((CpuStorage::F32(y), shape))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let (n, k) = w.dims2()?;
-        let rows = x.elem_count() / k;
-        let grad_x = if x.track_op() {
-            let values = slices::with_weight(w, |w| {
-                slices::with_values(&grad, |grad| grad_input(grad, w, [rows, n, k]))
-            })??;
-            Some(Tensor::from_vec(values, x.shape(), x.device())?)
-        } else {
-            None
-        };
-        let grad_w = if w.track_op() { grad_weight(&grad, x, w)? } else { None };
-        let grad_b = if b.track_op() { Some(column_sums(&grad.reshape((rows, n))?)?) } else { None };
-        Ok((grad_x, grad_w, grad_b))
-    }
-}
-
-/// The shape of (…, in) with another last axis.
-pub(super) fn with_last(dims: &[usize], last: usize) -> Shape {
-    let mut dims = dims.to_vec();
-    if let Some(width) = dims.last_mut() {
-        *width = last;
-    }
-    dims.into()
-}
-
-/// x·Wᵀ + b of `rows` rows, k → n; an empty `bias` is none.
-pub(super) fn product(x: &[f32], weight: Weight, bias: &[f32], [rows, n, k]: [usize; 3]) -> Vec<f32> {
-    let start = if bias.is_empty() { Start::Zero } else { Start::Columns(bias) };
-    let (left, right) = (Along::new(Weight::F32(x), k, rows, k), Along::new(weight, k, n, k));
-    multiplied(weight.words(), Size { m: rows, n, k }, &left, &right, start, Place::matrix(n))
-}
-
-/// Its gradient with respect to x: grad (rows, n) · W (n, k).
-pub(super) fn grad_input(grad: &[f32], weight: Weight, [rows, n, k]: [usize; 3]) -> Vec<f32> {
-    let (left, right) = (Along::new(Weight::F32(grad), n, rows, n), Across::new(weight, k, k, n));
-    multiplied(weight.words(), Size { m: rows, n: k, k: n }, &left, &right, Start::Zero, Place::matrix(k))
-}
-
-/// The gradient of W (n, k): gradᵀ (n, rows) · x (rows, k).
-fn grad_weight(grad: &Tensor, x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
-    let ((m, n), rows) = (w.dims2()?, grad.elem_count() / w.dim(0)?);
-    let size = Size { m, n, k: rows };
-    slices::with_values(grad, |grad| {
-        slices::with_values(x, |x| {
-            let left = Across::new(Weight::F32(grad), m, m, rows);
-            let right = Across::new(Weight::F32(x), n, n, rows);
-            let write = |out: Shared, add: bool| {
-                let start = if add { Start::Output } else { Start::Zero };
-                // SAFETY: the gradient has n rows of k values.
-                unsafe { product::write(Words::F32, size, &left, &right, start, out, Place::matrix(n)) }
-            };
-            // SAFETY: a product writes all its values.
-            unsafe { gradient(w, write) }
-        })
-    })??
-}
-
-/// Sums over the rows of (rows, n) → (n).
-fn column_sums(x: &Tensor) -> Result<Tensor> {
-    let mut sums = vec![0f32; x.dim(1)?];
-    slices::with_values(x, |x| add_rows(x, &mut sums))?;
-    Tensor::from_vec(sums, x.dim(1)?, x.device())
-}
-
-slices::vectorised! {
-    /// Adds the rows of `x` to `sums`.
-    pub(super) fn add_rows(x: &[f32], sums: &mut [f32]) {
-        for row in x.chunks_exact(sums.len()) {
-            for (sum, value) in sums.iter_mut().zip(row) {
-                *sum += value;
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::{Device, Var};
-
-    use super::*;
-    use crate::diffusion::noise::normal;
-
-    #[test]
-    fn inputs_of_any_rank_have_the_gradients_of_a_plain_product() -> Result<()> {
-        let draw = |i: u64, shape: &[usize]| Var::from_tensor(&normal(4, i, shape, &Device::Cpu)?);
-        let (weight, bias) = (draw(0, &[5, 6])?, draw(1, &[5])?);
-        for shape in [&[4, 6][..], &[2, 3, 6], &[2, 1, 3, 6]] {
-            let x = draw(2, shape)?;
-            let ours = linear(&x, &weight, Some(&bias))?;
-            let flat = x.reshape(((), 6))?.matmul(&weight.t()?)?.broadcast_add(&bias)?;
-            let theirs = flat.reshape(with_last(shape, 5))?;
-            let g = normal(4, 3, ours.shape(), &Device::Cpu)?;
-            let grads = |y: &Tensor| (y * &g)?.sum_all()?.backward();
-            let (our_grads, their_grads) = (grads(&ours)?, grads(&theirs)?);
-            let mut pairs = vec![(ours, theirs)];
-            for var in [&x, &weight, &bias] {
-                let grads = [&our_grads, &their_grads].map(|grads| grads.get(var).cloned());
-                let [Some(ours), Some(theirs)] = grads else { panic!("no gradient") };
-                pairs.push((ours, theirs));
-            }
-            for (ours, theirs) in pairs {
-                let apart = (ours - theirs)?.abs()?.max_all()?.to_scalar::<f32>()?;
-                assert!(apart < 1e-5, "{shape:?}: {apart}");
-            }
-        }
-        Ok(())
     }
 }

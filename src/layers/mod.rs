@@ -14,43 +14,41 @@
 //! norms and softmax are kept in f32.
 
 mod activation;
-mod adapted;
 mod attention;
+mod backward;
 mod clip_transformer;
 mod conv;
-mod gathered;
+mod cpu;
+mod gemm;
+mod gradient_checkpointing;
 mod linear;
-mod low_rank;
-mod memory;
+mod linear_op;
+mod lora_linear;
+mod losses;
 mod norm;
-#[cfg(feature = "onednn")]
-mod onednn;
-mod patchwise;
-mod product;
-mod recompute;
-mod reconstruction;
-mod slices;
-mod thin;
-mod tile;
+mod patch_linear;
+mod runtime;
 mod tokens;
-mod waiting;
+mod visit;
 mod winograd;
 
 pub use activation::{Activation, geglu, upsample_nearest2x};
 pub use attention::attention;
+pub use backward::backward;
 pub use clip_transformer::{ClipTransformer, ClipTransformerSizes};
 pub use conv::{Conv2d, ConvGeometry};
-pub use gathered::backward;
-pub use linear::{Adapter, Linear, linear};
-pub use low_rank::add_low_rank;
-pub use memory::keep_freed_memory;
+pub(crate) use cpu::vectorised;
+pub use gemm::add_low_rank;
+pub use gradient_checkpointing::{Pass, checkpointed};
+pub use linear::Linear;
+pub use linear_op::linear;
+pub use lora_linear::Adapter;
+pub use losses::reconstruction_errors;
 pub use norm::{GroupNorm, GroupStatistics, LayerNorm, layer_norm_plain};
-pub use patchwise::{Correction, expand_patches, project_patches};
-pub use recompute::{Pass, recomputed};
-pub use reconstruction::reconstruction_errors;
-pub(crate) use slices::vectorised;
-pub use tokens::{add_to_channels, pixels, tokens};
-pub use waiting::let_waiting_threads_sleep;
+pub use patch_linear::{Correction, expand_patches, project_patches};
+pub use runtime::{keep_freed_memory, let_waiting_threads_sleep};
+pub use tokens::{add_to_channels, image_to_tokens, tokens_to_image};
+pub use visit::{Layer, Visit};
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -64,13 +62,13 @@ pub fn compute_dtype(stored: DType, device: &Device) -> DType {
 
 /// The instruction set that the CPU kernels use on this machine.
 pub fn instruction_set() -> &'static str {
-    tile::instruction_set()
+    gemm::microkernel::instruction_set()
 }
 
 /// Whether oneDNN's library is found; nothing in builds without the feature `onednn`.
 pub fn onednn_library() -> Option<bool> {
     #[cfg(feature = "onednn")]
-    return Some(onednn::is_available());
+    return Some(gemm::onednn::is_available());
     #[cfg(not(feature = "onednn"))]
     None
 }
@@ -78,65 +76,4 @@ pub fn onednn_library() -> Option<bool> {
 /// A weight in the type of `x`.
 fn like(weight: &Tensor, x: &Tensor) -> Result<Tensor> {
     if weight.dtype() == x.dtype() { Ok(weight.clone()) } else { weight.to_dtype(x.dtype()) }
-}
-
-/// A layer that an adapter may change, as its network shows it.
-pub enum Layer<'a> {
-    /// A linear layer.
-    Linear(&'a mut Linear),
-    /// A convolution.
-    Conv(&'a mut Conv2d),
-    /// GroupNorm or LayerNorm; both (C).
-    Norm {
-        /// What the normalised values are multiplied by.
-        weight: &'a mut Tensor,
-        /// What is then added.
-        bias: &'a mut Tensor,
-    },
-}
-
-/// What a network calls with each of its layers and its path.
-pub type Visit<'a> = dyn FnMut(&str, Layer) + 'a;
-
-impl Layer<'_> {
-    /// Its weight; the first axis are the outputs.
-    pub fn weight(&self) -> &Tensor {
-        match self {
-            Self::Linear(layer) => &layer.weight,
-            Self::Conv(layer) => &layer.weight,
-            Self::Norm { weight, .. } => weight,
-        }
-    }
-
-    /// Its bias (out), where it has one.
-    pub fn bias(&self) -> Option<&Tensor> {
-        match self {
-            Self::Linear(layer) => layer.bias.as_ref(),
-            Self::Conv(layer) => layer.bias.as_ref(),
-            Self::Norm { bias, .. } => Some(bias),
-        }
-    }
-
-    /// Sets its weight, and its bias where it can be without.
-    pub fn set(&mut self, new_weight: Tensor, new_bias: Option<Tensor>) {
-        match self {
-            Self::Linear(layer) => (layer.weight, layer.bias) = (new_weight, new_bias),
-            Self::Conv(layer) => (layer.weight, layer.bias) = (new_weight, new_bias),
-            Self::Norm { weight, bias } => {
-                **weight = new_weight;
-                if let Some(new_bias) = new_bias {
-                    **bias = new_bias;
-                }
-            }
-        }
-    }
-
-    /// Sets or takes off the adapter beside it; a norm has none.
-    pub fn set_adapter(&mut self, adapter: Option<Adapter>) {
-        match self {
-            Self::Linear(layer) => layer.adapter = adapter,
-            Self::Conv(layer) => layer.adapter = adapter,
-            Self::Norm { .. } => {}
-        }
-    }
 }

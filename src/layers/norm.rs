@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Module, Result, Shape
 use candle_nn::VarBuilder;
 
 use super::Layer;
-use super::slices::{self, lanes_dot, lanes_sum};
+use crate::layers::cpu::{self, lanes_dot, lanes_sum};
 
 /// Normalises each of `groups` groups of channels of an image (B, C, H, W).
 #[derive(Clone, Debug)]
@@ -74,7 +74,7 @@ impl GroupNorm {
 
     fn apply(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
         let (b, c) = (x.dim(0)?, x.dim(1)?);
-        if slices::is_cpu_f32(x) {
+        if cpu::is_cpu_f32(x) {
             let (weight, bias) = (super::like(&self.weight, x)?, super::like(&self.bias, x)?);
             let inner = x.elem_count() / (b * c);
             let op = NormOp {
@@ -149,7 +149,7 @@ pub fn layer_norm_plain(x: &Tensor, eps: f64) -> Result<Tensor> {
 
 fn normalise_last(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let width = x.dim(D::Minus1)?;
-    if slices::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) {
         let (weight, bias) = (super::like(weight, x)?, super::like(bias, x)?);
         let op = NormOp { length: width, scale: Scale::Last, eps: eps as f32, silu: false };
         return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
@@ -197,7 +197,7 @@ impl NormOp {
     fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
         let mut y = vec![0f32; x.len()];
         let together = (16_384 / self.length).max(1);
-        slices::for_chunks(&mut y, together * self.length, |i, y| {
+        cpu::for_chunks(&mut y, together * self.length, |i, y| {
             forward_rows(self, &x[i * together * self.length..][..y.len()], i * together, weight, bias, y);
         });
         y
@@ -213,14 +213,14 @@ impl NormOp {
             return [grad_x, grad_w, grad_b];
         }
         let together = (16_384 / self.length).max(1);
-        slices::for_chunks(&mut grad_x, together * self.length, |i, grad_x| {
+        cpu::for_chunks(&mut grad_x, together * self.length, |i, grad_x| {
             backward_rows(self, inputs, i * together, grad_x, None);
         });
         [grad_x, Vec::new(), Vec::new()]
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Normalises the rows of `x`, the first of which is row `first` of the whole.
     fn forward_rows(op: &NormOp, x: &[f32], first: usize, weight: &[f32], bias: &[f32], y: &mut [f32]) {
         for (r, (x, y)) in x.chunks_exact(op.length).zip(y.chunks_exact_mut(op.length)).enumerate() {
@@ -239,7 +239,7 @@ slices::vectorised! {
                         if op.silu {
                             for (y, x) in y.iter_mut().zip(x) {
                                 let v = x * w + b;
-                                *y = v / (1.0 + slices::exp(-v));
+                                *y = v / (1.0 + cpu::exp(-v));
                             }
                         } else {
                             y.iter_mut().zip(x).for_each(|(y, x)| *y = x * w + b);
@@ -251,7 +251,7 @@ slices::vectorised! {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Per row: g = dL/d(normalised value); dx = (g − mean(g) − x̂ · mean(g · x̂)) / std.
     /// `grad_x` begins at row `first`; `sums` are the gradients of weight and bias.
     fn backward_rows(op: &NormOp, inputs: [&[f32]; 4], first: usize, grad_x: &mut [f32], sums: Option<[&mut [f32]; 2]>) {
@@ -284,7 +284,7 @@ slices::vectorised! {
                         if op.silu {
                             for ((g, x), grad) in g.iter_mut().zip(x).zip(grad) {
                                 let v = (x - mean) * inverse * w + b;
-                                let s = 1.0 / (1.0 + slices::exp(-v));
+                                let s = 1.0 / (1.0 + cpu::exp(-v));
                                 *g = grad * s * (1.0 + v * (1.0 - s));
                             }
                         } else {
@@ -321,11 +321,8 @@ impl CustomOp3 for NormOp {
         b: &CpuStorage,
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let y = self.forward(
-            slices::operand(x, x_layout)?,
-            slices::operand(w, w_layout)?,
-            slices::operand(b, b_layout)?,
-        );
+        let y =
+            self.forward(cpu::operand(x, x_layout)?, cpu::operand(w, w_layout)?, cpu::operand(b, b_layout)?);
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
@@ -339,10 +336,10 @@ impl CustomOp3 for NormOp {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         let trained = w.track_op() || b.track_op();
-        let [grad_x, grad_w, grad_b] = slices::with_values(x, |x| {
-            slices::with_values(w, |w| {
-                slices::with_values(b, |b| {
-                    slices::with_values(&grad, |grad| self.backward([x, w, b, grad], trained))
+        let [grad_x, grad_w, grad_b] = cpu::with_values(x, |x| {
+            cpu::with_values(w, |w| {
+                cpu::with_values(b, |b| {
+                    cpu::with_values(&grad, |grad| self.backward([x, w, b, grad], trained))
                 })
             })
         })????;

@@ -3,24 +3,24 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::slices;
+use crate::layers::cpu;
 
 /// Each pixel's channels as a token. (B, D, H, W) → (B, H·W, D).
-pub fn tokens(x: &Tensor) -> Result<Tensor> {
+pub fn image_to_tokens(x: &Tensor) -> Result<Tensor> {
     let (b, d, h, w) = x.dims4()?;
-    if slices::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) {
         return x.contiguous()?.apply_op1(TurnOp { to: (b, h * w, d).into() });
     }
     x.reshape((b, d, h * w))?.transpose(1, 2)
 }
 
 /// Tokens as the pixels of an image. (B, H·W, D) → (B, D, H, W).
-pub fn pixels(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+pub fn tokens_to_image(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let (b, n, d) = x.dims3()?;
     if n != h * w {
         candle_core::bail!("{n} tokens are no image of {h} × {w}");
     }
-    if slices::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) {
         return x.contiguous()?.apply_op1(TurnOp { to: (b, d, h, w).into() });
     }
     x.transpose(1, 2)?.reshape((b, d, h, w))
@@ -41,7 +41,7 @@ fn turned(x: &[f32], (rows, columns): (usize, usize)) -> Vec<f32> {
     let mut y = vec![0f32; x.len()];
     let size = rows * columns;
     if size > 0 {
-        slices::for_chunks(&mut y, size, |i, y| turn(&x[i * size..][..size], rows, columns, y));
+        cpu::for_chunks(&mut y, size, |i, y| turn(&x[i * size..][..size], rows, columns, y));
     }
     y
 }
@@ -52,18 +52,18 @@ impl CustomOp1 for TurnOp {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = turned(slices::operand(x, layout)?, matrix(layout.shape()));
+        let y = turned(cpu::operand(x, layout)?, matrix(layout.shape()));
         Ok((CpuStorage::F32(y), self.to.clone()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
-        let values = slices::with_values(&grad, |grad| turned(grad, matrix(&self.to)))?;
+        let values = cpu::with_values(&grad, |grad| turned(grad, matrix(&self.to)))?;
         Ok(Some(Tensor::from_vec(values, x.shape(), x.device())?))
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// y[j, i] = x[i, j], in squares that stay in the first-level cache.
     fn turn(x: &[f32], rows: usize, columns: usize, y: &mut [f32]) {
         const SIDE: usize = 16;
@@ -85,7 +85,7 @@ pub fn add_to_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
     if shift.dims() != [b, c] {
         candle_core::bail!("{:?} is no shift of the channels of {:?}", shift.shape(), x.shape());
     }
-    if slices::is_cpu_f32(x) && slices::is_cpu_f32(shift) {
+    if cpu::is_cpu_f32(x) && cpu::is_cpu_f32(shift) {
         return x.contiguous()?.apply_op2(&shift.contiguous()?, ShiftOp);
     }
     x.broadcast_add(&shift.unsqueeze(2)?.unsqueeze(3)?)
@@ -105,11 +105,11 @@ impl CustomOp2 for ShiftOp {
         shift: &CpuStorage,
         shift_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, shift) = (slices::operand(x, x_layout)?, slices::operand(shift, shift_layout)?);
+        let (x, shift) = (cpu::operand(x, x_layout)?, cpu::operand(shift, shift_layout)?);
         let mut y = x.to_vec();
         if let Some(pixels) = y.len().checked_div(shift.len()) {
             let together = (16_384 / pixels.max(1)).max(1);
-            slices::for_chunks(&mut y, together * pixels.max(1), |i, y| {
+            cpu::for_chunks(&mut y, together * pixels.max(1), |i, y| {
                 add_to_rows(y, pixels, &shift[i * together..]);
             });
         }
@@ -128,7 +128,7 @@ impl CustomOp2 for ShiftOp {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     fn add_to_rows(y: &mut [f32], pixels: usize, shift: &[f32]) {
         for (row, shift) in y.chunks_exact_mut(pixels).zip(shift) {
             row.iter_mut().for_each(|y| *y += shift);
@@ -174,13 +174,14 @@ mod tests {
             let [b, d, h, w] = shape;
             let x = draw(1, &shape)?;
             let theirs = x.reshape((b, d, h * w))?.transpose(1, 2)?;
-            assert_same(&tokens(&x)?, &theirs, &[&x])?;
+            assert_same(&image_to_tokens(&x)?, &theirs, &[&x])?;
             let y = draw(2, &[b, h * w, d])?;
-            assert_same(&pixels(&y, h, w)?, &y.transpose(1, 2)?.reshape(&shape)?, &[&y])?;
-            let there_and_back = (pixels(&tokens(&x)?, h, w)? - x.as_tensor())?.abs()?.max_all()?;
+            assert_same(&tokens_to_image(&y, h, w)?, &y.transpose(1, 2)?.reshape(&shape)?, &[&y])?;
+            let there_and_back =
+                (tokens_to_image(&image_to_tokens(&x)?, h, w)? - x.as_tensor())?.abs()?.max_all()?;
             assert_eq!(there_and_back.to_scalar::<f32>()?, 0.0);
         }
-        assert!(pixels(draw(2, &[1, 6, 2])?.as_tensor(), 2, 2).is_err());
+        assert!(tokens_to_image(draw(2, &[1, 6, 2])?.as_tensor(), 2, 2).is_err());
         Ok(())
     }
 

@@ -7,21 +7,21 @@
 //! Efficient Point Selection", ACM TECS 21).
 //!
 //! For some hundred tiles at a time the patches are transformed into 36 matrices (channels × tiles); then the kernels are
-//! transformed, 12 rows of them after the other and never all, multiplied by those matrices, and what comes out is
+//! transformed, 12 rows of them after the other and never all, matmul by those matrices, and what comes out is
 //! transformed back while it is in the cache. Every sum is taken in the same order whatever the number of threads.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::product::as_stored;
-use super::slices::{self, Shared, Weight};
-use super::tile::{COLUMNS, DEPTH, ROWS, STRIDE, Words, pack_across, pack_gathered, tile};
+use crate::layers::cpu::{self, Shared, Weight};
+use crate::layers::gemm::microkernel::{DEPTH, ElemType, MR, NR, STRIDE, pack_gathered, pack_strided, tile};
+use crate::layers::gemm::operands::as_stored;
 
 /// Side of a tile of the output.
 const TILE: usize = 4;
 /// Side of the patch that it is made of.
 const PATCH: usize = TILE + 2;
-/// Values of a transformed patch: so many matrices are multiplied.
+/// Values of a transformed patch: so many matrices are matmul.
 const POINTS: usize = PATCH * PATCH;
 /// Values of a kernel.
 const TAPS: usize = 9;
@@ -48,7 +48,7 @@ impl<'a> Kernels<'a> {
     }
 
     /// Transforms those of `rows` and `depth`: point `p` of row `i` and depth `d` goes to
-    /// `to[(p · ROWS + i) · STRIDE + d]`.
+    /// `to[(p · MR + i) · STRIDE + d]`.
     fn transform(&self, rows: Range<usize>, depth: Range<usize>, to: &mut [u32]) {
         let mut taps = [[0u32; 16]; TAPS];
         for (i, row) in rows.enumerate() {
@@ -58,7 +58,7 @@ impl<'a> Kernels<'a> {
                 as_stored!(self.weight, values => {
                     let kernel = |k: usize| values[start(k)..start(k) + TAPS].as_ptr();
                     // SAFETY: every kernel has 9 values.
-                    unsafe { pack_across(Words::F32, count, TAPS, kernel, taps.as_flattened_mut(), 16) }
+                    unsafe { pack_strided(ElemType::F32, count, TAPS, kernel, taps.as_flattened_mut(), 16) }
                 });
                 transform_kernels(&taps, self.turned, &mut to[i * STRIDE + first - depth.start..]);
             }
@@ -137,7 +137,7 @@ impl Winograd {
     /// it is among others.
     pub(super) fn is_quicker(&self) -> bool {
         let direct = TAPS * self.h_out * self.w_out;
-        let products = POINTS * (self.tiles_high() * self.tiles_wide()).next_multiple_of(COLUMNS);
+        let products = POINTS * (self.tiles_high() * self.tiles_wide()).next_multiple_of(NR);
         self.c_in.min(self.c_out) >= 32 && 2 * products <= direct
     }
 
@@ -148,19 +148,19 @@ impl Winograd {
         let len = self.b * self.c_out * self.h_out * self.w_out;
         let mut out: Vec<f32> = Vec::with_capacity(len);
         let to = Shared::new(out.as_mut_ptr());
-        let (tiles, threads) = (self.tiles(), slices::threads());
-        let most = (CACHED / (POINTS * 4 * self.c_in) / COLUMNS * COLUMNS).clamp(COLUMNS, 256);
+        let (tiles, threads) = (self.tiles(), cpu::threads());
+        let most = (CACHED / (POINTS * 4 * self.c_in) / NR * NR).clamp(NR, 256);
         let parts = tiles.div_ceil(most);
         // Each thread takes tiles of its own where there are many, else rows of the same tiles.
         let apart = threads > 1 && parts >= 2 * threads;
         let parts = if apart { parts.next_multiple_of(threads) } else { parts };
-        let count = tiles.div_ceil(parts).next_multiple_of(COLUMNS);
+        let count = tiles.div_ceil(parts).next_multiple_of(NR);
         let compute = |i: usize| {
             let part = self.part(i * count..((i + 1) * count).min(tiles));
             self.compute(x, kernels, bias, &part, to, !apart);
         };
         if apart {
-            slices::for_each(tiles.div_ceil(count), compute);
+            cpu::for_each(tiles.div_ceil(count), compute);
         } else {
             (0..tiles.div_ceil(count)).for_each(compute);
         }
@@ -172,10 +172,10 @@ impl Winograd {
     /// Computes the tiles of `part`, in all channels, on this thread or `together` with the others.
     fn compute(&self, x: &[f32], kernels: &Kernels, bias: &[f32], part: &Part, out: Shared, together: bool) {
         let for_each = |count: usize, work: &(dyn Fn(usize) + Sync)| {
-            if together { slices::for_each(count, work) } else { (0..count).for_each(work) }
+            if together { cpu::for_each(count, work) } else { (0..count).for_each(work) }
         };
         // An odd number of cache lines, so that the 36 matrices lie in different sets of the cache.
-        let step = part.panels() * self.c_in * COLUMNS + 16;
+        let step = part.panels() * self.c_in * NR + 16;
         let mut patches = SCRATCH.with_borrow_mut(|scratch| std::mem::take(&mut scratch.patches));
         patches.clear();
         patches.reserve(POINTS * step);
@@ -185,8 +185,8 @@ impl Winograd {
             // SAFETY: the channels part the matrices, which have room for 36 · `step` values.
             unsafe { self.transform_patches(x, part, channels, to, step) }
         });
-        for_each(self.c_out.div_ceil(ROWS), &|i| {
-            let rows = ROWS * i..(ROWS * (i + 1)).min(self.c_out);
+        for_each(self.c_out.div_ceil(MR), &|i| {
+            let rows = MR * i..(MR * (i + 1)).min(self.c_out);
             // SAFETY: all channels are transformed; the rows part the output.
             unsafe { self.multiply(to, step, part, kernels, rows, bias, out) }
         });
@@ -197,7 +197,7 @@ impl Winograd {
     fn part(&self, tiles: Range<usize>) -> Part {
         let wide = self.tiles_wide();
         let rows = tiles.start / wide..(tiles.end - 1) / wide + 1;
-        let end = tiles.start + tiles.len().next_multiple_of(COLUMNS);
+        let end = tiles.start + tiles.len().next_multiple_of(NR);
         let place = |j: usize| {
             let j = j.min(tiles.end - 1);
             ((j / wide - rows.start) * PATCH * self.line() + j % wide) as u32
@@ -263,7 +263,7 @@ impl Winograd {
                 // SAFETY: the places are tiles of these rows, which have 6 lines each; the caller's promise.
                 unsafe {
                     pack_gathered(
-                        Words::F32,
+                        ElemType::F32,
                         border.as_ptr(),
                         &offsets,
                         places,
@@ -271,7 +271,7 @@ impl Winograd {
                         16,
                     );
                     transform_patch(&patch, &mut points);
-                    let to = to.get().add((half / 2 * self.c_in + c) * COLUMNS + half % 2 * 16);
+                    let to = to.get().add((half / 2 * self.c_in + c) * NR + half % 2 * 16);
                     for (point, values) in points.iter().enumerate() {
                         to.add(point * step).cast::<Lanes>().write(*values);
                     }
@@ -300,8 +300,8 @@ impl Winograd {
         let (mut transformed, mut sums) = SCRATCH.with_borrow_mut(|scratch| {
             (std::mem::take(&mut scratch.kernels), std::mem::take(&mut scratch.sums))
         });
-        transformed.resize(POINTS * ROWS * STRIDE, 0);
-        let panel_size = ROWS * POINTS * COLUMNS;
+        transformed.resize(POINTS * MR * STRIDE, 0);
+        let panel_size = MR * POINTS * NR;
         if sums.len() < panels * panel_size {
             sums.resize(panels * panel_size, 0.0);
         }
@@ -310,24 +310,24 @@ impl Winograd {
             let depth = first..(first + deep).min(self.c_in);
             kernels.transform(rows.clone(), depth.clone(), &mut transformed);
             for point in 0..POINTS {
-                let left = transformed[point * ROWS * STRIDE..][..ROWS * STRIDE].as_ptr();
+                let left = transformed[point * MR * STRIDE..][..MR * STRIDE].as_ptr();
                 for panel in 0..panels {
-                    let sums = sums[panel * panel_size + point * COLUMNS..][..panel_size - point * COLUMNS]
-                        .as_mut_ptr();
+                    let sums =
+                        sums[panel * panel_size + point * NR..][..panel_size - point * NR].as_mut_ptr();
                     // SAFETY: the caller's promise; the sums of each row have 36 · 32 places.
                     unsafe {
-                        let right = patches.get().add(point * step + (panel * self.c_in + first) * COLUMNS);
+                        let right = patches.get().add(point * step + (panel * self.c_in + first) * NR);
                         tile(
-                            Words::F32,
+                            ElemType::F32,
                             rows.len(),
-                            COLUMNS,
+                            NR,
                             depth.len(),
                             left,
                             STRIDE,
                             right.cast(),
-                            COLUMNS,
+                            NR,
                             sums,
-                            POINTS * COLUMNS,
+                            POINTS * NR,
                             first > 0,
                         );
                     }
@@ -337,7 +337,7 @@ impl Winograd {
         let mut pixels = [[0f32; TILE * 16]; TILE];
         for (half, runs) in part.runs.iter().enumerate() {
             let panel = &sums[half / 2 * panel_size..][..panel_size];
-            for (row, sums) in rows.clone().zip(panel.chunks_exact(POINTS * COLUMNS)) {
+            for (row, sums) in rows.clone().zip(panel.chunks_exact(POINTS * NR)) {
                 let start = bias.get(row).copied().unwrap_or(0.0);
                 transform_sums(&sums[half % 2 * 16..], start, &mut pixels);
                 for run in runs {
@@ -396,7 +396,7 @@ fn from_points(m: [f32; PATCH]) -> [f32; TILE] {
 /// A value for each of 16 tiles or kernels; the innermost loops below run over them, in vectors.
 type Lanes = [f32; 16];
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Sorts a row by the remainder of places to 4, with `pad` (at most 2) zeros before it and as many as there is room
     /// for behind.
     fn sort(row: &[f32], pad: usize, to: &mut [f32]) {
@@ -425,7 +425,7 @@ slices::vectorised! {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Bᵀ d B of 16 patches.
     #[allow(clippy::needless_range_loop)] // Plain loops over lanes become vectors.
     fn transform_patch(patch: &[[u32; 16]; POINTS], points: &mut [Lanes; POINTS]) {
@@ -451,8 +451,8 @@ slices::vectorised! {
     }
 }
 
-slices::vectorised! {
-    /// G g Gᵀ of 16 kernels; point `p` goes to `to[p · ROWS · STRIDE..]`.
+cpu::vectorised! {
+    /// G g Gᵀ of 16 kernels; point `p` goes to `to[p · MR · STRIDE..]`.
     #[allow(clippy::needless_range_loop)] // Plain loops over lanes become vectors.
     fn transform_kernels(taps: &[[u32; 16]; TAPS], turned: bool, to: &mut [u32]) {
         let mut half = [[0f32; 16]; 3 * PATCH];
@@ -476,20 +476,20 @@ slices::vectorised! {
                 }
             }
             for (j, values) in points.iter().enumerate() {
-                to[(i * PATCH + j) * ROWS * STRIDE..][..16].copy_from_slice(values);
+                to[(i * PATCH + j) * MR * STRIDE..][..16].copy_from_slice(values);
             }
         }
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Aᵀ m A + `start` of 16 tiles (6, 6, 32), as 4 rows of 16 · 4 pixels.
     #[allow(clippy::needless_range_loop)] // Plain loops over lanes become vectors.
     fn transform_sums(sums: &[f32], start: f32, pixels: &mut [[f32; TILE * 16]; TILE]) {
         let mut half = [[0f32; 16]; TILE * PATCH];
         for j in 0..PATCH {
             let column: [&Lanes; PATCH] =
-                std::array::from_fn(|i| sums[(i * PATCH + j) * COLUMNS..].first_chunk().expect("16 of 32 sums"));
+                std::array::from_fn(|i| sums[(i * PATCH + j) * NR..].first_chunk().expect("16 of 32 sums"));
             for lane in 0..16 {
                 let at = |i: usize| column[i][lane];
                 let column = from_points([at(0), at(1), at(2), at(3), at(4), at(5)]);

@@ -6,7 +6,7 @@ use candle_nn::VarBuilder;
 
 use crate::layers::{
     Conv2d, ConvGeometry, GroupNorm, Layer, LayerNorm, Linear, Pass, Visit, add_to_channels, attention,
-    geglu, pixels, recomputed, tokens, upsample_nearest2x,
+    checkpointed, geglu, image_to_tokens, tokens_to_image, upsample_nearest2x,
 };
 
 /// Groups and ε of a level's GroupNorms.
@@ -41,7 +41,7 @@ impl Told<'_> {
     ) -> Computed<Tensor> {
         if self.recompute {
             let layer = layer.clone();
-            return recomputed(inputs, move |inputs, pass| forward(&layer, inputs, pass));
+            return checkpointed(inputs, move |inputs, pass| forward(&layer, inputs, pass));
         }
         let inputs: Vec<Tensor> = inputs.iter().copied().cloned().collect();
         forward(layer, &inputs, Pass::Forward)
@@ -313,7 +313,7 @@ impl Transformer {
     fn forward(&self, x: &Tensor, told: Told) -> Computed<Tensor> {
         let ends = (self.norm.clone(), self.proj_in.clone());
         let mut y = told.piece(&ends, &[x], |(norm, proj_in), x, pass| {
-            proj_in.forward_last(&tokens(&norm.forward(&x[0])?)?, pass) // (B, H·W, D)
+            proj_in.forward_last(&image_to_tokens(&norm.forward(&x[0])?)?, pass) // (B, H·W, D)
         })?;
         for block in &self.blocks {
             y = told.piece(block, &[&y, told.context], |block, inputs, pass| {
@@ -322,7 +322,7 @@ impl Transformer {
         }
         told.piece(&self.proj_out, &[x, &y], |proj_out, inputs, pass| {
             let (_, _, h, w) = inputs[0].dims4()?;
-            &inputs[0] + pixels(&proj_out.forward_last(&inputs[1], pass)?, h, w)?
+            &inputs[0] + tokens_to_image(&proj_out.forward_last(&inputs[1], pass)?, h, w)?
         })
     }
 

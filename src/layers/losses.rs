@@ -2,14 +2,14 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::slices;
+use crate::layers::cpu;
 
 /// mean((x − x̂)²), or mean(|x − x̂|) where not `squared`, and mean(|x|·|x − x̂|) → (2).
 pub fn reconstruction_errors(x: &Tensor, x_hat: &Tensor, squared: bool) -> Result<Tensor> {
     if x.shape() != x_hat.shape() {
         candle_core::bail!("{:?} is no reconstruction of {:?}", x_hat.shape(), x.shape());
     }
-    if slices::is_cpu_f32(x) && slices::is_cpu_f32(x_hat) && !x.track_op() {
+    if cpu::is_cpu_f32(x) && cpu::is_cpu_f32(x_hat) && !x.track_op() {
         return x.contiguous()?.apply_op2(&x_hat.contiguous()?, Errors { squared });
     }
     let error = (x - x_hat)?;
@@ -35,8 +35,8 @@ impl CustomOp2 for Errors {
         x_hat: &CpuStorage,
         x_hat_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, x_hat) = (slices::operand(x, x_layout)?, slices::operand(x_hat, x_hat_layout)?);
-        let parts = slices::map_indices_on(slices::threads(), x.len().div_ceil(CHUNK), |i| {
+        let (x, x_hat) = (cpu::operand(x, x_layout)?, cpu::operand(x_hat, x_hat_layout)?);
+        let parts = cpu::map_indices_on(cpu::threads(), x.len().div_ceil(CHUNK), |i| {
             let chunk = i * CHUNK..((i + 1) * CHUNK).min(x.len());
             errors(&x[chunk.clone()], &x_hat[chunk], self.squared)
         });
@@ -56,10 +56,10 @@ impl CustomOp2 for Errors {
             return Ok((None, None));
         }
         let grad = (grad / x.elem_count() as f64)?.to_vec1::<f32>()?;
-        let values = slices::with_values(x, |x| {
-            slices::with_values(x_hat, |x_hat| {
+        let values = cpu::with_values(x, |x| {
+            cpu::with_values(x_hat, |x_hat| {
                 let mut out = vec![0f32; x.len()];
-                slices::for_chunks(&mut out, CHUNK, |i, out| {
+                cpu::for_chunks(&mut out, CHUNK, |i, out| {
                     let begin = i * CHUNK;
                     let (x, x_hat) = (&x[begin..][..out.len()], &x_hat[begin..][..out.len()]);
                     slopes(x, x_hat, self.squared, &grad, out);
@@ -71,7 +71,7 @@ impl CustomOp2 for Errors {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// Σ (x − x̂)² or Σ |x − x̂|, and Σ |x|·|x − x̂|.
     fn errors(x: &[f32], x_hat: &[f32], squared: bool) -> [f32; 2] {
         let mut sums = [[0f32; 16]; 2];
@@ -89,7 +89,7 @@ slices::vectorised! {
     }
 }
 
-slices::vectorised! {
+cpu::vectorised! {
     /// d/dx̂ of both, times their gradients.
     fn slopes(x: &[f32], x_hat: &[f32], squared: bool, grad: &[f32], out: &mut [f32]) {
         let (plain, weighed) = (grad[0], grad[1]);

@@ -6,10 +6,10 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::slices::{self, Matrix, Product, vectorised};
+use crate::layers::cpu::{self, Matrix, Product, vectorised};
 
 /// Values that a thread widens at a time: 256 KiB of f32, which stay in its cache.
-const BLOCK: usize = 1 << 16;
+const NC: usize = 1 << 16;
 
 /// `weight` (out, …) + `up` (out, R) · `down` (R, rest), computed in f32 and rounded once to the weight's type.
 ///
@@ -46,8 +46,8 @@ impl CustomOp3 for AddLowRank {
         if inner != rank || shape.dims().first() != Some(&out) || shape.elem_count() != out * width {
             candle_core::bail!("{out}×{rank} times {inner}×{width} cannot be added to {shape:?}");
         }
-        let up = slices::operand(up, up_layout)?;
-        let down = slices::operand(down, down_layout)?;
+        let up = cpu::operand(up, up_layout)?;
+        let down = cpu::operand(down, down_layout)?;
         let factors = Factors { up, down, rank, width };
         let Some((begin, end)) = weight_layout.contiguous_offsets() else {
             candle_core::bail!("a kernel was given a weight that is not contiguous: {weight_layout:?}")
@@ -74,7 +74,7 @@ struct Factors<'a> {
 impl Factors<'_> {
     fn added_to<T: Stored>(&self, weight: &[T]) -> Vec<T> {
         let mut sum = vec![T::default(); weight.len()];
-        let rows = (BLOCK / self.width.max(1)).max(1);
+        let rows = (NC / self.width.max(1)).max(1);
         let size = rows * self.width;
         let work = |wide: &mut Vec<f32>, (i, (sum, weight)): (usize, (&mut [T], &[T]))| {
             wide.resize(weight.len(), 0.0);
@@ -82,7 +82,7 @@ impl Factors<'_> {
             self.add_rows(i * rows, wide);
             T::narrow(wide, sum);
         };
-        if slices::threads() == 1 {
+        if cpu::threads() == 1 {
             let mut wide = Vec::new();
             let blocks = sum.chunks_mut(size).zip(weight.chunks(size)).enumerate();
             blocks.for_each(|block| work(&mut wide, block));

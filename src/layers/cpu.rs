@@ -9,14 +9,14 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::tile::Words;
+use crate::layers::gemm::microkernel::ElemType;
 
 /// Whether the hand-written kernels apply to `x`.
 pub(super) fn is_cpu_f32(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32
 }
 
-/// Whether the kernels take `weight` as it is stored: f32, or 16 bits that are widened or multiplied as they are packed.
+/// Whether the kernels take `weight` as it is stored: f32, or 16 bits that are widened or matmul as they are packed.
 pub(super) fn is_cpu_weight(weight: &Tensor) -> bool {
     matches!(weight.device(), Device::Cpu) && matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16)
 }
@@ -77,10 +77,10 @@ impl<'a> Weight<'a> {
     }
 
     /// How its products are computed: of bf16 where it is stored so and the processor can, else of f32.
-    pub(super) fn words(&self) -> Words {
+    pub(super) fn elem_type(&self) -> ElemType {
         match self {
-            Self::Bf16(_) => Words::for_bf16(),
-            _ => Words::F32,
+            Self::Bf16(_) => ElemType::for_bf16(),
+            _ => ElemType::F32,
         }
     }
 }

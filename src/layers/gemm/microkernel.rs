@@ -1,7 +1,7 @@
 //! The innermost loop of every matrix product: a tile of 12 × 32 sums over packed operands.
 //!
-//! Operands lie in 32-bit words, each of which holds one f32, or two bf16 that follow each other along the depth
-//! (`vdpbf16ps` multiplies both and adds in f32). The left operand is packed as up to 12 rows of words, the right one as
+//! Operands lie in 32-bit elem, each of which holds one f32, or two bf16 that follow each other along the depth
+//! (`vdpbf16ps` multiplies both and adds in f32). The left operand is packed as up to 12 rows of elem, the right one as
 //! panels of 32 columns, word by word. Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication",
 //! tells why this form is fast.
 //!
@@ -11,32 +11,32 @@
 use half::{bf16, f16};
 
 /// Rows of a tile.
-pub(super) const ROWS: usize = 12;
+pub(in crate::layers) const MR: usize = 12;
 /// Columns of a tile and of a packed panel.
-pub(super) const COLUMNS: usize = 32;
+pub(in crate::layers) const NR: usize = 32;
 /// Most words along the depth that are packed at once.
-pub(super) const DEPTH: usize = 256;
-/// Words from one packed row of the left operand to the next; not a power of two, so that rows lie in different sets
+pub(in crate::layers) const DEPTH: usize = 256;
+/// ElemType from one packed row of the left operand to the next; not a power of two, so that rows lie in different sets
 /// of the cache.
-pub(super) const STRIDE: usize = DEPTH + 16;
+pub(in crate::layers) const STRIDE: usize = DEPTH + 16;
 
 /// What one word of a packed operand holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Words {
+pub(in crate::layers) enum ElemType {
     /// One f32.
     F32,
-    /// Two bf16, where the processor multiplies them ([`Words::for_bf16`]).
+    /// Two bf16, where the processor multiplies them ([`ElemType::for_bf16`]).
     Bf16,
 }
 
-impl Words {
+impl ElemType {
     /// How operands are packed where the weights are bf16: as pairs where the processor multiplies them.
-    pub(super) fn for_bf16() -> Self {
+    pub(in crate::layers) fn for_bf16() -> Self {
         if has_bf16() { Self::Bf16 } else { Self::F32 }
     }
 
     /// Values in a word.
-    pub(super) fn per(self) -> usize {
+    pub(in crate::layers) fn per(self) -> usize {
         match self {
             Self::F32 => 1,
             Self::Bf16 => 2,
@@ -45,7 +45,7 @@ impl Words {
 }
 
 /// Whether the processor has AVX-512, as far as the kernels here use it.
-pub(super) fn has_avx512() -> bool {
+pub(in crate::layers) fn has_avx512() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::is_x86_feature_detected as has;
@@ -63,7 +63,7 @@ pub(super) fn has_avx512() -> bool {
 }
 
 /// The best instruction set that the kernels here have a form for.
-pub(super) fn instruction_set() -> &'static str {
+pub(in crate::layers) fn instruction_set() -> &'static str {
     if has_bf16() {
         return "AVX-512 with BF16";
     }
@@ -90,7 +90,7 @@ fn has_bf16() -> bool {
 }
 
 /// A stored value of an operand.
-pub(super) trait Value: Copy + Send + Sync {
+pub(in crate::layers) trait Value: Copy + Send + Sync {
     fn wide(self) -> f32;
 
     /// The first `count` (at most 16) values from `from` on, then zeros.
@@ -205,7 +205,7 @@ impl Value for f16 {
     }
 }
 
-/// Words of two values each, rounded to bf16 (to nearest, ties to even).
+/// ElemType of two values each, rounded to bf16 (to nearest, ties to even).
 fn pair(first: f32, second: f32) -> u32 {
     u32::from(bf16::from_f32(first).to_bits()) | u32::from(bf16::from_f32(second).to_bits()) << 16
 }
@@ -215,8 +215,8 @@ fn pair(first: f32, second: f32) -> u32 {
 ///
 /// # Safety
 /// Each row has `depth` values, and `to` has room for `rows` of them.
-pub(super) unsafe fn pack_along<V: Value>(
-    words: Words,
+pub(in crate::layers) unsafe fn pack_contiguous<V: Value>(
+    elem: ElemType,
     rows: usize,
     depth: usize,
     from: impl Fn(usize) -> *const V,
@@ -226,12 +226,12 @@ pub(super) unsafe fn pack_along<V: Value>(
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         for i in 0..rows {
-            let to = to[i * step..][..depth.div_ceil(words.per())].as_mut_ptr();
+            let to = to[i * step..][..depth.div_ceil(elem.per())].as_mut_ptr();
             // SAFETY: the processor has AVX-512, and bf16 where words are pairs; the row has `depth` values.
             unsafe {
-                match words {
-                    Words::F32 => x86::copy_f32(from(i), depth, to),
-                    Words::Bf16 => x86::copy_bf16(from(i), depth, to),
+                match elem {
+                    ElemType::F32 => x86::copy_f32(from(i), depth, to),
+                    ElemType::Bf16 => x86::copy_bf16(from(i), depth, to),
                 }
             }
         }
@@ -241,9 +241,9 @@ pub(super) unsafe fn pack_along<V: Value>(
         // SAFETY: the caller's promise.
         let row = unsafe { std::slice::from_raw_parts(from(i), depth) };
         let to = &mut to[i * step..];
-        match words {
-            Words::F32 => to.iter_mut().zip(row).for_each(|(to, value)| *to = value.wide().to_bits()),
-            Words::Bf16 => to.iter_mut().zip(row.chunks(2)).for_each(|(to, values)| {
+        match elem {
+            ElemType::F32 => to.iter_mut().zip(row).for_each(|(to, value)| *to = value.wide().to_bits()),
+            ElemType::Bf16 => to.iter_mut().zip(row.chunks(2)).for_each(|(to, values)| {
                 *to = pair(values[0].wide(), values.get(1).map_or(0.0, |value| value.wide()));
             }),
         }
@@ -255,15 +255,15 @@ pub(super) unsafe fn pack_along<V: Value>(
 ///
 /// # Safety
 /// Each row has `depth` values, and `to` has room.
-pub(super) unsafe fn pack_across<V: Value>(
-    words: Words,
+pub(in crate::layers) unsafe fn pack_strided<V: Value>(
+    elem: ElemType,
     rows: usize,
     depth: usize,
     from: impl Fn(usize) -> *const V,
     to: &mut [u32],
     step: usize,
 ) {
-    let count = depth.div_ceil(words.per());
+    let count = depth.div_ceil(elem.per());
     if rows == 0 || count == 0 {
         return;
     }
@@ -276,9 +276,11 @@ pub(super) unsafe fn pack_across<V: Value>(
             starts.iter_mut().enumerate().take(rows).for_each(|(i, start)| *start = from(first + i));
             // SAFETY: as above; the assertion bounds what is written.
             unsafe {
-                match words {
-                    Words::F32 => x86::turn_f32(&starts[..rows], depth, to.as_mut_ptr().add(first), step),
-                    Words::Bf16 => x86::turn_bf16(&starts[..rows], depth, to.as_mut_ptr().add(first), step),
+                match elem {
+                    ElemType::F32 => x86::turn_f32(&starts[..rows], depth, to.as_mut_ptr().add(first), step),
+                    ElemType::Bf16 => {
+                        x86::turn_bf16(&starts[..rows], depth, to.as_mut_ptr().add(first), step)
+                    }
                 }
             }
             continue;
@@ -289,9 +291,9 @@ pub(super) unsafe fn pack_across<V: Value>(
                 if i < rows { unsafe { std::slice::from_raw_parts(from(first + i), depth) } } else { &[] };
             let at = |k: usize| row.get(k).map_or(0.0, |value| value.wide());
             for w in 0..count {
-                to[w * step + first + i] = match words {
-                    Words::F32 => at(w).to_bits(),
-                    Words::Bf16 => pair(at(2 * w), at(2 * w + 1)),
+                to[w * step + first + i] = match elem {
+                    ElemType::F32 => at(w).to_bits(),
+                    ElemType::Bf16 => pair(at(2 * w), at(2 * w + 1)),
                 };
             }
         }
@@ -303,7 +305,7 @@ pub(super) unsafe fn pack_across<V: Value>(
 ///
 /// # Safety
 /// Each run has `taps` values.
-pub(super) unsafe fn pack_turned(
+pub(in crate::layers) unsafe fn pack_transposed(
     rows: usize,
     runs: usize,
     taps: usize,
@@ -339,25 +341,23 @@ pub(super) unsafe fn pack_turned(
 ///
 /// # Safety
 /// Each line has `columns` values.
-pub(super) unsafe fn pack_lines<V: Value>(
-    words: Words,
+pub(in crate::layers) unsafe fn pack_lines<V: Value>(
+    elem: ElemType,
     columns: usize,
     depth: usize,
     line: impl Fn(usize) -> *const V,
     to: &mut [u32],
     step: usize,
 ) {
-    let count = depth.div_ceil(words.per());
-    assert!(
-        columns <= COLUMNS && (count == 0 || (count - 1) * step + columns.next_multiple_of(16) <= to.len())
-    );
+    let count = depth.div_ceil(elem.per());
+    assert!(columns <= NR && (count == 0 || (count - 1) * step + columns.next_multiple_of(16) <= to.len()));
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         // SAFETY: the processor has AVX-512, and bf16 where words are pairs; the caller's promise.
         unsafe {
-            match words {
-                Words::F32 => x86::lines_f32(columns, depth, line, to.as_mut_ptr(), step),
-                Words::Bf16 => x86::lines_bf16(columns, depth, line, to.as_mut_ptr(), step),
+            match elem {
+                ElemType::F32 => x86::lines_f32(columns, depth, line, to.as_mut_ptr(), step),
+                ElemType::Bf16 => x86::lines_bf16(columns, depth, line, to.as_mut_ptr(), step),
             }
         }
         return;
@@ -366,9 +366,9 @@ pub(super) unsafe fn pack_lines<V: Value>(
     let at = |k: usize, j: usize| if k < depth { unsafe { (*line(k).add(j)).wide() } } else { 0.0 };
     for w in 0..count {
         for (j, to) in to[w * step..][..columns].iter_mut().enumerate() {
-            *to = match words {
-                Words::F32 => at(w, j).to_bits(),
-                Words::Bf16 => pair(at(2 * w, j), at(2 * w + 1, j)),
+            *to = match elem {
+                ElemType::F32 => at(w, j).to_bits(),
+                ElemType::Bf16 => pair(at(2 * w, j), at(2 * w + 1, j)),
             };
         }
     }
@@ -379,23 +379,23 @@ pub(super) unsafe fn pack_lines<V: Value>(
 ///
 /// # Safety
 /// Every offset plus every column points into `from`, and `to` has room.
-pub(super) unsafe fn pack_gathered(
-    words: Words,
+pub(in crate::layers) unsafe fn pack_gathered(
+    elem: ElemType,
     from: *const f32,
     depth: &[usize],
     columns: &[u32; 16],
     to: &mut [u32],
     step: usize,
 ) {
-    let count = depth.len().div_ceil(words.per());
+    let count = depth.len().div_ceil(elem.per());
     assert!(count == 0 || (count - 1) * step + 16 <= to.len());
     #[cfg(target_arch = "x86_64")]
     if has_avx512() {
         // SAFETY: the processor has AVX-512, and bf16 where words are pairs; the caller's promise.
         unsafe {
-            match words {
-                Words::F32 => x86::gather_f32(from, depth, columns, to.as_mut_ptr(), step),
-                Words::Bf16 => x86::gather_bf16(from, depth, columns, to.as_mut_ptr(), step),
+            match elem {
+                ElemType::F32 => x86::gather_f32(from, depth, columns, to.as_mut_ptr(), step),
+                ElemType::Bf16 => x86::gather_bf16(from, depth, columns, to.as_mut_ptr(), step),
             }
         }
         return;
@@ -404,9 +404,9 @@ pub(super) unsafe fn pack_gathered(
     let at = |k: usize, j: u32| unsafe { *from.add(depth[k] + j as usize) };
     for w in 0..count {
         for (to, &j) in to[w * step..].iter_mut().zip(columns) {
-            *to = match words {
-                Words::F32 => at(w, j).to_bits(),
-                Words::Bf16 => {
+            *to = match elem {
+                ElemType::F32 => at(w, j).to_bits(),
+                ElemType::Bf16 => {
                     pair(at(2 * w, j), if 2 * w + 1 < depth.len() { at(2 * w + 1, j) } else { 0.0 })
                 }
             };
@@ -416,7 +416,7 @@ pub(super) unsafe fn pack_gathered(
 
 /// Asks for the cache line of `at`, which is soon read; any address will do.
 #[inline(always)]
-pub(super) fn prefetch(at: *const u32) {
+pub(in crate::layers) fn prefetch(at: *const u32) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: it is but a hint, and SSE is part of x86-64.
     unsafe {
@@ -431,10 +431,10 @@ pub(super) fn prefetch(at: *const u32) {
 ///
 /// # Safety
 /// `left` has `rows` rows, `step` words from one to the next; they are read to the next multiple of 4, all 12 without
-/// AVX-512. `right` has `depth` rows of 32 words, `right_step` words from one to the next, and `out` may be written where it is told to.
+/// AVX-512. `right` has `depth` rows of 32 elem, `right_step` words from one to the next, and `out` may be written where it is told to.
 #[allow(clippy::too_many_arguments)]
-pub(super) unsafe fn tile(
-    words: Words,
+pub(in crate::layers) unsafe fn tile(
+    elem: ElemType,
     rows: usize,
     columns: usize,
     depth: usize,
@@ -446,17 +446,17 @@ pub(super) unsafe fn tile(
     row: usize,
     add: bool,
 ) {
-    debug_assert!(rows <= ROWS && columns <= COLUMNS);
+    debug_assert!(rows <= MR && columns <= NR);
     #[cfg(target_arch = "x86_64")]
     {
         if has_avx512() {
             // SAFETY: the processor has AVX-512, and bf16 where words are pairs.
             return unsafe {
-                match words {
-                    Words::F32 => {
+                match elem {
+                    ElemType::F32 => {
                         x86::tile_f32(rows, columns, depth, left, step, right, right_step, out, row, add)
                     }
-                    Words::Bf16 => {
+                    ElemType::Bf16 => {
                         x86::tile_bf16(rows, columns, depth, left, step, right, right_step, out, row, add)
                     }
                 }
@@ -470,7 +470,7 @@ pub(super) unsafe fn tile(
             };
         }
     }
-    debug_assert!(words == Words::F32, "pairs need a processor that multiplies bf16");
+    debug_assert!(elem == ElemType::F32, "pairs need a processor that multiplies bf16");
     // SAFETY: the caller's promise.
     unsafe {
         tile_plain::<{ cfg!(target_arch = "aarch64") }>(
@@ -533,7 +533,7 @@ mod x86 {
 
     /// The first `count` of 16 lanes.
     #[inline(always)]
-    pub(super) fn mask(count: usize) -> u16 {
+    pub(in crate::layers) fn mask(count: usize) -> u16 {
         if count >= 16 { u16::MAX } else { (1 << count) - 1 }
     }
 
@@ -552,7 +552,7 @@ mod x86 {
             /// # Safety
             /// `from` has `depth` values, `to` as many words as they fill.
             #[target_feature(enable = $feature)]
-            pub(super) unsafe fn $copy<V: Value>(from: *const V, depth: usize, to: *mut u32) {
+            pub(in crate::layers) unsafe fn $copy<V: Value>(from: *const V, depth: usize, to: *mut u32) {
                 for k in (0..depth).step_by(16 * $per) {
                     let count = (depth - k).div_ceil($per);
                     // SAFETY: the mask leaves out what lies beyond the end.
@@ -566,7 +566,12 @@ mod x86 {
             /// # Safety
             /// Each row has `depth` values; `to` has room for 16 words every `step`.
             #[target_feature(enable = $feature)]
-            pub(super) unsafe fn $turn<V: Value>(rows: &[*const V], depth: usize, to: *mut u32, step: usize) {
+            pub(in crate::layers) unsafe fn $turn<V: Value>(
+                rows: &[*const V],
+                depth: usize,
+                to: *mut u32,
+                step: usize,
+            ) {
                 for k in (0..depth).step_by(16 * $per) {
                     let mut block = [_mm512_setzero_ps(); 16];
                     for (block, row) in block.iter_mut().zip(rows) {
@@ -575,18 +580,18 @@ mod x86 {
                     }
                     transpose(&mut block);
                     let count = (depth - k).div_ceil($per).min(16);
-                    for (w, words) in block.iter().enumerate().take(count) {
+                    for (w, elem) in block.iter().enumerate().take(count) {
                         // SAFETY: the caller's promise.
-                        unsafe { _mm512_storeu_ps(to.add((k / $per + w) * step).cast(), *words) };
+                        unsafe { _mm512_storeu_ps(to.add((k / $per + w) * step).cast(), *elem) };
                     }
                 }
             }
 
             /// # Safety
-            /// As [`super::tile`].
+            /// As [`crate::layers::gemm::microkernel`].
             #[target_feature(enable = $feature)]
             #[allow(clippy::too_many_arguments)]
-            pub(super) unsafe fn $tile(
+            pub(in crate::layers) unsafe fn $tile(
                 rows: usize,
                 columns: usize,
                 depth: usize,
@@ -702,7 +707,7 @@ mod x86 {
     /// `from` has `taps` values.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
-    pub(super) unsafe fn turn_run(from: *const half::bf16, taps: usize, to: *mut half::bf16) {
+    pub(in crate::layers) unsafe fn turn_run(from: *const half::bf16, taps: usize, to: *mut half::bf16) {
         let places = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let places = _mm256_sub_epi16(_mm256_set1_epi16(taps as i16 - 1), places);
         // SAFETY: the mask leaves out what lies beyond; the caller's promise.
@@ -715,7 +720,7 @@ mod x86 {
     /// # Safety
     /// As [`super::pack_lines`].
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw")]
-    pub(super) unsafe fn lines_f32<V: Value>(
+    pub(in crate::layers) unsafe fn lines_f32<V: Value>(
         columns: usize,
         depth: usize,
         line: impl Fn(usize) -> *const V,
@@ -736,7 +741,7 @@ mod x86 {
     /// # Safety
     /// As [`super::pack_lines`].
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
-    pub(super) unsafe fn lines_bf16<V: Value>(
+    pub(in crate::layers) unsafe fn lines_bf16<V: Value>(
         columns: usize,
         depth: usize,
         line: impl Fn(usize) -> *const V,
@@ -801,7 +806,7 @@ mod x86 {
     /// # Safety
     /// As [`super::pack_gathered`].
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw")]
-    pub(super) unsafe fn gather_f32(
+    pub(in crate::layers) unsafe fn gather_f32(
         from: *const f32,
         depth: &[usize],
         columns: &[u32; 16],
@@ -821,7 +826,7 @@ mod x86 {
     /// # Safety
     /// As [`super::pack_gathered`].
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
-    pub(super) unsafe fn gather_bf16(
+    pub(in crate::layers) unsafe fn gather_bf16(
         from: *const f32,
         depth: &[usize],
         columns: &[u32; 16],
@@ -874,10 +879,10 @@ mod x86 {
     }
 
     /// # Safety
-    /// As [`super::tile`].
+    /// As [`crate::layers::gemm::microkernel`].
     #[target_feature(enable = "avx2,fma")]
     #[allow(clippy::too_many_arguments)]
-    pub(super) unsafe fn tile_avx2(
+    pub(in crate::layers) unsafe fn tile_avx2(
         rows: usize,
         columns: usize,
         depth: usize,
@@ -909,7 +914,7 @@ mod tests {
             // SAFETY: each run has `taps` values.
             unsafe {
                 let run = |o: usize, i: usize| values[(o * rows + i) * taps..].as_ptr();
-                pack_turned(rows, runs, taps, run, &mut packed, step);
+                pack_transposed(rows, runs, taps, run, &mut packed, step);
             }
             for (i, row) in packed.chunks_exact(step).enumerate() {
                 for k in 0..runs * taps {

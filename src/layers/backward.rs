@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Shape, Tensor, TensorId};
 
-use super::slices::{self, Shared};
+use crate::layers::cpu::{self, Shared};
 
 thread_local! {
     /// Of the backward pass that this thread is in.
@@ -24,7 +24,7 @@ struct Block {
 
 /// The gradients of `loss`, a scalar, as [`Tensor::backward`] gives them.
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    // A recomputed piece goes backward within a backward pass, with variables of its own.
+    // A checkpointed piece goes backward within a backward pass, with variables of its own.
     let outer = GATHERED.replace(Some(HashMap::new()));
     let store = loss.backward();
     let gathered = GATHERED.replace(outer).unwrap_or_default();
@@ -49,7 +49,7 @@ pub(super) unsafe fn gradient(
     weight: &Tensor,
     mut write: impl FnMut(Shared, bool),
 ) -> Result<Option<Tensor>> {
-    if !slices::is_cpu_f32(weight) {
+    if !cpu::is_cpu_f32(weight) {
         candle_core::bail!("a weight of {:?} is trained", weight.dtype());
     }
     let fresh = |write: &mut dyn FnMut(Shared, bool)| {
@@ -82,18 +82,18 @@ mod tests {
 
     use super::*;
     use crate::diffusion::noise::normal;
-    use crate::layers::{expand_patches, linear, project_patches, recomputed};
+    use crate::layers::{checkpointed, expand_patches, linear, project_patches};
 
     #[test]
     fn gradients_are_those_of_candles_own_pass() -> Result<()> {
         let draw = |i: u64, shape: &[usize]| Var::from_tensor(&normal(1, i, shape, &Device::Cpu)?);
         let (weight, basis) = (draw(0, &[6, 6])?, draw(1, &[6, 3])?);
         let x = normal(2, 0, (4, 6), &Device::Cpu)?;
-        // Each weight twice, once of them inside a recomputed piece; and one of them in an operation of candle's.
+        // Each weight twice, once of them inside a checkpointed piece; and one of them in an operation of candle's.
         let loss = || -> Result<Tensor> {
             let inner = (weight.as_tensor().clone(), basis.as_tensor().clone());
             let h = linear(&x, &weight, None)?;
-            let h = recomputed(&[&h], move |x, _| {
+            let h = checkpointed(&[&h], move |x, _| {
                 linear(&x[0], &inner.0, None)? * inner.1.sum_all()?.to_scalar::<f32>()? as f64
             })?;
             let y = expand_patches(&project_patches(&h, &basis, None)?, &basis, None, 6)?;

@@ -11,10 +11,10 @@ use candle_nn::VarBuilder;
 use gemm::Parallelism;
 
 use super::activation::{gelu_tanh, gelu_tanh_slope};
-use super::gathered::gradient;
-use super::linear::add_rows;
-use super::slices::{self, Matrix, Product, Shared, Weight};
+use super::linear_op::add_rows;
 use super::{Activation, Linear, like, linear};
+use crate::layers::backward::gradient;
+use crate::layers::cpu::{self, Matrix, Product, Shared, Weight};
 
 /// x + widen·GELU(narrow·x + position), window by window: a convolution whose kernel is its stride, and its transpose.
 #[derive(Clone, Debug)]
@@ -154,9 +154,9 @@ impl Sizes {
     /// Whether the fused form applies: not to one dense patch, which is an ordinary product, nor to windows that reach
     /// from one patch into the next.
     fn fuse(&self, x: &Tensor, basis: &Tensor, correction: Option<&Correction>) -> bool {
-        let plain = |weight: &Tensor| slices::is_cpu_f32(weight);
+        let plain = |weight: &Tensor| cpu::is_cpu_f32(weight);
         plain(x)
-            && if basis.track_op() { plain(basis) } else { slices::is_cpu_weight(basis) }
+            && if basis.track_op() { plain(basis) } else { cpu::is_cpu_weight(basis) }
             && correction.is_none_or(|correction| plain(&correction.position))
             && self.patches > 1
             && self.patch.is_multiple_of(self.window)
@@ -184,7 +184,7 @@ impl Sizes {
 
     /// Calls `work` with one run of patches after the other, on all threads; results in order.
     fn runs<T: Send>(&self, work: impl Fn(&mut dyn Iterator<Item = Span>) -> T + Sync + Send) -> Vec<T> {
-        slices::map_indices_on(slices::threads(), self.patches.div_ceil(TOGETHER), |run| {
+        cpu::map_indices_on(cpu::threads(), self.patches.div_ceil(TOGETHER), |run| {
             let patches: Range<usize> = run * TOGETHER..((run + 1) * TOGETHER).min(self.patches);
             work(&mut patches.map(|index| self.span(index)))
         })
@@ -555,8 +555,7 @@ impl CustomOp3 for PatchOp {
         correction: &CpuStorage,
         correction_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, correction) =
-            (slices::operand(x, x_layout)?, slices::operand(correction, correction_layout)?);
+        let (x, correction) = (cpu::operand(x, x_layout)?, cpu::operand(correction, correction_layout)?);
         let y = self.forward(x, Weight::operand(basis, basis_layout)?, correction);
         let width = y.len() / self.sizes.batch;
         Ok((CpuStorage::F32(y), (self.sizes.batch, width).into()))
@@ -575,10 +574,10 @@ impl CustomOp3 for PatchOp {
         let mut grad_correction = Vec::new();
         let mut backward = |grad_basis: Option<(Shared, bool)>| -> Result<()> {
             let place = grad_x.as_mut().map(|values| Shared::new(values.as_mut_ptr()));
-            grad_correction = slices::with_values(x, |x| {
-                slices::with_values(correction, |correction| {
-                    slices::with_values(&grad, |grad| {
-                        slices::with_weight(basis, |basis| {
+            grad_correction = cpu::with_values(x, |x| {
+                cpu::with_values(correction, |correction| {
+                    cpu::with_values(&grad, |grad| {
+                        cpu::with_weight(basis, |basis| {
                             // SAFETY: both places have as many values as what they are gradients of.
                             unsafe { self.backward([x, correction, grad], basis, place, grad_basis) }
                         })

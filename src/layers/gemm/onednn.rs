@@ -1,6 +1,6 @@
 //! Products of bf16 by oneDNN, for processors with AMX, which our own kernels do not use.
 //!
-//! oneDNN takes over where [`super::product`] has a block to compute: operands are packed as always, by the same
+//! oneDNN takes over where [`crate::layers::gemm::matmul`] has a block to compute: operands are packed as always, by the same
 //! functions, and its kernels multiply them, some hundred rows and columns at once. Panels of 32 columns with pairs along
 //! the depth side by side are what oneDNN calls `BA16a32b2a`. So linear layers, convolutions and gradients with respect
 //! to inputs are served alike, no weight is stored twice, and threads stay ours: each calls oneDNN for blocks of its own,
@@ -13,21 +13,21 @@ use std::ops::Range;
 
 use library::Product;
 
-use super::product::{Left, Place, Right, Size, Start};
-use super::slices::{Shared, vectorised};
-use super::tile::{COLUMNS, DEPTH, Words};
+use crate::layers::cpu::{Shared, vectorised};
+use crate::layers::gemm::microkernel::{DEPTH, ElemType, NR};
+use crate::layers::gemm::operands::{Accumulate, OutputLayout, PackA, PackB, Size};
 
-/// Rows that are multiplied at once.
-const ROWS: usize = 192;
-/// Most words along the depth that are multiplied at once; sums pass through memory as often as this is exceeded.
-const DEEPEST: usize = 1536;
+/// Rows that are matmul at once.
+const MR: usize = 192;
+/// Most words along the depth that are matmul at once; sums pass through memory as often as this is exceeded.
+const KC: usize = 1536;
 /// Blocks of fewer rows are quicker without.
 const FEWEST_ROWS: usize = 16;
-/// Words along the depth are filled up with zeros to a multiple of this.
+/// ElemType along the depth are filled up with zeros to a multiple of this.
 const UNIT: usize = 16;
 
 /// Whether the library is found and of a version that is used.
-pub(super) fn is_available() -> bool {
+pub(in crate::layers) fn is_available() -> bool {
     library::is_there()
 }
 
@@ -44,15 +44,15 @@ struct Scratch {
 /// # Safety
 /// `out` may be written wherever `place` reaches for these rows and columns.
 #[allow(clippy::too_many_arguments)]
-pub(super) unsafe fn block<L: Left, R: Right>(
+pub(in crate::layers) unsafe fn block<L: PackA, R: PackB>(
     rows: Range<usize>,
     columns: Range<usize>,
     size: Size,
     left: &L,
     right: &R,
-    start: Start,
+    start: Accumulate,
     out: Shared,
-    place: Place,
+    place: OutputLayout,
 ) -> bool {
     thread_local! {
         static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -60,9 +60,9 @@ pub(super) unsafe fn block<L: Left, R: Right>(
     if rows.len() < FEWEST_ROWS || !library::is_there() {
         return false;
     }
-    let (words, per) = (Words::Bf16, Words::Bf16.per());
+    let (elem, per) = (ElemType::Bf16, ElemType::Bf16.per());
     let unit = right.depth_unit() * per;
-    let deep = size.k.div_ceil(size.k.div_ceil(DEEPEST * per)).next_multiple_of(unit);
+    let deep = size.k.div_ceil(size.k.div_ceil(KC * per)).next_multiple_of(unit);
     // What may be packed at once.
     let most = DEPTH * per;
     let piece = if unit <= most { most / unit * unit } else { most };
@@ -72,19 +72,19 @@ pub(super) unsafe fn block<L: Left, R: Right>(
         let depth = from..(from + deep).min(size.k);
         let count = depth.len().div_ceil(per);
         let filled = count.next_multiple_of(UNIT);
-        let step = filled * COLUMNS;
-        let packed = grown(&mut scratch.right, columns.len().div_ceil(COLUMNS) * step);
+        let step = filled * NR;
+        let packed = grown(&mut scratch.right, columns.len().div_ceil(NR) * step);
         for k in depth.clone().step_by(piece) {
-            let to = &mut packed[(k - from) / per * COLUMNS..];
-            right.pack_columns(words, columns.clone(), k..(k + piece).min(depth.end), to, step);
+            let to = &mut packed[(k - from) / per * NR..];
+            right.pack_columns(elem, columns.clone(), k..(k + piece).min(depth.end), to, step);
         }
         for panel in packed.chunks_exact_mut(step) {
-            panel[count * COLUMNS..].fill(0);
+            panel[count * NR..].fill(0);
         }
-        for i in rows.clone().step_by(ROWS) {
-            let rows = i..(i + ROWS).min(rows.end);
+        for i in rows.clone().step_by(MR) {
+            let rows = i..(i + MR).min(rows.end);
             let lines = grown(&mut scratch.left, rows.len() * filled);
-            left.pack_rows(words, rows.clone(), depth.clone(), lines, filled);
+            left.pack_rows(elem, rows.clone(), depth.clone(), lines, filled);
             for row in lines.chunks_exact_mut(filled) {
                 row[count..].fill(0);
             }
@@ -93,7 +93,7 @@ pub(super) unsafe fn block<L: Left, R: Right>(
             if !library::multiply(product, lines, packed, sums) {
                 return false;
             }
-            let start = if from == 0 { start } else { Start::Output };
+            let start = if from == 0 { start } else { Accumulate::Output };
             for (i, sums) in rows.zip(sums.chunks_exact(columns.len())) {
                 // SAFETY: the caller's promise.
                 unsafe { put(i, columns.clone(), sums, size, start, out, place) }
@@ -119,9 +119,9 @@ unsafe fn put(
     columns: Range<usize>,
     sums: &[f32],
     size: Size,
-    start: Start,
+    start: Accumulate,
     out: Shared,
-    place: Place,
+    place: OutputLayout,
 ) {
     for part in columns.start / place.part..columns.end.div_ceil(place.part) {
         let here = columns.start.max(part * place.part)..columns.end.min((part + 1) * place.part);
@@ -129,16 +129,16 @@ unsafe fn put(
         // SAFETY: the caller's promise.
         let out = unsafe {
             let to = out.get().add(part * place.part_step + i * place.row + here.start % place.part);
-            if !matches!(start, Start::Output) {
+            if !matches!(start, Accumulate::Output) {
                 to.copy_from_nonoverlapping(sums.as_ptr(), sums.len());
             }
             std::slice::from_raw_parts_mut(to, sums.len())
         };
         match start {
-            Start::Zero => {}
-            Start::Output => add(out, sums),
-            Start::Rows(values) => add_number(out, values[(part * size.m + i) % values.len()]),
-            Start::Columns(values) => add(out, &values[here]),
+            Accumulate::Zero => {}
+            Accumulate::Output => add(out, sums),
+            Accumulate::Rows(values) => add_number(out, values[(part * size.m + i) % values.len()]),
+            Accumulate::Columns(values) => add(out, &values[here]),
         }
     }
 }
@@ -161,13 +161,14 @@ mod tests {
     use candle_nn::VarBuilder;
 
     use super::*;
-    use crate::layers::product::{Along, multiplied};
-    use crate::layers::slices::Weight;
+    use crate::layers::cpu::Weight;
+    use crate::layers::gemm::matmul::matmul;
+    use crate::layers::gemm::operands::ContiguousDepth;
     use crate::layers::{Conv2d, ConvGeometry, Linear};
 
     /// Whether there is something to test.
     fn is_there() -> bool {
-        let there = library::is_there() && Words::for_bf16() == Words::Bf16;
+        let there = library::is_there() && ElemType::for_bf16() == ElemType::Bf16;
         if !there {
             eprintln!("skipped: no oneDNN here, or no processor that multiplies bf16");
         }
@@ -195,11 +196,14 @@ mod tests {
         for (m, n, k, part) in [(16, 1, 1, 1), (37, 70, 1029, 70), (200, 545, 17, 545), (193, 63, 3333, 21)] {
             let size = Size { m, n, k };
             let (a, b) = (values(m * k, 1), values(n * k, 2));
-            let (left, right) = (Along::new(Weight::F32(&a), k, m, k), Along::new(Weight::F32(&b), k, n, k));
-            let place = Place { row: part, part, part_step: m * part };
+            let (left, right) = (
+                ContiguousDepth::new(Weight::F32(&a), k, m, k),
+                ContiguousDepth::new(Weight::F32(&b), k, n, k),
+            );
+            let place = OutputLayout { row: part, part, part_step: m * part };
             let (columns, rows) = (values(n, 3), values(m * (n / part), 4));
-            for start in [Start::Zero, Start::Columns(&columns), Start::Rows(&rows)] {
-                let own = multiplied(Words::F32, size, &left, &right, start, place);
+            for start in [Accumulate::Zero, Accumulate::Columns(&columns), Accumulate::Rows(&rows)] {
+                let own = matmul(ElemType::F32, size, &left, &right, start, place);
                 let mut out = vec![f32::NAN; m * n];
                 // SAFETY: `place` is a permutation of 0..m · n.
                 let done = unsafe {
@@ -236,7 +240,7 @@ mod tests {
             let (weight, bias) = (weight.to_dtype(dtype)?, Some(bias.clone()));
             Ok(Box::new(Linear { weight, bias, adapter: None }))
         })?;
-        // Deeper than what is packed, and than what is multiplied, at once.
+        // Deeper than what is packed, and than what is matmul, at once.
         let (weight, bias) = (tensor(&[20, 360, 3, 3], 1)?, tensor(&[20], 2)?);
         for geometry in [ConvGeometry::same(3), ConvGeometry { stride: 2, ..ConvGeometry::same(3) }] {
             compare(&tensor(&[2, 360, 9, 7], 3)?, |dtype| {

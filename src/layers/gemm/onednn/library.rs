@@ -16,7 +16,7 @@ compile_error!("the feature `onednn` is for x86-64 Linux with glibc");
 
 /// `out[i, j] = Σ left[i, k] · right[k, j]`, of bf16 in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Product {
+pub(in crate::layers) struct Product {
     pub rows: usize,
     pub columns: usize,
     /// A multiple of 32.
@@ -165,7 +165,7 @@ fn warn(error: candle_core::Error) {
 }
 
 /// Whether there is a library that can be used.
-pub(super) fn is_there() -> bool {
+pub(in crate::layers) fn is_there() -> bool {
     functions().is_some()
 }
 
@@ -173,7 +173,7 @@ pub(super) fn is_there() -> bool {
 ///
 /// `left` lies row by row; `right` in panels of 32 columns that follow each other, pairs along the depth side by side;
 /// `out` row by row.
-pub(super) fn multiply(product: Product, left: &[u32], right: &[u32], out: &mut [f32]) -> bool {
+pub(in crate::layers) fn multiply(product: Product, left: &[u32], right: &[u32], out: &mut [f32]) -> bool {
     let Product { rows, columns, depth } = product;
     assert!(depth.is_multiple_of(32) && left.len() >= rows * depth / 2);
     assert!(right.len() >= columns.next_multiple_of(32) * depth / 2 && out.len() >= rows * columns);

@@ -7,13 +7,47 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use gemm::Parallelism;
 
 use super::Pass;
-use super::linear::{self, Adapter};
-use super::slices::{self, Matrix, Product, Weight};
-use super::thin::{Thin, transposed};
+use super::linear_op::{self, linear};
+use crate::layers::cpu::{self, Matrix, Product, Weight};
+use crate::layers::gemm::skinny::{SkinnyGemm, transposed};
+
+/// LoRA factors of one linear layer, for one person or for several at once.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// (R, in), or (K, R, in) for the K people whose samples follow each other in the batch.
+    pub down: Tensor,
+    /// (out, R), or (K, out, R).
+    pub up: Tensor,
+    /// weight · alpha / R.
+    pub scale: f64,
+}
+
+impl Adapter {
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.up.rank() == 2 {
+            return linear(&linear(x, &self.down, None)?, &self.up, None)? * self.scale;
+        }
+        let people = self.up.dim(0)?;
+        let mut shape = x.dims().to_vec();
+        let width = x.dim(candle_core::D::Minus1)?;
+        let rows = x.elem_count() / width / people;
+        let x = x.reshape((people, rows, width))?;
+        let h = if self.down.rank() == 2 {
+            linear(&x, &self.down, None)? // one `down` shared by all
+        } else {
+            x.matmul(&super::like(&self.down, &x)?.t()?)?
+        };
+        let y = h.matmul(&super::like(&self.up, &h)?.t()?)?;
+        if let Some(last) = shape.last_mut() {
+            *last = self.up.dim(1)?;
+        }
+        y.reshape(shape)? * self.scale
+    }
+}
 
 /// The layer with its adapter, `x` (…, in) → (…, out); `None` where the pieces have to be computed one by one: on other
 /// devices, or when the layer itself is trained.
-pub(super) fn adapted(
+pub(super) fn lora_linear(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
@@ -23,9 +57,9 @@ pub(super) fn adapted(
     let trained = weight.track_op() || bias.is_some_and(Tensor::track_op);
     let factors = [&adapter.down, &adapter.up];
     if trained
-        || !slices::is_cpu_f32(x)
-        || !slices::is_cpu_weight(weight)
-        || !factors.into_iter().all(slices::is_cpu_f32)
+        || !cpu::is_cpu_f32(x)
+        || !cpu::is_cpu_weight(weight)
+        || !factors.into_iter().all(cpu::is_cpu_f32)
     {
         return Ok(None);
     }
@@ -46,7 +80,7 @@ pub(super) fn adapted(
             x.shape()
         );
     }
-    let op = AdaptedOp {
+    let op = LoraLinearOp {
         weight: weight.contiguous()?,
         bias: bias.map(|bias| super::like(bias, x)?.contiguous()).transpose()?,
         pass,
@@ -55,7 +89,7 @@ pub(super) fn adapted(
     x.contiguous()?.apply_op3(&adapter.down.contiguous()?, &adapter.up.contiguous()?, op).map(Some)
 }
 
-struct AdaptedOp {
+struct LoraLinearOp {
     weight: Tensor,
     bias: Option<Tensor>,
     pass: Pass,
@@ -88,13 +122,13 @@ fn columns(values: &[f32], width: usize) -> Matrix<'_> {
 impl Sizes {
     /// Threads inside a product, where there is one person; otherwise each person has a thread.
     fn product(&self, m: usize, n: usize, k: usize, scale: f32, add: bool) -> Product {
-        let parallelism = if self.people == 1 { slices::parallelism() } else { Parallelism::None };
+        let parallelism = if self.people == 1 { cpu::parallelism() } else { Parallelism::None };
         Product { m, n, k, scale, add, parallelism }
     }
 
     /// Threads over the people.
     fn threads(&self) -> usize {
-        slices::threads_for(self.people * self.rows * self.rank * (self.k + self.n))
+        cpu::threads_for(self.people * self.rows * self.rank * (self.k + self.n))
     }
 
     fn person<'a>(&self, values: &'a [f32], person: usize, size: usize) -> &'a [f32] {
@@ -106,8 +140,8 @@ impl Sizes {
     }
 
     /// A product with a factor of one person, `width` wide.
-    fn thin(&self, width: usize) -> Thin {
-        Thin { rows: self.rows, width, rank: self.rank, parallel: self.people == 1 }
+    fn thin(&self, width: usize) -> SkinnyGemm {
+        SkinnyGemm { rows: self.rows, width, rank: self.rank, parallel: self.people == 1 }
     }
 
     /// Whether both factors are thin enough for kernels of their own.
@@ -126,7 +160,7 @@ impl Sizes {
 
     /// Adds s·(x·downᵀ)·upᵀ.
     fn forward(&self, x: &[f32], down: &[f32], up: &[f32], y: &mut [f32]) {
-        slices::for_chunks_on(self.threads(), y, self.rows * self.n, |person, y| {
+        cpu::for_chunks_on(self.threads(), y, self.rows * self.n, |person, y| {
             if self.is_thin() {
                 let (x, down) = (self.person(x, person, self.rows * self.k), self.down(down, person));
                 let h = self.thin(self.k).into_rank(x, down, self.scale);
@@ -170,7 +204,7 @@ impl Sizes {
 
     /// Adds grad_h·down.
     fn add_grad_input(&self, grad_h: &[[Vec<f32>; 3]], down: &[f32], grad_x: &mut [f32]) {
-        slices::for_chunks_on(self.threads(), grad_x, self.rows * self.k, |person, grad_x| {
+        cpu::for_chunks_on(self.threads(), grad_x, self.rows * self.k, |person, grad_x| {
             let [_, _, grad_h] = &grad_h[person];
             if self.is_thin() {
                 return self.thin(self.k).add_from_rank(grad_h, self.down(down, person), grad_x);
@@ -194,7 +228,7 @@ impl Sizes {
     }
 }
 
-impl CustomOp3 for AdaptedOp {
+impl CustomOp3 for LoraLinearOp {
     fn name(&self) -> &'static str {
         "adapted"
     }
@@ -209,19 +243,19 @@ impl CustomOp3 for AdaptedOp {
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let Sizes { people, rows, k, n, .. } = self.sizes;
-        let shape = linear::with_last(x_layout.dims(), n);
-        if self.pass == Pass::Again {
+        let shape = linear_op::with_last(x_layout.dims(), n);
+        if self.pass == Pass::Recompute {
             return Ok((CpuStorage::F32(vec![0.0; people * rows * n]), shape));
         }
-        let x = slices::operand(x, x_layout)?;
+        let x = cpu::operand(x, x_layout)?;
         let product = |bias: &[f32]| {
-            slices::with_weight(&self.weight, |w: Weight| linear::product(x, w, bias, [people * rows, n, k]))
+            cpu::with_weight(&self.weight, |w: Weight| linear_op::product(x, w, bias, [people * rows, n, k]))
         };
         let mut y = match &self.bias {
-            Some(bias) => slices::with_values(bias, product)??,
+            Some(bias) => cpu::with_values(bias, product)??,
             None => product(&[])?,
         };
-        self.sizes.forward(x, slices::operand(down, down_layout)?, slices::operand(up, up_layout)?, &mut y);
+        self.sizes.forward(x, cpu::operand(down, down_layout)?, cpu::operand(up, up_layout)?, &mut y);
         Ok((CpuStorage::F32(y), shape))
     }
 
@@ -235,16 +269,16 @@ impl CustomOp3 for AdaptedOp {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let Sizes { people, rows, k, n, shared, .. } = self.sizes;
         let grad = grad.contiguous()?;
-        let (parts, grad_x) = slices::with_values(&grad, |grad| {
-            slices::with_values(x, |values| {
-                slices::with_values(down, |down| {
-                    slices::with_values(up, |up| -> Result<_> {
-                        let parts = slices::map_indices_on(self.sizes.threads(), people, |person| {
+        let (parts, grad_x) = cpu::with_values(&grad, |grad| {
+            cpu::with_values(x, |values| {
+                cpu::with_values(down, |down| {
+                    cpu::with_values(up, |up| -> Result<_> {
+                        let parts = cpu::map_indices_on(self.sizes.threads(), people, |person| {
                             self.sizes.backward([values, down, up, grad], person)
                         });
                         let grad_x = if x.track_op() {
-                            let mut grad_x = slices::with_weight(&self.weight, |weight| {
-                                linear::grad_input(grad, weight, [people * rows, n, k])
+                            let mut grad_x = cpu::with_weight(&self.weight, |weight| {
+                                linear_op::grad_input(grad, weight, [people * rows, n, k])
                             })?;
                             self.sizes.add_grad_input(&parts, down, &mut grad_x);
                             Some(grad_x)

@@ -14,8 +14,8 @@ use candle_core::{
     Tensor, Var,
 };
 
-use super::gathered::backward;
-use super::slices;
+use crate::layers::backward::backward;
+use crate::layers::cpu;
 
 /// Which run of a piece this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,14 +23,14 @@ pub enum Pass {
     /// The first: the output is wanted.
     Forward,
     /// In the backward pass: gradients alone are wanted, and nobody reads the values of the output.
-    Again,
+    Recompute,
 }
 
 /// `piece(inputs)`, of which the graph keeps nothing but the inputs. Its gradients are those of `piece(inputs)` itself.
 ///
 /// The first two inputs are kept as they are; further ones that need a gradient are copied and should be small. The
-/// piece must give the same whenever it runs, but for the values of its output in [`Pass::Again`].
-pub fn recomputed(
+/// piece must give the same whenever it runs, but for the values of its output in [`Pass::Recompute`].
+pub fn checkpointed(
     inputs: &[&Tensor],
     piece: impl Fn(&[Tensor], Pass) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
@@ -48,7 +48,7 @@ pub fn recomputed(
     let small = end_to_end(variables.iter().chain(small), &y)?;
     let none = Tensor::zeros(0, DType::F32, y.device())?;
     let kept = |i: usize| inputs.get(i).copied().unwrap_or(&none);
-    let op = Piece {
+    let op = Segment {
         run: Box::new(piece),
         inputs: detached,
         tracked,
@@ -70,7 +70,7 @@ fn end_to_end<'a>(tensors: impl Iterator<Item = &'a Tensor>, beside: &Tensor) ->
 /// Part of a network: its output from its inputs.
 type Run = dyn Fn(&[Tensor], Pass) -> Result<Tensor> + Send + Sync;
 
-struct Piece {
+struct Segment {
     run: Box<Run>,
     /// Without their graphs.
     inputs: Vec<Tensor>,
@@ -82,18 +82,18 @@ struct Piece {
     result: Mutex<Option<Tensor>>,
 }
 
-impl Piece {
+impl Segment {
     fn result(&self) -> Result<(Storage, Shape)> {
         let result = self.result.lock().ok().and_then(|mut result| result.take());
-        let Some(y) = result else { candle_core::bail!("a recomputed piece was applied twice") };
+        let Some(y) = result else { candle_core::bail!("a checkpointed piece was applied twice") };
         let storage = y.storage_and_layout().0.try_clone(y.layout())?;
         Ok((storage, y.shape().clone()))
     }
 }
 
-impl CustomOp3 for Piece {
+impl CustomOp3 for Segment {
     fn name(&self) -> &'static str {
-        "recomputed"
+        "checkpointed"
     }
 
     fn cpu_fwd(
@@ -107,7 +107,7 @@ impl CustomOp3 for Piece {
     ) -> Result<(CpuStorage, Shape)> {
         match self.result()? {
             (Storage::Cpu(storage), shape) => Ok((storage, shape)),
-            _ => candle_core::bail!("a recomputed piece left the CPU"),
+            _ => candle_core::bail!("a checkpointed piece left the CPU"),
         }
     }
 
@@ -122,7 +122,7 @@ impl CustomOp3 for Piece {
     ) -> Result<(CudaStorage, Shape)> {
         match self.result()? {
             (Storage::Cuda(storage), shape) => Ok((storage, shape)),
-            _ => candle_core::bail!("a recomputed piece left the CUDA device"),
+            _ => candle_core::bail!("a checkpointed piece left the CUDA device"),
         }
     }
 
@@ -137,7 +137,7 @@ impl CustomOp3 for Piece {
     ) -> Result<(MetalStorage, Shape)> {
         match self.result()? {
             (Storage::Metal(storage), shape) => Ok((storage, shape)),
-            _ => candle_core::bail!("a recomputed piece left the Metal device"),
+            _ => candle_core::bail!("a checkpointed piece left the Metal device"),
         }
     }
 
@@ -156,8 +156,8 @@ impl CustomOp3 for Piece {
                 *input = Var::from_tensor(input)?.into_inner();
             }
         }
-        let y = (self.run)(&inputs, Pass::Again)?;
-        let grads = if slices::is_cpu_f32(&y) {
+        let y = (self.run)(&inputs, Pass::Recompute)?;
+        let grads = if cpu::is_cpu_f32(&y) {
             backward(&y.apply_op1(Seed(grad.contiguous()?))?)?
         } else {
             backward(&(y * grad)?.sum_all()?)? // dΣ(y · grad)/dy = grad
@@ -241,7 +241,7 @@ mod tests {
             let backward = |y: Tensor| ((y * &weight)? + &frozen)?.sum_all()?.backward();
             let plain = backward(run(&x, Pass::Forward)?)?;
             let piece = Arc::clone(&run);
-            let again = backward(recomputed(&[&x[0], &x[1], &x[2]], move |x, pass| piece(x, pass))?)?;
+            let again = backward(checkpointed(&[&x[0], &x[1], &x[2]], move |x, pass| piece(x, pass))?)?;
             for var in vars.iter().chain(&inputs) {
                 let values = |grads: &candle_core::backprop::GradStore| {
                     grads.get(var).map(|grad| grad.flatten_all()?.to_vec1::<f32>()).transpose()
@@ -255,7 +255,7 @@ mod tests {
     #[test]
     fn without_anything_to_train_the_graph_ends() -> Result<()> {
         let x = normal(1, 0, (2, 3), &Device::Cpu)?;
-        let y = recomputed(&[&x], |x, _| &x[0] * 2.0)?;
+        let y = checkpointed(&[&x], |x, _| &x[0] * 2.0)?;
         assert!(!y.track_op());
         Ok(())
     }

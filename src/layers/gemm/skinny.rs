@@ -2,12 +2,12 @@
 //!
 //! All read the long operand once, where it lies: packing it would take as long as the product.
 
-use super::slices::{self, Shared};
-use super::tile::{self, COLUMNS, ROWS, Words};
+use crate::layers::cpu::{self, Shared};
+use crate::layers::gemm::microkernel::{self, ElemType, MR, NR};
 
 /// Sizes of a product between (rows, width) and (rank, width).
 #[derive(Clone, Copy)]
-pub(super) struct Thin {
+pub(in crate::layers) struct SkinnyGemm {
     pub rows: usize,
     pub width: usize,
     pub rank: usize,
@@ -18,21 +18,21 @@ pub(super) struct Thin {
 /// Largest rank that pays; wider factors are for a general product.
 const LARGEST_RANK: usize = 32;
 
-impl Thin {
+impl SkinnyGemm {
     /// Whether these kernels take it.
-    pub(super) fn fits(self) -> bool {
-        tile::has_avx512()
+    pub(in crate::layers) fn fits(self) -> bool {
+        microkernel::has_avx512()
             && (1..=LARGEST_RANK).contains(&self.rank)
             && self.width > 0
-            && self.width.is_multiple_of(COLUMNS)
+            && self.width.is_multiple_of(NR)
             && self.rows > 0
     }
 
     /// scale · x·factorᵀ for `x` (rows, width) and `factor` (R, width) → (rows, R), and then zeros up to a whole tile.
-    pub(super) fn into_rank(self, x: &[f32], factor: &[f32], scale: f32) -> Vec<f32> {
+    pub(in crate::layers) fn into_rank(self, x: &[f32], factor: &[f32], scale: f32) -> Vec<f32> {
         let Self { rows, width, rank, .. } = self;
         assert!(self.fits() && x.len() >= rows * width && factor.len() >= rank * width);
-        let mut h = vec![0f32; rows.next_multiple_of(ROWS) * rank];
+        let mut h = vec![0f32; rows.next_multiple_of(MR) * rank];
         let together = self.rows_of_a_task();
         self.for_chunks(&mut h[..rows * rank], together * rank, |i, h| {
             let x = &x[i * together * width..][..h.len() / rank * width];
@@ -47,25 +47,25 @@ impl Thin {
         h
     }
 
-    /// Adds h·factor to `out` (rows, width); `h` as [`Thin::into_rank`] gives it, `factor` (R, width).
-    pub(super) fn add_from_rank(self, h: &[f32], factor: &[f32], out: &mut [f32]) {
+    /// Adds h·factor to `out` (rows, width); `h` as [`SkinnyGemm::into_rank`] gives it, `factor` (R, width).
+    pub(in crate::layers) fn add_from_rank(self, h: &[f32], factor: &[f32], out: &mut [f32]) {
         let Self { rows, width, rank, .. } = self;
-        assert!(self.fits() && h.len() >= rows.next_multiple_of(ROWS) * rank && factor.len() >= rank * width);
+        assert!(self.fits() && h.len() >= rows.next_multiple_of(MR) * rank && factor.len() >= rank * width);
         let together = self.rows_of_a_task();
         self.for_chunks(&mut out[..rows * width], together * width, |task, out| {
             let count = out.len() / width;
-            for i in (0..count).step_by(ROWS) {
+            for i in (0..count).step_by(MR) {
                 let left = h[(task * together + i) * rank..].as_ptr().cast();
-                for j in (0..width).step_by(COLUMNS) {
+                for j in (0..width).step_by(NR) {
                     // SAFETY: `h` has whole tiles of rows, and the panels part the columns.
                     unsafe {
                         let right = factor[j..].as_ptr().cast();
                         let out = out[i * width + j..].as_mut_ptr();
-                        let height = ROWS.min(count - i);
-                        tile::tile(
-                            Words::F32,
+                        let height = MR.min(count - i);
+                        microkernel::tile(
+                            ElemType::F32,
                             height,
-                            COLUMNS,
+                            NR,
                             rank,
                             left,
                             rank,
@@ -82,24 +82,24 @@ impl Thin {
     }
 
     /// hᵀ·x (R, width), the gradient of the factor; `h` (rows, R), `x` (rows, width).
-    pub(super) fn factor_gradient(self, h: &[f32], x: &[f32]) -> Vec<f32> {
+    pub(in crate::layers) fn factor_gradient(self, h: &[f32], x: &[f32]) -> Vec<f32> {
         let Self { rows, width, rank, .. } = self;
         assert!(self.fits() && h.len() >= rows * rank && x.len() >= rows * width);
-        let turned = transposed(&h[..rows * rank], rank, rank.next_multiple_of(ROWS));
+        let turned = transposed(&h[..rows * rank], rank, rank.next_multiple_of(MR));
         let mut gradient = vec![0f32; rank * width];
         let out = Shared::new(gradient.as_mut_ptr());
         let panel = |j: usize| {
-            let j = j * COLUMNS;
-            for r in (0..rank).step_by(ROWS) {
+            let j = j * NR;
+            for r in (0..rank).step_by(MR) {
                 // SAFETY: `turned` has whole tiles of rows, and each panel writes its own columns.
                 unsafe {
                     let (left, right) = (turned[r * rows..].as_ptr().cast(), x[j..].as_ptr().cast());
                     let out = out.get().add(r * width + j);
-                    let height = ROWS.min(rank - r);
-                    tile::tile(
-                        Words::F32,
+                    let height = MR.min(rank - r);
+                    microkernel::tile(
+                        ElemType::F32,
                         height,
-                        COLUMNS,
+                        NR,
                         rows,
                         left,
                         rows,
@@ -113,27 +113,27 @@ impl Thin {
             }
         };
         match self.parallel {
-            true => slices::for_each(width / COLUMNS, panel),
-            false => (0..width / COLUMNS).for_each(panel),
+            true => cpu::for_each(width / NR, panel),
+            false => (0..width / NR).for_each(panel),
         }
         gradient
     }
 
     /// Whole tiles, and some tasks for each thread.
     fn rows_of_a_task(self) -> usize {
-        self.rows.div_ceil(4 * slices::threads()).next_multiple_of(ROWS)
+        self.rows.div_ceil(4 * cpu::threads()).next_multiple_of(MR)
     }
 
     fn for_chunks(self, out: &mut [f32], size: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
         match self.parallel {
-            true => slices::for_chunks(out, size, work),
+            true => cpu::for_chunks(out, size, work),
             false => out.chunks_mut(size).enumerate().for_each(|(i, out)| work(i, out)),
         }
     }
 }
 
 /// (rows, width) → (width, rows), and then zeros up to `height` rows.
-pub(super) fn transposed(x: &[f32], width: usize, height: usize) -> Vec<f32> {
+pub(in crate::layers) fn transposed(x: &[f32], width: usize, height: usize) -> Vec<f32> {
     let rows = x.len() / width;
     let mut turned = vec![0f32; height * rows];
     for (i, row) in x.chunks_exact(width).enumerate() {
@@ -154,7 +154,7 @@ mod x86 {
     /// # Safety
     /// The processor has AVX-512; `width` is a multiple of 16, and the slices have the sizes that it tells.
     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw")]
-    pub(super) unsafe fn dots(
+    pub(in crate::layers) unsafe fn dots(
         x: &[f32],
         factor: &[f32],
         width: usize,
@@ -239,7 +239,7 @@ mod tests {
     #[test]
     fn they_are_the_naive_sums() {
         for (rows, width, rank) in [(1, 32, 1), (13, 64, 8), (100, 96, 5), (40, 32, 17), (7, 64, 32)] {
-            let thin = Thin { rows, width, rank, parallel: true };
+            let thin = SkinnyGemm { rows, width, rank, parallel: true };
             if !thin.fits() {
                 eprintln!("skipped: no AVX-512 here");
                 return;
