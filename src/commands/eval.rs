@@ -35,7 +35,7 @@ use crate::registry;
 use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
 use crate::statistics::Mean;
-use crate::synthetic::judge::{Judge as AttributeJudge, Record};
+use crate::synthetic::attribute_classifier::{AttributeClassifier, Record};
 use crate::synthetic::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
 use crate::train::shards::in_threads_or_turn;
 
@@ -433,7 +433,7 @@ pub struct Bench {
     pub layout: BlockLayout,
     pub faces: FaceEncoder,
     pub recogniser: identity::Judge,
-    pub attributes: Option<AttributeJudge>,
+    pub attributes: Option<AttributeClassifier>,
 }
 
 /// What is drawn: noise and prompts of the same number.
@@ -487,9 +487,9 @@ impl Bench {
         let files = registry::find_base(&args.base, &args.base_options)?;
         let model = Sdxl::open(&files, DType::F32, &device::open(&args.device)?)?;
         let attributes = match &args.judge {
-            Some(name) => Some(AttributeJudge::open(&registry::find(name, "judge")?)?),
+            Some(name) => Some(AttributeClassifier::open(&registry::find(name, "judge")?)?),
             None => match registry::built_in("judge") {
-                Ok(files) => Some(AttributeJudge::open(&files)?),
+                Ok(files) => Some(AttributeClassifier::open(&files)?),
                 Err(error) => {
                     progress::note(format_args!("prompts and factors are not judged: {error:#}"));
                     None
@@ -593,7 +593,7 @@ impl Bench {
     }
 
     pub fn record(&self) -> Option<&Record> {
-        self.attributes.as_ref().map(AttributeJudge::record)
+        self.attributes.as_ref().map(AttributeClassifier::record)
     }
 
     /// The factors that the judge of attributes can see: it explains half of their variance or more.

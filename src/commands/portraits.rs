@@ -13,7 +13,8 @@ use crate::image::Image;
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
-use crate::synthetic::{self, CaptionOptions, Person, Scene};
+use crate::synthetic::{self, CaptionOptions, Detail, Person, Scene, World};
+use crate::train;
 
 /// Arguments of `difflora portraits`.
 ///
@@ -36,6 +37,10 @@ pub struct Args {
     /// Seed of the population.
     #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
     seed: u64,
+    /// How scenes vary: `varied`, or `aligned` with the face at one place, more styles and things, and captions that
+    /// name all of it.
+    #[arg(long, value_enum, default_value = "varied", env = "DIFFLORA_WORLD")]
+    world: World,
     /// Show all people in the same scenes, generated from this seed.
     #[arg(long, value_name = "SEED", env = "DIFFLORA_SCENES")]
     scenes: Option<u64>,
@@ -84,11 +89,23 @@ fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> 
     for number in 1..=args.images {
         progress::check()?;
         let scene = match args.scenes {
-            Some(seed) => Scene::draw(seed, number),
-            None => Scene::draw_for(person, number),
+            Some(seed) => args.world.shared_scene(seed, number),
+            None => args.world.scene(person, number),
         };
         let rgb = synthetic::paint(person, &scene, args.size.into(), args.supersample.into());
-        let caption = synthetic::caption(person, &scene, options, args.seed);
+        let caption = match (args.world, args.attributes) {
+            (World::Varied, _) => synthetic::caption(person, &scene, options, args.seed),
+            (World::Aligned, attributes) => {
+                let detail = if attributes == 0 { Detail::Short } else { Detail::All };
+                synthetic::describe(
+                    person,
+                    &scene,
+                    &args.subject,
+                    detail,
+                    &mut train::rng(args.seed, scene.grain),
+                )
+            }
+        };
         let image = format!("{number:04}.png");
         Image { width: args.size.into(), height: args.size.into(), rgb }.save(&folder.join(&image), None)?;
         let text = folder.join(&image).with_extension("txt");
@@ -102,6 +119,7 @@ fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> 
 /// What is known about one image.
 #[derive(Serialize)]
 struct Record {
+    #[serde(rename = "picture")]
     image: String,
     caption: String,
     scene: Scene,

@@ -12,8 +12,10 @@ use crate::output::print_line;
 use crate::progress;
 use crate::recipes::base::config::Settings;
 use crate::recipes::base::{unet, vae};
-use crate::synthetic::image_set::Gallery;
+use crate::synthetic::attribute_classifier::AttributeClassifier;
+use crate::synthetic::image_set::PaintedImages;
 use crate::train::trainer::{End, Keeping};
+use crate::weights::model_folder::ModelFiles;
 
 /// Arguments of `difflora train-base`.
 ///
@@ -37,6 +39,9 @@ pub struct Args {
     /// is kept.
     #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_FROM")]
     from: Option<PathBuf>,
+    /// Attribute classifier that measures generated images along the way, in OUT/training/unet-quality.jsonl.
+    #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_JUDGE")]
+    judge: Option<PathBuf>,
     /// Steps per stage [default: the settings].
     #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_STEPS")]
     steps: Option<u64>,
@@ -70,15 +75,20 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
         save_every: Duration::from_secs(300),
     };
-    let mut gallery = Gallery::new(&settings.images);
+    let images = PaintedImages::new(&settings.images);
     if matches!(args.stage, Stage::Vae | Stage::All) {
-        let end = vae::train(&settings, &mut gallery, &keeping("vae"), &args.out)?;
+        let end = vae::train(&settings, &images, &keeping("vae"), &args.out)?;
         if report(end, "vae", output)? {
             return Ok(());
         }
     }
     if matches!(args.stage, Stage::Unet | Stage::All) {
-        let end = unet::train(&settings, &mut gallery, &keeping("unet"), &args.out, args.from.as_deref())?;
+        let classifier = match &args.judge {
+            Some(name) => Some(AttributeClassifier::open(&ModelFiles::folder(name)?)?),
+            None => None,
+        };
+        let start = unet::Start { from: args.from.as_deref(), classifier: classifier.as_ref() };
+        let end = unet::train(&settings, &images, &keeping("unet"), &args.out, &start)?;
         report(end, "unet", output)?;
     }
     Ok(())

@@ -9,6 +9,7 @@
 use rand::Rng;
 use rand::seq::SliceRandom;
 
+use crate::synthetic::descriptions;
 use crate::synthetic::people::{
     Beard, Colour, Expression, EyeColour, Facing, Glasses, HairColour, HairStyle, Hat, Identity, Person,
     Scene, Style, stream,
@@ -17,12 +18,12 @@ use crate::synthetic::people::{
 /// What a caption says and what it leaves out.
 #[derive(Clone, Copy, Debug)]
 pub struct CaptionOptions<'a> {
-    /// Who is in the image: `person`, or `sks person` for somebody of one's own.
+    /// What the person is called: `person`, or `sks person` for the person of a LoRA.
     pub subject: &'a str,
     /// At most so many words about the identity, chosen at random; 0 for none.
     pub attributes: usize,
     /// Probability of leaving out each of expression, direction and background. Glasses and hats are
-    /// always said, since a model that meets them unsaid puts them anywhere.
+    /// always named, since a model that meets them unnamed paints them anywhere.
     pub drop: f32,
 }
 
@@ -63,9 +64,10 @@ pub fn caption(person: &Person, scene: &Scene, options: CaptionOptions, seed: u6
 /// Every word that captions can contain, each once, in a fixed order.
 pub fn vocabulary() -> Vec<&'static str> {
     let frame: &[&str] = &["a of person sks wearing background"];
+    let styles = &Style::WORDS[..Style::FIRST.len()];
     let phrases = [
         frame,
-        Style::WORDS,
+        styles,
         Expression::WORDS,
         &Facing::WORDS[1..],
         &Glasses::WORDS[1..],
@@ -80,7 +82,8 @@ pub fn vocabulary() -> Vec<&'static str> {
         &[FRECKLES],
     ];
     let mut words = Vec::new();
-    for word in phrases.into_iter().flatten().flat_map(|phrase| phrase.split(' ')) {
+    let first = phrases.into_iter().flatten().flat_map(|phrase| phrase.split(' '));
+    for word in first.chain(descriptions::words()) {
         if !words.contains(&word) {
             words.push(word);
         }

@@ -1,18 +1,19 @@
-//! The painted images that a base model learns from, held in memory.
+//! The painted images that a base model is trained on; each is painted when it is needed.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::progress;
-use crate::synthetic::{self, CaptionOptions, Person, Scene};
-use crate::train::shards::in_threads;
+use crate::synthetic::{self, FaceMap, Person, Scene, World};
 
 /// Which images, and what their captions say.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
+    /// How scenes vary and what captions say.
+    #[serde(default, skip_serializing_if = "is_varied")]
+    pub world: World,
     /// Seed of the population.
     pub seed: u64,
     /// Number of the first person.
@@ -23,23 +24,29 @@ pub struct Settings {
     pub each: u64,
     /// Pixels on a side.
     pub size: usize,
-    /// Part of the captions that say all about the person; the others say a random number of words.
+    /// Part of the captions that say all about the person; the others say a random number of words. Only in the varied
+    /// world.
+    #[serde(default)]
     pub full_captions: f64,
-    /// Probability of leaving out each of expression, direction and background.
+    /// Probability of leaving out each of expression, direction and background. Only in the varied world.
+    #[serde(default)]
     pub drop: f32,
 }
 
-/// Images that are painted when they are first needed.
-pub struct Gallery {
-    settings: Settings,
-    /// Bytes, (image, 3, size, size).
-    planes: Vec<u8>,
+// Checkpoints hold the settings that they were made with, and older ones know no world.
+fn is_varied(world: &World) -> bool {
+    *world == World::Varied
 }
 
-impl Gallery {
-    /// Nothing is painted yet.
+/// A numbered set of painted images with captions.
+pub struct PaintedImages {
+    settings: Settings,
+}
+
+impl PaintedImages {
+    /// The set that the settings describe.
     pub fn new(settings: &Settings) -> Self {
-        Self { settings: settings.clone(), planes: Vec::new() }
+        Self { settings: settings.clone() }
     }
 
     /// Images in all.
@@ -47,71 +54,61 @@ impl Gallery {
         (self.settings.people * self.settings.each) as usize
     }
 
-    /// Paints all images, unless that is done.
-    pub fn paint(&mut self) -> Result<()> {
-        if self.planes.is_empty() {
-            let bar = progress::bar(self.len() as u64, "painting");
-            let parts = in_threads(self.settings.people as usize, |person| {
-                progress::check()?;
-                let mut planes = Vec::new();
-                for image in 0..self.settings.each as usize {
-                    planes.extend(self.planes_of(person * self.settings.each as usize + image));
-                    bar.inc(1);
-                }
-                Ok(planes)
-            })?;
-            bar.finish_and_clear();
-            self.planes = parts.concat();
-        }
-        Ok(())
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
-    /// Images of people who are in no training batch: `count` of them, one each. (count, 3, size, size) in [−1, 1].
-    pub fn strangers(&self, count: usize) -> Result<Tensor> {
-        let first = self.len();
-        let planes =
-            in_threads(count, |i| Ok(self.planes_of(first + i * self.settings.each as usize)))?.concat();
-        self.tensor(count, planes.iter())
+    /// `count` images of people who are in no training batch, one each, by number.
+    pub fn held_out(&self, count: usize) -> Vec<usize> {
+        (0..count).map(|i| self.len() + i * self.settings.each as usize).collect()
     }
 
-    /// Up to `count` images, evenly spread. (count, 3, size, size) in [−1, 1].
-    pub fn sample(&self, count: usize) -> Result<Tensor> {
-        let count = count.clamp(1, self.len());
-        self.batch(&(0..count).map(|i| i * (self.len() / count)).collect::<Vec<_>>())
+    /// Numbers of up to `count` images, evenly spread.
+    pub fn spread(&self, count: usize) -> Vec<usize> {
+        let count = count.clamp(1, self.len().max(1));
+        (0..count).map(|i| i * (self.len() / count)).collect()
     }
 
-    /// Painted images by number. (B, 3, size, size) in [−1, 1].
+    /// Images by number. (B, 3, size, size) in [−1, 1].
     pub fn batch(&self, numbers: &[usize]) -> Result<Tensor> {
-        let length = 3 * self.settings.size * self.settings.size;
-        self.tensor(
-            numbers.len(),
-            numbers.iter().flat_map(|number| &self.planes[number * length..][..length]),
-        )
+        let size = self.settings.size;
+        let planes = numbers.iter().flat_map(|number| self.planes(*number));
+        let values: Vec<f32> = planes.map(|byte| f32::from(byte) / 127.5 - 1.0).collect();
+        Ok(Tensor::from_vec(values, (numbers.len(), 3, size, size), &Device::Cpu)?)
     }
 
-    fn tensor<'a>(&self, count: usize, planes: impl Iterator<Item = &'a u8>) -> Result<Tensor> {
-        let size = self.settings.size;
-        let values: Vec<f32> = planes.map(|byte| f32::from(*byte) / 127.5 - 1.0).collect();
-        Ok(Tensor::from_vec(values, (count, 3, size, size), &Device::Cpu)?)
+    /// Weights of the squared or absolute error over a grid of `side`×`side`, 1 beside the head, 1 + `head` on it and
+    /// 1 + `head` + `features` at eyes and mouth, over their mean. (B, 1, side, side)
+    pub fn weights(&self, numbers: &[usize], side: usize, head: f64, features: f64) -> Result<Tensor> {
+        let mut values = Vec::with_capacity(numbers.len() * side * side);
+        for &number in numbers {
+            let (person, scene) = self.subject(number);
+            let map = FaceMap::new(&person, &scene, side);
+            let weight = |(on, at): (&f32, &f32)| 1.0 + head as f32 * on + features as f32 * at;
+            let weights: Vec<f32> = map.head.iter().zip(&map.features).map(weight).collect();
+            let mean = weights.iter().sum::<f32>() / weights.len() as f32;
+            values.extend(weights.into_iter().map(|weight| weight / mean));
+        }
+        Ok(Tensor::from_vec(values, (numbers.len(), 1, side, side), &Device::Cpu)?)
     }
 
     /// A caption of image `number`; what it says is drawn from `rng`.
     pub fn caption(&self, number: usize, rng: &mut impl Rng) -> String {
         let (person, scene) = self.subject(number);
-        let all = rng.random_bool(self.settings.full_captions);
-        let attributes = if all { usize::MAX } else { rng.random_range(0..=5) };
-        let options = CaptionOptions { subject: "person", attributes, drop: self.settings.drop };
-        synthetic::caption(&person, &scene, options, rng.random())
+        self.settings.world.caption(&person, &scene, self.settings.full_captions, self.settings.drop, rng)
     }
 
-    fn subject(&self, number: usize) -> (Person, Scene) {
+    /// Who is in image `number`, and in which scene.
+    pub fn subject(&self, number: usize) -> (Person, Scene) {
         let (person, image) = (number as u64 / self.settings.each, number as u64 % self.settings.each);
         let person = Person::new(self.settings.seed, self.settings.first + person);
-        let scene = Scene::draw_for(&person, image);
+        let scene = self.settings.world.scene(&person, image);
         (person, scene)
     }
 
-    fn planes_of(&self, number: usize) -> Vec<u8> {
+    /// Bytes (3, size, size).
+    fn planes(&self, number: usize) -> Vec<u8> {
         let (person, scene) = self.subject(number);
         let rgb = synthetic::paint(&person, &scene, self.settings.size, 1);
         (0..3).flat_map(|channel| rgb.iter().skip(channel).step_by(3).copied()).collect()

@@ -130,6 +130,12 @@ macro_rules! choices {
             pub fn word(self) -> &'static str {
                 Self::WORDS[self as usize]
             }
+
+            /// Whether it is the first choice; records leave some of these out, so that old ones stay as they were.
+            #[allow(dead_code, clippy::trivially_copy_pass_by_ref)]
+            fn is_first(&self) -> bool {
+                *self as usize == 0
+            }
         }
     };
 }
@@ -176,7 +182,38 @@ choices! {
 }
 choices! {
     /// How the image is made.
-    Style { Photo => "photo", Sketch => "sketch", Painting => "painting", }
+    Style {
+        Photo => "photo", Sketch => "sketch", Painting => "painting", Cartoon => "cartoon",
+        Watercolour => "watercolour", Pastel => "pastel", Blueprint => "blueprint", Woodcut => "woodcut",
+        Mosaic => "mosaic", Comic => "comic", Charcoal => "charcoal", Neon => "neon", Sepia => "sepia",
+        Poster => "poster", Chalk => "chalk", Stencil => "stencil",
+    }
+}
+choices! {
+    /// What is behind the person.
+    Backdrop {
+        Plain => "plain", Beach => "beach", Forest => "forest", City => "city", Mountains => "mountains",
+        Night => "night", Library => "library",
+    }
+}
+choices! {
+    /// What covers the shoulders.
+    Clothing { Shirt => "shirt", Suit => "suit", Hoodie => "hoodie", Striped => "striped shirt", }
+}
+choices! {
+    /// What the person holds.
+    Held { Nothing => "nothing", Cup => "cup", Flower => "flower", Book => "book", }
+}
+choices! {
+    /// Where the light comes from, or what colour it has.
+    Lighting {
+        Even => "even light", Left => "light from the left", Right => "light from the right",
+        Dim => "dim light", Warm => "warm light", Cold => "cold light",
+    }
+}
+choices! {
+    /// How large the head is in the frame.
+    Framing { Normal => "portrait", Far => "from afar", Close => "close up", }
 }
 choices! {
     /// Colour of the background, and of shirt and hat.
@@ -184,6 +221,11 @@ choices! {
         Red => "red", Green => "green", Blue => "blue", Yellow => "yellow",
         White => "white", Black => "black", Purple => "purple", Orange => "orange",
     }
+}
+
+impl Style {
+    /// The styles of [`Scene::draw`].
+    pub const FIRST: &'static [Self] = &[Self::Photo, Self::Sketch, Self::Painting];
 }
 
 impl Identity {
@@ -242,6 +284,18 @@ pub struct Scene {
     pub noise: f32,
     /// Seed of the grain.
     pub grain: u64,
+    /// What is behind the person; only a plain one has the colour `background`.
+    #[serde(skip_serializing_if = "Backdrop::is_first")]
+    pub backdrop: Backdrop,
+    /// What covers the shoulders.
+    #[serde(skip_serializing_if = "Clothing::is_first")]
+    pub clothing: Clothing,
+    /// What the person holds.
+    #[serde(skip_serializing_if = "Held::is_first")]
+    pub held: Held,
+    /// Colour and place of the light.
+    #[serde(skip_serializing_if = "Lighting::is_first")]
+    pub lighting: Lighting,
 }
 
 impl Scene {
@@ -264,7 +318,7 @@ impl Scene {
         let glasses = weighted(rng.random(), Glasses::ALL, &[0.72, 0.18, 0.10]);
         let hat = weighted(rng.random(), Hat::ALL, &[0.76, 0.14, 0.10]);
         let background = rng.random_range(0..Colour::ALL.len());
-        let style = weighted(rng.random(), Style::ALL, &[0.70, 0.15, 0.15]);
+        let style = weighted(rng.random(), Style::FIRST, &[0.70, 0.15, 0.15]);
         let light = signed(rng);
         let shift = [0.05 * signed(rng), 0.04 * signed(rng)];
         let scale = 1.0 + 0.06 * signed(rng);
@@ -285,6 +339,78 @@ impl Scene {
             gain,
             noise,
             grain: rng.random(),
+            backdrop: Backdrop::Plain,
+            clothing: Clothing::Shirt,
+            held: Held::Nothing,
+            lighting: Lighting::Even,
+        }
+    }
+
+    /// Scene number `image` of one person's own list in the aligned world: the head is at one place, at one size, and
+    /// nothing varies that [`describe`](crate::synthetic::describe) does not name.
+    pub fn aligned_for(person: &Person, image: u64) -> Self {
+        Self::aligned(&mut stream(person.seed, *b"aligned.", person.number, image))
+    }
+
+    /// Scene number `image` of a list that all people share, in the aligned world.
+    pub fn aligned_shared(seed: u64, image: u64) -> Self {
+        Self::aligned(&mut stream(seed, *b"shared..", 0, image))
+    }
+
+    fn aligned(rng: &mut ChaCha8Rng) -> Self {
+        let expression = weighted(rng.random(), Expression::ALL, &[0.31, 0.27, 0.21, 0.21]);
+        let turn = weighted(rng.random(), Facing::ALL, &[0.70, 0.15, 0.15]);
+        let angle = 0.26 + 0.14 * rng.random::<f32>();
+        let glasses = weighted(rng.random(), Glasses::ALL, &[0.74, 0.16, 0.10]);
+        let hat = weighted(rng.random(), Hat::ALL, &[0.74, 0.13, 0.13]);
+        let background = rng.random_range(0..Colour::ALL.len());
+        let style = if rng.random_bool(0.5) { 0 } else { rng.random_range(1..Style::ALL.len()) };
+        let backdrop = if rng.random_bool(0.6) { 0 } else { rng.random_range(1..Backdrop::ALL.len()) };
+        let cloth = (background + rng.random_range(1..Colour::ALL.len())) % Colour::ALL.len();
+        let clothing = weighted(rng.random(), Clothing::ALL, &[0.40, 0.20, 0.20, 0.20]);
+        let held = weighted(rng.random(), Held::ALL, &[0.79, 0.07, 0.07, 0.07]);
+        let lighting = weighted(rng.random(), Lighting::ALL, &[0.60, 0.10, 0.10, 0.07, 0.07, 0.06]);
+        let framing = weighted(rng.random(), Framing::ALL, &[0.86, 0.07, 0.07]);
+        Self {
+            expression,
+            yaw: match turn {
+                Facing::Ahead => 0.0,
+                Facing::Left => -angle,
+                Facing::Right => angle,
+            },
+            glasses,
+            hat,
+            background: Colour::ALL[background],
+            style: Style::ALL[style],
+            light: match lighting {
+                Lighting::Left => -0.9,
+                Lighting::Right => 0.9,
+                _ => 0.0,
+            },
+            // The shoulders and a hat have room.
+            shift: [0.0, -0.06],
+            scale: match framing {
+                Framing::Normal => 0.9,
+                Framing::Far => 0.68,
+                Framing::Close => 1.2,
+            },
+            cloth: Colour::ALL[cloth],
+            gain: 1.0,
+            noise: 0.0,
+            grain: rng.random(),
+            backdrop: Backdrop::ALL[backdrop],
+            clothing,
+            held,
+            lighting,
+        }
+    }
+
+    /// How large the head is in the frame.
+    pub fn framing(&self) -> Framing {
+        match self.scale {
+            scale if scale < 0.8 => Framing::Far,
+            scale if scale > 1.1 => Framing::Close,
+            _ => Framing::Normal,
         }
     }
 
@@ -327,7 +453,7 @@ impl Scene {
             ("facing", Facing::WORDS),
             ("glasses", Glasses::WORDS),
             ("hat", Hat::WORDS),
-            ("style", Style::WORDS),
+            ("style", &Style::WORDS[..Style::FIRST.len()]),
             ("background", Colour::WORDS),
         ]
     }

@@ -15,6 +15,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp2, Layout, Sto
 use serde::{Deserialize, Serialize};
 
 use crate::layers::vectorised;
+use crate::train::muon::MuonOptions;
 use crate::train::shards::Gradients;
 
 /// AdamW over named variables, with clipping of the gradient's norm.
@@ -38,11 +39,14 @@ pub struct AdamWOptions {
     pub weight_decay: f64,
     /// Gradients longer than this, all variables together, are shortened to it; 0 leaves them as they are.
     pub clip: f64,
+    /// Matrices and kernels are trained by Muon instead, at the same learning rate and decay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub muon: Option<MuonOptions>,
 }
 
 impl Default for AdamWOptions {
     fn default() -> Self {
-        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 1e-2, clip: 1.0 }
+        Self { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 1e-2, clip: 1.0, muon: None }
     }
 }
 
@@ -92,6 +96,14 @@ impl AdamW {
         for (name, gradient) in gradients {
             let slot = self.slots.get_mut(name).with_context(|| format!("`{name}` is not trained here"))?;
             let rate = learning_rate * slot.rate;
+            if let Some(muon) = self.options.muon.as_ref().filter(|muon| muon.takes(name, slot.var.dims())) {
+                let (momentum, direction) = muon.direction(&slot.first, &(gradient * scale)?)?;
+                slot.first = momentum;
+                let rate = rate * muon.rate;
+                let kept = (slot.var.as_tensor() * (1.0 - rate * self.options.weight_decay))?;
+                slot.var.set(&(kept - (direction * rate)?)?.detach())?;
+                continue;
+            }
             let update = Update {
                 betas: [beta1 as f32, beta2 as f32],
                 take: [((1.0 - beta1) * scale) as f32, ((1.0 - beta2) * scale * scale) as f32],

@@ -10,6 +10,7 @@ pub mod distributed;
 pub mod ema;
 pub mod log;
 pub mod lr_schedule;
+pub mod muon;
 #[cfg(feature = "nccl")]
 mod nccl;
 pub mod shards;

@@ -2,5 +2,6 @@
 
 pub mod config;
 pub mod patch_pca;
+pub mod quality;
 pub mod unet;
 pub mod vae;

@@ -7,19 +7,22 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 use rand::seq::index;
+use rand_distr::StandardNormal;
 use serde::{Deserialize, Serialize};
 
 use crate::diffusion::sampler;
-use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
+use crate::diffusion::schedule::{NoiseSchedule, Prediction, SchedulerConfig};
 use crate::image::{Image, contact_sheet};
 use crate::progress;
+use crate::recipes::base::quality::Quality;
 use crate::sdxl::folder::SdxlParts;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel, TextConditioning, TextEncoders};
 use crate::sdxl::tokenizer::{ClipTokenizer, build_vocabulary};
 use crate::sdxl::unet::{UNet, UNetConfig};
 use crate::sdxl::vae::{Vae, VaeConfig};
 use crate::synthetic;
-use crate::synthetic::image_set::Gallery;
+use crate::synthetic::attribute_classifier::AttributeClassifier;
+use crate::synthetic::image_set::PaintedImages;
 use crate::train::shards::{Loss, in_threads};
 use crate::train::trainer::{self, End, Keeping, Plan};
 use crate::train::{self, checkpoint};
@@ -35,6 +38,20 @@ pub struct Settings {
     /// γ of the min-SNR weights; 0 weighs all timesteps alike.
     #[serde(default)]
     pub min_snr: f64,
+    /// Weighs squared errors of x_0 by 1 / max(1 − ᾱ, this), which from there on is the v-loss; for `sample` models.
+    /// 0 leaves it out.
+    #[serde(default)]
+    pub velocity_floor: f64,
+    /// Further weight of the error on the head.
+    #[serde(default)]
+    pub head: f64,
+    /// Further weight of the error at eyes and mouth.
+    #[serde(default)]
+    pub features: f64,
+    /// Noises drawn for each sample, of which the nearest to its latent is taken: immiscible diffusion
+    /// (arXiv 2505.18521).
+    #[serde(default = "one")]
+    pub noise_candidates: usize,
     /// Timesteps are T·u^power for u uniform in [0, 1): 1 draws all alike, more draws small ones more often, where
     /// eyes and mouths are decided.
     #[serde(default = "uniform")]
@@ -59,22 +76,76 @@ fn uniform() -> f64 {
     1.0
 }
 
+fn one() -> usize {
+    1
+}
+
+impl Settings {
+    /// Weights of the samples' errors by their timesteps. `t` (B) → (B)
+    fn weights(&self, schedule: &NoiseSchedule, t: &[usize]) -> Result<Vec<f64>> {
+        let mut weights = match self.min_snr {
+            gamma if gamma > 0.0 => schedule.min_snr_weights(t, gamma)?,
+            _ => vec![1.0; t.len()],
+        };
+        if self.velocity_floor > 0.0 {
+            ensure!(
+                schedule.config.prediction_type == Prediction::Sample,
+                "velocity_floor needs prediction_type = \"sample\""
+            );
+            for (weight, t) in weights.iter_mut().zip(t) {
+                *weight /= (1.0 - schedule.alphas_bar[*t]).max(self.velocity_floor);
+            }
+        }
+        Ok(weights)
+    }
+}
+
+/// Of `candidates` normal noises for each sample the one nearest to it. `x0` (B, …) → the same shape.
+fn nearest_noise(rng: &mut impl Rng, x0: &Tensor, candidates: usize) -> Result<Tensor> {
+    if candidates < 2 {
+        return Ok(train::normal(rng, x0.shape(), x0.device())?);
+    }
+    let rows = x0.flatten_from(1)?.to_vec2::<f32>()?;
+    let mut nearest = Vec::with_capacity(x0.elem_count());
+    for row in &rows {
+        let mut best = (f32::INFINITY, Vec::new());
+        for _ in 0..candidates {
+            let noise: Vec<f32> = row.iter().map(|_| rng.sample(StandardNormal)).collect();
+            let distance = row.iter().zip(&noise).map(|(x, noise)| (x - noise) * (x - noise)).sum();
+            if distance < best.0 {
+                best = (distance, noise);
+            }
+        }
+        nearest.extend(best.1);
+    }
+    Ok(Tensor::from_vec(nearest, x0.shape(), x0.device())?)
+}
+
 /// Everything of the model that is not the VAE.
-struct Drawing {
+struct Denoiser {
     text: TextEncoders,
     unet: UNet,
     schedule: NoiseSchedule,
     size: usize,
 }
 
+/// What a run takes from elsewhere.
+#[derive(Clone, Copy, Default)]
+pub struct Start<'a> {
+    /// Weights of this model instead of random ones.
+    pub from: Option<&'a Path>,
+    /// Measures generated images along the way.
+    pub classifier: Option<&'a AttributeClassifier>,
+}
+
 /// Trains UNet and text encoders on the latents of `out`/vae and writes the whole model to `out`. They start from the
-/// weights of the model `from`, or from noise.
+/// weights of a model, or from random ones.
 pub fn train(
     all: &crate::recipes::base::config::Settings,
-    gallery: &mut Gallery,
+    images: &PaintedImages,
     keeping: &Keeping,
     out: &Path,
-    from: Option<&Path>,
+    start: &Start,
 ) -> Result<End> {
     let mut settings = all.unet.clone();
     let vocabulary = build_vocabulary(&words())?;
@@ -94,8 +165,7 @@ pub fn train(
     let vae = files.load("vae", DIFFUSERS_WEIGHTS, DType::F32, &Device::Cpu, |vb| Vae::new(&config, vb))?;
     let vae_weights: BTreeMap<String, Tensor> =
         files.tensors("vae", DIFFUSERS_WEIGHTS)?.into_iter().collect();
-    let latents = latents(&vae, all, gallery, keeping.folder)?;
-    let gallery = &*gallery;
+    let latents = latents(&vae, all, images, keeping.folder)?;
 
     let trainable = Trainable::new(all.seed);
     let vb = trainable.builder(&Device::Cpu);
@@ -106,7 +176,7 @@ pub fn train(
     for (_, var) in vars.iter().filter(|(name, _)| name.contains("_embedding.weight")) {
         var.set(&(var.as_tensor() * settings.embedding_scale)?.detach())?;
     }
-    if let Some(from) = from {
+    if let Some(from) = start.from {
         start_from(from, &vars)?;
     }
     let write = |average: &BTreeMap<String, Tensor>| -> Result<()> {
@@ -138,14 +208,20 @@ pub fn train(
         encoder_2,
     };
     let schedule = NoiseSchedule::new(&settings.scheduler)?;
-    let drawing = Drawing { text, unet, schedule, size: all.images.size };
+    let denoiser = Denoiser { text, unet, schedule, size: all.images.size };
 
     let seed = all.seed.wrapping_add(1);
-    let loss = |step: u64, shard: usize| drawing.loss(settings, gallery, &latents, (seed, step, shard));
+    let loss = |step: u64, shard: usize| denoiser.loss(settings, images, &latents, (seed, step, shard));
     let (end, ema) = trainer::run(&settings.plan, all, keeping, &vars, loss, |step, ema| {
         if step % settings.sheet_every == 0 {
             let path = keeping.folder.join(format!("unet-{step:06}.png"));
-            ema.averaged(|| drawing.sheet(&vae)?.save(&path, None))?;
+            ema.averaged(|| {
+                denoiser.sheet(&vae, images)?.save(&path, None)?;
+                let Some(classifier) = start.classifier else { return Ok(()) };
+                let quality =
+                    Quality::measure(images, classifier, |prompts| denoiser.generate(&vae, prompts, 8))?;
+                quality.append(&keeping.folder.join("unet-quality.jsonl"), step, settings.plan.batch)
+            })?;
             write(ema.averages())?;
         }
         Ok(())
@@ -186,7 +262,7 @@ fn words() -> Vec<&'static str> {
 fn latents(
     vae: &Vae,
     all: &crate::recipes::base::config::Settings,
-    gallery: &mut Gallery,
+    images: &PaintedImages,
     folder: &Path,
 ) -> Result<Tensor> {
     let path = folder.join("latents.safetensors");
@@ -198,13 +274,12 @@ fn latents(
     {
         return Ok(latents);
     }
-    gallery.paint()?;
-    let bar = progress::bar(gallery.len() as u64, "encoding");
+    let bar = progress::bar(images.len() as u64, "encoding");
     let chunk = 32;
-    let parts = in_threads(gallery.len().div_ceil(chunk), |i| {
+    let parts = in_threads(images.len().div_ceil(chunk), |i| {
         progress::check()?;
-        let numbers: Vec<usize> = (i * chunk..gallery.len().min((i + 1) * chunk)).collect();
-        let z = vae.to_latents(&vae.encode(&gallery.batch(&numbers)?)?.0)?;
+        let numbers: Vec<usize> = (i * chunk..images.len().min((i + 1) * chunk)).collect();
+        let z = vae.to_latents(&vae.encode(&images.batch(&numbers)?)?.0)?;
         bar.inc(numbers.len() as u64);
         Ok(z)
     })?;
@@ -215,23 +290,23 @@ fn latents(
     Ok(latents)
 }
 
-impl Drawing {
+impl Denoiser {
     /// Mean squared error of one shard's predictions.
     fn loss(
         &self,
         settings: &Settings,
-        gallery: &Gallery,
+        images: &PaintedImages,
         latents: &Tensor,
         (seed, step, shard): (u64, u64, usize),
     ) -> Result<Loss> {
         let Plan { batch, shards, .. } = settings.plan;
         let samples = batch / shards;
         let mut rng = train::rng(seed, step * shards as u64 + shard as u64);
-        let numbers = index::sample(&mut rng, gallery.len(), samples).into_vec();
+        let numbers = index::sample(&mut rng, images.len(), samples).into_vec();
         let captions: Vec<String> = numbers
             .iter()
             .map(|number| {
-                let caption = gallery.caption(*number, &mut rng);
+                let caption = images.caption(*number, &mut rng);
                 if rng.random_bool(settings.empty) { String::new() } else { caption }
             })
             .collect();
@@ -241,24 +316,25 @@ impl Drawing {
             .map(|i| ((shard * samples + i) as f64 + rng.random::<f64>()) / batch as f64)
             .map(|u| ((u.powf(settings.timestep_power) * all as f64) as usize).min(all - 1))
             .collect();
-        let numbers: Vec<u32> = numbers.iter().map(|number| *number as u32).collect();
-        let x0 = latents.index_select(&Tensor::from_vec(numbers, samples, latents.device())?, 0)?;
-        let noise = train::normal(&mut rng, x0.shape(), x0.device())?;
+        let rows: Vec<u32> = numbers.iter().map(|number| *number as u32).collect();
+        let x0 = latents.index_select(&Tensor::from_vec(rows, samples, latents.device())?, 0)?;
+        let noise = nearest_noise(&mut rng, &x0, settings.noise_candidates)?;
         let x_t = self.schedule.add_noise(&x0, &noise, &t)?;
         let target = self.schedule.target(&x0, &noise, &t)?;
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         let conditioning = self.text.encode_prompts(&captions)?;
         let times: Vec<f32> = t.iter().map(|t| *t as f32).collect();
         let output = self.predict(&x_t, &times, &conditioning)?;
-        let errors = (output - target)?.sqr()?.flatten_from(1)?.mean(1)?; // (B)
-        let plain = f64::from(errors.mean(0)?.to_scalar::<f32>()?);
-        let value = if settings.min_snr > 0.0 {
-            let weights = self.schedule.min_snr_weights(&t, settings.min_snr)?;
-            let weights: Vec<f32> = weights.into_iter().map(|weight| weight as f32).collect();
-            (errors * Tensor::from_vec(weights, samples, &Device::Cpu)?)?.mean(0)?
-        } else {
-            errors.mean(0)?
-        };
+        let mut errors = (output - target)?.sqr()?;
+        let plain = f64::from(errors.mean_all()?.to_scalar::<f32>()?);
+        if settings.head > 0.0 || settings.features > 0.0 {
+            let weights = images.weights(&numbers, x0.dim(3)?, settings.head, settings.features)?;
+            errors = errors.broadcast_mul(&weights)?;
+        }
+        let errors = errors.flatten_from(1)?.mean(1)?; // (B)
+        let weights = settings.weights(&self.schedule, &t)?;
+        let weights: Vec<f32> = weights.into_iter().map(|weight| weight as f32).collect();
+        let value = (errors * Tensor::from_vec(weights, samples, &Device::Cpu)?)?.mean(0)?;
         Ok(Loss { value, parts: vec![("error", plain)] })
     }
 
@@ -272,39 +348,53 @@ impl Drawing {
         self.unet.forward(x, &times, &conditioning.context, &conditioning.pooled, &sizes.contiguous()?)
     }
 
-    /// Images of the prompts of [`PROMPTS`], drawn with guidance.
-    fn sheet(&self, vae: &Vae) -> Result<Image> {
-        let columns = 6;
-        let rows = in_threads(PROMPTS.len(), |row| {
+    /// Images of `prompts`, one each, from noise of (`seed`, place in the list); chunks run on threads of their own.
+    pub(super) fn generate(&self, vae: &Vae, prompts: &[String], seed: u64) -> Result<Vec<Image>> {
+        let chunks: Vec<&[String]> = prompts.chunks(8).collect();
+        let images = in_threads(chunks.len(), |chunk| {
+            progress::check()?;
+            let count = chunks[chunk].len();
             let UNetConfig { in_channels, sample_size, .. } = self.unet.config;
-            let shape = (columns, in_channels, sample_size, sample_size);
-            let x = train::normal(&mut train::rng(7, row as u64), &shape.into(), &Device::Cpu)?;
-            let prompts = [vec![""; columns], vec![PROMPTS[row]; columns]].concat();
-            let conditioning = self.text.encode_prompts(&prompts)?;
+            let shape = (count, in_channels, sample_size, sample_size);
+            let x = train::normal(&mut train::rng(seed, chunk as u64), &shape.into(), &Device::Cpu)?;
+            let texts: Vec<&str> =
+                std::iter::repeat_n("", count).chain(chunks[chunk].iter().map(String::as_str)).collect();
+            let conditioning = self.text.encode_prompts(&texts)?;
             let denoise = |x: &Tensor, t: f64| {
                 let both = Tensor::cat(&[x, x], 0)?;
-                let output = self.predict(&both, &vec![t as f32; 2 * columns], &conditioning)?.detach();
-                let (empty, told) = (output.narrow(0, 0, columns)?, output.narrow(0, columns, columns)?);
-                Ok((&empty + ((told - &empty)? * 4.0)?)?)
+                let output = self.predict(&both, &vec![t as f32; 2 * count], &conditioning)?.detach();
+                let (empty, conditioned) = (output.narrow(0, 0, count)?, output.narrow(0, count, count)?);
+                Ok((&empty + ((conditioned - &empty)? * GUIDANCE)?)?)
             };
             let z = sampler::ddim(denoise, x, &self.schedule, 20, 0.0, |_| unreachable!("eta is 0"))?;
             let images = vae.decode(&vae.from_latents(&z)?)?.clamp(-1f32, 1f32)?;
-            (0..columns).map(|i| Image::from_tensor(&images.get(i)?)).collect::<Result<Vec<_>>>()
+            (0..count).map(|i| Image::from_tensor(&images.get(i)?)).collect::<Result<Vec<_>>>()
         })?;
-        let rows: Vec<Vec<&Image>> = rows.iter().map(|row| row.iter().collect()).collect();
+        Ok(images.into_iter().flatten().collect())
+    }
+
+    /// Painted images of held-out people, and below each what is generated from its caption.
+    fn sheet(&self, vae: &Vae, images: &PaintedImages) -> Result<Image> {
+        let numbers = images.held_out(24);
+        let captions: Vec<String> = numbers
+            .iter()
+            .map(|number| images.caption(*number, &mut train::rng(7, *number as u64)))
+            .collect();
+        let painted = images.batch(&numbers)?;
+        let painted: Vec<Image> =
+            (0..numbers.len()).map(|i| Image::from_tensor(&painted.get(i)?)).collect::<Result<_>>()?;
+        let generated = self.generate(vae, &captions, 7)?;
+        let rows: Vec<Vec<&Image>> = painted
+            .chunks(8)
+            .zip(generated.chunks(8))
+            .flat_map(|(above, below)| [above.iter().collect(), below.iter().collect()])
+            .collect();
         Ok(contact_sheet(&rows, 128, 2))
     }
 }
 
-/// What the sheets along the way show.
-const PROMPTS: [&str; 6] = [
-    "a photo of a person",
-    "a photo of a person, black hair, smiling, red background",
-    "a photo of a person, dark skin, serious, blue background",
-    "a photo of a person, pale skin, blond hair, wearing glasses, green background",
-    "a sketch of a person, wearing cap, white background",
-    "a painting of a person, full beard, facing left, yellow background",
-];
+/// Guidance scale of the sheets and measurements along the way.
+const GUIDANCE: f64 = 2.5;
 
 #[cfg(test)]
 mod tests {

@@ -15,7 +15,7 @@ use crate::image::{Image, contact_sheet};
 use crate::progress;
 use crate::recipes::base::patch_pca::Patches;
 use crate::sdxl::vae::{Vae, VaeConfig};
-use crate::synthetic::image_set::{self, Gallery};
+use crate::synthetic::image_set::{self, PaintedImages};
 use crate::train;
 use crate::train::shards::Loss;
 use crate::train::trainer::{self, End, Keeping, Plan};
@@ -30,6 +30,15 @@ pub struct Settings {
     pub model: VaeConfig,
     /// Standard deviation of the noise that is added to latents, so that the decoder forgives a denoiser's errors.
     pub noise: f64,
+    /// The deviation is uniform in [0, `noise`], by sample, instead of `noise` for all.
+    #[serde(default)]
+    pub noise_varies: bool,
+    /// Further weight of the error on the head.
+    #[serde(default)]
+    pub head: f64,
+    /// Further weight of the error at eyes and mouth.
+    #[serde(default)]
+    pub features: f64,
     /// Weight of the absolute error of the differences between neighbouring pixels.
     pub edges: f64,
     /// Steps between sheets of images.
@@ -49,17 +58,19 @@ struct Recipe<'a> {
 /// Trains the VAE and writes it to `out`/vae.
 pub fn train(
     all: &crate::recipes::base::config::Settings,
-    gallery: &mut Gallery,
+    images: &PaintedImages,
     keeping: &Keeping,
     out: &Path,
 ) -> Result<End> {
     let settings = &all.vae;
-    gallery.paint()?;
-    let gallery = &*gallery;
     let trainable = Trainable::new(all.seed);
     let vae = Vae::new(&settings.model, trainable.builder(&Device::Cpu))?;
     let mut vars = trainable.vars();
-    let patches = Patches::fit(&gallery.sample(2048)?, settings.model.latent_channels)?;
+    let patches = Patches::fit(
+        &images.batch(&images.spread(2048))?,
+        settings.model.latent_channels,
+        1 << (settings.model.block_out_channels.len() - 1),
+    )?;
     patches.write(&settings.model, &vars)?;
     progress::note(format_args!("the latents keep {:.2} % of the variance of a patch", 100.0 * patches.kept));
     let set: BTreeMap<String, Tensor> = vars
@@ -73,12 +84,12 @@ pub fn train(
     vars.retain(|name, _| name.starts_with("decoder.") || name.starts_with("post_quant_conv."));
 
     let recipe = Recipe { seed: all.seed, images: &all.images, vae: settings };
-    let shown = gallery.strangers(16)?;
+    let shown = images.batch(&images.held_out(16))?;
     let samples = settings.plan.samples_a_shard()?;
     let loss = |step: u64, shard: usize| {
         let mut rng = train::rng(all.seed, step * settings.plan.shards as u64 + shard as u64);
-        let numbers = index::sample(&mut rng, gallery.len(), samples).into_vec();
-        loss(&encoder, &vae, settings, &gallery.batch(&numbers)?, &mut rng)
+        let numbers = index::sample(&mut rng, images.len(), samples).into_vec();
+        loss(&encoder, &vae, settings, images, &numbers, &mut rng)
     };
     let (end, ema) = trainer::run(&settings.plan, &recipe, keeping, &vars, loss, |step, ema| {
         if step % settings.sheet_every == 0 {
@@ -90,16 +101,32 @@ pub fn train(
     if end == End::Finished {
         let mut weights = set;
         weights.extend(ema.averages().clone());
-        finish(&settings.model, gallery, &weights, out)?;
+        finish(&settings.model, images, &weights, out)?;
     }
     Ok(end)
 }
 
-/// Absolute error of the reconstruction and of its edges. `x` (B, 3, H, W) in [−1, 1].
-fn loss(encoder: &Vae, vae: &Vae, settings: &Settings, x: &Tensor, rng: &mut impl Rng) -> Result<Loss> {
-    let (mean, _) = encoder.encode(x)?;
-    let z = (&mean + (train::normal(rng, mean.shape(), mean.device())? * settings.noise)?)?;
-    let error = (vae.decode(&z)? - x)?;
+/// Absolute error of the reconstruction of images by number, and of its edges.
+fn loss(
+    encoder: &Vae,
+    vae: &Vae,
+    settings: &Settings,
+    images: &PaintedImages,
+    numbers: &[usize],
+    rng: &mut impl Rng,
+) -> Result<Loss> {
+    let x = images.batch(numbers)?;
+    let (mean, _) = encoder.encode(&x)?;
+    let mut noise = (train::normal(rng, mean.shape(), mean.device())? * settings.noise)?;
+    if settings.noise_varies {
+        let share: Vec<f32> = numbers.iter().map(|_| rng.random()).collect();
+        noise = noise.broadcast_mul(&Tensor::from_vec(share, (numbers.len(), 1, 1, 1), mean.device())?)?;
+    }
+    let mut error = (vae.decode(&(mean + noise)?)? - &x)?;
+    if settings.head > 0.0 || settings.features > 0.0 {
+        let side = x.dim(3)?;
+        error = error.broadcast_mul(&images.weights(numbers, side, settings.head, settings.features)?)?;
+    }
     let mut value = error.abs()?.mean_all()?;
     let mut parts = vec![("l1", number(&value)?)];
     if settings.edges > 0.0 {
@@ -118,33 +145,31 @@ fn number(x: &Tensor) -> Result<f64> {
     Ok(f64::from(x.to_scalar::<f32>()?))
 }
 
-/// Measures the scale of the latents, writes the model and says how well it reconstructs strangers.
+/// Measures the scale of the latents, writes the model and says how well it reconstructs held-out people.
 fn finish(
     config: &VaeConfig,
-    gallery: &Gallery,
+    images: &PaintedImages,
     average: &BTreeMap<String, Tensor>,
     out: &Path,
 ) -> Result<()> {
     let tensors = average.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
     let vae = Vae::new(config, weights::frozen(tensors, DType::F32, &Device::Cpu))?;
-    let count = 1024.min(gallery.len());
-    let stride = gallery.len() / count;
     let mut latents = Vec::new();
-    for numbers in (0..count).map(|i| i * stride).collect::<Vec<_>>().chunks(64) {
-        latents.push(vae.encode(&gallery.batch(numbers)?)?.0);
+    for numbers in images.spread(1024).chunks(64) {
+        latents.push(vae.encode(&images.batch(numbers)?)?.0);
     }
     let latents = Tensor::cat(&latents, 0)?.flatten_all()?;
     let centre = number(&latents.mean(0)?)?;
     let deviation = number(&(latents - centre)?.sqr()?.mean(0)?)?.sqrt();
     let config = VaeConfig { scaling_factor: 1.0 / deviation, force_upcast: false, ..config.clone() };
     save_component(out, "vae", DIFFUSERS_WEIGHTS, &config.to_json(), average, DType::F16)?;
-    let x = gallery.strangers(64)?;
+    let x = images.batch(&images.held_out(64))?;
     let error =
         (vae.decode(&vae.encode(&x)?.0)?.clamp(-1f32, 1f32)? - &x)?.sqr()?.flatten_from(1)?.mean(1)?;
     let psnr =
         error.to_vec1::<f32>()?.iter().map(|mse| 10.0 * (4.0 / f64::from(*mse)).log10()).sum::<f64>() / 64.0;
     progress::note(format_args!(
-        "the VAE reconstructs strangers at {psnr:.2} dB; latents have mean {centre:.2} and deviation {deviation:.2}"
+        "the VAE reconstructs held-out people at {psnr:.2} dB; latents have mean {centre:.2} and deviation {deviation:.2}"
     ));
     Ok(())
 }

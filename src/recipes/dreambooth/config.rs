@@ -291,7 +291,7 @@ impl Settings {
     /// The optimiser's constants.
     pub fn optimiser(&self) -> AdamWOptions {
         let Training { betas, eps, weight_decay, clip, .. } = self.training;
-        AdamWOptions { betas, eps, weight_decay, clip }
+        AdamWOptions { betas, eps, weight_decay, clip, muon: None }
     }
 
     /// Refuses what cannot be meant.

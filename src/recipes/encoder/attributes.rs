@@ -1,5 +1,5 @@
-//! The judge, trained on painted people and scenes: cross entropy for each attribute of the scene, squared error
-//! for each factor of the person.
+//! The attribute classifier, trained on painted images: cross entropy for each attribute, squared error for each factor
+//! of the person.
 
 use std::path::Path;
 
@@ -12,15 +12,15 @@ use serde_json::{Value, json};
 use crate::image::Image;
 use crate::progress;
 use crate::recipes::encoder::config::{HELD_OUT, Recipe, paint, soften};
-use crate::synthetic::judge::{self, Config, Network, NetworkConfig, Record};
-use crate::synthetic::{Identity, Person, Scene};
+use crate::synthetic::attribute_classifier::{self, Config, Network, NetworkConfig, Record, Truth};
+use crate::synthetic::{Identity, Person, World};
 use crate::train;
 use crate::train::shards::{Loss, in_threads};
 use crate::train::trainer::{self, End, Keeping};
 use crate::weights::Trainable;
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component};
 
-/// Trains the judge, measures it on strangers and writes it to `out`.
+/// Trains the classifier, measures it on held-out people and writes it to `out`.
 pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
     let model = &recipe.model;
     let trainable = Trainable::new(recipe.seed);
@@ -32,11 +32,15 @@ pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> R
         let mut rng = train::rng(recipe.seed, number);
         let (mut images, mut truth) = (Vec::with_capacity(samples), Vec::with_capacity(samples));
         for person in number * samples as u64..(number + 1) * samples as u64 {
-            let (image, right) = sitting(recipe.seed, person, model.image_size);
+            let (image, right) = sample(model, recipe.seed, person);
             images.push(grain(soften(image, &mut rng), &mut rng));
             truth.push(right);
         }
-        error(&network.forward(&judge::pixels(&images, model.image_size)?)?, &truth)
+        error(
+            model.world,
+            &network.forward(&attribute_classifier::pixels(&images, model.image_size)?)?,
+            &truth,
+        )
     };
     let (end, ema) = trainer::run(&recipe.plan, recipe, keeping, &trainable.vars(), loss, |_, _| Ok(()))?;
     if end != End::Finished {
@@ -52,14 +56,12 @@ pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> R
     Ok((end, json!(record)))
 }
 
-/// What is to be seen in an image.
-type Truth = ([usize; Scene::CLASSES], [f32; Identity::COUNT]);
-
 /// Person `number` in a scene, and what is to be seen.
-fn sitting(seed: u64, number: u64, size: usize) -> (Image, Truth) {
+fn sample(model: &NetworkConfig, seed: u64, number: u64) -> (Image, Truth) {
     let person = Person::new(seed, number);
-    let scene = Scene::draw_for(&person, 0);
-    (paint(&person, &scene, size), (scene.classes(), person.identity.to_array()))
+    let scene = model.world.scene(&person, 0);
+    let labels = model.world.labels(&person, &scene);
+    (paint(&person, &scene, model.image_size), (labels, person.identity.to_array()))
 }
 
 /// A little noise on half of the images, as codecs leave it.
@@ -73,19 +75,22 @@ fn grain(mut image: Image, rng: &mut impl Rng) -> Image {
     image
 }
 
-/// `outputs` (B, [`judge::outputs`]) against what is to be seen: mean cross entropy of the attributes plus twice the
+/// `outputs` (B, [`attribute_classifier::outputs`]) against what is to be seen: mean cross entropy of the attributes plus twice the
 /// mean squared error of the factors, so that both parts start at about the same height.
-fn error(outputs: &Tensor, truth: &[Truth]) -> Result<Loss> {
+fn error(world: World, outputs: &Tensor, truth: &[Truth]) -> Result<Loss> {
     let device = outputs.device();
     let mut entropy = outputs.narrow(0, 0, 1)?.sum_all()?.zeros_like()?;
-    for (i, range) in judge::class_outputs().into_iter().enumerate() {
+    let ranges = attribute_classifier::class_outputs(world);
+    let count = ranges.len();
+    for (i, range) in ranges.into_iter().enumerate() {
         let right: Vec<u32> = truth.iter().map(|(classes, _)| classes[i] as u32).collect();
         let logits = outputs.narrow(1, range.start, range.len())?;
         entropy = (entropy + candle_nn::loss::cross_entropy(&logits, &Tensor::new(right, device)?)?)?;
     }
-    let entropy = (entropy / Scene::CLASSES as f64)?;
-    let range = judge::factor_outputs();
-    let right: Vec<f32> = truth.iter().flat_map(|(_, factors)| factors.map(judge::scaled)).collect();
+    let entropy = (entropy / count as f64)?;
+    let range = attribute_classifier::factor_outputs(world);
+    let right: Vec<f32> =
+        truth.iter().flat_map(|(_, factors)| factors.map(attribute_classifier::scaled)).collect();
     let right = Tensor::from_vec(right, (truth.len(), range.len()), device)?;
     let squares = (outputs.narrow(1, range.start, range.len())? - right)?.sqr()?.mean_all()?;
     let parts = vec![
@@ -96,29 +101,32 @@ fn error(outputs: &Tensor, truth: &[Truth]) -> Result<Loss> {
 }
 
 /// People for the measurement.
-const STRANGERS: u64 = 2000;
+const HELD_OUT_PEOPLE: u64 = 2000;
 
 fn measure(out: &Path, model: &NetworkConfig, seed: u64) -> Result<Record> {
     let build = |vb| Network::new(model, vb);
     let files = ModelFiles::folder(out)?;
     let network = files.load("", TRANSFORMERS_WEIGHTS, candle_core::DType::F32, &Device::Cpu, build)?;
     const TOGETHER: u64 = 50;
-    let parts = in_threads((STRANGERS / TOGETHER) as usize, |part| {
+    let parts = in_threads((HELD_OUT_PEOPLE / TOGETHER) as usize, |part| {
         progress::check()?;
         let (mut images, mut truth) = (Vec::new(), Vec::new());
         for number in (0..TOGETHER).map(|i| HELD_OUT + part as u64 * TOGETHER + i) {
-            let (image, right) = sitting(seed, number, model.image_size);
+            let (image, right) = sample(model, seed, number);
             images.push(image);
             truth.push(right);
         }
-        Ok((network.forward(&judge::pixels(&images, model.image_size)?)?.to_vec2::<f32>()?, truth))
+        Ok((
+            network.forward(&attribute_classifier::pixels(&images, model.image_size)?)?.to_vec2::<f32>()?,
+            truth,
+        ))
     })?;
     let (rows, truth): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
-    let record = Record::measure(&rows.concat(), &truth.concat());
+    let record = Record::measure(model.world, &rows.concat(), &truth.concat());
     let accuracies = record.attributes.iter().map(|a| format!("{} {:.1} %", a.name, 100.0 * a.accuracy));
     let seen = record.factors.iter().filter(|factor| factor.r2 > 0.2).count();
     progress::note(format_args!(
-        "of {STRANGERS} strangers the judge tells {}; {seen} of {} factors with R² above 0.2",
+        "on {HELD_OUT_PEOPLE} held-out people the classifier names {}; {seen} of {} factors with R² above 0.2",
         accuracies.collect::<Vec<_>>().join(", "),
         Identity::COUNT
     ));

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::identity::clip::ClipVisionConfig;
 use crate::image::{Filter, Image};
-use crate::synthetic::judge::NetworkConfig;
+use crate::synthetic::attribute_classifier::NetworkConfig;
 use crate::synthetic::{self, Person, Scene};
 use crate::train::trainer::Plan;
 
