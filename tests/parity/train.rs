@@ -20,7 +20,7 @@ fn ten_clipped_steps_are_pytorchs() {
         .into_iter()
         .map(|(name, tensor)| (name, Var::from_tensor(&tensor).unwrap()))
         .collect();
-    let options = AdamWOptions { betas: [0.9, 0.99], eps: 1e-8, weight_decay: 0.05, clip: 1.0 };
+    let options = AdamWOptions { betas: [0.9, 0.99], eps: 1e-8, weight_decay: 0.05, clip: 1.0, muon: None };
     let mut optimiser = AdamW::new(vars.clone(), options).unwrap();
     let norms: Vec<f32> = golden.get("norms").to_vec1().unwrap();
     for (step, norm) in norms.iter().enumerate() {
@@ -59,7 +59,7 @@ fn ten_steps_of_lora(dtype: DType, recompute: bool, tolerance: f64) {
         .map(|(name, tensor)| (name, Var::from_tensor(&tensor).unwrap()))
         .collect();
     adapt(&mut unet, &vars, golden.json("scale"));
-    let options = AdamWOptions { betas: [0.9, 0.99], eps: 1e-8, weight_decay: 0.01, clip: 1.0 };
+    let options = AdamWOptions { betas: [0.9, 0.99], eps: 1e-8, weight_decay: 0.01, clip: 1.0, muon: None };
     let mut optimiser = AdamW::new(vars.clone(), options).unwrap();
     for step in 0..10 {
         let input = |key: &str| golden.get(&format!("in.{step}.{key}"));
