@@ -10,11 +10,11 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::commands::face::open_encoder;
 use crate::device;
 use crate::failure::Failure;
 use crate::files;
 use crate::hypernet::ModelId;
+use crate::identity::catalog::open_encoder;
 use crate::identity::clip::{ImageEncoder, ImageInput};
 use crate::identity::{FaceEncoder, catalog};
 use crate::image::Image;

@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::detect::Detector;
+use super::FaceEncoder;
+use super::detector::Detector;
 use super::onnx_header::Header;
 use super::recognise::Recogniser;
 use crate::failure::Failure;
+use crate::progress;
 use crate::weights::sha256;
 
 /// A face encoder that is not built in.
@@ -130,6 +132,18 @@ pub fn installed(model: &FaceModel) -> Option<Vec<InstalledFile>> {
         Some(InstalledFile { path, matches })
     };
     model.files().map(file).collect()
+}
+
+/// The face encoder of a name or a folder; a note names its licence when it is not built in.
+///
+/// # Errors
+/// Those of [`FaceEncoder::open`].
+pub fn open_encoder(name: &str) -> Result<FaceEncoder> {
+    let encoder = FaceEncoder::open(name)?;
+    if let Some(model) = find(name) {
+        progress::note(format_args!("face encoder `{name}`: {}; licence: {}", model.about, model.licence));
+    }
+    Ok(encoder)
 }
 
 /// Detector and recogniser of a name or a folder.

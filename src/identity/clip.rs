@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Face;
-use super::portrait::{blank_background, portrait_crop};
+use super::crop::{blank_background, portrait_crop};
 use crate::image::{Filter, Image};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear, compute_dtype,

@@ -10,12 +10,14 @@
 pub mod align;
 pub mod catalog;
 pub mod clip;
-pub mod detect;
-pub mod one_person;
+pub mod clustering;
+pub mod crop;
+pub mod detector;
+pub mod face;
 pub mod onnx;
 pub mod onnx_header;
+pub mod outliers;
 pub mod photos;
-pub mod portrait;
 pub mod quality;
 pub mod recognise;
 mod scrfd;
@@ -26,26 +28,27 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-pub use detect::{Face, Search};
-pub use portrait::portrait_crop;
+pub use crop::portrait_crop;
+pub use detector::Search;
+pub use face::Face;
 pub use quality::Quality;
 pub use recognise::cosine;
 
 use crate::image::Image;
-use detect::Detector;
+use detector::Detector;
 use recognise::Recogniser;
 
-/// Who is in an image, as the hypernetwork is told.
+/// The person condition of the hypernetwork.
 #[derive(Clone, Debug)]
 pub struct Identity {
     /// Unit vector of the face, 512 numbers.
     pub face: Vec<f32>,
-    /// CLIP embedding of the image, where the hypernetwork wants one.
+    /// CLIP embedding of the image, where the hypernetwork uses one.
     pub image: Option<Vec<f32>>,
 }
 
-/// Finds faces and embeds them: YuNet and MobileFaceNet, or what [`FaceEncoder::open`] is asked for. Can be shared
-/// between threads.
+/// Detects faces and embeds them: YuNet and MobileFaceNet, or the networks that [`FaceEncoder::open`] names.
+/// `Send` and `Sync`.
 pub struct FaceEncoder {
     detector: Detector,
     recogniser: Recogniser,
@@ -60,8 +63,8 @@ impl FaceEncoder {
     /// The encoder that a name or a folder stands for, see [`catalog`].
     ///
     /// # Errors
-    /// [`Failure::Usage`](crate::failure::Failure) for a name that nothing is known by, or a known one whose files are
-    /// not on this machine; [`Failure::Unusable`](crate::failure::Failure) for files that are not what they should be.
+    /// [`Failure::Usage`](crate::failure::Failure) for an unknown name, or a known one whose files are not
+    /// on this machine; [`Failure::Unusable`](crate::failure::Failure) for files that are not what they should be.
     pub fn open(name: &str) -> Result<Self> {
         let (detector, recogniser) = catalog::open(name)?;
         Ok(Self { detector, recogniser })
@@ -111,8 +114,7 @@ impl FaceEncoder {
     }
 }
 
-/// The recogniser that judges drawn images and that no part of the hypernetwork has seen: SFace. Can be shared
-/// between threads.
+/// SFace, the recogniser of the evaluation: no part of the hypernetwork was trained with it. `Send` and `Sync`.
 pub struct Judge(Recogniser);
 
 impl Judge {

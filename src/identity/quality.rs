@@ -4,7 +4,6 @@ use serde::Serialize;
 
 use super::Face;
 use super::align::{SIDE, TEMPLATE, align};
-use super::detect::area;
 use crate::image::Image;
 
 /// What can be seen of a face without knowing whose it is.
@@ -58,9 +57,9 @@ impl Quality {
             roll: pose.roll,
             other_faces: faces
                 .iter()
-                .filter(|other| *other != face && 4.0 * area(other) >= area(face))
+                .filter(|other| *other != face && 4.0 * other.area() >= face.area())
                 .count(),
-            cut_off: 1.0 - inside / area(face).max(f32::MIN_POSITIVE),
+            cut_off: 1.0 - inside / face.area().max(f32::MIN_POSITIVE),
         }
     }
 

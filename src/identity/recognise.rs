@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 
 use super::align::{SIDE, align};
-use super::detect::Face;
+use super::face::Face;
 use super::onnx::Network;
 use super::onnx_header::Header;
 use crate::failure::Failure;

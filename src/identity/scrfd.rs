@@ -6,7 +6,7 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::detect::{Face, area};
+use super::face::Face;
 use super::onnx::Network;
 use super::onnx_header::Header;
 use crate::image::Image;
@@ -147,30 +147,6 @@ fn bilinear(image: &Image, width: usize, height: usize) -> Image {
         }
     }
     Image { width, height, rgb }
-}
-
-/// Drops faces that lie on a better one, with areas that count whole pixels (+1). Wants the best first, in pixels of
-/// the image.
-pub(super) fn suppress(candidates: Vec<Face>) -> Vec<Face> {
-    let mut kept: Vec<Face> = Vec::new();
-    for face in candidates.into_iter().filter(|face| face.score >= MIN_SCORE) {
-        if kept.iter().all(|better| overlap(better, &face) <= SAME_FACE) {
-            kept.push(face);
-        }
-    }
-    kept
-}
-
-fn overlap(a: &Face, b: &Face) -> f32 {
-    let grown = |face: &Face| {
-        let [x1, y1, x2, y2] = face.bounds;
-        Face { bounds: [x1, y1, x2 + 1.0, y2 + 1.0], ..face.clone() }
-    };
-    let (a, b) = (grown(a), grown(b));
-    let width = (a.bounds[2].min(b.bounds[2]) - a.bounds[0].max(b.bounds[0])).max(0.0);
-    let height = (a.bounds[3].min(b.bounds[3]) - a.bounds[1].max(b.bounds[1])).max(0.0);
-    let both = width * height;
-    both / (area(&a) + area(&b) - both).max(f32::MIN_POSITIVE)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use difflora::failure::Failure;
 use difflora::identity::align::align;
-use difflora::identity::detect::Detector;
+use difflora::identity::detector::Detector;
 use difflora::identity::recognise::Recogniser;
 use difflora::identity::{Face, FaceEncoder, cosine};
 use difflora::image::Image;

@@ -5,7 +5,9 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use crate::commands::face::{Encoder, Images, print_json, short_names, tell_several, write_vectors};
+use super::embed::write_vectors;
+use super::inputs::{Encoder, Images, note_several_faces, short_names};
+use super::print_json;
 use crate::files;
 use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};
 use crate::identity::photos::Photos;
@@ -84,7 +86,7 @@ pub fn embed(
         let vector = image_encoder.embed_whole(&shown)?;
         Ok((count, vec![vector.len()], vector))
     })?;
-    tell_several(&seen, |(faces, ..)| *faces);
+    note_several_faces(&seen, |(faces, ..)| *faces);
     let left_out = seen.left_out_json();
     let paths: Vec<_> = seen.photos.iter().map(|(file, _)| file.clone()).collect();
     let names = short_names(&paths);

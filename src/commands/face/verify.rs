@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use crate::commands::face::{Encoder, Images, People, print_json};
+use super::inputs::{Encoder, Images, People};
+use super::print_json;
 use crate::failure::Failure;
 use crate::identity::verification::{Pairs, Spread};
 use crate::output::print_line;

@@ -8,12 +8,12 @@ use candle_core::{DType, Device};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::commands::face::open_encoder;
 use crate::commands::r#gen::Args;
 use crate::failure::Failure;
 use crate::hypernet::{Config, DenoiserConfig, Hypernet, ModelId, SampleOptions, mixture};
+use crate::identity::catalog::open_encoder;
 use crate::identity::clip::ImageEncoder;
-use crate::identity::one_person::{SAME_PERSON, mean_direction, outliers};
+use crate::identity::outliers::{SAME_PERSON, mean_direction, outliers};
 use crate::identity::photos::Photos;
 use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
 use crate::image::Image;

@@ -18,7 +18,7 @@ use rand_distr::StandardNormal;
 use serde_json::{Value, json};
 
 use crate::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig, ImageEncoder};
-use crate::identity::portrait::{MARGIN, square_around};
+use crate::identity::crop::{MARGIN, square_around};
 use crate::identity::{FaceEncoder, cosine};
 use crate::image::Image;
 use crate::progress;

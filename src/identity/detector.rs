@@ -11,36 +11,13 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
 
+use super::face::{Face, nms};
 use super::onnx::Network;
 use super::scrfd;
 use super::yunet::{PER_CELL, Yunet};
 use crate::failure::Failure;
 use crate::image::{Filter, Image};
-
-/// A face in an image.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Face {
-    /// Left, top, right and bottom in pixels of the upright image; may reach beyond its edge.
-    #[serde(rename = "box")]
-    pub bounds: [f32; 4],
-    /// Left eye, right eye, nose, left and right mouth corner as seen in the image, (x, y) in its pixels.
-    pub points: [[f32; 2]; 5],
-    /// How sure the detector is, 0 to 1.
-    pub score: f32,
-}
-
-impl Face {
-    /// The face with its corners and landmarks brought elsewhere.
-    fn moved(mut self, to: impl Fn([f32; 2]) -> [f32; 2]) -> Self {
-        let [x1, y1, x2, y2] = self.bounds;
-        let ([x1, y1], [x2, y2]) = (to([x1, y1]), to([x2, y2]));
-        self.bounds = [x1, y1, x2, y2];
-        self.points = self.points.map(to);
-        self
-    }
-}
 
 /// What was found in an image, and how it was looked for.
 #[derive(Clone, Debug)]
@@ -101,28 +78,28 @@ const SAME_FACE: f32 = 0.3;
 
 /// A size at which an image is searched: the longer side of the image and the side of the square around it, in
 /// pixels. The frame gives a face that fills the image the surroundings that the detector knows from its training.
-type Rung = (usize, usize);
+type Scale = (usize, usize);
 
 /// Sizes at which an image is searched, one after the other until a face is sure.
-const LADDER: [Rung; 3] = [(640, 640), (320, 448), (160, 256)];
+const PYRAMID: [Scale; 3] = [(640, 640), (320, 448), (160, 256)];
 
 /// The same for images with a longer side of at most [`SMALL`] pixels. On 64×64 portraits of the small world the
 /// first size finds all, blurred ones (σ = 1.2 pixels) 97 %, in a quarter of the time that 640 takes for 81 %.
-const SMALL_LADDER: [Rung; 3] = [(256, 320), (160, 160), (320, 448)];
+const SMALL_PYRAMID: [Scale; 3] = [(256, 320), (160, 160), (320, 448)];
 
 /// Where the first sizes show no face at all: those between them, with more of a frame.
-const FURTHER: [Rung; 5] = [(512, 640), (384, 512), (256, 384), (128, 256), (96, 192)];
+const FURTHER: [Scale; 5] = [(512, 640), (384, 512), (256, 384), (128, 256), (96, 192)];
 
 /// The same for small images.
-const SMALL_FURTHER: [Rung; 4] = [(640, 640), (128, 256), (96, 192), (64, 128)];
+const SMALL_FURTHER: [Scale; 4] = [(640, 640), (128, 256), (96, 192), (64, 128)];
 
 /// SCRFD's sizes: 640 as insightface has it; where that shows no face, those to which PhotoMaker and HyperLoRA fall
 /// back, then a frame.
-const SCRFD_LADDER: [Rung; 1] = [(640, 640)];
-const SCRFD_FURTHER: [Rung; 5] = [(512, 512), (384, 384), (256, 256), (128, 128), (320, 640)];
+const SCRFD_PYRAMID: [Scale; 1] = [(640, 640)];
+const SCRFD_FURTHER: [Scale; 5] = [(512, 512), (384, 384), (256, 256), (128, 128), (320, 640)];
 
 /// At last, for tiny faces in an image with a longer side of more than so many pixels, these sizes.
-const LARGE: [(usize, Rung); 2] = [(640, (1280, 1280)), (1280, (1920, 1920))];
+const LARGE: [(usize, Scale); 2] = [(640, (1280, 1280)), (1280, (1920, 1920))];
 
 /// Longer side of a small image in pixels.
 const SMALL: usize = 256;
@@ -159,7 +136,7 @@ impl Detector {
         let layout =
             scrfd::Layout::of(&header).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
         let detector = Self(Kind::Scrfd(Box::new(network), layout));
-        // One small run, so that outputs of the wrong length are told before the work.
+        // One small run, so that outputs of the wrong length are refused before the work.
         detector
             .at_size(&Image::filled(64, 64, [0; 3]), (64, 64))
             .map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
@@ -191,46 +168,46 @@ impl Detector {
     /// between, beyond and with more of a frame are tried where the usual ones show no face.
     pub fn search(&self, image: &Image) -> Result<Search> {
         let longer = image.width.max(image.height);
-        let (usual, further, least_score, sure): (&[Rung], &[Rung], f32, f32) = match self.0 {
-            Kind::Yunet(_) if longer <= SMALL => (&SMALL_LADDER, &SMALL_FURTHER, MIN_SCORE, SURE_SCORE),
-            Kind::Yunet(_) => (&LADDER, &FURTHER, MIN_SCORE, SURE_SCORE),
-            Kind::Scrfd(..) => (&SCRFD_LADDER, &SCRFD_FURTHER, scrfd::MIN_SCORE, scrfd::MIN_SCORE),
+        let (usual, further, least_score, sure): (&[Scale], &[Scale], f32, f32) = match self.0 {
+            Kind::Yunet(_) if longer <= SMALL => (&SMALL_PYRAMID, &SMALL_FURTHER, MIN_SCORE, SURE_SCORE),
+            Kind::Yunet(_) => (&PYRAMID, &FURTHER, MIN_SCORE, SURE_SCORE),
+            Kind::Scrfd(..) => (&SCRFD_PYRAMID, &SCRFD_FURTHER, scrfd::MIN_SCORE, scrfd::MIN_SCORE),
         };
-        let large = LARGE.iter().filter(|(above, _)| longer > *above).map(|(_, rung)| rung);
+        let large = LARGE.iter().filter(|(above, _)| longer > *above).map(|(_, scale)| scale);
         let mut search = Search { faces: Vec::new(), tried: Vec::new(), best_score: 0.0, least_score };
-        for (number, &rung) in usual.iter().chain(further).chain(large).enumerate() {
+        for (number, &scale) in usual.iter().chain(further).chain(large).enumerate() {
             if number >= usual.len() && !search.faces.is_empty() {
                 break;
             }
-            let candidates = self.at_size(image, rung)?;
+            let candidates = self.at_size(image, scale)?;
             let best = candidates.first().map_or(0.0, |face| face.score);
-            search.tried.push(rung.0);
+            search.tried.push(scale.0);
             if best > search.best_score {
                 search.best_score = best;
                 search.faces = match self.0 {
-                    Kind::Yunet(_) => suppress(candidates),
-                    Kind::Scrfd(..) => scrfd::suppress(candidates),
+                    Kind::Yunet(_) => nms(candidates, MIN_SCORE, SAME_FACE, 0.0),
+                    Kind::Scrfd(..) => nms(candidates, scrfd::MIN_SCORE, scrfd::SAME_FACE, 1.0),
                 };
             }
             if best >= sure {
                 break;
             }
         }
-        search.faces.sort_by(|a, b| area(b).total_cmp(&area(a)));
+        search.faces.sort_by(|a, b| b.area().total_cmp(&a.area()));
         Ok(search)
     }
 
     /// Candidates in pixels of the image, the best score first; the first is given however low its score.
-    fn at_size(&self, image: &Image, rung: Rung) -> Result<Vec<Face>> {
+    fn at_size(&self, image: &Image, scale: Scale) -> Result<Vec<Face>> {
         match &self.0 {
-            Kind::Yunet(yunet) => Ok(yunet_at(yunet, image, rung)),
-            Kind::Scrfd(network, layout) => scrfd_at(network, layout, image, rung),
+            Kind::Yunet(yunet) => Ok(yunet_at(yunet, image, scale)),
+            Kind::Scrfd(network, layout) => scrfd_at(network, layout, image, scale),
         }
     }
 }
 
 /// The longer side is brought to `size` in the middle of a grey square of `frame` pixels.
-fn yunet_at(yunet: &Yunet, image: &Image, (size, frame): Rung) -> Vec<Face> {
+fn yunet_at(yunet: &Yunet, image: &Image, (size, frame): Scale) -> Vec<Face> {
     let longer = image.width.max(image.height);
     let side = |length: usize| ((length * size + longer / 2) / longer).max(1);
     let (width, height) = (side(image.width), side(image.height));
@@ -248,7 +225,7 @@ fn scrfd_at(
     network: &Network,
     layout: &scrfd::Layout,
     image: &Image,
-    (size, frame): Rung,
+    (size, frame): Scale,
 ) -> Result<Vec<Face>> {
     let (framed, scale) = scrfd::letterbox(image, size, frame);
     let plane =
@@ -296,31 +273,6 @@ fn decode(levels: &[Vec<f32>; 3], side: usize) -> Vec<Face> {
     faces
 }
 
-/// Drops faces below the threshold and those that lie on a better one. Wants the best first.
-fn suppress(candidates: Vec<Face>) -> Vec<Face> {
-    let mut kept: Vec<Face> = Vec::new();
-    for face in candidates.into_iter().filter(|face| face.score >= MIN_SCORE) {
-        if kept.iter().all(|better| overlap(better, &face) <= SAME_FACE) {
-            kept.push(face);
-        }
-    }
-    kept
-}
-
-/// Pixels inside a face's box.
-pub(super) fn area(face: &Face) -> f32 {
-    let [x1, y1, x2, y2] = face.bounds;
-    (x2 - x1).max(0.0) * (y2 - y1).max(0.0)
-}
-
-/// Intersection over union of two boxes.
-fn overlap(a: &Face, b: &Face) -> f32 {
-    let width = (a.bounds[2].min(b.bounds[2]) - a.bounds[0].max(b.bounds[0])).max(0.0);
-    let height = (a.bounds[3].min(b.bounds[3]) - a.bounds[1].max(b.bounds[1])).max(0.0);
-    let both = width * height;
-    both / (area(a) + area(b) - both).max(f32::MIN_POSITIVE)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -337,7 +289,7 @@ mod tests {
             face([20.0, 0.0, 30.0, 10.0], 0.7),
             face([40.0, 0.0, 50.0, 10.0], MIN_SCORE - 0.01),
         ];
-        let kept: Vec<f32> = suppress(faces).iter().map(|face| face.score).collect();
+        let kept: Vec<f32> = nms(faces, MIN_SCORE, SAME_FACE, 0.0).iter().map(|face| face.score).collect();
         assert_eq!(kept, [0.9, 0.7]);
     }
 

@@ -1,0 +1,54 @@
+//! `face crop`: the largest face of each image, aligned.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::inputs::{Images, note_several_faces, short_names};
+use super::print_json;
+use crate::identity::FaceEncoder;
+use crate::identity::align::align;
+use crate::identity::photos::Photos;
+use crate::output::print_line;
+
+pub(super) fn crop(
+    images: &Images,
+    encoder: &FaceEncoder,
+    out: &Path,
+    size: usize,
+    json: bool,
+) -> Result<()> {
+    let photos = Photos::find(&images.images)?;
+    let targets = pngs_in(out, &photos)?;
+    let seen = photos.look(|at, file, image| {
+        let search = encoder.search(image)?;
+        let face = search.largest(&file.display().to_string())?;
+        align(image, &face.points, size).save(&targets[at], None)?;
+        Ok((search.faces.len(), targets[at].clone()))
+    })?;
+    note_several_faces(&seen, |(faces, _)| *faces);
+    if json {
+        let written: Vec<_> =
+            seen.photos.iter().map(|(file, (_, face))| json!({ "file": file, "face": face })).collect();
+        print_json(&written)
+    } else {
+        print_line!("{} faces in `{}`", seen.photos.len(), out.display())
+    }
+}
+
+/// A PNG in the folder `out`, which is made, for each photo, named after it.
+pub(super) fn pngs_in(out: &Path, photos: &Photos) -> Result<Vec<PathBuf>> {
+    std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder `{}`", out.display()))?;
+    let sources: Vec<PathBuf> = photos.paths().map(Path::to_path_buf).collect();
+    let mut taken = HashSet::new();
+    let mut target = |name: String| {
+        let name = name.replace(['/', '\\'], "-");
+        let short = Path::new(&name).with_extension("png");
+        // `a.jpg` and `a.webp` do not fall on one file.
+        let file = if taken.insert(short.clone()) { short } else { PathBuf::from(format!("{name}.png")) };
+        out.join(file)
+    };
+    Ok(short_names(&sources).into_iter().map(&mut target).collect())
+}

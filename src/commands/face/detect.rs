@@ -1,0 +1,88 @@
+//! `face detect`: box, landmarks, score and quality of each face.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use super::crop::pngs_in;
+use super::inputs::Images;
+use super::{draw, print_json};
+use crate::failure::Failure;
+use crate::files;
+use crate::identity::photos::Photos;
+use crate::identity::{Face, FaceEncoder, Quality};
+use crate::output::print_line;
+
+pub(super) fn detect(images: &Images, encoder: &FaceEncoder, out: Option<&Path>, json: bool) -> Result<()> {
+    let photos = Photos::find(&images.images)?;
+    let drawings = out.map(|out| drawings(&photos, out)).transpose()?;
+    let seen = photos.look(|at, file, image| {
+        let search = encoder.search(image)?;
+        if let Some(drawings) = &drawings {
+            draw::draw(image, &search.faces).save(&drawings[at], None)?;
+        }
+        let quality = search.faces.first().map(|face| Quality::of(image, face, &search.faces));
+        let nothing = search.largest(&file.display().to_string()).err();
+        Ok((search.faces, quality, nothing))
+    })?;
+    let mut nothing = None;
+    let (mut list, mut found) = (Vec::new(), 0);
+    for (file, (faces, quality, error)) in seen.photos {
+        found += faces.len();
+        nothing = error.or(nothing);
+        if json {
+            list.push(Found { file, faces, quality });
+        } else {
+            print_line!("{}", describe(&file, &faces, quality.as_ref()))?;
+        }
+    }
+    if json {
+        print_json(&list)?;
+    }
+    match nothing {
+        Some(error) if found == 0 => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Where the drawing of each image goes.
+fn drawings(photos: &Photos, out: &Path) -> Result<Vec<PathBuf>> {
+    if photos.only().is_some() && !out.is_dir() {
+        let png = out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
+        if !png {
+            let why = format!("drawings are written as PNG: name `{}` with .png", out.display());
+            return Err(Failure::Usage(why).into());
+        }
+        files::check_writable(out)?;
+        return Ok(vec![out.to_path_buf()]);
+    }
+    pngs_in(out, photos)
+}
+
+/// An image in `detect --json`.
+#[derive(serde::Serialize)]
+struct Found {
+    file: PathBuf,
+    faces: Vec<Face>,
+    /// Of the largest face.
+    quality: Option<Quality>,
+}
+
+fn describe(file: &Path, faces: &[Face], quality: Option<&Quality>) -> String {
+    let mut text =
+        format!("{}: {} {}", file.display(), faces.len(), if faces.len() == 1 { "face" } else { "faces" });
+    for face in faces {
+        let [left, top, right, bottom] = face.bounds;
+        text +=
+            &format!("\n  score {:.3}  box {left:.1} {top:.1} {right:.1} {bottom:.1}  points", face.score);
+        text.extend(face.points.iter().map(|[x, y]| format!("  {x:.1} {y:.1}")));
+    }
+    if let Some(quality) = quality {
+        text += &format!(
+            "\n  the largest: {:.0} pixels wide, sharpness {:.1}, turned {:.0}, up {:.0}, leaning {:.0} degrees",
+            quality.width, quality.sharpness, quality.yaw, quality.pitch, quality.roll
+        );
+        text.extend(quality.hints().iter().map(|hint| format!("\n  {hint}")));
+    }
+    text
+}

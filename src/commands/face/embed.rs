@@ -1,0 +1,45 @@
+//! `face embed`: the largest face of each image as a unit vector.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::Result;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+use super::inputs::{Encoder, Images, People, short_names};
+use super::print_json;
+use crate::files;
+use crate::output::print_line;
+
+pub(super) fn embed(images: &Images, encoder: &Encoder, out: &Path, json: bool) -> Result<()> {
+    files::check_writable(out)?;
+    let encoder = encoder.load()?;
+    let people = People::embed(images, &encoder)?;
+    let names = short_names(&people.files);
+    let vectors = people.vectors.iter().map(|vector| (vec![vector.len()], &vector[..]));
+    let [_, (name, sha256)] = encoder.provenance();
+    write_vectors(out, &names, vectors, [("face_encoder", name.into()), ("face_encoder_sha256", sha256)])?;
+    if json {
+        print_json(&json!({ "out": out, "names": names, "face_encoder": name, "left_out": people.left_out }))
+    } else {
+        print_line!("{} faces in `{}`", names.len(), out.display())
+    }
+}
+
+/// Writes a .safetensors of one tensor (shape, values) an image; `about` tells what made them.
+pub(super) fn write_vectors<'a>(
+    out: &Path,
+    names: &[String],
+    tensors: impl Iterator<Item = (Vec<usize>, &'a [f32])>,
+    about: [(&str, String); 2],
+) -> Result<()> {
+    let tensors: Vec<(Vec<usize>, Vec<u8>)> = tensors
+        .map(|(shape, values)| (shape, values.iter().flat_map(|value| value.to_le_bytes()).collect()))
+        .collect();
+    let views = names.iter().zip(&tensors).map(|(name, (shape, bytes))| {
+        (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).expect("four bytes a number"))
+    });
+    let about: HashMap<String, String> = about.map(|(key, value)| (key.to_string(), value)).into();
+    files::write_whole(out, &safetensors::serialize(views, Some(about))?)
+}

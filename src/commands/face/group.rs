@@ -1,0 +1,68 @@
+//! `face compare` and `face dedupe`: which images show one person.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::inputs::{Images, People};
+use super::print_json;
+use crate::identity::clustering::groups;
+use crate::identity::outliers::mean_direction;
+use crate::identity::{FaceEncoder, cosine};
+use crate::output::print_line;
+
+pub(super) fn compare(images: &Images, encoder: &FaceEncoder, json: bool) -> Result<()> {
+    let people = People::embed(images, encoder)?;
+    let cosines: Vec<Vec<f32>> =
+        people.vectors.iter().map(|a| people.vectors.iter().map(|b| cosine(a, b)).collect()).collect();
+    if json {
+        let [_, (name, _)] = encoder.provenance();
+        return print_json(&json!({ "files": people.files, "cosine": cosines, "face_encoder": name }));
+    }
+    let count = people.files.len();
+    let head: String = (1..=count).map(|column| format!("{column:>7}")).collect();
+    print_line!("   {head}")?;
+    for (row, (file, cosines)) in people.files.iter().zip(&cosines).enumerate() {
+        let numbers: String = cosines.iter().map(|cosine| format!("{cosine:>7.3}")).collect();
+        print_line!("{:>3}{numbers}  {}", row + 1, file.display())?;
+    }
+    Ok(())
+}
+
+pub(super) fn dedupe(
+    images: &Images,
+    encoder: &FaceEncoder,
+    threshold: Option<f32>,
+    json: bool,
+) -> Result<()> {
+    let threshold = threshold.unwrap_or(encoder.same_person());
+    let people = People::embed(images, encoder)?;
+    let mut list = Vec::new();
+    for (number, members) in groups(&people.vectors, threshold).into_iter().enumerate() {
+        let vectors: Vec<&[f32]> = members.iter().map(|&face| &people.vectors[face][..]).collect();
+        let centre = mean_direction(&vectors);
+        let rows: Vec<(&Path, f32)> = members
+            .iter()
+            .map(|&face| (people.files[face].as_path(), cosine(&people.vectors[face], &centre)))
+            .collect();
+        if json {
+            let images: Vec<_> =
+                rows.iter().map(|(file, cosine)| json!({ "file": file, "cosine": cosine })).collect();
+            list.push(json!({ "person": number + 1, "pictures": images }));
+            continue;
+        }
+        let images = if rows.len() == 1 { "image" } else { "images" };
+        print_line!("person {}: {} {images}", number + 1, rows.len())?;
+        for (file, cosine) in rows {
+            print_line!("  {cosine:.3}  {}", file.display())?;
+        }
+    }
+    if json {
+        let [_, (name, _)] = encoder.provenance();
+        print_json(
+            &json!({ "people": list, "threshold": threshold, "face_encoder": name, "left_out": people.left_out }),
+        )?;
+    }
+    Ok(())
+}
