@@ -14,9 +14,10 @@ pub enum Failure {
     /// An input file cannot be used: missing, truncated, of another kind or shape (exit code 4).
     #[error("{0}")]
     Unusable(String),
-    /// The user pressed Ctrl-C (exit code 130).
-    #[error("interrupted")]
-    Interrupted,
+    /// A signal of this number asked the program to end: 2 for Ctrl-C (exit code 130), 15 for SIGTERM (143), 1 for
+    /// SIGHUP (129).
+    #[error("interrupted{}", match .0 { 15 => " by SIGTERM", 1 => " by SIGHUP", _ => "" })]
+    Interrupted(u8),
 }
 
 impl Failure {
@@ -26,7 +27,7 @@ impl Failure {
             Some(Failure::Usage(_)) => 2,
             Some(Failure::NoFace(_)) => 3,
             Some(Failure::Unusable(_)) => 4,
-            Some(Failure::Interrupted) => 130,
+            Some(Failure::Interrupted(signal)) => 128 + signal,
             None => 1,
         };
         ExitCode::from(code)

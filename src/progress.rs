@@ -1,35 +1,72 @@
-//! Progress on stderr and interruption by Ctrl-C.
+//! Progress on stderr, and signals that end the program.
 
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::failure::Failure;
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// Number of SIGINT on every system that has it.
+#[cfg(not(unix))]
+const SIGINT: i32 = 2;
+
+/// The signal that asked the program to end; 0 for none.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
 static QUIET: AtomicBool = AtomicBool::new(false);
 static VERBOSE: AtomicBool = AtomicBool::new(false);
 
-/// Makes Ctrl-C set a flag that [`check`] looks at; a second Ctrl-C ends the process at once with 130.
+/// Makes the signals that ask a program to end set a flag that [`check`] reads: SIGINT (Ctrl-C), SIGTERM (`kill`,
+/// Slurm, systemd, docker) and SIGHUP (a closed terminal, unless `nohup` ignores it). A second one ends the process at
+/// once. The exit code is 128 plus the signal's number.
 pub fn catch_interrupts() -> anyhow::Result<()> {
+    #[cfg(unix)]
+    {
+        extern "C" fn on_signal(signal: libc::c_int) {
+            if SIGNAL.swap(signal, Ordering::SeqCst) != 0 {
+                // SAFETY: `_exit` may be called in a signal handler.
+                unsafe { libc::_exit(128 + signal) };
+            }
+        }
+        let handler: extern "C" fn(libc::c_int) = on_signal;
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            // SAFETY: both structures are plain data for which zeros are valid; the handler calls only an atomic and
+            // `_exit`, which are safe in a signal handler.
+            let installed = unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                libc::sigaction(signal, std::ptr::null(), &mut action);
+                if signal == libc::SIGHUP && action.sa_sigaction == libc::SIG_IGN {
+                    continue;
+                }
+                action = std::mem::zeroed();
+                action.sa_sigaction = handler as usize;
+                action.sa_flags = libc::SA_RESTART;
+                libc::sigaction(signal, &action, std::ptr::null_mut())
+            };
+            anyhow::ensure!(installed == 0, "cannot catch signals: {}", std::io::Error::last_os_error());
+        }
+    }
+    #[cfg(not(unix))]
     ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
+        if SIGNAL.swap(SIGINT, Ordering::SeqCst) != 0 {
+            std::process::exit(128 + SIGINT);
         }
     })?;
     Ok(())
 }
 
-/// Whether the user has asked to stop.
+/// Whether a signal has asked the program to end.
 pub fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::SeqCst)
+    SIGNAL.load(Ordering::SeqCst) != 0
 }
 
-/// An error when the user has asked to stop: call it once a step in every long loop.
+/// Returns [`Failure::Interrupted`] when a signal has asked the program to end. Every long loop calls it once a step.
 pub fn check() -> anyhow::Result<()> {
-    if interrupted() { Err(Failure::Interrupted.into()) } else { Ok(()) }
+    match SIGNAL.load(Ordering::SeqCst) {
+        0 => Ok(()),
+        signal => Err(Failure::Interrupted(signal as u8).into()),
+    }
 }
 
 /// `--quiet`: no progress bars and no notes.
@@ -37,22 +74,22 @@ pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::SeqCst);
 }
 
-/// Whether the user asked for no progress and no notes.
+/// Whether `--quiet` was given.
 pub fn is_quiet() -> bool {
     QUIET.load(Ordering::SeqCst)
 }
 
-/// `--verbose`: each [`Stage`] is told, and lists in warnings are whole.
+/// `--verbose`: prints the time of each [`Stage`] and all names in warnings.
 pub fn set_verbose(verbose: bool) {
     VERBOSE.store(verbose, Ordering::SeqCst);
 }
 
-/// Whether the user asked to be told everything.
+/// Whether `--verbose` was given.
 pub fn is_verbose() -> bool {
     VERBOSE.load(Ordering::SeqCst)
 }
 
-/// A part of the work whose duration is told on stderr with `--verbose`.
+/// A part of the work whose duration is printed on stderr with `--verbose`.
 pub struct Stage(&'static str, Instant);
 
 impl Stage {
@@ -64,13 +101,13 @@ impl Stage {
     /// Ends now: `time: 1.23 s loading the UNet`.
     pub fn end(self) {
         if is_verbose() {
-            tell(format_args!("time: {:6.2} s {}", self.1.elapsed().as_secs_f64(), self.0));
+            line(format_args!("time: {:6.2} s {}", self.1.elapsed().as_secs_f64(), self.0));
         }
     }
 }
 
-/// A bar over `length` steps on stderr, with rate and time left; nothing is drawn when stderr is
-/// not a terminal or the program was told to be quiet.
+/// A bar over `length` steps on stderr, with rate and time left; hidden with `--quiet` and where
+/// stderr is not a terminal.
 pub fn bar(length: u64, what: &'static str) -> ProgressBar {
     let target = if QUIET.load(Ordering::SeqCst) {
         ProgressDrawTarget::hidden()
@@ -82,24 +119,24 @@ pub fn bar(length: u64, what: &'static str) -> ProgressBar {
     ProgressBar::with_draw_target(Some(length), target).with_style(style).with_prefix(what)
 }
 
-/// A remark for the user on stderr: `note: …`, left out with `--quiet`.
+/// Prints `note: …` on stderr, unless `--quiet` was given.
 pub fn note(text: impl std::fmt::Display) {
     if !QUIET.load(Ordering::SeqCst) {
-        tell(format_args!("note: {text}"));
+        line(format_args!("note: {text}"));
     }
 }
 
-/// A warning on stderr: `warning: …`.
+/// Prints `warning: …` on stderr.
 pub fn warn(text: impl std::fmt::Display) {
-    tell(format_args!("warning: {text}"));
+    line(format_args!("warning: {text}"));
 }
 
-/// An error on stderr: `error: …`.
+/// Prints `error: …` on stderr.
 pub fn error(error: &anyhow::Error) {
-    tell(format_args!("error: {error:#}"));
+    line(format_args!("error: {error:#}"));
 }
 
-/// A line on stderr. When stderr is closed, nobody is left who could be told of that: the work goes on.
-fn tell(line: std::fmt::Arguments) {
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+/// Prints a line on stderr. A closed stderr is not an error; the command continues.
+fn line(text: std::fmt::Arguments) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }

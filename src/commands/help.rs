@@ -92,7 +92,8 @@ pub fn epilogue() -> String {
     format!(
         "Guides (difflora help TOPIC):\n{topics}\n\
          Every option can be set in the environment as DIFFLORA_NAME; the command line takes precedence.\n\
-         Exit codes: 0 done, 1 failed, 2 usage, 3 no face found, 4 input file unusable, 130 interrupted."
+         Exit codes: 0 done, 1 failed, 2 usage, 3 no face found, 4 input file unusable,\n\
+         130 interrupted (Ctrl-C), 143 ended by SIGTERM, 129 by SIGHUP; training keeps its state for --resume."
     )
 }
 

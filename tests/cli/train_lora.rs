@@ -139,7 +139,12 @@ fn a_run_that_was_stopped_and_goes_on_ends_in_the_same_bytes() {
     ];
     let whole = world.train("whole", &options[..]);
     assert_eq!(whole.code, 0, "{}", whole.stderr);
-    for (name, signal, code) in [("killed", "-KILL", None), ("interrupted", "-INT", Some(130))] {
+    for (name, signal, code) in [
+        ("killed", "-KILL", None),
+        ("interrupted", "-INT", Some(130)),
+        ("terminated", "-TERM", Some(143)),
+        ("hung-up", "-HUP", Some(129)),
+    ] {
         assert_eq!(stop(&world, name, &options, signal), code);
         let more = [&options[..], &["--resume"]].concat();
         let run = world.train(name, &more);

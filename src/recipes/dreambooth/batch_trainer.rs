@@ -319,7 +319,7 @@ impl Room {
 
     /// One of many who cannot go on is named, and the others do; the only one's error is the run's.
     fn give_up(&self, name: &str, error: anyhow::Error, queue: &Queue) -> Result<()> {
-        if self.alone || matches!(error.downcast_ref(), Some(Failure::Interrupted)) {
+        if self.alone || matches!(error.downcast_ref(), Some(Failure::Interrupted(_))) {
             return Err(error);
         }
         progress::warn(format_args!("{name}: {error:#}"));
