@@ -110,7 +110,14 @@ impl Cli {
 /// The command line. Its help omits the environment variables: their names follow from those of the options.
 pub fn command() -> clap::Command {
     fn hide_variables(command: clap::Command) -> clap::Command {
-        command.mut_args(|arg| arg.hide_env(true)).mut_subcommands(hide_variables)
+        command.mut_args(|arg| switch(arg).hide_env(true)).mut_subcommands(hide_variables)
+    }
+    // Variables of switches are 1 or 0, true or false, yes or no, on or off.
+    fn switch(arg: clap::Arg) -> clap::Arg {
+        match arg.get_action() {
+            clap::ArgAction::SetTrue => arg.value_parser(clap::builder::BoolishValueParser::new()),
+            _ => arg,
+        }
     }
     hide_variables(Cli::command())
 }

@@ -1,8 +1,9 @@
 //! Models of the Hugging Face hub, in the cache that every other program shares.
 //!
 //! A repository that lies whole in the cache is used without asking the network; `difflora models pull` looks for a
-//! newer one. `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean to
-//! huggingface_hub. Only the files that drawing needs are fetched; a download that was cut off goes on where it ended.
+//! newer one. `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `TRANSFORMERS_OFFLINE` mean
+//! what they mean to huggingface_hub and transformers. Only the files that generation needs are downloaded; an
+//! interrupted download is continued.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -266,10 +267,13 @@ fn refusal(id: &str, error: &ureq::Error) -> Option<String> {
     })
 }
 
-/// Whether `HF_HUB_OFFLINE` forbids the network.
+/// Whether `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids the network.
 pub fn offline() -> bool {
-    std::env::var("HF_HUB_OFFLINE")
-        .is_ok_and(|value| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str()))
+    let is_set = |name: &str| {
+        std::env::var(name)
+            .is_ok_and(|value| ["1", "true", "yes", "y", "on"].contains(&value.to_lowercase().as_str()))
+    };
+    is_set("HF_HUB_OFFLINE") || is_set("TRANSFORMERS_OFFLINE")
 }
 
 /// The cache that huggingface_hub uses.
