@@ -25,7 +25,7 @@ use crate::lora::layout::LoraLayout;
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
-use crate::recipes::dreambooth::lockstep::{self, Downs, Frozen, Lessons, Recipe};
+use crate::recipes::dreambooth::lockstep::{self, Frozen, LockstepConfig, LockstepDataset, SharedDown};
 use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::{self, CaptionOptions, Person, Scene};
@@ -91,7 +91,7 @@ pub struct Settings {
     #[serde(default, skip_serializing_if = "ImageInput::is_default")]
     pub image_input: ImageInput,
     /// DreamBooth of each person.
-    pub recipe: Recipe,
+    pub recipe: LockstepConfig,
     /// How the shared basis is learnt; without it the `down`s are random.
     pub basis: Option<Basis>,
 }
@@ -274,7 +274,7 @@ impl Workshop {
     }
 
     /// The images of `people` in the scenes of `seed`, as latents, and the captions.
-    pub fn lessons(&self, people: &[Person], seed: u64) -> Result<Lessons> {
+    pub fn lessons(&self, people: &[Person], seed: u64) -> Result<LockstepDataset> {
         let Images { size, scenes, .. } = self.settings.images;
         let list: Vec<Scene> = (0..scenes).map(|i| scene(seed, i)).collect();
         let said = CaptionOptions { subject: "person", attributes: 0, drop: 0.0 };
@@ -291,7 +291,7 @@ impl Workshop {
             let (mean, _) = self.model.vae.encode(&images)?;
             latents.push(self.model.vae.to_latents(&mean)?);
         }
-        Ok(Lessons {
+        Ok(LockstepDataset {
             latents: Tensor::stack(&latents, 0)?,
             captions: self.model.text.encode_prompts(&captions)?,
             size,
@@ -303,20 +303,20 @@ impl Workshop {
     }
 
     /// The shared `down`s: read when they are there, otherwise random or learnt, and kept in `path`.
-    pub fn basis(&self, path: &Path, stamp: &str) -> Result<Downs> {
+    pub fn basis(&self, path: &Path, stamp: &str) -> Result<SharedDown> {
         if path.exists() {
             let tensors = crate::weights::read_file(path)?;
             return Ok(tensors.into_iter().collect());
         }
         let recipe = &self.settings.recipe;
-        let mut downs = lockstep::random_downs(&self.model.unet, recipe)?;
+        let mut downs = lockstep::random_shared_down(&self.model.unet, recipe)?;
         if let Some(basis) = &self.settings.basis {
             // A population of its own.
             let people = self.people(self.settings.people.seed ^ 0xba515, 1..=basis.people);
-            let recipe = Recipe { steps: basis.steps, ..recipe.clone() };
+            let recipe = LockstepConfig { steps: basis.steps, ..recipe.clone() };
             let lessons = self.lessons(&people, self.settings.images.seed)?;
             let bar = progress::bar(basis.steps, "basis");
-            downs = lockstep::learn_downs(self.frozen(), &downs, &lessons, &recipe, |loss| {
+            downs = lockstep::train_shared_down(self.frozen(), &downs, &lessons, &recipe, |loss| {
                 bar.set_message(format!("loss {:.4}", loss / basis.people as f64));
                 bar.inc(1);
                 progress::check()
@@ -328,7 +328,7 @@ impl Workshop {
         Ok(downs)
     }
 
-    pub fn vector_layout(&self, downs: &Downs) -> Result<LoraLayout> {
+    pub fn vector_layout(&self, downs: &SharedDown) -> Result<LoraLayout> {
         let recipe = &self.settings.recipe;
         let mut layers: BTreeMap<String, (Tensor, usize)> = BTreeMap::new();
         self.model.unet.clone().visit_linears(&mut |path, linear| {
@@ -352,15 +352,17 @@ impl Workshop {
 
     /// Mean cosine of each person's two LoRAs, trained with other images, timesteps and noise, around the means
     /// of both runs: about what any predictor can reach.
-    pub fn signal(&self, downs: &Downs, count: u64) -> Result<f64> {
+    pub fn signal(&self, downs: &SharedDown, count: u64) -> Result<f64> {
         let layout = self.vector_layout(downs)?;
         let people = self.people(self.settings.people.seed, 1..=count);
         let bar = progress::bar(2 * self.settings.recipe.steps, "signal");
         let mut runs = Vec::new();
         for again in 0..2u64 {
             let lessons = self.lessons(&people, self.settings.images.seed + 1000 * again)?;
-            let recipe =
-                Recipe { seed: self.settings.recipe.seed + 1000 * again, ..self.settings.recipe.clone() };
+            let recipe = LockstepConfig {
+                seed: self.settings.recipe.seed + 1000 * again,
+                ..self.settings.recipe.clone()
+            };
             let loras = lockstep::train(self.frozen(), downs, &lessons, &recipe, |_| {
                 bar.inc(1);
                 progress::check()
@@ -379,7 +381,7 @@ impl Workshop {
     }
 
     /// Trains everybody who has no row yet; gives the number of rows.
-    pub fn train_all(&self, out: &Path, downs: &Downs, stamp: &str) -> Result<usize> {
+    pub fn train_all(&self, out: &Path, downs: &SharedDown, stamp: &str) -> Result<usize> {
         let People { seed, train, held_out } = self.settings.people;
         let path = out.join("manifest.jsonl");
         let mut done = std::collections::BTreeSet::new();

@@ -14,7 +14,7 @@ use crate::recipes::base::config::Settings;
 use crate::recipes::base::{unet, vae};
 use crate::synthetic::attribute_classifier::AttributeClassifier;
 use crate::synthetic::image_set::PaintedImages;
-use crate::train::trainer::{End, Keeping};
+use crate::train::trainer::{Outcome, RunOptions};
 use crate::weights::model_folder::ModelFiles;
 
 /// Arguments of `difflora train-base`.
@@ -68,7 +68,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     std::fs::create_dir_all(&training)
         .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
     files::write_whole(&training.join("settings.toml"), toml::to_string(&settings)?.as_bytes())?;
-    let keeping = |name| Keeping {
+    let run_options = |name| RunOptions {
         folder: &training,
         name,
         resume: args.resume,
@@ -77,7 +77,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     };
     let images = PaintedImages::new(&settings.images);
     if matches!(args.stage, Stage::Vae | Stage::All) {
-        let end = vae::train(&settings, &images, &keeping("vae"), &args.out)?;
+        let end = vae::train(&settings, &images, &run_options("vae"), &args.out)?;
         if report(end, "vae", output)? {
             return Ok(());
         }
@@ -88,7 +88,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             None => None,
         };
         let start = unet::Start { from: args.from.as_deref(), classifier: classifier.as_ref() };
-        let end = unet::train(&settings, &images, &keeping("unet"), &args.out, &start)?;
+        let end = unet::train(&settings, &images, &run_options("unet"), &args.out, &start)?;
         report(end, "unet", output)?;
     }
     Ok(())
@@ -111,16 +111,16 @@ fn read(args: &Args) -> Result<Settings> {
 }
 
 /// Says how a stage ended; whether it paused.
-fn report(end: End, stage: &str, output: &Output) -> Result<bool> {
-    if let End::Paused { step } = end {
+fn report(end: Outcome, stage: &str, output: &Output) -> Result<bool> {
+    if let Outcome::Paused { step } = end {
         progress::note(format_args!("stage {stage} stops at step {step}; --resume goes on"));
     }
     if output.json {
         let (finished, step) = match end {
-            End::Finished | End::Stopped { .. } => (true, None),
-            End::Paused { step } => (false, Some(step)),
+            Outcome::Finished | Outcome::Stopped { .. } => (true, None),
+            Outcome::Paused { step } => (false, Some(step)),
         };
         print_line!("{}", serde_json::json!({ "stage": stage, "finished": finished, "step": step }))?;
     }
-    Ok(end != End::Finished)
+    Ok(end != Outcome::Finished)
 }

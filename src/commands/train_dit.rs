@@ -31,13 +31,13 @@ use crate::recipes::dit::best_checkpoint::Best;
 use crate::recipes::dit::learned_prior::TrainedPrior;
 use crate::recipes::dit::report::{print_report, report};
 use crate::recipes::dit::training_set::Lessons;
-use crate::recipes::dreambooth::functional_loss::Album;
+use crate::recipes::dreambooth::functional_loss::FunctionalLoss;
 use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 use crate::train;
 use crate::train::distributed;
 use crate::train::shards::Loss;
-use crate::train::trainer::{self, End, Keeping, Plan};
+use crate::train::trainer::{self, Outcome, RunOptions, TrainerConfig};
 use crate::weights::Trainable;
 use crate::weights::model_folder::{ModelFiles, save_json};
 
@@ -138,7 +138,7 @@ pub struct Recipe {
     /// Part of the samples that are told nothing about the person.
     pub drop: f64,
     /// Steps, batch, rate.
-    pub plan: Plan,
+    pub plan: TrainerConfig,
     /// When to look at people kept apart, and when to stop.
     #[serde(default)]
     pub validation: Option<Validation>,
@@ -283,7 +283,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let form = FormWanted::Of(codec.form.clone());
     let set = LoraSet::open(&args.dataset, &Reading { form, ..Reading::default() })?;
     check(&codec, &set)?;
-    let keeping = Keeping {
+    let run_options = RunOptions {
         folder: &training,
         name: "dit",
         resume: args.resume,
@@ -293,8 +293,8 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let lessons = Lessons::prepare(&recipe, &codec, &lae.sha256, &set, &training)?;
     let gallery =
         recipe.functional.as_ref().map(|how| Gallery::open(how, &args, &codec, &set)).transpose()?;
-    let (denoiser, end) = train(&recipe, &lessons, gallery.as_ref(), &set, &lae, &keeping)?;
-    if !distributed::leads() {
+    let (denoiser, end) = train(&recipe, &lessons, gallery.as_ref(), &set, &lae, &run_options)?;
+    if !distributed::is_main_process() {
         return Ok(());
     }
     let hypernet = Hypernet { codec, denoiser };
@@ -302,11 +302,13 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let report = report(&hypernet, &lessons, &set, end)?;
     save_json(&training.join("report.json"), &report)?;
     match end {
-        End::Paused { step } => progress::note(format_args!("dit stops at step {step}; --resume goes on")),
-        End::Stopped { step } => {
+        Outcome::Paused { step } => {
+            progress::note(format_args!("dit stops at step {step}; --resume goes on"))
+        }
+        Outcome::Stopped { step } => {
             progress::note(format_args!("dit stops at step {step}: the people kept apart gain no more"));
         }
-        End::Finished => {}
+        Outcome::Finished => {}
     }
     if output.json {
         print_line!("{report}")?;
@@ -345,8 +347,8 @@ pub fn train(
     gallery: Option<&Gallery>,
     set: &LoraSet,
     lae: &ModelId,
-    keeping: &Keeping,
-) -> Result<(Denoiser, End)> {
+    run_options: &RunOptions,
+) -> Result<(Denoiser, Outcome)> {
     let widths = [lessons.face.dim(1)?, lessons.image.dim(1)?, lessons.width()];
     let config = recipe.config(widths, &set.header)?;
     let trainable = Trainable::new(recipe.seed);
@@ -395,12 +397,12 @@ pub fn train(
         }
         Denoiser::new(config.clone(), stats, weights, device)
     };
-    let mut best = Best::open(recipe.validation.as_ref(), keeping, &settings)?;
-    let (end, ema) = trainer::run_until(plan, &settings, keeping, &vars, loss, |step, ema| {
+    let mut best = Best::open(recipe.validation.as_ref(), run_options, &settings)?;
+    let (end, ema) = trainer::run_until(plan, &settings, run_options, &vars, loss, |step, ema| {
         best.look(step, ema, || validation_error(lessons, &finished(ema.averages())?))
     })?;
     // The others of a group write nothing, so they need not wait for what the first has written.
-    let best = if distributed::leads() { best.averages()? } else { None };
+    let best = if distributed::is_main_process() { best.averages()? } else { None };
     let averages = best.unwrap_or_else(|| ema.averages().clone());
     Ok((finished(&averages)?, end))
 }
@@ -491,7 +493,7 @@ impl Pupil {
 pub struct Gallery<'a> {
     pub how: &'a Functional,
     pub codec: &'a LoraCodec,
-    pub album: Album,
+    pub album: FunctionalLoss,
 }
 
 impl<'a> Gallery<'a> {
@@ -499,7 +501,7 @@ impl<'a> Gallery<'a> {
         let files = registry::find_base(&args.base, &registry::BaseOptions::default())?;
         codec.base.demand(&registry::identify(&files, &args.base, registry::BASE_WEIGHTS)?, "base model")?;
         let base = Sdxl::open(&files, DType::F32, codec.device())?;
-        Ok(Self { how, codec, album: Album::open(&args.dataset, base, set.train.people())? })
+        Ok(Self { how, codec, album: FunctionalLoss::open(&args.dataset, base, set.train.people())? })
     }
 
     /// Of latents z (K, L) of these K people.

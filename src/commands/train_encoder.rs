@@ -12,7 +12,7 @@ use crate::output::print_line;
 use crate::progress;
 use crate::recipes::encoder::config::Settings;
 use crate::recipes::encoder::{attributes, image};
-use crate::train::trainer::{End, Keeping};
+use crate::train::trainer::{Outcome, RunOptions};
 
 /// Arguments of `difflora train-encoder`.
 ///
@@ -65,7 +65,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     for plan in [&mut settings.image.plan, &mut settings.judge.plan] {
         plan.steps = args.steps.unwrap_or(plan.steps);
     }
-    let keeping = Keeping {
+    let run_options = RunOptions {
         folder: &training,
         name,
         resume: args.resume,
@@ -73,14 +73,14 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         save_every: Duration::from_secs(120),
     };
     let (end, figures) = match args.kind {
-        Kind::Image => image::train(&settings.image, &keeping, &args.out)?,
-        Kind::Judge => attributes::train(&settings.judge, &keeping, &args.out)?,
+        Kind::Image => image::train(&settings.image, &run_options, &args.out)?,
+        Kind::Judge => attributes::train(&settings.judge, &run_options, &args.out)?,
     };
-    if let End::Paused { step } = end {
+    if let Outcome::Paused { step } = end {
         progress::note(format_args!("{name} stops at step {step}; --resume goes on"));
     }
     if output.json {
-        print_line!("{}", json!({ "kind": name, "finished": end == End::Finished, "figures": figures }))?;
+        print_line!("{}", json!({ "kind": name, "finished": end == Outcome::Finished, "figures": figures }))?;
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ use crate::statistics::Mean;
 use crate::train;
 use crate::train::distributed;
 use crate::train::shards::Loss;
-use crate::train::trainer::{self, End, Keeping, Plan};
+use crate::train::trainer::{self, Outcome, RunOptions, TrainerConfig};
 use crate::weights::Trainable;
 use crate::weights::model_folder::save_json;
 
@@ -133,7 +133,7 @@ pub struct Recipe {
     /// Noise added to the latents, as a part of their RMS: near latents decode to near LoRAs.
     pub latent_noise: f64,
     /// Steps, batch, rate.
-    pub plan: Plan,
+    pub plan: TrainerConfig,
 }
 
 /// [`LaeConfig`] without the length of the vectors, which the dataset decides.
@@ -262,7 +262,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         set = Some(opened);
         reports.extend(report.map(|report| (name.clone(), report)));
     }
-    if !distributed::leads() {
+    if !distributed::is_main_process() {
         return Ok(());
     }
     let table: Value =
@@ -293,11 +293,11 @@ pub struct How {
 /// One autoencoder in `out`, and its report. Of a group only the first process writes them, and the others have none.
 pub fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Option<Value>> {
     let training = out.join("training");
-    if distributed::leads() {
+    if distributed::is_main_process() {
         std::fs::create_dir_all(&training)
             .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
     }
-    let keeping = Keeping {
+    let run_options = RunOptions {
         folder: &training,
         name: "lae",
         resume: how.resume,
@@ -305,9 +305,9 @@ pub fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Opt
         save_every: Duration::from_secs(120),
     };
     let start = Instant::now();
-    let (codec, end) = train(recipe, set, &how.device, &keeping)?;
+    let (codec, end) = train(recipe, set, &how.device, &run_options)?;
     let seconds = start.elapsed().as_secs_f64();
-    if !distributed::leads() {
+    if !distributed::is_main_process() {
         return Ok(None);
     }
     // Half precision: its error is a thousandth of what the autoencoder leaves out.
@@ -315,14 +315,19 @@ pub fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Opt
     let mut report = report(&codec, set, end, seconds)?;
     report["recipe"] = serde_json::to_value(recipe)?;
     save_json(&training.join("report.json"), &report)?;
-    if let End::Paused { step } = end {
+    if let Outcome::Paused { step } = end {
         progress::note(format_args!("lae stops at step {step}; --resume goes on"));
     }
     Ok(Some(report))
 }
 
 /// The autoencoder with averaged weights.
-pub fn train(recipe: &Recipe, set: &LoraSet, device: &Device, keeping: &Keeping) -> Result<(LoraCodec, End)> {
+pub fn train(
+    recipe: &Recipe,
+    set: &LoraSet,
+    device: &Device,
+    run_options: &RunOptions,
+) -> Result<(LoraCodec, Outcome)> {
     let vectors = &set.train.vectors;
     let config = recipe.network.config(vectors.width());
     check_people(recipe, &config, vectors.count())?;
@@ -339,8 +344,10 @@ pub fn train(recipe: &Recipe, set: &LoraSet, device: &Device, keeping: &Keeping)
         None => None,
     };
     let (weights, end) = match pca {
-        Some(pca) if config.closed_form() => (Lae::pca_tensors(&pca).into_iter().collect(), End::Finished),
-        start => descend(recipe, &config, set, &x, start, device, keeping)?,
+        Some(pca) if config.closed_form() => {
+            (Lae::pca_tensors(&pca).into_iter().collect(), Outcome::Finished)
+        }
+        start => descend(recipe, &config, set, &x, start, device, run_options)?,
     };
     let (base, layout) = (set.header.base.clone(), set.layout.clone());
     let codec = LoraCodec::new(base, layout, set.form.clone(), standardise, &config, weights, device)?;
@@ -377,8 +384,8 @@ pub fn descend(
     x: &Standardised,
     start: Option<Pca>,
     device: &Device,
-    keeping: &Keeping,
-) -> Result<(std::collections::BTreeMap<String, Tensor>, End)> {
+    run_options: &RunOptions,
+) -> Result<(std::collections::BTreeMap<String, Tensor>, Outcome)> {
     let trainable = Trainable::new(recipe.seed);
     let lae = Lae::new(config, trainable.builder(device))?;
     let vars = trainable.vars();
@@ -418,12 +425,12 @@ pub fn descend(
         Ok(Loss { value: total, parts })
     };
     let settings = json!({ "lae": recipe, "dataset": set.stamp, "people": x.count() });
-    let (end, ema) = trainer::run(plan, &settings, keeping, &vars, loss, |_, _| Ok(()))?;
+    let (end, ema) = trainer::run(plan, &settings, run_options, &vars, loss, |_, _| Ok(()))?;
     Ok((ema.averages().clone(), end))
 }
 
 /// What the autoencoder keeps of the LoRAs of people held out, in ΔW and in the weights.
-pub fn report(codec: &LoraCodec, set: &LoraSet, end: End, seconds: f64) -> Result<Value> {
+pub fn report(codec: &LoraCodec, set: &LoraSet, end: Outcome, seconds: f64) -> Result<Value> {
     let device = codec.device();
     let space = DeltaSpace::new(&codec.layout, device)?;
     let mean = mean_row(codec, set)?.to_device(device)?;
@@ -444,7 +451,7 @@ pub fn report(codec: &LoraCodec, set: &LoraSet, end: End, seconds: f64) -> Resul
     };
     let config = codec.lae.config();
     Ok(json!({
-        "finished": end == End::Finished,
+        "finished": end == Outcome::Finished,
         "seconds": seconds,
         "decode_seconds": decode,
         "people": { "train": set.train.people(), "held_out": set.held_out.people() },

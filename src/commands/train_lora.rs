@@ -15,12 +15,12 @@ use crate::image::images_in;
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
-use crate::recipes::dreambooth::batch_trainer::{Person, Queue, Room};
+use crate::recipes::dreambooth::batch_trainer::{BatchTrainer, Job, JobQueue};
 use crate::recipes::dreambooth::config::{Crop, LossScale, Settings};
 use crate::recipes::dreambooth::data_order::Timesteps;
-use crate::recipes::dreambooth::image_dataset::{Encoders, Lessons, Scaling};
+use crate::recipes::dreambooth::image_dataset::{Encoders, ImageDataset, Scaling};
 use crate::recipes::dreambooth::lockstep::{Networks, Targets};
-use crate::recipes::dreambooth::previews::Easel;
+use crate::recipes::dreambooth::previews::Previewer;
 use crate::recipes::dreambooth::{class_images, image_dataset, targets};
 use crate::registry;
 use crate::sdxl::pipeline::Unloaded;
@@ -253,34 +253,35 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let mut networks =
         Networks { unet: model.outline()?.unet, text: settings.lora.text_encoders.then(|| text.clone()) };
     let rank = settings.lora.rank;
-    let sites = |networks: &Networks| {
-        targets::sites(networks, settings.lora.targets, rank).map_err(|error| usage(format!("{error:#}")))
+    let modules = |networks: &Networks| {
+        targets::target_modules(networks, settings.lora.targets, rank)
+            .map_err(|error| usage(format!("{error:#}")))
     };
-    sites(&networks)?; // names and shapes are enough to refuse a rank before anything long begins
+    modules(&networks)?; // names and shapes are enough to refuse a rank before anything long begins
 
     let class_folder = args.options.class_images.as_deref();
     let prior = settings.objective.class_images > 0;
-    let easel = (settings.samples.every > 0 || prior)
-        .then(|| Easel::new(&model, &text, vae.clone(), side))
+    let previewer = (settings.samples.every > 0 || prior)
+        .then(|| Previewer::new(&model, &text, vae.clone(), side))
         .transpose()?;
-    if let (true, Some(easel)) = (prior, &easel) {
+    if let (true, Some(previewer)) = (prior, &previewer) {
         let folder =
             class_folder.ok_or_else(|| usage("class images need a folder: --class-images DIR".into()))?;
-        class_images::complete(folder, &model, &text, easel, &settings)?;
+        class_images::complete(folder, &model, &text, previewer, &settings)?;
     }
     let sample_prompts = match &settings.samples.prompts[..] {
         [] => vec![settings.caption()],
         prompts => prompts.to_vec(),
     };
-    let told: Vec<&str> = sample_prompts.iter().map(String::as_str).collect();
-    let sample_words = easel.as_ref().map(|_| text.encode_prompts(&told)).transpose()?;
+    let prompts: Vec<&str> = sample_prompts.iter().map(String::as_str).collect();
+    let sample_captions = previewer.as_ref().map(|_| text.encode_prompts(&prompts)).transpose()?;
     let scaling = Scaling::of(&vae, &device)?;
     let encoders = Encoders { vae, text, device: device.clone() };
     let class = match class_folder.filter(|_| prior) {
         Some(folder) => {
             let mut images = image_dataset::read_images(folder, &settings.class_prompt())?;
             images.truncate(settings.objective.class_images as usize);
-            Some(Lessons::new(images, &settings, side, &encoders)?)
+            Some(ImageDataset::new(images, &settings, side, &encoders)?)
         }
         None => None,
     };
@@ -288,26 +289,26 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     for person in &people {
         steps += settings.steps(images_in(&person.images)?.len());
     }
-    let mut queue = Queue::new(VecDeque::from(people), encoders, FaceEncoder::builtin()?);
+    let mut queue = JobQueue::new(VecDeque::from(people), encoders, FaceEncoder::builtin()?);
     if alone {
-        queue.encode_the_first(&settings, side)?; // 3.6 GB of encoders in f32 SDXL go before 10 GB of UNet come
+        queue.encode_first(&settings, side)?; // 3.6 GB of encoders in f32 SDXL go before 10 GB of UNet come
     }
 
     networks.unet = model.load_unet()?;
     networks.visit_layers(&mut |_, mut layer| layer.set_adapter(None));
-    let sites = sites(&networks)?;
-    let downs = targets::random_downs(&sites, rank, settings.seed)?;
-    let weight_norm = targets::weight_norm(&networks, &sites)?;
+    let modules = modules(&networks)?;
+    let downs = targets::random_shared_down(&modules, rank, settings.seed)?;
+    let weight_norm = targets::weight_norm(&networks, &modules)?;
     let half = networks.unet.compute_dtype() == DType::F16;
-    let room = Room {
+    let room = BatchTrainer {
         networks,
         schedule: model.schedule,
         scaling,
         class,
-        easel: easel.filter(|_| settings.samples.every > 0),
+        previewer: previewer.filter(|_| settings.samples.every > 0),
         sample_prompts,
-        sample_words,
-        sites,
+        sample_captions,
+        modules,
         downs,
         weight_norm,
         layout: registry::block_layout(&base_files)?,
@@ -320,9 +321,9 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         settings,
     };
     let bar = progress::bar(steps, "lora");
-    let seats = if alone { 1 } else { args.people_per_batch as usize };
+    let slots = if alone { 1 } else { args.people_per_batch as usize };
     let groups = if alone { 1 } else { args.groups as usize };
-    in_threads(groups, |_| room.teach(&queue, seats, &bar))?;
+    in_threads(groups, |_| room.train(&queue, slots, &bar))?;
     bar.finish_and_clear();
     report(&args, output, &queue)
 }
@@ -331,11 +332,11 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 pub const SMALL_LATENTS: usize = 32;
 
 /// Who is to be learnt, and where each LoRA goes.
-pub fn people(args: &Args) -> Result<Vec<Person>> {
+pub fn people(args: &Args) -> Result<Vec<Job>> {
     let make = |folder: &Path| {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))
     };
-    let person = |images: &Path, out: PathBuf| Person {
+    let person = |images: &Path, out: PathBuf| Job {
         name: images.file_name().map_or("images".into(), |name| name.to_string_lossy().into()),
         images: images.to_path_buf(),
         folder: out.with_extension("training"),
@@ -355,7 +356,7 @@ pub fn people(args: &Args) -> Result<Vec<Person>> {
         (None, Some(images)) => vec![person(images, args.out.clone())],
         (None, None) => Vec::new(),
     };
-    for Person { out, folder, .. } in &people {
+    for Job { out, folder, .. } in &people {
         files::check_writable(out)?;
         if args.many.is_none() {
             make(folder)?;
@@ -365,7 +366,7 @@ pub fn people(args: &Args) -> Result<Vec<Person>> {
 }
 
 /// Says what was made; with failures among many people, the error that names them.
-pub fn report(args: &Args, output: &Output, queue: &Queue) -> Result<()> {
+pub fn report(args: &Args, output: &Output, queue: &JobQueue) -> Result<()> {
     let (done, failed) = queue.results();
     if output.json {
         let loras: Vec<_> = done

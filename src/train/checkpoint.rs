@@ -40,7 +40,7 @@ pub fn save<S: Serialize>(
     settings: &S,
     parts: &[(&str, BTreeMap<String, Tensor>)],
 ) -> Result<()> {
-    if !crate::train::distributed::leads() {
+    if !crate::train::distributed::is_main_process() {
         return Ok(());
     }
     let header = serde_json::to_string(&Header { step, settings: serde_json::to_value(settings)? })?;

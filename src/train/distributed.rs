@@ -28,7 +28,7 @@ use crate::train::nccl::{self, Gpus};
 use crate::train::shards::Sum;
 
 /// Processes that train together.
-pub struct Group {
+pub struct ProcessGroup {
     rank: usize,
     world: usize,
     /// Rank 0: one to each other rank, in order. The others: one to rank 0.
@@ -38,20 +38,20 @@ pub struct Group {
     gpus: Mutex<Option<Gpus>>,
 }
 
-static GROUP: OnceLock<Group> = OnceLock::new();
+static GROUP: OnceLock<ProcessGroup> = OnceLock::new();
 
 /// The group of this process, where it has one.
-pub fn group() -> Option<&'static Group> {
+pub fn group() -> Option<&'static ProcessGroup> {
     GROUP.get()
 }
 
 /// Whether this process writes files: the only one, or the first of its group.
-pub fn leads() -> bool {
+pub fn is_main_process() -> bool {
     group().is_none_or(|group| group.rank == 0)
 }
 
 /// How many processes the environment names, before they have met; 1 where it names none.
-pub fn announced() -> usize {
+pub fn world_size() -> usize {
     // What is wrong with the variable is told when the group is joined.
     number("WORLD_SIZE").ok().flatten().unwrap_or(1).max(1)
 }
@@ -68,7 +68,7 @@ pub fn join() -> Result<()> {
     let rank = number("RANK")?.context("WORLD_SIZE is set, RANK is not")?;
     let address = std::env::var("MASTER_ADDR").unwrap_or_else(|_| "127.0.0.1".into());
     let port = number("MASTER_PORT")?.unwrap_or(29500);
-    let group = Group::meet(&format!("{address}:{port}"), rank, world)?;
+    let group = ProcessGroup::init(&format!("{address}:{port}"), rank, world)?;
     GROUP.set(group).map_err(|_| anyhow::anyhow!("a group was joined twice"))
 }
 
@@ -89,9 +89,9 @@ fn number(name: &str) -> Result<Option<usize>> {
     Ok(Some(value))
 }
 
-impl Group {
+impl ProcessGroup {
     /// Waits for all `world` processes at `address`.
-    pub fn meet(address: &str, rank: usize, world: usize) -> Result<Self> {
+    pub fn init(address: &str, rank: usize, world: usize) -> Result<Self> {
         ensure!(rank < world, Failure::Usage(format!("RANK={rank} of WORLD_SIZE={world}")));
         let until = Instant::now() + Duration::from_secs(60);
         let late = || format!("rank {rank} of {world}: the others did not come to {address} within a minute");
@@ -188,10 +188,10 @@ impl Group {
         } else if let Some(peer) = peers.first_mut() {
             peer.read_exact(&mut name)?;
         }
-        Gpus::meet(gpu, self.rank, self.world, &name)
+        Gpus::init(gpu, self.rank, self.world, &name)
     }
 
-    /// [`Group::mean`] of what is on the CPU or can be copied there; `elsewhere` numbers go another way.
+    /// [`ProcessGroup::mean`] of what is on the CPU or can be copied there; `elsewhere` numbers go another way.
     fn mean_by_tcp(&self, sum: &mut Sum, elsewhere: usize) -> Result<()> {
         let mut values = vec![sum.loss as f32];
         values.extend(sum.parts.iter().map(|(_, value)| *value as f32));
@@ -294,7 +294,7 @@ mod tests {
             let ranks: Vec<_> = (0..3)
                 .map(|rank| {
                     scope.spawn(move || {
-                        let group = Group::meet(address, rank, 3).unwrap();
+                        let group = ProcessGroup::init(address, rank, 3).unwrap();
                         assert_eq!(group.own_shards(6).unwrap(), 2 * rank..2 * rank + 2);
                         assert!(group.own_shards(4).unwrap_err().to_string().contains("shards"));
                         let mut own = sum(rank);
@@ -319,9 +319,10 @@ mod tests {
             scope.spawn(move || {
                 let mut other = sum(1);
                 other.parts.push(("more", 1.0));
-                Group::meet(address, 1, 2).unwrap().mean(&mut other).unwrap_err();
+                ProcessGroup::init(address, 1, 2).unwrap().mean(&mut other).unwrap_err();
             });
-            let message = format!("{:#}", Group::meet(address, 0, 2).unwrap().mean(&mut sum(0)).unwrap_err());
+            let message =
+                format!("{:#}", ProcessGroup::init(address, 0, 2).unwrap().mean(&mut sum(0)).unwrap_err());
             assert!(message.contains("it sent 7 and 0 numbers, 6 and 0 were expected"), "{message}");
         });
     }
@@ -331,10 +332,10 @@ mod tests {
         let address = &address();
         std::thread::scope(|scope| {
             let first = scope.spawn(move || {
-                let group = Group::meet(address, 0, 2).unwrap();
+                let group = ProcessGroup::init(address, 0, 2).unwrap();
                 format!("{:#}", group.mean(&mut sum(0)).unwrap_err())
             });
-            scope.spawn(move || drop(Group::meet(address, 1, 2).unwrap()));
+            scope.spawn(move || drop(ProcessGroup::init(address, 1, 2).unwrap()));
             let message = first.join().unwrap();
             assert!(message.contains("rank 1 has left"), "{message}");
         });

@@ -19,7 +19,7 @@ impl Log {
     /// Opens `path` for a run that continues after `step`; lines of later steps, left by a run that was killed
     /// after its last checkpoint, are dropped.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
-        if !crate::train::distributed::leads() {
+        if !crate::train::distributed::is_main_process() {
             return Ok(Self { file: None });
         }
         let open = || -> Result<File> {

@@ -1,4 +1,4 @@
-//! The mean of gradients over the GPUs of a [`Group`](crate::train::distributed::Group) by NCCL: end to end in one all-reduce, in the
+//! The mean of gradients over the GPUs of a [`ProcessGroup`](crate::train::distributed::ProcessGroup) by NCCL: end to end in one all-reduce, in the
 //! stream that computed them, so that nothing is copied to the CPU and nothing is waited for.
 //!
 //! NCCL's calls have no time limit. A process that has gone is noticed where the group exchanges the loss, before each
@@ -42,7 +42,7 @@ impl Gpus {
     ///
     /// # Errors
     /// What NCCL says, for example of two processes that have the same GPU.
-    pub fn meet(gpu: &CudaDevice, rank: usize, world: usize, name: &Name) -> Result<Self> {
+    pub fn init(gpu: &CudaDevice, rank: usize, world: usize, name: &Name) -> Result<Self> {
         let stream = gpu.cuda_stream();
         // NCCL takes the device of the thread.
         stream.context().bind_to_thread()?;

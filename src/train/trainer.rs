@@ -21,7 +21,7 @@ use crate::train::shards::{self, Gradients, Loss, Sum};
 /// How a network is trained, whatever it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Plan {
+pub struct TrainerConfig {
     /// Steps from the first to the last.
     pub steps: u64,
     /// Samples a step.
@@ -37,7 +37,7 @@ pub struct Plan {
     pub ema: f64,
 }
 
-impl Plan {
+impl TrainerConfig {
     /// Samples a shard.
     ///
     /// # Errors
@@ -54,13 +54,13 @@ impl Plan {
 
     /// Whether this process will run several shards, one a thread.
     pub fn trains_in_shards(&self) -> bool {
-        self.shards > distributed::announced()
+        self.shards > distributed::world_size()
     }
 }
 
 /// Where a run keeps its state, and when it stops.
 #[derive(Clone, Debug)]
-pub struct Keeping<'a> {
+pub struct RunOptions<'a> {
     /// `FOLDER/NAME.checkpoint.safetensors` and `FOLDER/NAME.jsonl`.
     pub folder: &'a Path,
     /// Names the files and the progress bar.
@@ -75,7 +75,7 @@ pub struct Keeping<'a> {
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum Outcome {
     /// All steps are made.
     Finished,
     /// The deadline came first; `--resume` goes on.
@@ -95,14 +95,14 @@ pub enum End {
 ///
 /// Ctrl-C saves the state and ends with [`crate::failure::Failure::Interrupted`].
 pub fn run<S: Serialize>(
-    plan: &Plan,
+    plan: &TrainerConfig,
     settings: &S,
-    keeping: &Keeping,
+    run_options: &RunOptions,
     vars: &BTreeMap<String, Var>,
     loss: impl Fn(u64, usize) -> Result<Loss> + Sync,
     mut after: impl FnMut(u64, &Ema) -> Result<()>,
-) -> Result<(End, Ema)> {
-    run_until(plan, settings, keeping, vars, loss, |step, ema| {
+) -> Result<(Outcome, Ema)> {
+    run_until(plan, settings, run_options, vars, loss, |step, ema| {
         after(step, ema)?;
         Ok(ControlFlow::Continue(()))
     })
@@ -110,22 +110,22 @@ pub fn run<S: Serialize>(
 
 /// The same, until `after` says that it is enough.
 pub fn run_until<S: Serialize>(
-    plan: &Plan,
+    plan: &TrainerConfig,
     settings: &S,
-    keeping: &Keeping,
+    run_options: &RunOptions,
     vars: &BTreeMap<String, Var>,
     loss: impl Fn(u64, usize) -> Result<Loss> + Sync,
     mut after: impl FnMut(u64, &Ema) -> Result<ControlFlow<()>>,
-) -> Result<(End, Ema)> {
+) -> Result<(Outcome, Ema)> {
     plan.samples_a_shard()?;
     let mut state = State::new(vars.clone(), plan.optimiser.clone(), Some(plan.ema))?;
-    let path = keeping.folder.join(format!("{}.checkpoint.safetensors", keeping.name));
-    if keeping.resume && path.exists() {
+    let path = run_options.folder.join(format!("{}.checkpoint.safetensors", run_options.name));
+    if run_options.resume && path.exists() {
         state.load(&path, settings)?;
     }
 
-    let mut log = Log::open(&keeping.folder.join(format!("{}.jsonl", keeping.name)), state.step)?;
-    let bar = progress::bar(plan.steps, keeping.name);
+    let mut log = Log::open(&run_options.folder.join(format!("{}.jsonl", run_options.name)), state.step)?;
+    let bar = progress::bar(plan.steps, run_options.name);
     bar.set_position(state.step);
     bar.reset_eta();
     let mut recent = Recent::default();
@@ -136,10 +136,10 @@ pub fn run_until<S: Serialize>(
             state.save(&path, settings)?;
             progress::check()?;
         }
-        if keeping.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        if run_options.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             state.save(&path, settings)?;
             bar.finish_and_clear();
-            return Ok((End::Paused { step: state.step }, state.into_ema()?));
+            return Ok((Outcome::Paused { step: state.step }, state.into_ema()?));
         }
         let rate = plan.rate.learning_rate(state.step, plan.steps);
         let Sum { loss, parts, gradients } =
@@ -161,16 +161,16 @@ pub fn run_until<S: Serialize>(
         if after(step, state.ema.as_ref().context("this run keeps an average")?)?.is_break() {
             state.save(&path, settings)?;
             bar.finish_and_clear();
-            return Ok((End::Stopped { step }, state.into_ema()?));
+            return Ok((Outcome::Stopped { step }, state.into_ema()?));
         }
-        if saved_at.elapsed() >= keeping.save_every {
+        if saved_at.elapsed() >= run_options.save_every {
             state.save(&path, settings)?;
             saved_at = Instant::now();
         }
     }
     state.save(&path, settings)?;
     bar.finish_and_clear();
-    Ok((End::Finished, state.into_ema()?))
+    Ok((Outcome::Finished, state.into_ema()?))
 }
 
 /// The figure that counts the optimiser's steps where some were left out.
@@ -322,8 +322,8 @@ mod tests {
     use crate::train::lr_schedule::Decay;
     use crate::weights::Trainable;
 
-    fn plan() -> Plan {
-        Plan {
+    fn plan() -> TrainerConfig {
+        TrainerConfig {
             steps: 12,
             batch: 8,
             shards: 2,
@@ -343,13 +343,14 @@ mod tests {
             let error = (linear(&x, &weight, None)? - linear(&x, &truth, None)?)?;
             Ok(Loss::from(error.sqr()?.mean_all()?))
         };
-        let keeping = Keeping { folder, name: "test", resume, deadline: None, save_every: Duration::ZERO };
+        let run_options =
+            RunOptions { folder, name: "test", resume, deadline: None, save_every: Duration::ZERO };
         let after = |step: u64, _: &Ema| match kill_at {
             Some(kill) if step == kill => anyhow::bail!("killed"),
             _ => Ok(()),
         };
-        let (end, ema) = run(&plan(), &plan(), &keeping, &trainable.vars(), loss, after).ok()?;
-        assert_eq!(end, End::Finished);
+        let (end, ema) = run(&plan(), &plan(), &run_options, &trainable.vars(), loss, after).ok()?;
+        assert_eq!(end, Outcome::Finished);
         let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         Some((values(&weight), values(&ema.averages()["weight"])))
     }
@@ -368,7 +369,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(train(folder.path(), false, Some(5)).is_none());
         let path = folder.path().join("test.checkpoint.safetensors");
-        let other = Plan { batch: 16, ..plan() };
+        let other = TrainerConfig { batch: 16, ..plan() };
         let error = checkpoint::load(&path, &other).err().unwrap().to_string();
         assert!(error.contains("batch") && error.contains('8') && error.contains("16"), "{error}");
     }

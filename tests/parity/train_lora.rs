@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
 use difflora::lora::change::Form;
-use difflora::recipes::dreambooth::lockstep::{Networks, Student, Targets};
-use difflora::recipes::dreambooth::loss::{Batch, Objective, Words, gradients};
-use difflora::recipes::dreambooth::targets::sites;
+use difflora::recipes::dreambooth::lockstep::{Networks, Targets, TrainableLora};
+use difflora::recipes::dreambooth::loss::{Batch, Captions, Objective, gradients};
+use difflora::recipes::dreambooth::targets::target_modules;
 use difflora::registry;
 use difflora::sdxl::text::{ClipTextConfig, ClipTextModel, TextEncoders};
 use difflora::sdxl::tokenizer::ClipTokenizer;
@@ -46,23 +46,23 @@ fn networks(golden: &Golden, text: bool) -> (Networks, TextEncoders) {
 }
 
 /// Trains by the options of one case, as one of `people` people who all learn the same; gives the first step's gradients,
-/// the losses, and the student.
-fn train(golden: &Golden, case: &str, people: usize) -> (BTreeMap<String, Tensor>, Vec<f64>, Student) {
+/// the losses, and the lora.
+fn train(golden: &Golden, case: &str, people: usize) -> (BTreeMap<String, Tensor>, Vec<f64>, TrainableLora) {
     let options: Value = golden.json(case);
     let text = options["text"] == true;
     let (networks, encoders) = networks(golden, text);
     let targets = if options["targets"] == "conv" { Targets::Conv } else { Targets::Attn };
-    let sites = sites(&networks, targets, 2).unwrap();
+    let modules = target_modules(&networks, targets, 2).unwrap();
     let start = if ["conv", "text"].contains(&case) { case } else { "plain" };
     let downs: BTreeMap<String, Tensor> = golden.under(&format!("{start}.start.down.")).into_iter().collect();
-    assert_eq!(sites.len(), downs.len(), "{case}: the same layers are adapted");
-    let mut students: Vec<Student> =
-        (0..people).map(|_| Student::new(&sites, &downs, 4.0).unwrap()).collect();
+    assert_eq!(modules.len(), downs.len(), "{case}: the same layers are adapted");
+    let mut loras: Vec<TrainableLora> =
+        (0..people).map(|_| TrainableLora::new(&modules, &downs, 4.0).unwrap()).collect();
     let optimiser = AdamWOptions { clip: options["clip"].as_f64().unwrap_or(0.0), ..Default::default() };
     let mut states = Vec::new();
-    for student in &mut students {
-        student.learn_downs().unwrap();
-        let mut state = State::new(student.vars().clone(), optimiser.clone(), None).unwrap();
+    for lora in &mut loras {
+        lora.train_shared_down().unwrap();
+        let mut state = State::new(lora.vars().clone(), optimiser.clone(), None).unwrap();
         state.optimiser().scale_rate("up.text_encoder", 0.2);
         state.optimiser().scale_rate("down.text_encoder", 0.2);
         states.push(state);
@@ -85,17 +85,17 @@ fn train(golden: &Golden, case: &str, people: usize) -> (BTreeMap<String, Tensor
         let chosen = row("chosen", pass);
         let of = |key: &str| golden.get(key).index_select(&chosen, 0).unwrap();
         let ids = of("ids").to_dtype(DType::U32).unwrap();
-        let words = if text {
-            Words::Tokens(ids.clone(), ids)
+        let captions = if text {
+            Captions::Tokens(ids.clone(), ids)
         } else {
-            Words::Encoded(encoders.encode_ids(&ids, &ids).unwrap())
+            Captions::Encoded(encoders.encode_ids(&ids, &ids).unwrap())
         };
         let t: Vec<i64> = row("t", pass).to_vec1().unwrap();
         Batch {
             x0: of("x0"),
             eps: row("eps", pass),
             timesteps: t.into_iter().map(|t| t as usize).collect(),
-            words,
+            captions,
             time_ids: of("time_ids"),
             class_images,
             scale: 1.0,
@@ -104,7 +104,7 @@ fn train(golden: &Golden, case: &str, people: usize) -> (BTreeMap<String, Tensor
     let mut first = BTreeMap::new();
     let mut losses = Vec::new();
     for step in 0..10 {
-        let all = students.iter().collect::<Vec<_>>();
+        let all = loras.iter().collect::<Vec<_>>();
         let batches = |pass| Ok(vec![batch(step * passes + pass); people]);
         let lessons = gradients(&networks, &schedule, &objective, &all, passes, batches).unwrap();
         for (state, (gradients, _)) in states.iter_mut().zip(&lessons) {
@@ -116,12 +116,12 @@ fn train(golden: &Golden, case: &str, people: usize) -> (BTreeMap<String, Tensor
             first = own;
         }
     }
-    (first, losses, students.pop().unwrap())
+    (first, losses, loras.pop().unwrap())
 }
 
 fn check(case: &str, people: usize) {
     let golden = Golden::open("train_lora");
-    let (gradients, losses, student) = train(&golden, case, people);
+    let (gradients, losses, lora) = train(&golden, case, people);
     let theirs = golden.under(&format!("{case}.grad."));
     let reached: Vec<&String> = theirs.keys().filter(|name| !gradients.contains_key(*name)).collect();
     assert!(reached.is_empty() && !theirs.is_empty(), "{case}: no gradient reaches {reached:?}");
@@ -141,7 +141,7 @@ fn check(case: &str, people: usize) {
             "{case}: loss of step {step} is {ours}, wanted {theirs}"
         );
     }
-    let changes = student.changes().unwrap();
+    let changes = lora.changes().unwrap();
     for (name, theirs) in golden.under(&format!("{case}.end.")) {
         let (kind, path) = name.split_once('.').unwrap();
         let Form::LowRank { down, up, .. } = &changes.modules[path].form else { panic!("{path}") };

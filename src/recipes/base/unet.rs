@@ -24,7 +24,7 @@ use crate::synthetic;
 use crate::synthetic::attribute_classifier::AttributeClassifier;
 use crate::synthetic::image_set::PaintedImages;
 use crate::train::shards::{Loss, in_threads};
-use crate::train::trainer::{self, End, Keeping, Plan};
+use crate::train::trainer::{self, Outcome, RunOptions, TrainerConfig};
 use crate::train::{self, checkpoint};
 use crate::weights::Trainable;
 use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
@@ -61,7 +61,7 @@ pub struct Settings {
     /// Steps between sheets of images.
     pub sheet_every: u64,
     /// Steps, batch, rate.
-    pub plan: Plan,
+    pub plan: TrainerConfig,
     /// `text_encoder/config.json`; what depends on the vocabulary is filled in.
     pub text_encoder: ClipTextConfig,
     /// `text_encoder_2/config.json`, likewise.
@@ -143,10 +143,10 @@ pub struct Start<'a> {
 pub fn train(
     all: &crate::recipes::base::config::Settings,
     images: &PaintedImages,
-    keeping: &Keeping,
+    run_options: &RunOptions,
     out: &Path,
     start: &Start,
-) -> Result<End> {
+) -> Result<Outcome> {
     let mut settings = all.unet.clone();
     let vocabulary = build_vocabulary(&words())?;
     let tokens = serde_json::from_str::<BTreeMap<String, u32>>(&vocabulary.0)?.len();
@@ -165,7 +165,7 @@ pub fn train(
     let vae = files.load("vae", DIFFUSERS_WEIGHTS, DType::F32, &Device::Cpu, |vb| Vae::new(&config, vb))?;
     let vae_weights: BTreeMap<String, Tensor> =
         files.tensors("vae", DIFFUSERS_WEIGHTS)?.into_iter().collect();
-    let latents = latents(&vae, all, images, keeping.folder)?;
+    let latents = latents(&vae, all, images, run_options.folder)?;
 
     let trainable = Trainable::new(all.seed);
     let vb = trainable.builder(&Device::Cpu);
@@ -212,15 +212,15 @@ pub fn train(
 
     let seed = all.seed.wrapping_add(1);
     let loss = |step: u64, shard: usize| denoiser.loss(settings, images, &latents, (seed, step, shard));
-    let (end, ema) = trainer::run(&settings.plan, all, keeping, &vars, loss, |step, ema| {
+    let (end, ema) = trainer::run(&settings.plan, all, run_options, &vars, loss, |step, ema| {
         if step % settings.sheet_every == 0 {
-            let path = keeping.folder.join(format!("unet-{step:06}.png"));
+            let path = run_options.folder.join(format!("unet-{step:06}.png"));
             ema.averaged(|| {
                 denoiser.sheet(&vae, images)?.save(&path, None)?;
                 let Some(classifier) = start.classifier else { return Ok(()) };
                 let quality =
                     Quality::measure(images, classifier, |prompts| denoiser.generate(&vae, prompts, 8))?;
-                quality.append(&keeping.folder.join("unet-quality.jsonl"), step, settings.plan.batch)
+                quality.append(&run_options.folder.join("unet-quality.jsonl"), step, settings.plan.batch)
             })?;
             write(ema.averages())?;
         }
@@ -299,7 +299,7 @@ impl Denoiser {
         latents: &Tensor,
         (seed, step, shard): (u64, u64, usize),
     ) -> Result<Loss> {
-        let Plan { batch, shards, .. } = settings.plan;
+        let TrainerConfig { batch, shards, .. } = settings.plan;
         let samples = batch / shards;
         let mut rng = train::rng(seed, step * shards as u64 + shard as u64);
         let numbers = index::sample(&mut rng, images.len(), samples).into_vec();

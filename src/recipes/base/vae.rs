@@ -18,7 +18,7 @@ use crate::sdxl::vae::{Vae, VaeConfig};
 use crate::synthetic::image_set::{self, PaintedImages};
 use crate::train;
 use crate::train::shards::Loss;
-use crate::train::trainer::{self, End, Keeping, Plan};
+use crate::train::trainer::{self, Outcome, RunOptions, TrainerConfig};
 use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, save_component};
 use crate::weights::{self, Trainable};
 
@@ -44,7 +44,7 @@ pub struct Settings {
     /// Steps between sheets of images.
     pub sheet_every: u64,
     /// Steps, batch, rate.
-    pub plan: Plan,
+    pub plan: TrainerConfig,
 }
 
 /// What decides the VAE: a checkpoint of other settings is refused.
@@ -59,9 +59,9 @@ struct Recipe<'a> {
 pub fn train(
     all: &crate::recipes::base::config::Settings,
     images: &PaintedImages,
-    keeping: &Keeping,
+    run_options: &RunOptions,
     out: &Path,
-) -> Result<End> {
+) -> Result<Outcome> {
     let settings = &all.vae;
     let trainable = Trainable::new(all.seed);
     let vae = Vae::new(&settings.model, trainable.builder(&Device::Cpu))?;
@@ -91,14 +91,14 @@ pub fn train(
         let numbers = index::sample(&mut rng, images.len(), samples).into_vec();
         loss(&encoder, &vae, settings, images, &numbers, &mut rng)
     };
-    let (end, ema) = trainer::run(&settings.plan, &recipe, keeping, &vars, loss, |step, ema| {
+    let (end, ema) = trainer::run(&settings.plan, &recipe, run_options, &vars, loss, |step, ema| {
         if step % settings.sheet_every == 0 {
-            let path = keeping.folder.join(format!("vae-{step:06}.png"));
+            let path = run_options.folder.join(format!("vae-{step:06}.png"));
             ema.averaged(|| sheet(&vae, &shown)?.save(&path, None))?;
         }
         Ok(())
     })?;
-    if end == End::Finished {
+    if end == Outcome::Finished {
         let mut weights = set;
         weights.extend(ema.averages().clone());
         finish(&settings.model, images, &weights, out)?;

@@ -14,7 +14,7 @@ use crate::progress;
 use crate::train::checkpoint;
 use crate::train::ema::Ema;
 use crate::train::log::Log;
-use crate::train::trainer::Keeping;
+use crate::train::trainer::RunOptions;
 
 /// Looks at the averages now and then and keeps the best. Does nothing without a [`Validation`].
 pub struct Best<'a> {
@@ -29,19 +29,26 @@ pub struct Best<'a> {
 
 impl<'a> Best<'a> {
     /// Takes up what a run that goes on had found.
-    pub fn open(validation: Option<&'a Validation>, keeping: &Keeping, settings: &'a Value) -> Result<Self> {
-        let path = keeping.folder.join(format!("{}.best.safetensors", keeping.name));
+    pub fn open(
+        validation: Option<&'a Validation>,
+        run_options: &RunOptions,
+        settings: &'a Value,
+    ) -> Result<Self> {
+        let path = run_options.folder.join(format!("{}.best.safetensors", run_options.name));
         let mut best = None;
         let mut log = None;
         if validation.is_some() {
-            if keeping.resume && path.exists() {
+            if run_options.resume && path.exists() {
                 let saved = checkpoint::load(&path, settings)?;
                 let error = saved.part("validation").remove("error").context("no error in it")?;
                 best = Some((saved.step, error.to_scalar::<f64>()?));
             }
             // Lines behind the checkpoint are written once more, with the same figures.
             let after = best.map_or(0, |(step, _)| step);
-            log = Some(Log::open(&keeping.folder.join(format!("{}.validation.jsonl", keeping.name)), after)?);
+            log = Some(Log::open(
+                &run_options.folder.join(format!("{}.validation.jsonl", run_options.name)),
+                after,
+            )?);
         }
         Ok(Self { validation, settings, path, log, best })
     }

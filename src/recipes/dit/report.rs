@@ -12,7 +12,7 @@ use crate::hypernet::{Hypernet, LoraCodec, SampleOptions};
 use crate::output::print_line;
 use crate::recipes::dit::training_set::Lessons;
 use crate::statistics::Mean;
-use crate::train::trainer::End;
+use crate::train::trainer::Outcome;
 
 /// DDIM steps that are compared.
 const STEPS: [usize; 6] = [1, 2, 4, 8, 20, 50];
@@ -116,7 +116,7 @@ impl Figures {
 }
 
 /// Errors on the people held out: of the hypernetwork from one photo, and of simpler ways.
-pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -> Result<Value> {
+pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: Outcome) -> Result<Value> {
     let Hypernet { codec, denoiser } = hypernet;
     let (new, kind, device) = (&set.held_out, denoiser.config.mixer.kind, codec.device());
     let sample = |faces: &Tensor, images: &Tensor, steps, samples| -> Result<Tensor> {
@@ -170,7 +170,7 @@ pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: End) -
     let gates = denoiser.gates(&faces, &images)?;
     let gates = gates.map(|gates| GateFigures::of(&gates)).transpose()?;
     Ok(json!({
-        "finished": matches!(end, End::Finished | End::Stopped { .. }),
+        "finished": matches!(end, Outcome::Finished | Outcome::Stopped { .. }),
         "people": { "train": set.train.people(), "held_out": people, "validation": lessons.validation.len() },
         "photos": { "train": set.train.owners.len(), "held_out": new.owners.len() },
         "table": table,

@@ -1,4 +1,5 @@
-//! People who share one frozen base: who waits, who learns at the moment, and what is written when one is done.
+//! Trains many LoRAs on one frozen base: a queue of jobs, the LoRAs that share each forward pass, and the files
+//! written when one is finished.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -18,17 +19,17 @@ use crate::lora::file::{self, Format};
 use crate::lora::keys::BlockLayout;
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
-use crate::recipes::dreambooth::image_dataset::{self, Encoders, Lessons, Scaling};
-use crate::recipes::dreambooth::lockstep::{Downs, Networks, Site, Student};
-use crate::recipes::dreambooth::lora_trainer::Learner;
-use crate::recipes::dreambooth::loss::{self, Lesson, Objective};
+use crate::recipes::dreambooth::image_dataset::{self, Encoders, ImageDataset, Scaling};
+use crate::recipes::dreambooth::lockstep::{Networks, SharedDown, TargetModule, TrainableLora};
+use crate::recipes::dreambooth::lora_trainer::LoraTrainer;
+use crate::recipes::dreambooth::loss::{self, Objective, PersonGradients};
 use crate::recipes::dreambooth::metadata::{self, SETTINGS_STAMP};
-use crate::recipes::dreambooth::previews::Easel;
+use crate::recipes::dreambooth::previews::Previewer;
 use crate::sdxl::text::TextConditioning;
 use crate::weights::header::Header;
 
-/// What is the same for all people.
-pub struct Room {
+/// What all LoRAs of a run share.
+pub struct BatchTrainer {
     /// Without adapters.
     pub networks: Networks,
     /// Noise levels.
@@ -36,17 +37,17 @@ pub struct Room {
     /// From the VAE's latents to the UNet's.
     pub scaling: Scaling,
     /// Class images.
-    pub class: Option<Lessons>,
+    pub class: Option<ImageDataset>,
     /// For samples along the way.
-    pub easel: Option<Easel>,
-    /// What they show.
+    pub previewer: Option<Previewer>,
+    /// Prompts of the previews.
     pub sample_prompts: Vec<String>,
     /// The same, encoded without adapters.
-    pub sample_words: Option<TextConditioning>,
+    pub sample_captions: Option<TextConditioning>,
     /// Layers that are adapted.
-    pub sites: Vec<Site>,
+    pub modules: Vec<TargetModule>,
     /// `down` of each at the start.
-    pub downs: Downs,
+    pub downs: SharedDown,
     /// Length of the weights of these layers.
     pub weight_norm: f64,
     /// For the spelling of layers in files.
@@ -63,13 +64,13 @@ pub struct Room {
     pub resume: bool,
     /// Whether there is one person only, whose failure is the run's.
     pub alone: bool,
-    /// How people are taught.
+    /// Training settings.
     pub settings: Settings,
 }
 
-/// Somebody who is to be learnt.
-pub struct Person {
-    /// As warnings and logs say.
+/// A LoRA to train.
+pub struct Job {
+    /// Name in warnings and logs.
     pub name: String,
     /// Folder of the images.
     pub images: PathBuf,
@@ -82,168 +83,171 @@ pub struct Person {
 /// A LoRA that was written, the number of its images, and the mean loss of the last steps.
 pub type Done = (PathBuf, usize, f64);
 
-/// Who waits, and what has become of the others.
-pub struct Queue {
-    waiting: Mutex<Waiting>,
+/// Jobs to start, and the results of finished ones.
+pub struct JobQueue {
+    pending: Mutex<Pending>,
     done: Mutex<Vec<Done>>,
     failed: Mutex<Vec<String>>,
 }
 
-/// The encoders go when the last person is called.
-struct Waiting {
-    people: VecDeque<Person>,
+/// The encoders are freed when the last job starts.
+struct Pending {
+    people: VecDeque<Job>,
     encoders: Option<Arc<(Encoders, FaceEncoder)>>,
-    /// Of the first person, where they were encoded beforehand.
-    lessons: Option<Box<Lessons>>,
+    /// Of the first job, when encoded in advance.
+    dataset: Option<Box<ImageDataset>>,
 }
 
-/// What a person brings to the seat.
-enum Material {
-    /// Images and captions that are still to be encoded, by these.
+/// Training data of a job.
+enum JobData {
+    /// Not encoded yet; the encoders to use.
     Raw(Arc<(Encoders, FaceEncoder)>),
-    Encoded(Box<Lessons>),
+    Encoded(Box<ImageDataset>),
 }
 
-impl Queue {
-    /// Everybody waits.
-    pub fn new(people: VecDeque<Person>, encoders: Encoders, faces: FaceEncoder) -> Self {
-        let waiting = Waiting { people, encoders: Some(Arc::new((encoders, faces))), lessons: None };
-        Self { waiting: Mutex::new(waiting), done: Mutex::default(), failed: Mutex::default() }
+impl JobQueue {
+    /// A queue of `people`.
+    pub fn new(people: VecDeque<Job>, encoders: Encoders, faces: FaceEncoder) -> Self {
+        let pending = Pending { people, encoders: Some(Arc::new((encoders, faces))), dataset: None };
+        Self { pending: Mutex::new(pending), done: Mutex::default(), failed: Mutex::default() }
     }
 
-    /// Encodes the first person's images and captions now; the encoders go if nobody else waits.
-    pub fn encode_the_first(&mut self, settings: &Settings, side: usize) -> Result<()> {
-        let waiting = self.waiting.get_mut().expect("nobody panics in the queue");
-        if let (Some(person), Some(encoders)) = (waiting.people.front(), &waiting.encoders) {
-            waiting.lessons = Some(Box::new(encode(person, settings, side, encoders)?));
+    /// Encodes the first job's images and captions now; frees the encoders if it is the only job.
+    pub fn encode_first(&mut self, settings: &Settings, side: usize) -> Result<()> {
+        let pending = self.pending.get_mut().expect("no thread panics while it holds the queue");
+        if let (Some(person), Some(encoders)) = (pending.people.front(), &pending.encoders) {
+            pending.dataset = Some(Box::new(encode(person, settings, side, encoders)?));
         }
-        if waiting.people.len() < 2 {
-            waiting.encoders = None;
+        if pending.people.len() < 2 {
+            pending.encoders = None;
         }
         Ok(())
     }
 
-    /// The next person.
-    fn next(&self) -> Option<(Person, Material)> {
-        let mut waiting = self.waiting.lock().expect("nobody panics in the queue");
-        let person = waiting.people.pop_front()?;
-        if let Some(lessons) = waiting.lessons.take() {
-            return Some((person, Material::Encoded(lessons)));
+    /// The next job.
+    fn next(&self) -> Option<(Job, JobData)> {
+        let mut pending = self.pending.lock().expect("no thread panics while it holds the queue");
+        let person = pending.people.pop_front()?;
+        if let Some(dataset) = pending.dataset.take() {
+            return Some((person, JobData::Encoded(dataset)));
         }
-        let last = waiting.people.is_empty();
-        let encoders = if last { waiting.encoders.take() } else { waiting.encoders.clone() };
-        encoders.map(|encoders| (person, Material::Raw(encoders)))
+        let last = pending.people.is_empty();
+        let encoders = if last { pending.encoders.take() } else { pending.encoders.clone() };
+        encoders.map(|encoders| (person, JobData::Raw(encoders)))
     }
 
-    /// What was written, sorted, and who failed and why.
+    /// Finished LoRAs sorted by path, and the failures.
     pub fn results(&self) -> (Vec<Done>, Vec<String>) {
-        let mut done = self.done.lock().expect("nobody panics in the queue").clone();
+        let mut done = self.done.lock().expect("no thread panics while it holds the queue").clone();
         done.sort_by(|a, b| a.0.cmp(&b.0));
-        (done, self.failed.lock().expect("nobody panics in the queue").clone())
+        (done, self.failed.lock().expect("no thread panics while it holds the queue").clone())
     }
 }
 
 /// A person's images and captions, as the networks take them. Warns of what makes a poor LoRA.
 fn encode(
-    person: &Person,
+    person: &Job,
     settings: &Settings,
     side: usize,
     (encoders, faces): &(Encoders, FaceEncoder),
-) -> Result<Lessons> {
+) -> Result<ImageDataset> {
     let images = image_dataset::read_images(&person.images, &settings.caption())?;
     image_dataset::warn_of_poor_images(&person.name, &images, faces)?;
-    Lessons::new(images, settings, side, encoders)
+    ImageDataset::new(images, settings, side, encoders)
 }
 
-impl Room {
-    /// Teaches people of the queue, up to `seats` at once, until nobody waits. A person's LoRA is written when the
-    /// person's steps are made; somebody else takes the seat.
+impl BatchTrainer {
+    /// Trains the queued LoRAs, at most `slots` concurrently; writes each when it finishes and starts the next.
     ///
-    /// Ctrl-C saves everybody's state.
-    pub fn teach(&self, queue: &Queue, seats: usize, bar: &ProgressBar) -> Result<()> {
-        let mut learners: Vec<Learner> = Vec::new();
+    /// Ctrl-C saves the state of all that are in training.
+    pub fn train(&self, queue: &JobQueue, slots: usize, bar: &ProgressBar) -> Result<()> {
+        let mut trainers: Vec<LoraTrainer> = Vec::new();
         loop {
-            while learners.len() < seats
-                && let Some((person, material)) = queue.next()
+            while trainers.len() < slots
+                && let Some((person, data)) = queue.next()
             {
                 let name = person.name.clone();
-                match self.seat(person, material, queue) {
-                    Ok(learner) => {
-                        bar.inc(learner.as_ref().map_or(0, Learner::step));
-                        learners.extend(learner);
+                match self.start(person, data, queue) {
+                    Ok(trainer) => {
+                        bar.inc(trainer.as_ref().map_or(0, LoraTrainer::step));
+                        trainers.extend(trainer);
                     }
-                    Err(error) => self.give_up(&name, error, queue)?,
+                    Err(error) => self.fail(&name, error, queue)?,
                 }
                 bar.reset_eta();
             }
-            if learners.is_empty() {
+            if trainers.is_empty() {
                 return Ok(());
             }
             if progress::interrupted() {
-                learners.iter().try_for_each(Learner::save)?;
+                trainers.iter().try_for_each(LoraTrainer::save)?;
                 progress::check()?;
             }
-            if !learners.iter().any(Learner::is_done) {
-                let outcomes = self.step(&mut learners)?;
+            if !trainers.iter().any(LoraTrainer::is_done) {
+                let outcomes = self.step(&mut trainers)?;
                 bar.inc(outcomes.len() as u64);
                 let mut still = Vec::new();
-                for (learner, outcome) in learners.into_iter().zip(outcomes) {
+                for (trainer, outcome) in trainers.into_iter().zip(outcomes) {
                     match outcome {
-                        Ok(()) => still.push(learner),
-                        Err(error) => self.give_up(&learner.name, error, queue)?,
+                        Ok(()) => still.push(trainer),
+                        Err(error) => self.fail(&trainer.name, error, queue)?,
                     }
                 }
-                learners = still;
-                let loss = learners.iter().map(Learner::loss).sum::<f64>() / learners.len().max(1) as f64;
+                trainers = still;
+                let loss = trainers.iter().map(LoraTrainer::loss).sum::<f64>() / trainers.len().max(1) as f64;
                 bar.set_message(format!("loss {loss:.4}"));
             }
-            let (done, still): (Vec<_>, Vec<_>) = learners.into_iter().partition(Learner::is_done);
-            learners = still;
-            for learner in done {
-                self.write(&learner)?;
-                let done = (learner.out.clone(), learner.lessons.len(), learner.loss());
-                queue.done.lock().expect("nobody panics in the queue").push(done);
+            let (done, still): (Vec<_>, Vec<_>) = trainers.into_iter().partition(LoraTrainer::is_done);
+            trainers = still;
+            for trainer in done {
+                self.write(&trainer)?;
+                let done = (trainer.out.clone(), trainer.dataset.len(), trainer.loss());
+                queue.done.lock().expect("no thread panics while it holds the queue").push(done);
             }
         }
     }
 
     /// Reads a person's images and state; nothing when the person's LoRA is there already.
-    fn seat(&self, person: Person, material: Material, queue: &Queue) -> Result<Option<Learner>> {
+    fn start(&self, person: Job, data: JobData, queue: &JobQueue) -> Result<Option<LoraTrainer>> {
         let settings = &self.settings;
         std::fs::create_dir_all(&person.folder)
             .with_context(|| format!("cannot make `{}`", person.folder.display()))?;
-        let lessons = match material {
-            Material::Encoded(lessons) => *lessons,
-            Material::Raw(encoders) => encode(&person, settings, self.side, &encoders)?,
+        let dataset = match data {
+            JobData::Encoded(dataset) => *dataset,
+            JobData::Raw(encoders) => encode(&person, settings, self.side, &encoders)?,
         };
-        let count = lessons.len();
-        let stamp = self.stamp(&lessons)?;
+        let count = dataset.len();
+        let stamp = self.stamp(&dataset)?;
         if self.resume && !self.alone && person.out.exists() {
             let written = Header::read(&mut file::open(&person.out)?)
                 .map_err(|error| Failure::unusable(&person.out, error))?;
             if written.metadata.get(SETTINGS_STAMP) == Some(&metadata::hash(&stamp)) {
-                queue.done.lock().expect("nobody panics in the queue").push((person.out, count, f64::NAN));
+                queue.done.lock().expect("no thread panics while it holds the queue").push((
+                    person.out,
+                    count,
+                    f64::NAN,
+                ));
                 return Ok(None);
             }
         }
-        let learner = Learner::new(
+        let trainer = LoraTrainer::new(
             person.name,
             person.out,
             person.folder,
-            lessons,
-            (&self.sites, &self.downs, self.weight_norm),
+            dataset,
+            (&self.modules, &self.downs, self.weight_norm),
             settings,
             stamp,
             self.resume,
             self.half,
         )?;
         let text = toml::to_string(settings)?;
-        files::write_whole(&learner.folder.join("settings.toml"), text.as_bytes())?;
-        Ok(Some(learner))
+        files::write_whole(&trainer.folder.join("settings.toml"), text.as_bytes())?;
+        Ok(Some(trainer))
     }
 
     /// What must be the same for a state to be taken up: all that decides the LoRA.
-    fn stamp(&self, lessons: &Lessons) -> Result<Value> {
+    fn stamp(&self, dataset: &ImageDataset) -> Result<Value> {
         let mut settings = serde_json::to_value(&self.settings)?;
         if let Some(map) = settings.as_object_mut() {
             map.remove("samples");
@@ -255,75 +259,81 @@ impl Room {
             "settings": settings,
             "base": self.base,
             "side": self.side,
-            "pictures": { "count": lessons.len(), "sha256": lessons.sha256 },
+            "pictures": { "count": dataset.len(), "sha256": dataset.sha256 },
             "class_pictures": self.class.as_ref().map(|class| json!({ "count": class.len(), "sha256": class.sha256 })),
         }))
     }
 
-    /// One step of all `learners`; an outcome each.
-    fn step(&self, learners: &mut [Learner]) -> Result<Vec<Result<()>>> {
+    /// One step of all `trainers`; an outcome each.
+    fn step(&self, trainers: &mut [LoraTrainer]) -> Result<Vec<Result<()>>> {
         let settings = &self.settings;
         let weights = Objective {
             min_snr_gamma: settings.objective.min_snr_gamma,
             prior_weight: settings.objective.prior_weight,
         };
         let batches = |part: u64| {
-            let batch = |learner: &Learner| {
+            let batch = |trainer: &LoraTrainer| {
                 let timesteps = self.schedule.alphas_bar.len();
-                learner.batch(settings, self.class.as_ref(), &self.scaling, timesteps, part, &self.device)
+                trainer.batch(settings, self.class.as_ref(), &self.scaling, timesteps, part, &self.device)
             };
-            learners.iter().map(batch).collect()
+            trainers.iter().map(batch).collect()
         };
-        let students: Vec<&Student> = learners.iter().map(|learner| &learner.student).collect();
+        let loras: Vec<&TrainableLora> = trainers.iter().map(|trainer| &trainer.lora).collect();
         let passes = settings.training.accumulate;
-        let lessons = loss::gradients(&self.networks, &self.schedule, &weights, &students, passes, batches)?;
-        let learnt = |(learner, (gradients, loss)): (&mut Learner, Lesson)| {
-            learner.learn(gradients, loss, settings)?;
-            self.sample(learner)
+        let gradients = loss::gradients(&self.networks, &self.schedule, &weights, &loras, passes, batches)?;
+        let apply = |(trainer, (gradients, loss)): (&mut LoraTrainer, PersonGradients)| {
+            trainer.apply(gradients, loss, settings)?;
+            self.sample(trainer)
         };
-        Ok(learners.iter_mut().zip(lessons).map(learnt).collect())
+        Ok(trainers.iter_mut().zip(gradients).map(apply).collect())
     }
 
     /// Draws a sheet when its time has come.
-    fn sample(&self, learner: &Learner) -> Result<()> {
-        let (Some(easel), Some(words)) = (&self.easel, &self.sample_words) else { return Ok(()) };
-        if !learner.step().is_multiple_of(self.settings.samples.every) {
+    fn sample(&self, trainer: &LoraTrainer) -> Result<()> {
+        let (Some(previewer), Some(captions)) = (&self.previewer, &self.sample_captions) else {
+            return Ok(());
+        };
+        if !trainer.step().is_multiple_of(self.settings.samples.every) {
             return Ok(());
         }
-        let path = learner.folder.join(format!("samples/step-{:06}.png", learner.step()));
-        let student = learner.result();
-        let told: Vec<&str> = self.sample_prompts.iter().map(String::as_str).collect();
+        let path = trainer.folder.join(format!("samples/step-{:06}.png", trainer.step()));
+        let lora = trainer.result();
+        let prompts: Vec<&str> = self.sample_prompts.iter().map(String::as_str).collect();
         let mut networks = self.networks.clone();
-        networks.attach(&[&student])?;
-        let adapted = networks.text.as_ref().map(|text| text.encode_prompts(&told)).transpose()?;
-        easel.sheet(&self.networks, &student, adapted.as_ref().unwrap_or(words), &self.settings, &path)
+        networks.attach(&[&lora])?;
+        let adapted = networks.text.as_ref().map(|text| text.encode_prompts(&prompts)).transpose()?;
+        previewer.sheet(&self.networks, &lora, adapted.as_ref().unwrap_or(captions), &self.settings, &path)
     }
 
-    fn write(&self, learner: &Learner) -> Result<()> {
-        let mut changes = learner.result().changes()?;
-        changes.metadata = metadata::of(self, learner);
-        file::write_changes(&learner.out, &changes, Format::Kohya, &self.layout)?;
-        if let Err(error) = learner.save() {
+    fn write(&self, trainer: &LoraTrainer) -> Result<()> {
+        let mut changes = trainer.result().changes()?;
+        changes.metadata = metadata::of(self, trainer);
+        file::write_changes(&trainer.out, &changes, Format::Kohya, &self.layout)?;
+        if let Err(error) = trainer.save() {
             progress::warn(format_args!(
                 "{}: the LoRA is written, but not its state: {error:#}",
-                learner.name
+                trainer.name
             ));
         }
         Ok(())
     }
 
-    /// The stamp of a learner's settings, for the LoRA's metadata.
-    pub fn stamp_of(&self, learner: &Learner) -> Option<String> {
-        self.stamp(&learner.lessons).ok().map(|stamp| metadata::hash(&stamp))
+    /// The stamp of a trainer's settings, for the LoRA's metadata.
+    pub fn stamp_of(&self, trainer: &LoraTrainer) -> Option<String> {
+        self.stamp(&trainer.dataset).ok().map(|stamp| metadata::hash(&stamp))
     }
 
     /// One of many who cannot go on is named, and the others do; the only one's error is the run's.
-    fn give_up(&self, name: &str, error: anyhow::Error, queue: &Queue) -> Result<()> {
+    fn fail(&self, name: &str, error: anyhow::Error, queue: &JobQueue) -> Result<()> {
         if self.alone || matches!(error.downcast_ref(), Some(Failure::Interrupted(_))) {
             return Err(error);
         }
         progress::warn(format_args!("{name}: {error:#}"));
-        queue.failed.lock().expect("nobody panics in the queue").push(format!("{name}: {error:#}"));
+        queue
+            .failed
+            .lock()
+            .expect("no thread panics while it holds the queue")
+            .push(format!("{name}: {error:#}"));
         Ok(())
     }
 }

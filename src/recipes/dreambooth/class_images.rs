@@ -8,7 +8,7 @@ use crate::image::images_in;
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::lockstep::Networks;
-use crate::recipes::dreambooth::previews::Easel;
+use crate::recipes::dreambooth::previews::Previewer;
 use crate::sdxl::pipeline::Unloaded;
 use crate::sdxl::text::TextEncoders;
 
@@ -18,7 +18,7 @@ pub fn complete(
     folder: &Path,
     model: &Unloaded,
     text: &TextEncoders,
-    easel: &Easel,
+    previewer: &Previewer,
     settings: &Settings,
 ) -> Result<()> {
     std::fs::create_dir_all(folder)
@@ -39,7 +39,7 @@ pub fn complete(
         progress::check()?;
         let (steps, guidance) = (settings.samples.steps, settings.samples.guidance);
         let seed = settings.seed + number;
-        for image in easel.draw(&networks, &prompt, seed, steps, guidance)? {
+        for image in previewer.draw(&networks, &prompt, seed, steps, guidance)? {
             image.save(&path, None)?;
         }
         bar.inc(1);

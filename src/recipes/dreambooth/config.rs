@@ -96,7 +96,7 @@ pub struct Images {
     /// Which latents stand for an image.
     pub latents: Latents,
     /// What SDXL is told of sizes and crops.
-    pub sizes: ToldSizes,
+    pub sizes: SizeConditioning,
 }
 
 /// What of an image is shown.
@@ -124,7 +124,7 @@ pub enum Latents {
 /// What SDXL is told of sizes and crops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum ToldSizes {
+pub enum SizeConditioning {
     /// The size of the file, what was cut off, and the size that is trained on.
     #[serde(rename(serialize = "picture"), alias = "picture")]
     Image,
@@ -369,7 +369,7 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_values_are_refused_by_name() {
-        for (text, words) in [
+        for (text, captions) in [
             ("[lora]\nranks = 2", "ranks"),
             ("rank = 2", "rank"),
             ("[lora]\ntargets = \"all\"", "all"),
@@ -378,7 +378,7 @@ mod tests {
         ] {
             let error = read(text).unwrap_err();
             assert!(
-                matches!(error.downcast_ref(), Some(Failure::Unusable(text)) if text.contains(words)),
+                matches!(error.downcast_ref(), Some(Failure::Unusable(text)) if text.contains(captions)),
                 "{error}"
             );
         }

@@ -33,7 +33,7 @@ impl Timesteps {
 
 /// Which of `images` images are in pass `pass` of `batch` samples: every image comes once before any comes
 /// again, and each round has an order of its own.
-pub fn in_turn(seed: u64, pass: u64, batch: usize, images: usize) -> Vec<usize> {
+pub fn shuffled_epoch_indices(seed: u64, pass: u64, batch: usize, images: usize) -> Vec<usize> {
     (0..batch as u64)
         .map(|i| {
             let at = pass * batch as u64 + i;
@@ -45,13 +45,13 @@ pub fn in_turn(seed: u64, pass: u64, batch: usize, images: usize) -> Vec<usize> 
 
 /// The same where only images of one group may share a pass, `groups` telling each image's. A group whose
 /// images don't fill its passes repeats some of them.
-pub fn in_turn_by_group(seed: u64, pass: u64, batch: usize, groups: &[usize]) -> Vec<usize> {
+pub fn shuffled_epoch_indices_by_group(seed: u64, pass: u64, batch: usize, groups: &[usize]) -> Vec<usize> {
     let count = groups.iter().max().map_or(0, |last| last + 1);
     let mut members = vec![Vec::new(); count];
     groups.iter().enumerate().for_each(|(image, group)| members[*group].push(image));
     members.retain(|group| !group.is_empty());
     if members.len() == 1 {
-        return in_turn(seed, pass, batch, groups.len());
+        return shuffled_epoch_indices(seed, pass, batch, groups.len());
     }
     let passes: usize = members.iter().map(|group| group.len().div_ceil(batch)).sum();
     let (round, place) = (pass / passes as u64, pass % passes as u64);
@@ -94,10 +94,10 @@ mod tests {
 
     #[test]
     fn every_image_comes_once_a_round() {
-        let mut seen: Vec<usize> = (0..5).flat_map(|pass| in_turn(3, pass, 2, 10)).collect();
+        let mut seen: Vec<usize> = (0..5).flat_map(|pass| shuffled_epoch_indices(3, pass, 2, 10)).collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..10).collect::<Vec<_>>());
-        assert_ne!(in_turn(3, 0, 10, 10), in_turn(3, 1, 10, 10));
+        assert_ne!(shuffled_epoch_indices(3, 0, 10, 10), shuffled_epoch_indices(3, 1, 10, 10));
     }
 
     #[test]
@@ -107,13 +107,13 @@ mod tests {
         for round in 0..3 {
             let mut seen = std::collections::BTreeSet::new();
             for pass in round * passes..(round + 1) * passes {
-                let chosen = in_turn_by_group(9, pass, 2, &groups);
+                let chosen = shuffled_epoch_indices_by_group(9, pass, 2, &groups);
                 assert!(chosen.len() == 2 && groups[chosen[0]] == groups[chosen[1]]);
                 seen.extend(chosen);
             }
             assert_eq!(seen.len(), groups.len());
         }
-        assert_eq!(in_turn_by_group(9, 4, 2, &[0; 7]), in_turn(9, 4, 2, 7));
+        assert_eq!(shuffled_epoch_indices_by_group(9, 4, 2, &[0; 7]), shuffled_epoch_indices(9, 4, 2, 7));
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub fn adapters(layout: &LoraLayout, vectors: &Tensor) -> Result<Adapters> {
 }
 
 /// Images of K people in the same S scenes, noised alike: what differs between two people's losses is who they are.
-pub struct Sitting {
+pub struct FunctionalBatch {
     /// (K, S, C, h, w), scaled as the UNet wants them
     pub latents: Tensor,
     /// Of the S captions.
@@ -76,11 +76,11 @@ pub fn loss(
     unet: &UNet,
     schedule: &NoiseSchedule,
     adapters: &Adapters,
-    sitting: &Sitting,
+    data: &FunctionalBatch,
     rng: &mut ChaCha8Rng,
 ) -> Result<Tensor> {
-    let (people, scenes, c, h, w) = sitting.latents.dims5()?;
-    let device = sitting.latents.device();
+    let (people, scenes, c, h, w) = data.latents.dims5()?;
+    let device = data.latents.device();
     let unet = adapted(unet, adapters)?;
     let range = schedule.alphas_bar.len();
     let of_scene = |i: usize, u: f64| ((i as f64 + u) / scenes as f64 * range as f64) as usize;
@@ -90,7 +90,7 @@ pub fn loss(
     let eps = train::normal(rng, &(1, scenes, c, h, w).into(), device)?;
     let samples = people * scenes;
     let eps = eps.broadcast_as((people, scenes, c, h, w))?.contiguous()?.reshape((samples, c, h, w))?;
-    let x0 = sitting.latents.reshape((samples, c, h, w))?;
+    let x0 = data.latents.reshape((samples, c, h, w))?;
     let x_t = schedule.add_noise(&x0, &eps, &t)?;
     let target = schedule.target(&x0, &eps, &t)?;
     let all = |x: &Tensor| -> Result<Tensor> {
@@ -101,10 +101,10 @@ pub fn loss(
         shape[0] = samples;
         Ok(rows.reshape(shape)?)
     };
-    let (context, pooled) = (all(&sitting.captions.context)?, all(&sitting.captions.pooled)?);
+    let (context, pooled) = (all(&data.captions.context)?, all(&data.captions.pooled)?);
     let times: Vec<f32> = t.iter().map(|t| *t as f32).collect();
     let times = Tensor::from_vec(times, samples, device)?;
-    let sizes = time_ids(samples, sitting.size, sitting.size, device)?;
+    let sizes = time_ids(samples, data.size, data.size, device)?;
     let out = unet.forward(&x_t, &times, &context, &pooled, &sizes)?;
     Ok((out - target)?.sqr()?.mean_all()?)
 }
@@ -129,7 +129,7 @@ fn adapted(unet: &UNet, adapters: &Adapters) -> Result<UNet> {
 }
 
 /// The images that the LoRAs of a dataset were trained on, made again when they are wanted.
-pub struct Album {
+pub struct FunctionalLoss {
     unet: UNet,
     vae: Vae,
     schedule: NoiseSchedule,
@@ -139,7 +139,7 @@ pub struct Album {
     size: usize,
 }
 
-impl Album {
+impl FunctionalLoss {
     /// Of the people to learn from of the dataset in `folder`, who must be `people`.
     ///
     /// # Errors
@@ -196,7 +196,7 @@ impl Album {
             latents.push(self.vae.to_latents(&self.vae.encode(&painted)?.0)?);
         }
         let index = Tensor::new(scenes, vectors.device())?;
-        let sitting = Sitting {
+        let data = FunctionalBatch {
             latents: Tensor::stack(&latents, 0)?,
             captions: TextConditioning {
                 context: self.captions.context.index_select(&index, 0)?,
@@ -204,7 +204,7 @@ impl Album {
             },
             size: self.size,
         };
-        loss(&self.unet, &self.schedule, &adapters(layout, vectors)?, &sitting, rng)
+        loss(&self.unet, &self.schedule, &adapters(layout, vectors)?, &data, rng)
     }
 }
 
@@ -285,8 +285,8 @@ pub fn refine(
         let mut rng = train::rng(how.seed, step);
         let chosen: Vec<u32> = (0..batch).map(|_| rng.random_range(0..count as u32)).collect();
         let latents = latents.index_select(&Tensor::new(chosen, device)?, 0)?.unsqueeze(0)?;
-        let sitting = Sitting { latents, captions: caption.clone(), size };
-        loss(&base.unet, &base.schedule, &adapters, &sitting, &mut rng)
+        let data = FunctionalBatch { latents, captions: caption.clone(), size };
+        loss(&base.unet, &base.schedule, &adapters, &data, &mut rng)
     };
     // Streams that no step has, so that what is judged by was not trained on.
     let judged = || -> Result<f64> {
@@ -349,9 +349,9 @@ mod tests {
         Lora { layers: MODULES.iter().enumerate().map(layer).collect(), ..Lora::default() }
     }
 
-    fn sitting(base: &Sdxl, people: usize) -> Sitting {
+    fn data(base: &Sdxl, people: usize) -> FunctionalBatch {
         let [c, h, w] = base.latent_shape(64, 64).unwrap();
-        Sitting {
+        FunctionalBatch {
             latents: normal(5, 0, (people, 2, c, h, w), &Device::Cpu).unwrap(),
             captions: base.text.encode_prompts(&["a photo of a person", "a sketch of a person"]).unwrap(),
             size: 64,
@@ -369,26 +369,26 @@ mod tests {
         let rows: Vec<Vec<f32>> =
             [1, 2].iter().map(|seed| layout.to_vector(&lora(*seed, 0.6)).unwrap()).collect();
         let vectors = Tensor::new(rows, &Device::Cpu).unwrap();
-        let sitting = sitting(&base, 2);
-        let cost = |unet: &UNet, adapters: &Adapters, sitting: &Sitting| {
-            value(&loss(unet, &base.schedule, adapters, sitting, &mut train::rng(3, 0)).unwrap())
+        let data = data(&base, 2);
+        let cost = |unet: &UNet, adapters: &Adapters, data: &FunctionalBatch| {
+            value(&loss(unet, &base.schedule, adapters, data, &mut train::rng(3, 0)).unwrap())
         };
-        let together = cost(&base.unet, &adapters(&layout, &vectors).unwrap(), &sitting);
+        let together = cost(&base.unet, &adapters(&layout, &vectors).unwrap(), &data);
         let mut alone = 0.0;
         for person in 0..2 {
             let mut unet = base.unet.clone();
             let changes: Changes = (&lora(1 + person as u64, 0.6)).into();
             let loras = [(&changes, Strength::all(1.0))];
             merge(|visit| unet.visit_layers(visit), &loras, Unmatched::Refuse, Originals::Drop).unwrap();
-            let of_one = Sitting {
-                latents: sitting.latents.narrow(0, person, 1).unwrap(),
-                captions: sitting.captions.clone(),
+            let of_one = FunctionalBatch {
+                latents: data.latents.narrow(0, person, 1).unwrap(),
+                captions: data.captions.clone(),
                 size: 64,
             };
             alone += cost(&unet, &Adapters::new(), &of_one) / 2.0;
         }
         assert!((together - alone).abs() < 1e-5 * alone, "{together} and {alone}");
-        assert!((together - cost(&base.unet, &Adapters::new(), &sitting)).abs() > 1e-5 * alone);
+        assert!((together - cost(&base.unet, &Adapters::new(), &data)).abs() > 1e-5 * alone);
     }
 
     #[test]
@@ -397,10 +397,10 @@ mod tests {
         let layout = LoraLayout::of(&lora(1, 0.6));
         let vector = layout.to_vector(&lora(1, 0.6)).unwrap();
         let vectors = Var::from_vec(vector.clone(), (1, vector.len()), &Device::Cpu).unwrap();
-        let sitting = sitting(&base, 1);
+        let data = data(&base, 1);
         let cost = |vectors: &Tensor| {
             let adapters = adapters(&layout, vectors).unwrap();
-            loss(&base.unet, &base.schedule, &adapters, &sitting, &mut train::rng(3, 0)).unwrap()
+            loss(&base.unet, &base.schedule, &adapters, &data, &mut train::rng(3, 0)).unwrap()
         };
         let grads = cost(vectors.as_tensor()).backward().unwrap();
         let grad = grads.get(vectors.as_tensor()).unwrap();
@@ -446,7 +446,7 @@ mod tests {
         let vector = LoraLayout::of(&foreign).to_vector(&foreign).unwrap();
         let vectors = Tensor::new(vec![vector], &Device::Cpu).unwrap();
         let adapters = adapters(&LoraLayout::of(&foreign), &vectors).unwrap();
-        let error = loss(&base.unet, &base.schedule, &adapters, &sitting(&base, 1), &mut train::rng(3, 0));
+        let error = loss(&base.unet, &base.schedule, &adapters, &data(&base, 1), &mut train::rng(3, 0));
         assert!(error.unwrap_err().to_string().contains("no place in this base"));
     }
 }

@@ -14,9 +14,9 @@ use crate::image::{Image, images_in};
 use crate::layers::compute_dtype;
 use crate::progress;
 use crate::recipes::dreambooth::augment::{self, Cut};
-use crate::recipes::dreambooth::config::{Crop, Images, Latents, Settings, ToldSizes};
+use crate::recipes::dreambooth::config::{Crop, Images, Latents, Settings, SizeConditioning};
 use crate::recipes::dreambooth::data_order;
-use crate::recipes::dreambooth::loss::Words;
+use crate::recipes::dreambooth::loss::Captions;
 use crate::sdxl::pipeline::Sizes;
 use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
@@ -103,7 +103,7 @@ pub struct Encoders {
 }
 
 /// One person's images, or those of the class.
-pub struct Lessons {
+pub struct ImageDataset {
     shown: Vec<Shown>,
     captions: Captions,
     /// The captions themselves.
@@ -138,13 +138,7 @@ struct Moments {
     deviation: Tensor,
 }
 
-/// All captions, each once.
-enum Captions {
-    Encoded(TextConditioning),
-    Tokens(Tensor, Tensor),
-}
-
-impl Lessons {
+impl ImageDataset {
     /// Encodes what can be encoded beforehand: captions unless text encoders train, latents unless crops or colours
     /// are random.
     pub fn new(
@@ -161,7 +155,7 @@ impl Lessons {
         };
         let mut hash = Sha256::new();
         let mut captions: Vec<String> = Vec::new();
-        let mut lessons = Vec::new();
+        let mut shown = Vec::new();
         let anew = how.crop == Crop::Random || how.colour > 0.0;
         for Captioned { image, caption } in images {
             progress::check()?;
@@ -177,28 +171,34 @@ impl Lessons {
             let mut encoded = Vec::new();
             if !anew {
                 let cut = augment::cut(&image, size, [0.5, 0.5]);
-                encoded.push((moments(&encoders.vae, &cut.image, &encoders.device)?, told(&how, &cut)));
+                encoded.push((
+                    moments(&encoders.vae, &cut.image, &encoders.device)?,
+                    size_conditioning(&how, &cut),
+                ));
                 if how.flip {
                     let cut = cut.mirrored();
-                    encoded.push((moments(&encoders.vae, &cut.image, &encoders.device)?, told(&how, &cut)));
+                    encoded.push((
+                        moments(&encoders.vae, &cut.image, &encoders.device)?,
+                        size_conditioning(&how, &cut),
+                    ));
                 }
             }
-            lessons.push(Shown { image: anew.then_some(image), encoded, size, group, caption });
+            shown.push(Shown { image: anew.then_some(image), encoded, size, group, caption });
         }
-        let told: Vec<&str> = captions.iter().map(String::as_str).collect();
-        for caption in &told {
+        let prompts: Vec<&str> = captions.iter().map(String::as_str).collect();
+        for caption in &prompts {
             if let Some(end) = encoders.text.cut(caption)? {
                 progress::warn(format_args!("a caption is too long; its end is cut off: `{end}`"));
             }
         }
         let encoded = if settings.lora.text_encoders {
-            let (one, two) = encoders.text.tokens(&told)?;
+            let (one, two) = encoders.text.tokens(&prompts)?;
             Captions::Tokens(one, two)
         } else {
-            Captions::Encoded(encoders.text.encode_prompts(&told)?)
+            Captions::Encoded(encoders.text.encode_prompts(&prompts)?)
         };
         Ok(Self {
-            shown: lessons,
+            shown,
             captions: encoded,
             texts: captions,
             vae: anew.then(|| encoders.vae.clone()),
@@ -234,7 +234,7 @@ impl Lessons {
     /// The images of pass `pass` (numbers), `batch` of them.
     pub fn choose(&self, pass: u64, batch: usize) -> Vec<usize> {
         let groups: Vec<usize> = self.shown.iter().map(|shown| shown.group).collect();
-        data_order::in_turn_by_group(self.seed, pass, batch, &groups)
+        data_order::shuffled_epoch_indices_by_group(self.seed, pass, batch, &groups)
     }
 
     /// Their latents (n, C, h, w), scaled as the UNet wants them, and their sizes and crops (n, 6).
@@ -271,20 +271,20 @@ impl Lessons {
         if self.how.colour > 0.0 {
             cut.image = augment::jitter_colour(&cut.image, self.how.colour, rng);
         }
-        Ok((moments(vae, &cut.image, &self.device)?, told(&self.how, &cut)))
+        Ok((moments(vae, &cut.image, &self.device)?, size_conditioning(&self.how, &cut)))
     }
 
     /// The captions of `chosen`.
-    pub fn words(&self, chosen: &[usize]) -> Result<Words> {
+    pub fn captions(&self, chosen: &[usize]) -> Result<Captions> {
         let index: Vec<u32> = chosen.iter().map(|image| self.shown[*image].caption as u32).collect();
         let index = Tensor::new(index, &self.device)?;
         Ok(match &self.captions {
-            Captions::Encoded(text) => Words::Encoded(TextConditioning {
+            Captions::Encoded(text) => Captions::Encoded(TextConditioning {
                 context: text.context.index_select(&index, 0)?,
                 pooled: text.pooled.index_select(&index, 0)?,
             }),
             Captions::Tokens(one, two) => {
-                Words::Tokens(one.index_select(&index, 0)?, two.index_select(&index, 0)?)
+                Captions::Tokens(one.index_select(&index, 0)?, two.index_select(&index, 0)?)
             }
         })
     }
@@ -319,11 +319,11 @@ fn moments(vae: &Vae, image: &Image, device: &Device) -> Result<Moments> {
     Ok(Moments { mean: mean.to_dtype(DType::F32)?, deviation })
 }
 
-fn told(how: &Images, cut: &Cut) -> Sizes {
+fn size_conditioning(how: &Images, cut: &Cut) -> Sizes {
     let target = [cut.image.width, cut.image.height];
     match how.sizes {
-        ToldSizes::Image => Sizes { original: cut.original, crop: cut.crop, target },
-        ToldSizes::Target => Sizes::of(target[0], target[1]),
+        SizeConditioning::Image => Sizes { original: cut.original, crop: cut.crop, target },
+        SizeConditioning::Target => Sizes::of(target[0], target[1]),
     }
 }
 

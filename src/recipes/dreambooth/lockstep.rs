@@ -15,8 +15,8 @@ use candle_core::{Device, IndexOp, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::data_order::Timesteps;
-use super::loss::{Batch, Objective, Words};
-pub use super::targets::{Downs, Networks, Site, Student, Targets};
+use super::loss::{Batch, Captions, Objective};
+pub use super::targets::{Networks, SharedDown, TargetModule, Targets, TrainableLora};
 
 use crate::diffusion::noise;
 use crate::diffusion::schedule::NoiseSchedule;
@@ -31,7 +31,7 @@ use crate::train::shards::Gradients;
 /// How a LoRA is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Recipe {
+pub struct LockstepConfig {
     /// Rank of every module.
     pub rank: usize,
     /// Scale of the LoRA is alpha / rank.
@@ -60,7 +60,7 @@ pub struct Frozen<'a> {
 }
 
 /// What K people are learnt from: M images each, in the same scenes.
-pub struct Lessons {
+pub struct LockstepDataset {
     /// (K, M, C, h, w), scaled as the UNet wants them.
     pub latents: Tensor,
     /// Of the M captions.
@@ -70,51 +70,51 @@ pub struct Lessons {
 }
 
 /// Random `down`s, U(−1/√in, 1/√in) as kohya's and peft's initialisation.
-pub fn random_downs(unet: &UNet, recipe: &Recipe) -> Result<Downs> {
+pub fn random_shared_down(unet: &UNet, config: &LockstepConfig) -> Result<SharedDown> {
     let networks = Networks { unet: unet.clone(), text: None };
-    let sites = super::targets::sites(&networks, recipe.targets, recipe.rank)?;
-    super::targets::random_downs(&sites, recipe.rank, recipe.seed)
+    let modules = super::targets::target_modules(&networks, config.targets, config.rank)?;
+    super::targets::random_shared_down(&modules, config.rank, config.seed)
 }
 
-/// Trains a LoRA for each of the K people of `lessons`, with frozen `downs`. `tick` is called after each step.
+/// Trains a LoRA for each of the K people of `dataset`, with frozen `downs`. `tick` is called after each step.
 pub fn train(
     base: Frozen,
-    downs: &Downs,
-    lessons: &Lessons,
-    recipe: &Recipe,
+    downs: &SharedDown,
+    dataset: &LockstepDataset,
+    config: &LockstepConfig,
     tick: impl FnMut(f64) -> Result<()>,
 ) -> Result<Vec<Lora>> {
-    let class = Class::new(base, downs, lessons, recipe)?;
-    let learnt = class.learn(&class.vars(), recipe, tick)?;
-    class
-        .students
+    let batch = LockstepBatch::new(base, downs, dataset, config)?;
+    let learnt = batch.train(&batch.vars(), config, tick)?;
+    batch
+        .loras
         .iter()
         .enumerate()
-        .map(|(person, student)| {
+        .map(|(person, lora)| {
             let own = under(&learnt, &format!("{person}/"));
-            Ok(student.at(&own).changes()?.into_lora()?)
+            Ok(lora.at(&own).changes()?.into_lora()?)
         })
         .collect()
 }
 
 /// Learns the basis itself: `downs` trained together with the `up`s of all K people, then orthonormalised in
 /// direction and brought back to the scale of the start; on the CPU.
-pub fn learn_downs(
+pub fn train_shared_down(
     base: Frozen,
-    downs: &Downs,
-    lessons: &Lessons,
-    recipe: &Recipe,
+    downs: &SharedDown,
+    dataset: &LockstepDataset,
+    config: &LockstepConfig,
     tick: impl FnMut(f64) -> Result<()>,
-) -> Result<Downs> {
+) -> Result<SharedDown> {
     let shared: BTreeMap<String, Var> = downs
         .iter()
-        .map(|(path, down)| Ok((path.clone(), Var::from_tensor(&down.to_device(lessons.latents.device())?)?)))
+        .map(|(path, down)| Ok((path.clone(), Var::from_tensor(&down.to_device(dataset.latents.device())?)?)))
         .collect::<Result<_>>()?;
     let tracked = shared.iter().map(|(path, var)| (path.clone(), var.as_tensor().clone())).collect();
-    let class = Class::new(base, &tracked, lessons, recipe)?;
-    let mut vars = class.vars();
+    let batch = LockstepBatch::new(base, &tracked, dataset, config)?;
+    let mut vars = batch.vars();
     vars.extend(shared.into_iter().map(|(path, var)| (format!("down.{path}"), var)));
-    let learnt = class.learn(&vars, recipe, tick)?;
+    let learnt = batch.train(&vars, config, tick)?;
     under(&learnt, "down.").iter().map(|(path, down)| Ok((path.clone(), orthogonal_rows(down)?))).collect()
 }
 
@@ -125,7 +125,7 @@ fn under(values: &BTreeMap<String, Tensor>, prefix: &str) -> BTreeMap<String, Te
     values.iter().filter_map(own).collect()
 }
 
-/// Rows made orthogonal (Gram–Schmidt), each of the length that [`random_downs`] gives: 1/√3.
+/// Rows made orthogonal (Gram–Schmidt), each of the length that [`random_shared_down`] gives: 1/√3.
 fn orthogonal_rows(down: &Tensor) -> Result<Tensor> {
     let mut rows: Vec<Vec<f32>> = down.to_vec2()?;
     let length = 1.0 / 3f32.sqrt();
@@ -144,48 +144,53 @@ fn orthogonal_rows(down: &Tensor) -> Result<Tensor> {
 }
 
 /// K people who learn in step.
-struct Class<'a> {
+struct LockstepBatch<'a> {
     networks: Networks,
     schedule: &'a NoiseSchedule,
-    lessons: &'a Lessons,
-    students: Vec<Student>,
+    dataset: &'a LockstepDataset,
+    loras: Vec<TrainableLora>,
 }
 
-impl<'a> Class<'a> {
-    fn new(base: Frozen<'a>, downs: &Downs, lessons: &'a Lessons, recipe: &Recipe) -> Result<Self> {
+impl<'a> LockstepBatch<'a> {
+    fn new(
+        base: Frozen<'a>,
+        downs: &SharedDown,
+        dataset: &'a LockstepDataset,
+        config: &LockstepConfig,
+    ) -> Result<Self> {
         let networks = Networks { unet: base.unet.clone(), text: None };
-        let sites = super::targets::sites(&networks, recipe.targets, recipe.rank)?;
+        let modules = super::targets::target_modules(&networks, config.targets, config.rank)?;
         ensure!(
-            sites
-                .iter()
-                .all(|site| downs.get(&site.path).is_some_and(|down| down.dim(0).ok() == Some(recipe.rank))),
-            "the basis is of other layers or another rank than the recipe's; take another --out"
+            modules.iter().all(|module| downs
+                .get(&module.path)
+                .is_some_and(|down| down.dim(0).ok() == Some(config.rank))),
+            "the basis is of other layers or another rank than the config's; take another --out"
         );
-        let people = lessons.latents.dim(0)?;
+        let people = dataset.latents.dim(0)?;
         // Once for all people, so that they share them there too.
         let near = |(path, down): (&String, &Tensor)| -> Result<_> {
-            Ok((path.clone(), down.to_device(lessons.latents.device())?))
+            Ok((path.clone(), down.to_device(dataset.latents.device())?))
         };
-        let downs: Downs = downs.iter().map(near).collect::<Result<_>>()?;
-        let students =
-            (0..people).map(|_| Student::new(&sites, &downs, recipe.alpha)).collect::<Result<_>>()?;
-        Ok(Self { networks, schedule: base.schedule, lessons, students })
+        let downs: SharedDown = downs.iter().map(near).collect::<Result<_>>()?;
+        let loras =
+            (0..people).map(|_| TrainableLora::new(&modules, &downs, config.alpha)).collect::<Result<_>>()?;
+        Ok(Self { networks, schedule: base.schedule, dataset, loras })
     }
 
     /// The variables of all, as `PERSON/up.PATH`.
     fn vars(&self) -> BTreeMap<String, Var> {
         let mut all = BTreeMap::new();
-        for (person, student) in self.students.iter().enumerate() {
-            all.extend(student.vars().iter().map(|(name, var)| (format!("{person}/{name}"), var.clone())));
+        for (person, lora) in self.loras.iter().enumerate() {
+            all.extend(lora.vars().iter().map(|(name, var)| (format!("{person}/{name}"), var.clone())));
         }
         all
     }
 
-    /// Runs the recipe; gives the variables' means over the last part of the run.
-    fn learn(
+    /// Runs the config; gives the variables' means over the last part of the run.
+    fn train(
         &self,
         vars: &BTreeMap<String, Var>,
-        recipe: &Recipe,
+        config: &LockstepConfig,
         mut tick: impl FnMut(f64) -> Result<()>,
     ) -> Result<BTreeMap<String, Tensor>> {
         let options = AdamWOptions { betas: [0.9, 0.99], weight_decay: 0.0, clip: 0.0, ..Default::default() };
@@ -193,16 +198,16 @@ impl<'a> Class<'a> {
         // A learnt basis turns slowly under the `up`s that are made for it.
         optimiser.scale_rate("down.", 0.1);
         let first_averaged =
-            recipe.steps - (recipe.steps as f64 * recipe.average_last.clamp(0.0, 1.0)) as u64;
+            config.steps - (config.steps as f64 * config.average_last.clamp(0.0, 1.0)) as u64;
         let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
         let mut averaged = 0;
-        for step in 0..recipe.steps {
-            let loss = self.loss(recipe, step)?;
+        for step in 0..config.steps {
+            let loss = self.loss(config, step)?;
             let mut store = loss.backward()?;
             let gradients: Gradients =
                 vars.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?))).collect();
-            optimiser.step(&gradients, recipe.rate.learning_rate(step, recipe.steps))?;
-            if step >= first_averaged || step + 1 == recipe.steps {
+            optimiser.step(&gradients, config.rate.learning_rate(step, config.steps))?;
+            if step >= first_averaged || step + 1 == config.steps {
                 averaged += 1;
                 for (name, var) in vars {
                     let sum = match sums.remove(name) {
@@ -218,18 +223,18 @@ impl<'a> Class<'a> {
     }
 
     /// Sum over the people of the mean squared error of each, with what is random drawn from the step alone.
-    fn loss(&self, recipe: &Recipe, step: u64) -> Result<Tensor> {
-        let Lessons { latents, captions, size } = self.lessons;
+    fn loss(&self, config: &LockstepConfig, step: u64) -> Result<Tensor> {
+        let LockstepDataset { latents, captions, size } = self.dataset;
         let (_, images, c, h, w) = latents.dims5()?;
         let device = latents.device();
-        let batch = recipe.batch;
-        let chosen = super::data_order::in_turn(recipe.seed, step, batch, images);
+        let batch = config.batch;
+        let chosen = super::data_order::shuffled_epoch_indices(config.seed, step, batch, images);
         let chosen: Vec<u32> = chosen.into_iter().map(|image| image as u32).collect();
         let index = Tensor::from_vec(chosen, batch, device)?;
-        let mut rng = noise::generator(recipe.seed, step);
+        let mut rng = noise::generator(config.seed, step);
         let timesteps = Timesteps::Stratified.draw(batch, self.schedule.alphas_bar.len(), &mut rng);
-        let eps = super::data_order::eps(recipe.seed, step, [batch, c, h, w], 0.0, device)?;
-        let words = Words::Encoded(TextConditioning {
+        let eps = super::data_order::eps(config.seed, step, [batch, c, h, w], 0.0, device)?;
+        let captions = Captions::Encoded(TextConditioning {
             context: captions.context.index_select(&index, 0)?,
             pooled: captions.pooled.index_select(&index, 0)?,
         });
@@ -238,15 +243,15 @@ impl<'a> Class<'a> {
                 x0: latents.i(person)?.index_select(&index, 0)?,
                 eps: eps.clone(),
                 timesteps: timesteps.clone(),
-                words: words.clone(),
+                captions: captions.clone(),
                 time_ids: time_ids(batch, *size, *size, device)?,
                 class_images: 0,
                 scale: 1.0,
             })
         };
-        let batches = (0..self.students.len()).map(batch_of).collect::<Result<Vec<_>>>()?;
+        let batches = (0..self.loras.len()).map(batch_of).collect::<Result<Vec<_>>>()?;
         let mut networks = self.networks.clone();
-        networks.attach(&self.students.iter().collect::<Vec<_>>())?;
+        networks.attach(&self.loras.iter().collect::<Vec<_>>())?;
         let loss = super::loss::losses(&networks, self.schedule, &Objective::default(), &batches)
             .context("a training step")?
             .total;

@@ -11,16 +11,16 @@ use crate::diffusion::noise;
 use crate::progress;
 use crate::recipes::dreambooth::config::{LossScale, ScaleRule, Settings};
 use crate::recipes::dreambooth::data_order;
-use crate::recipes::dreambooth::image_dataset::{Lessons, Scaling};
-use crate::recipes::dreambooth::lockstep::{Downs, Site, Student};
-use crate::recipes::dreambooth::loss::{Batch, Words};
+use crate::recipes::dreambooth::image_dataset::{ImageDataset, Scaling};
+use crate::recipes::dreambooth::lockstep::{SharedDown, TargetModule, TrainableLora};
+use crate::recipes::dreambooth::loss::{Batch, Captions};
 use crate::sdxl::text::TextConditioning;
 use crate::train::log::Log;
 use crate::train::shards::Gradients;
 use crate::train::trainer::State;
 
 /// One person in training.
-pub struct Learner {
+pub struct LoraTrainer {
     /// As warnings and logs call the person.
     pub name: String,
     /// The LoRA to write.
@@ -28,9 +28,9 @@ pub struct Learner {
     /// State, log and samples.
     pub folder: PathBuf,
     /// The person's images.
-    pub lessons: Lessons,
+    pub dataset: ImageDataset,
     /// The adapters.
-    pub student: Student,
+    pub lora: TrainableLora,
     state: State,
     /// What must be the same for a checkpoint to be taken up.
     stamp: Value,
@@ -58,7 +58,7 @@ const REPORT: u64 = 20;
 const SCALE: &str = "loss_scale";
 const GOOD_STEPS: &str = "good_steps";
 
-impl Learner {
+impl LoraTrainer {
     /// At the start, or with `resume` where the checkpoint in `folder` is.
     ///
     /// # Errors
@@ -68,19 +68,19 @@ impl Learner {
         name: String,
         out: PathBuf,
         folder: PathBuf,
-        lessons: Lessons,
-        (sites, downs, weight_norm): (&[Site], &Downs, f64),
+        dataset: ImageDataset,
+        (modules, downs, weight_norm): (&[TargetModule], &SharedDown, f64),
         settings: &Settings,
         stamp: Value,
         resume: bool,
         half: bool,
     ) -> Result<Self> {
-        let mut student = Student::new(sites, downs, settings.alpha())?;
+        let mut lora = TrainableLora::new(modules, downs, settings.alpha())?;
         if !settings.lora.freeze_a {
-            student.learn_downs()?;
+            lora.train_shared_down()?;
         }
         let ema = (settings.training.ema > 0.0).then_some(settings.training.ema);
-        let mut state = State::new(student.vars().clone(), settings.optimiser(), ema)?;
+        let mut state = State::new(lora.vars().clone(), settings.optimiser(), ema)?;
         let slower = settings.training.text_encoder_lr / settings.training.lr;
         for prefix in ["up.text_encoder", "down.text_encoder"] {
             state.optimiser().scale_rate(prefix, slower);
@@ -104,13 +104,13 @@ impl Learner {
         let log = Log::open(&folder.join("lora.jsonl"), state.step)?;
         let health = Health::default();
         let recent = [0.0; 3];
-        let steps = settings.steps(lessons.len());
+        let steps = settings.steps(dataset.len());
         Ok(Self {
             name,
             out,
             folder,
-            lessons,
-            student,
+            dataset,
+            lora,
             state,
             stamp,
             log,
@@ -141,7 +141,7 @@ impl Learner {
     pub fn batch(
         &self,
         settings: &Settings,
-        class: Option<&Lessons>,
+        class: Option<&ImageDataset>,
         scaling: &Scaling,
         timesteps: usize,
         part: u64,
@@ -149,16 +149,16 @@ impl Learner {
     ) -> Result<Batch> {
         let (seed, training) = (settings.seed, &settings.training);
         let pass = self.state.step * training.accumulate + part;
-        let chosen = self.lessons.choose(pass, training.batch);
-        let (mut x0, mut time_ids) = self.lessons.latents(&chosen, pass, scaling)?;
-        let mut words = self.lessons.words(&chosen)?;
+        let chosen = self.dataset.choose(pass, training.batch);
+        let (mut x0, mut time_ids) = self.dataset.latents(&chosen, pass, scaling)?;
+        let mut captions = self.dataset.captions(&chosen)?;
         let mut class_images = 0;
         if let Some(class) = class {
             let chosen = class.choose(pass, training.batch);
             let (latents, sizes) = class.latents(&chosen, pass, scaling)?;
             x0 = Tensor::cat(&[&x0, &latents], 0)?;
             time_ids = Tensor::cat(&[&time_ids, &sizes], 0)?;
-            words = joined(words, class.words(&chosen)?)?;
+            captions = joined(captions, class.captions(&chosen)?)?;
             class_images = chosen.len();
         }
         let (n, c, h, w) = x0.dims4()?;
@@ -171,7 +171,7 @@ impl Learner {
             x0,
             eps: data_order::eps(seed, pass, [n, c, h, w], objective.noise_offset, device)?,
             timesteps: t,
-            words,
+            captions,
             time_ids,
             class_images,
             scale: self.scale(),
@@ -187,7 +187,7 @@ impl Learner {
     /// # Errors
     /// A loss or a gradient that is not finite, a loss that runs away, a LoRA that grows beyond measure: the last
     /// checkpoint is left alone then.
-    pub fn learn(&mut self, mut gradients: Gradients, loss: f64, settings: &Settings) -> Result<()> {
+    pub fn apply(&mut self, mut gradients: Gradients, loss: f64, settings: &Settings) -> Result<()> {
         let scale = self.scale();
         if scale != 1.0 {
             for gradient in gradients.values_mut() {
@@ -232,7 +232,7 @@ impl Learner {
         }
         let keep = step.is_multiple_of(settings.training.checkpoint_every);
         if keep || step.is_multiple_of(WEIGH) {
-            let times = self.student.delta_norm()? / self.weight_norm;
+            let times = self.lora.delta_norm()? / self.weight_norm;
             if !times.is_finite() || times > TOO_HEAVY {
                 return self.stop(&format!("the LoRA has grown to {times:.1} times the weights"), settings);
             }
@@ -266,8 +266,8 @@ impl Learner {
     }
 
     /// The adapters as they would be written now: averages where they are kept.
-    pub fn result(&self) -> Student {
-        self.student.at(&self.state.result())
+    pub fn result(&self) -> TrainableLora {
+        self.lora.at(&self.state.result())
     }
 }
 
@@ -275,14 +275,16 @@ impl Learner {
 pub const CHECKPOINT: &str = "lora.checkpoint.safetensors";
 
 /// Samples of the person and of the class as one.
-fn joined(own: Words, class: Words) -> Result<Words> {
+fn joined(own: Captions, class: Captions) -> Result<Captions> {
     let cat = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 0);
     Ok(match (own, class) {
-        (Words::Encoded(a), Words::Encoded(b)) => Words::Encoded(TextConditioning {
+        (Captions::Encoded(a), Captions::Encoded(b)) => Captions::Encoded(TextConditioning {
             context: cat(&a.context, &b.context)?,
             pooled: cat(&a.pooled, &b.pooled)?,
         }),
-        (Words::Tokens(a, a_2), Words::Tokens(b, b_2)) => Words::Tokens(cat(&a, &b)?, cat(&a_2, &b_2)?),
+        (Captions::Tokens(a, a_2), Captions::Tokens(b, b_2)) => {
+            Captions::Tokens(cat(&a, &b)?, cat(&a_2, &b_2)?)
+        }
         _ => bail!("captions of person and class are encoded in two ways"),
     })
 }
@@ -315,7 +317,7 @@ impl Health {
         (full && self.recent() > Self::TOO_MUCH * start.max(1.0)).then_some(start)
     }
 
-    /// Whether a state is worth keeping: the loss is not on its way up already.
+    /// Whether a state is worth run_options: the loss is not on its way up already.
     fn is_good(&self) -> bool {
         self.recent() <= Self::TOO_MUCH / 2.0 * self.start().max(1.0)
     }

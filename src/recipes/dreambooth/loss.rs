@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 
 use crate::diffusion::schedule::NoiseSchedule;
-use crate::recipes::dreambooth::targets::{Networks, Student};
+use crate::recipes::dreambooth::targets::{Networks, TrainableLora};
 use crate::sdxl::text::TextConditioning;
 use crate::train::shards::Gradients;
 
@@ -30,7 +30,7 @@ impl Default for Objective {
 
 /// What the UNet is told of the captions.
 #[derive(Clone, Debug)]
-pub enum Words {
+pub enum Captions {
     /// What frozen text encoders said.
     Encoded(TextConditioning),
     /// Token numbers of both tokenizers, (n, N) each, for text encoders that train.
@@ -47,7 +47,7 @@ pub struct Batch {
     /// One a sample.
     pub timesteps: Vec<usize>,
     /// Captions.
-    pub words: Words,
+    pub captions: Captions,
     /// Sizes and crops, (n, 6).
     pub time_ids: Tensor,
     /// How many of the samples, at the end, are class images.
@@ -112,27 +112,27 @@ pub fn losses(
 }
 
 /// One person's gradients by the name of the variable, and the loss.
-pub type Lesson = (Gradients, f64);
+pub type PersonGradients = (Gradients, f64);
 
-/// Gradients and losses of `students`, each the mean over `passes` forward passes; `batches(pass)` gives their batches in
+/// Gradients and losses of `loras`, each the mean over `passes` forward passes; `batches(pass)` gives their batches in
 /// the same order. Gradients are those of the scaled losses.
 pub fn gradients(
     networks: &Networks,
     schedule: &NoiseSchedule,
     objective: &Objective,
-    students: &[&Student],
+    loras: &[&TrainableLora],
     passes: u64,
     batches: impl Fn(u64) -> Result<Vec<Batch>>,
-) -> Result<Vec<Lesson>> {
-    let mut lessons: Vec<Lesson> = students.iter().map(|_| Default::default()).collect();
+) -> Result<Vec<PersonGradients>> {
+    let mut each: Vec<PersonGradients> = loras.iter().map(|_| Default::default()).collect();
     for pass in 0..passes {
         let mut networks = networks.clone();
-        networks.attach(students)?;
+        networks.attach(loras)?;
         let losses = losses(&networks, schedule, objective, &batches(pass)?)?;
         let mut store = losses.total.backward()?;
-        for ((student, (sum, loss)), own) in students.iter().zip(&mut lessons).zip(losses.each) {
+        for ((lora, (sum, loss)), own) in loras.iter().zip(&mut each).zip(losses.each) {
             *loss += own / passes as f64;
-            for (name, var) in student.vars() {
+            for (name, var) in lora.vars() {
                 let Some(gradient) = store.remove(var) else { continue };
                 let gradient = gradient.detach();
                 let gradient = if passes == 1 { gradient } else { (gradient / passes as f64)? };
@@ -144,7 +144,7 @@ pub fn gradients(
             }
         }
     }
-    Ok(lessons)
+    Ok(each)
 }
 
 /// What the text encoders say of all captions.
@@ -152,12 +152,12 @@ fn conditioning(networks: &Networks, batches: &[Batch]) -> Result<TextConditioni
     let mut encoded = (Vec::new(), Vec::new());
     let mut tokens = (Vec::new(), Vec::new());
     for batch in batches {
-        match &batch.words {
-            Words::Encoded(text) => {
+        match &batch.captions {
+            Captions::Encoded(text) => {
                 encoded.0.push(&text.context);
                 encoded.1.push(&text.pooled);
             }
-            Words::Tokens(one, two) => {
+            Captions::Tokens(one, two) => {
                 tokens.0.push(one);
                 tokens.1.push(two);
             }

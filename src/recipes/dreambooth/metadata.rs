@@ -11,10 +11,10 @@ use sha2::{Digest, Sha256};
 use crate::device::Precision;
 use crate::diffusion::schedule::Prediction;
 use crate::lora::TRIGGER_PHRASE;
-use crate::recipes::dreambooth::batch_trainer::Room;
+use crate::recipes::dreambooth::batch_trainer::BatchTrainer;
 use crate::recipes::dreambooth::config::Crop;
 use crate::recipes::dreambooth::lockstep::Targets;
-use crate::recipes::dreambooth::lora_trainer::Learner;
+use crate::recipes::dreambooth::lora_trainer::LoraTrainer;
 
 /// Key of the SHA-256 of all that decides the LoRA.
 pub const SETTINGS_STAMP: &str = "difflora.settings_sha256";
@@ -25,24 +25,24 @@ pub fn hash(value: &Value) -> String {
 }
 
 /// The metadata of a finished LoRA.
-pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
+pub fn of(room: &BatchTrainer, trainer: &LoraTrainer) -> BTreeMap<String, String> {
     let settings = &room.settings;
     let (lora, training, images) = (&settings.lora, &settings.training, &settings.images);
     let objective = &settings.objective;
-    let name = learner.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let name = trainer.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let python = |value: bool| if value { "True" } else { "False" }.to_string();
     let or_none = |value: f64| if value == 0.0 { "None".to_string() } else { value.to_string() };
-    let image_count = learner.lessons.len();
+    let image_count = trainer.dataset.len();
     let batches = image_count.div_ceil(training.batch).max(1) as u64;
-    let epochs = (learner.steps * training.accumulate).div_ceil(batches);
+    let epochs = (trainer.steps * training.accumulate).div_ceil(batches);
     let arguments = match lora.targets {
         Targets::Conv => {
             json!({ "conv_dim": lora.rank.to_string(), "conv_alpha": settings.alpha().to_string() })
         }
         _ => json!({}),
     };
-    let buckets: BTreeMap<String, Value> = learner
-        .lessons
+    let buckets: BTreeMap<String, Value> = trainer
+        .dataset
         .sizes()
         .into_iter()
         .enumerate()
@@ -75,8 +75,8 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
         ),
         ("ss_lr_scheduler", json!(training.schedule).as_str().unwrap_or_default().to_string()),
         ("ss_lr_warmup_steps", training.warmup.to_string()),
-        ("ss_max_train_steps", learner.steps.to_string()),
-        ("ss_steps", learner.step().to_string()),
+        ("ss_max_train_steps", trainer.steps.to_string()),
+        ("ss_steps", trainer.step().to_string()),
         ("ss_num_epochs", epochs.to_string()),
         ("ss_epoch", epochs.to_string()),
         ("ss_num_batches_per_epoch", batches.to_string()),
@@ -111,9 +111,9 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
         ("ss_max_token_length", "None".into()),
         (
             "ss_dataset_dirs",
-            json!({ &learner.name: { "n_repeats": 1, "img_count": image_count } }).to_string(),
+            json!({ &trainer.name: { "n_repeats": 1, "img_count": image_count } }).to_string(),
         ),
-        ("ss_tag_frequency", json!({ &learner.name: learner.lessons.caption_counts() }).to_string()),
+        ("ss_tag_frequency", json!({ &trainer.name: trainer.dataset.caption_counts() }).to_string()),
         ("ss_training_comment", "None".into()),
         ("modelspec.title", name),
         ("modelspec.resolution", format!("{side}x{side}", side = room.side)),
@@ -127,6 +127,6 @@ pub fn of(room: &Room, learner: &Learner) -> BTreeMap<String, String> {
         ("difflora.down", if lora.freeze_a { "frozen" } else { "trained" }.into()),
         ("difflora.targets", json!(lora.targets).as_str().unwrap_or_default().to_string()),
     ];
-    let stamp = room.stamp_of(learner).map(|stamp| (SETTINGS_STAMP, stamp));
+    let stamp = room.stamp_of(trainer).map(|stamp| (SETTINGS_STAMP, stamp));
     entries.into_iter().chain(stamp).map(|(key, value)| (key.to_string(), value)).collect()
 }

@@ -11,13 +11,13 @@ use crate::files;
 use crate::image::{Image, contact_sheet};
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
-use crate::recipes::dreambooth::lockstep::{Networks, Student};
+use crate::recipes::dreambooth::lockstep::{Networks, TrainableLora};
 use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Tiling, Unloaded};
 use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
 
 /// What draws besides the UNet.
-pub struct Easel {
+pub struct Previewer {
     vae: Vae,
     schedule: NoiseSchedule,
     sampler: Sampler,
@@ -30,7 +30,7 @@ pub struct Easel {
 /// Images of a prompt on a sheet.
 const COLUMNS: usize = 4;
 
-impl Easel {
+impl Previewer {
     /// Of `model`, for squares of `side` pixels.
     pub fn new(model: &Unloaded, text: &TextEncoders, vae: Vae, side: usize) -> Result<Self> {
         Ok(Self {
@@ -77,17 +77,17 @@ impl Easel {
         Ok(images)
     }
 
-    /// Draws what `student` has learnt: a row of images a prompt, the same noise at every time, into `path`.
+    /// Draws what `lora` has learnt: a row of images a prompt, the same noise at every time, into `path`.
     pub fn sheet(
         &self,
         networks: &Networks,
-        student: &Student,
+        lora: &TrainableLora,
         encoded: &TextConditioning,
         settings: &Settings,
         path: &Path,
     ) -> Result<()> {
         let mut networks = networks.clone();
-        networks.attach(&[student])?;
+        networks.attach(&[lora])?;
         let samples = &settings.samples;
         let mut rows = Vec::new();
         for i in 0..encoded.context.dim(0)? {

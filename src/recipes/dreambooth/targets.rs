@@ -68,11 +68,11 @@ impl Networks {
         }
     }
 
-    /// Puts the adapters of `students` beside the weights; with several, the batch holds the samples of one after
+    /// Puts the adapters of `loras` beside the weights; with several, the batch holds the samples of one after
     /// those of the other.
-    pub fn attach(&mut self, students: &[&Student]) -> Result<()> {
+    pub fn attach(&mut self, loras: &[&TrainableLora]) -> Result<()> {
         let mut failed = None;
-        self.visit_layers(&mut |path, mut layer| match joint(path, students) {
+        self.visit_layers(&mut |path, mut layer| match joint(path, loras) {
             Ok(Some(adapter)) => layer.set_adapter(Some(adapter)),
             Ok(None) => {}
             Err(error) => failed = Some(error),
@@ -84,13 +84,13 @@ impl Networks {
     }
 }
 
-/// The adapter of all students for one layer.
-fn joint(path: &str, students: &[&Student]) -> candle_core::Result<Option<Adapter>> {
-    let Some(one) = students.first().filter(|student| student.downs.contains_key(path)) else {
+/// The adapter of all loras for one layer.
+fn joint(path: &str, loras: &[&TrainableLora]) -> candle_core::Result<Option<Adapter>> {
+    let Some(one) = loras.first().filter(|lora| lora.downs.contains_key(path)) else {
         return Ok(None);
     };
-    let downs: Vec<&Tensor> = students.iter().map(|student| &student.downs[path]).collect();
-    let ups: Vec<&Tensor> = students.iter().map(|student| &student.ups[path]).collect();
+    let downs: Vec<&Tensor> = loras.iter().map(|lora| &lora.downs[path]).collect();
+    let ups: Vec<&Tensor> = loras.iter().map(|lora| &lora.ups[path]).collect();
     let shared = downs.iter().all(|down| down.id() == downs[0].id());
     Ok(Some(Adapter {
         down: if shared { downs[0].clone() } else { Tensor::stack(&downs, 0)? },
@@ -101,7 +101,7 @@ fn joint(path: &str, students: &[&Student]) -> candle_core::Result<Option<Adapte
 
 /// One layer that is adapted.
 #[derive(Clone, Debug)]
-pub struct Site {
+pub struct TargetModule {
     /// Its path as diffusers spells it.
     pub path: String,
     /// The shape of its weight, (out, in) or (out, in, k, k).
@@ -114,8 +114,8 @@ pub struct Site {
 ///
 /// # Errors
 /// None at all, or one that is smaller than `rank`.
-pub fn sites(networks: &Networks, targets: Targets, rank: usize) -> Result<Vec<Site>> {
-    let mut sites = Vec::new();
+pub fn target_modules(networks: &Networks, targets: Targets, rank: usize) -> Result<Vec<TargetModule>> {
+    let mut modules = Vec::new();
     networks.clone().visit_layers(&mut |path, layer| {
         let included = match &layer {
             Layer::Norm { .. } => false,
@@ -125,29 +125,29 @@ pub fn sites(networks: &Networks, targets: Targets, rank: usize) -> Result<Vec<S
         };
         if included {
             let weight = layer.weight();
-            sites.push(Site {
+            modules.push(TargetModule {
                 path: path.to_string(),
                 weight: weight.dims().to_vec(),
                 device: weight.device().clone(),
             });
         }
     });
-    ensure!(!sites.is_empty(), "no layer of this base is adapted by these targets");
-    for site in &sites {
-        let (output, input) = (site.weight[0], site.weight[1..].iter().product::<usize>());
+    ensure!(!modules.is_empty(), "no layer of this base is adapted by these targets");
+    for module in &modules {
+        let (output, input) = (module.weight[0], module.weight[1..].iter().product::<usize>());
         ensure!(
             rank >= 1 && rank <= input.min(output),
             "rank {rank} does not fit the layer `{}` of {input} → {output}; take 1 to {}",
-            site.path,
+            module.path,
             input.min(output)
         );
     }
-    Ok(sites)
+    Ok(modules)
 }
 
-/// Length of the weights of all `sites` together.
-pub fn weight_norm(networks: &Networks, sites: &[Site]) -> Result<f64> {
-    let paths: BTreeSet<&str> = sites.iter().map(|site| site.path.as_str()).collect();
+/// Length of the weights of all `modules` together.
+pub fn weight_norm(networks: &Networks, modules: &[TargetModule]) -> Result<f64> {
+    let paths: BTreeSet<&str> = modules.iter().map(|module| module.path.as_str()).collect();
     let mut squares = Ok(0.0);
     networks.clone().visit_layers(&mut |path, layer| {
         if let (true, Ok(sum)) = (paths.contains(path), &mut squares) {
@@ -161,7 +161,7 @@ pub fn weight_norm(networks: &Networks, sites: &[Site]) -> Result<f64> {
     Ok(squares?.sqrt())
 }
 
-impl Site {
+impl TargetModule {
     /// A random `down` (R, in) or (R, in, k, k), U(−1/√n, 1/√n) over the n inputs of a value, as kohya's and peft's
     /// initialisation. It depends on the seed and the path alone, so that all people of a seed start alike.
     pub fn random_down(&self, rank: usize, seed: u64) -> Result<Tensor> {
@@ -180,16 +180,16 @@ impl Site {
 }
 
 /// `down` of every adapted layer by its path, (R, in) or (R, in, k, k).
-pub type Downs = BTreeMap<String, Tensor>;
+pub type SharedDown = BTreeMap<String, Tensor>;
 
-/// The random `down`s of all `sites`.
-pub fn random_downs(sites: &[Site], rank: usize, seed: u64) -> Result<Downs> {
-    sites.iter().map(|site| Ok((site.path.clone(), site.random_down(rank, seed)?))).collect()
+/// The random `down`s of all `modules`.
+pub fn random_shared_down(modules: &[TargetModule], rank: usize, seed: u64) -> Result<SharedDown> {
+    modules.iter().map(|module| Ok((module.path.clone(), module.random_down(rank, seed)?))).collect()
 }
 
 /// One LoRA in training.
-pub struct Student {
-    downs: Downs,
+pub struct TrainableLora {
+    downs: SharedDown,
     /// (out, R) by path.
     ups: BTreeMap<String, Tensor>,
     vars: BTreeMap<String, Var>,
@@ -197,37 +197,37 @@ pub struct Student {
     alpha: f64,
 }
 
-impl Student {
+impl TrainableLora {
     /// Adapters that start at no change at all: `up` is zero. `downs` stay as they are unless they are variables.
     ///
     /// # Errors
-    /// `downs` of other layers or shapes than `sites`.
-    pub fn new(sites: &[Site], downs: &Downs, alpha: f64) -> Result<Self> {
-        let mut student =
-            Self { downs: Downs::new(), ups: BTreeMap::new(), vars: BTreeMap::new(), rank: 0, alpha };
-        for site in sites {
-            let down = downs.get(&site.path).with_context(|| format!("`{}` has no `down`", site.path))?;
+    /// `downs` of other layers or shapes than `modules`.
+    pub fn new(modules: &[TargetModule], downs: &SharedDown, alpha: f64) -> Result<Self> {
+        let mut lora =
+            Self { downs: SharedDown::new(), ups: BTreeMap::new(), vars: BTreeMap::new(), rank: 0, alpha };
+        for module in modules {
+            let down = downs.get(&module.path).with_context(|| format!("`{}` has no `down`", module.path))?;
             let rank = down.dim(0)?;
             ensure!(
-                down.dims()[1..] == site.weight[1..] && (student.rank == 0 || student.rank == rank),
+                down.dims()[1..] == module.weight[1..] && (lora.rank == 0 || lora.rank == rank),
                 "`down` of `{}` has shape {:?}, its weight {:?}",
-                site.path,
+                module.path,
                 down.dims(),
-                site.weight
+                module.weight
             );
-            student.rank = rank;
-            let near = down.device().same_device(&site.device);
-            let down = if near { down.clone() } else { down.to_device(&site.device)? };
-            let up = Var::zeros((site.weight[0], rank), DType::F32, &site.device)?;
-            student.ups.insert(site.path.clone(), up.as_tensor().clone());
-            student.downs.insert(site.path.clone(), down);
-            student.vars.insert(format!("up.{}", site.path), up);
+            lora.rank = rank;
+            let near = down.device().same_device(&module.device);
+            let down = if near { down.clone() } else { down.to_device(&module.device)? };
+            let up = Var::zeros((module.weight[0], rank), DType::F32, &module.device)?;
+            lora.ups.insert(module.path.clone(), up.as_tensor().clone());
+            lora.downs.insert(module.path.clone(), down);
+            lora.vars.insert(format!("up.{}", module.path), up);
         }
-        Ok(student)
+        Ok(lora)
     }
 
     /// Makes variables of its `down`s.
-    pub fn learn_downs(&mut self) -> Result<()> {
+    pub fn train_shared_down(&mut self) -> Result<()> {
         for (path, down) in &mut self.downs {
             let var = Var::from_tensor(down)?;
             *down = var.as_tensor().clone();

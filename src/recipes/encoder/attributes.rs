@@ -16,12 +16,16 @@ use crate::synthetic::attribute_classifier::{self, Config, Network, NetworkConfi
 use crate::synthetic::{Identity, Person, World};
 use crate::train;
 use crate::train::shards::{Loss, in_threads};
-use crate::train::trainer::{self, End, Keeping};
+use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component};
 
 /// Trains the classifier, measures it on held-out people and writes it to `out`.
-pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
+pub fn train(
+    recipe: &Recipe<NetworkConfig>,
+    run_options: &RunOptions,
+    out: &Path,
+) -> Result<(Outcome, Value)> {
     let model = &recipe.model;
     let trainable = Trainable::new(recipe.seed);
     let network = Network::new(model, trainable.builder(&Device::Cpu))?;
@@ -42,8 +46,8 @@ pub fn train(recipe: &Recipe<NetworkConfig>, keeping: &Keeping, out: &Path) -> R
             &truth,
         )
     };
-    let (end, ema) = trainer::run(&recipe.plan, recipe, keeping, &trainable.vars(), loss, |_, _| Ok(()))?;
-    if end != End::Finished {
+    let (end, ema) = trainer::run(&recipe.plan, recipe, run_options, &trainable.vars(), loss, |_, _| Ok(()))?;
+    if end != Outcome::Finished {
         return Ok((end, Value::Null));
     }
     let write = |config: Value| {

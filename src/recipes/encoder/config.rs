@@ -7,7 +7,7 @@ use crate::identity::clip::ClipVisionConfig;
 use crate::image::{Filter, Image};
 use crate::synthetic::attribute_classifier::NetworkConfig;
 use crate::synthetic::{self, Person, Scene};
-use crate::train::trainer::Plan;
+use crate::train::trainer::TrainerConfig;
 
 /// The file given by `--config`.
 #[derive(Clone, Debug, Deserialize)]
@@ -26,7 +26,7 @@ pub struct Recipe<C> {
     /// Sizes of the network, as in its `config.json`.
     pub model: C,
     /// Steps, batch, rate.
-    pub plan: Plan,
+    pub plan: TrainerConfig,
 }
 
 /// Number of the first person who is kept out of the training.

@@ -26,12 +26,16 @@ use crate::recipes::encoder::config::{HELD_OUT, Recipe, paint, soften};
 use crate::synthetic::{Person, Scene};
 use crate::train;
 use crate::train::shards::{Loss, in_threads};
-use crate::train::trainer::{self, End, Keeping};
+use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component, save_json};
 
 /// Trains the encoder, writes it to `out` and measures it on strangers.
-pub fn train(recipe: &Recipe<ClipVisionConfig>, keeping: &Keeping, out: &Path) -> Result<(End, Value)> {
+pub fn train(
+    recipe: &Recipe<ClipVisionConfig>,
+    run_options: &RunOptions,
+    out: &Path,
+) -> Result<(Outcome, Value)> {
     let trainable = Trainable::new(recipe.seed);
     let vb = trainable.builder(&Device::Cpu);
     let network = ClipVision::new(&recipe.model, vb.clone())?;
@@ -54,8 +58,8 @@ pub fn train(recipe: &Recipe<ClipVisionConfig>, keeping: &Keeping, out: &Path) -
         }
         contrast(&network.forward(&Tensor::stack(&pixels, 0)?)?, &scale)
     };
-    let (end, ema) = trainer::run(&recipe.plan, recipe, keeping, &trainable.vars(), loss, |_, _| Ok(()))?;
-    if end != End::Finished {
+    let (end, ema) = trainer::run(&recipe.plan, recipe, run_options, &trainable.vars(), loss, |_, _| Ok(()))?;
+    if end != Outcome::Finished {
         return Ok((end, Value::Null));
     }
     let weights: BTreeMap<String, Tensor> = ema
