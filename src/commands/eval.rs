@@ -7,10 +7,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use indicatif::ProgressBar;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::json;
 
-use crate::commands::build_dataset::{self, Header, Row};
+use crate::dataset::manifest::{Header, ImageSettings, Row, read_manifest};
 use crate::device;
 use crate::diffusion::noise;
 use crate::eval::metrics::{Attributes, Figures, Obedience, Seen, Target, asked, measure, obedience, paired};
@@ -36,6 +36,7 @@ use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
 use crate::statistics::Mean;
 use crate::synthetic::attribute_classifier::{AttributeClassifier, Record};
+use crate::synthetic::scenes::{paint_image, reference_scene};
 use crate::synthetic::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
 use crate::train::shards::in_threads_or_turn;
 
@@ -184,7 +185,7 @@ pub struct Difference {
 
 pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let mut bench = Bench::open(args)?;
-    let header: Header = read_json(&dataset.join("dataset.json"))?;
+    let header: Header = Header::read(dataset)?;
     let hypernet_files = registry::find_hypernet(&args.hypernet, args.base_options.offline)?;
     let hypernet = Hypernet::open(&hypernet_files, bench.model.device())?;
     hypernet.codec.base.demand(&bench.base, "base model")?;
@@ -196,7 +197,7 @@ pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
         let why = format!("its LoRAs are for the base `{}`, not for `{}`", header.base.name, bench.base.name);
         return Err(Failure::unusable(&dataset.join("dataset.json"), why));
     }
-    let rows = build_dataset::read_manifest(dataset)?;
+    let rows = read_manifest(dataset)?;
     let (held_out, known): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(|row| row.split == "held-out");
     let count = args.people.map_or(held_out.len(), |people| held_out.len().min(people as usize));
     if count < 2 {
@@ -211,7 +212,7 @@ pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let [_, (name, sha256)] = bench.faces.provenance();
     let face_id = ModelId { name: name.into(), sha256 };
     hypernet.denoiser.config.face_encoder.demand(&face_id, "face encoder")?;
-    let Images { size, seed, references } = DatasetSettings::read(dataset)?;
+    let ImageSettings { size, seed, references, .. } = ImageSettings::read(dataset)?;
     ensure!(
         references > 1,
         "`{}` has {references} reference images a person; one is the condition, so two are needed",
@@ -241,11 +242,10 @@ pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let sitters = in_threads_or_turn(bench.model.device(), count, |i| {
         let row = &held_out[i];
         let who = || format!("`{}`", row.id);
-        let scenes = (0..references).map(|i| build_dataset::reference_scene(seed, i));
+        let scenes = (0..references).map(|i| reference_scene(seed, i));
         let person = Person::new(row.person.0, row.person.1);
-        let photos: Result<Vec<Image>> =
-            scenes.map(|scene| build_dataset::image(&person, &scene, size)).collect();
-        let sitter = bench.sitter(&person, &photos?, &image_encoder).with_context(who)?;
+        let photos: Vec<Image> = scenes.map(|scene| paint_image(&person, &scene, size)).collect();
+        let sitter = bench.sitter(&person, &photos, &image_encoder).with_context(who)?;
         let generated = hypernet.generate(&sitter.condition, &options).with_context(who)?;
         let own = bench.lora(&dataset.join(&row.lora))?;
         let nearest = match known.nearest(&sitter.condition.face) {
@@ -633,34 +633,6 @@ impl Known {
         let nearest = self.people.iter().max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
         nearest.map(|(_, lora)| lora.clone())
     }
-}
-
-/// The part of the dataset's `settings.toml` that tells how photos are painted.
-#[derive(Deserialize)]
-pub struct DatasetSettings {
-    #[serde(alias = "pictures")]
-    pub images: Images,
-}
-
-#[derive(Deserialize)]
-pub struct Images {
-    pub size: usize,
-    pub seed: u64,
-    pub references: u64,
-}
-
-impl DatasetSettings {
-    pub fn read(dataset: &Path) -> Result<Images> {
-        let path = dataset.join("settings.toml");
-        let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
-        let settings: Self = toml::from_str(&text).map_err(|error| Failure::unusable(&path, error))?;
-        Ok(settings.images)
-    }
-}
-
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
-    serde_json::from_slice(&bytes).map_err(|error| Failure::unusable(path, error))
 }
 
 /// The mean of vectors; only its direction is used.

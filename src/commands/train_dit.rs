@@ -11,9 +11,9 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::commands::build_dataset::Header;
 use crate::commands::train_lae::Settings;
-use crate::dataset::lora_dataset::{FormWanted, LoraSet, Reading};
+use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
+use crate::dataset::manifest::Header;
 use crate::device;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule};
 use crate::diffusion::shifted::Shift;
@@ -281,7 +281,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let codec = LoraCodec::open(&lae_files, &device)?;
     let lae = registry::identify(&lae_files, &args.lae.display().to_string(), "lae.safetensors")?;
     let form = FormWanted::Of(codec.form.clone());
-    let set = LoraSet::open(&args.dataset, &Reading { form, ..Reading::default() })?;
+    let set = LoraDataset::open(&args.dataset, &ReadOptions { form, ..ReadOptions::default() })?;
     check(&codec, &set)?;
     let run_options = RunOptions {
         folder: &training,
@@ -319,7 +319,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 }
 
 /// Refuses an autoencoder of other LoRAs than the dataset's.
-pub fn check(codec: &LoraCodec, set: &LoraSet) -> Result<()> {
+pub fn check(codec: &LoraCodec, set: &LoraDataset) -> Result<()> {
     codec.base.demand(&set.header.base, "base model")?;
     if codec.layout.modules != set.layout.modules || codec.layout.shared_down != set.layout.shared_down {
         let why =
@@ -345,7 +345,7 @@ pub fn train(
     recipe: &Recipe,
     lessons: &Lessons,
     gallery: Option<&Gallery>,
-    set: &LoraSet,
+    set: &LoraDataset,
     lae: &ModelId,
     run_options: &RunOptions,
 ) -> Result<(Denoiser, Outcome)> {
@@ -382,7 +382,7 @@ pub fn train(
         pupil.loss(recipe, lessons, gallery, &rows, &mut rng)
     };
     let settings = json!({
-        "dit": recipe, "dataset": set.stamp, "people": people, "lae": lae.sha256,
+        "dit": recipe, "dataset": set.settings_hash, "people": people, "lae": lae.sha256,
     });
     let finished = |averages: &BTreeMap<String, Tensor>| -> Result<Denoiser> {
         let mut stats = lessons.stats.clone();
@@ -497,7 +497,7 @@ pub struct Gallery<'a> {
 }
 
 impl<'a> Gallery<'a> {
-    pub fn open(how: &'a Functional, args: &Args, codec: &'a LoraCodec, set: &LoraSet) -> Result<Self> {
+    pub fn open(how: &'a Functional, args: &Args, codec: &'a LoraCodec, set: &LoraDataset) -> Result<Self> {
         let files = registry::find_base(&args.base, &registry::BaseOptions::default())?;
         codec.base.demand(&registry::identify(&files, &args.base, registry::BASE_WEIGHTS)?, "base model")?;
         let base = Sdxl::open(&files, DType::F32, codec.device())?;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::commands::train_dit;
-use crate::dataset::lora_dataset::{FormWanted, LoraSet, Reading};
+use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::device;
 use crate::failure::Failure;
 use crate::hypernet::codec::{LoraCodec, blocks};
@@ -229,7 +229,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let open = |recipe: &Recipe| {
         let memory = (args.memory.max(0.0) * (1u64 << 30) as f64) as usize;
         let form = FormWanted::New(recipe.canonical);
-        LoraSet::open(&args.dataset, &Reading { skip_missing: args.skip_missing, memory, form })
+        LoraDataset::open(&args.dataset, &ReadOptions { skip_missing: args.skip_missing, memory, form })
     };
     let Some(path) = &args.sweep else {
         let Some(report) = make(&recipe, &open(&recipe)?, &args.out, &how)? else { return Ok(()) };
@@ -246,7 +246,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let variants = sweep.variant.iter().map(|variant| Ok((&variant.name, variant.recipe(&recipe)?)));
     let variants: Vec<_> = variants.collect::<Result<_>>()?;
     let mut reports = Vec::new();
-    let mut set: Option<LoraSet> = None;
+    let mut set: Option<LoraDataset> = None;
     for (name, recipe) in variants {
         progress::note(format_args!("sweep: {name}"));
         let out = args.out.join(name);
@@ -291,7 +291,7 @@ pub struct How {
 }
 
 /// One autoencoder in `out`, and its report. Of a group only the first process writes them, and the others have none.
-pub fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Option<Value>> {
+pub fn make(recipe: &Recipe, set: &LoraDataset, out: &Path, how: &How) -> Result<Option<Value>> {
     let training = out.join("training");
     if distributed::is_main_process() {
         std::fs::create_dir_all(&training)
@@ -324,7 +324,7 @@ pub fn make(recipe: &Recipe, set: &LoraSet, out: &Path, how: &How) -> Result<Opt
 /// The autoencoder with averaged weights.
 pub fn train(
     recipe: &Recipe,
-    set: &LoraSet,
+    set: &LoraDataset,
     device: &Device,
     run_options: &RunOptions,
 ) -> Result<(LoraCodec, Outcome)> {
@@ -380,7 +380,7 @@ pub fn check_people(recipe: &Recipe, config: &LaeConfig, people: usize) -> Resul
 pub fn descend(
     recipe: &Recipe,
     config: &LaeConfig,
-    set: &LoraSet,
+    set: &LoraDataset,
     x: &Standardised,
     start: Option<Pca>,
     device: &Device,
@@ -424,13 +424,13 @@ pub fn descend(
         }
         Ok(Loss { value: total, parts })
     };
-    let settings = json!({ "lae": recipe, "dataset": set.stamp, "people": x.count() });
+    let settings = json!({ "lae": recipe, "dataset": set.settings_hash, "people": x.count() });
     let (end, ema) = trainer::run(plan, &settings, run_options, &vars, loss, |_, _| Ok(()))?;
     Ok((ema.averages().clone(), end))
 }
 
 /// What the autoencoder keeps of the LoRAs of people held out, in ΔW and in the weights.
-pub fn report(codec: &LoraCodec, set: &LoraSet, end: Outcome, seconds: f64) -> Result<Value> {
+pub fn report(codec: &LoraCodec, set: &LoraDataset, end: Outcome, seconds: f64) -> Result<Value> {
     let device = codec.device();
     let space = DeltaSpace::new(&codec.layout, device)?;
     let mean = mean_row(codec, set)?.to_device(device)?;
@@ -468,7 +468,7 @@ pub fn report(codec: &LoraCodec, set: &LoraSet, end: Outcome, seconds: f64) -> R
 }
 
 /// The mean LoRA (1, P), whatever the scaling takes off.
-pub fn mean_row(codec: &LoraCodec, set: &LoraSet) -> Result<Tensor> {
+pub fn mean_row(codec: &LoraCodec, set: &LoraDataset) -> Result<Tensor> {
     let whole = Standardise::of(&set.train.vectors, &[codec.lae.config().input()], Scaling::Element)?;
     Ok(whole.mean().unsqueeze(0)?)
 }

@@ -1,45 +1,37 @@
-//! A dataset folder: LoRA vectors that stay on the disk, embeddings as tensors, apart by split.
+//! A dataset folder: LoRA vectors on disk, embeddings as tensors, by split.
 //!
-//! A hundred thousand LoRAs fit in no memory: [`Vectors`] reads rows as they are asked for and keeps no more of them
-//! than it was allowed to.
+//! A hundred thousand LoRAs do not fit in memory: [`Vectors`] reads rows on demand and caches them up to a limit.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
-use serde::Deserialize;
+use candle_core::Tensor;
 
-use crate::commands::build_dataset::{Header, Row, read_manifest};
+use crate::dataset::embeddings::read_embeddings;
+use crate::dataset::manifest::{Header, Row, read_manifest};
+use crate::dataset::vectors::{Reader, Vectors, block_layout, layout_of};
 use crate::failure::Failure;
-use crate::hypernet::ModelId;
-use crate::hypernet::rows::Rows;
-use crate::identity::clip::ImageInput;
 use crate::lora::canonical::{Canonical, Form};
 use crate::lora::file;
-use crate::lora::keys::BlockLayout;
 use crate::lora::layout::LoraLayout;
 use crate::progress;
 use crate::train::shards::in_threads;
-use crate::weights;
 use crate::weights::model_folder::ModelFiles;
 
 /// What `build-dataset` wrote.
-pub struct LoraSet {
+pub struct LoraDataset {
     /// Base, encoders, layout without its `down`s.
     pub header: Header,
     /// With its shared `down`s.
     pub layout: LoraLayout,
-    /// The form that the factors are brought to.
+    /// Canonical form of the factors.
     pub form: Form,
-    /// The settings that all rows were made with.
-    pub stamp: String,
-    /// People to learn from.
+    /// Hash of the settings that all rows were made with.
+    pub settings_hash: String,
+    /// People to train on.
     pub train: Split,
-    /// People to judge by.
+    /// People to evaluate on.
     pub held_out: Split,
 }
 
@@ -57,71 +49,42 @@ pub struct Split {
 
 /// How a dataset is read.
 #[derive(Clone, Debug)]
-pub struct Reading {
+pub struct ReadOptions {
     /// Leave people out whose files are missing, with a warning, instead of refusing the dataset.
     pub skip_missing: bool,
-    /// Bytes of LoRA vectors that are kept in memory; the others are read again each time.
+    /// Bytes of LoRA vectors that are cached in memory; others are read again each time.
     pub memory: usize,
-    /// The form that the factors are brought to.
+    /// Canonical form of the factors.
     pub form: FormWanted,
 }
 
 /// Which [`Form`] a dataset is read in.
 #[derive(Clone, Debug)]
 pub enum FormWanted {
-    /// A new one, with the first person to learn from as the reference.
+    /// A new one, with the first training person as the reference.
     New(Canonical),
     /// That of an autoencoder.
     Of(Form),
 }
 
-impl Default for Reading {
+impl Default for ReadOptions {
     /// Two gigabytes, factors as they are.
     fn default() -> Self {
         Self { skip_missing: false, memory: 2 << 30, form: FormWanted::New(Canonical::None) }
     }
 }
 
-/// LoRA vectors on the disk.
-pub struct Vectors {
-    files: Vec<PathBuf>,
-    reader: Reader,
-    kept: Vec<OnceLock<Box<[f32]>>>,
-    /// Bytes that may still be kept.
-    room: AtomicUsize,
-}
-
-/// How a file becomes a vector.
-#[derive(Clone)]
-struct Reader {
-    layout: LoraLayout,
-    blocks: BlockLayout,
-    form: Form,
-}
-
-/// Fewer people teach nothing: PCA and ridge regression would fit them exactly.
+/// Minimum number of people to train on: PCA and ridge regression would fit fewer exactly.
 pub const FEWEST: usize = 16;
 
-/// `dataset.json`; one written by hand may leave out the layout, which is then that of the first LoRA.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Given {
-    base: ModelId,
-    face_encoder: ModelId,
-    image_encoder: ModelId,
-    #[serde(default)]
-    image_input: ImageInput,
-    layout: Option<LoraLayout>,
-}
-
-impl LoraSet {
-    /// Reads the folder with the default [`Reading`].
+impl LoraDataset {
+    /// Reads the folder with the default [`ReadOptions`].
     ///
     /// # Errors
-    /// As [`LoraSet::open`].
+    /// As [`LoraDataset::open`].
     #[cfg(test)]
     pub fn read(folder: &Path) -> Result<Self> {
-        Self::open(folder, &Reading::default())
+        Self::open(folder, &ReadOptions::default())
     }
 
     /// Opens the folder, and looks at every LoRA once.
@@ -130,12 +93,12 @@ impl LoraSet {
     /// [`Failure::Unusable`] with the files or rows: files that are missing; LoRAs of other modules, ranks or alphas
     /// or with values that are not finite; rows of several settings; fewer than 16 people to learn from or none held
     /// out. [`Failure::Usage`] for a canonical form where `A` is shared.
-    pub fn open(folder: &Path, reading: &Reading) -> Result<Self> {
+    pub fn open(folder: &Path, options: &ReadOptions) -> Result<Self> {
         let files = ModelFiles::folder(folder)?;
-        let given: Given = files.json("dataset.json")?;
+        let header = Header::read(folder)?;
         let unusable = |why: String| files.unusable("manifest.jsonl", why);
-        let rows = present(folder, read_manifest(folder)?, reading.skip_missing).map_err(unusable)?;
-        let stamp = one_stamp(&rows).map_err(unusable)?;
+        let rows = present(folder, read_manifest(folder)?, options.skip_missing).map_err(unusable)?;
+        let settings_hash = one_settings_hash(&rows).map_err(unusable)?;
         if let Some(row) = rows.iter().find(|row| !["train", "held-out"].contains(&row.split.as_str())) {
             let why = format!("`{}` is in split `{}`, neither `train` nor `held-out`", row.id, row.split);
             return Err(unusable(why));
@@ -150,7 +113,7 @@ impl LoraSet {
             )));
         }
         let first = folder.join(&train[0].lora);
-        let (layout, blocks) = match given.layout {
+        let (layout, blocks) = match header.layout.clone() {
             Some(layout) => {
                 let layout = if layout.shared_down {
                     let downs: BTreeMap<_, _> = files.tensors("", "basis")?.into_iter().collect();
@@ -165,7 +128,7 @@ impl LoraSet {
             }
             None => layout_of(&first)?,
         };
-        let form = match &reading.form {
+        let form = match &options.form {
             FormWanted::New(Canonical::None) => Form::default(),
             FormWanted::New(_) if layout.shared_down => {
                 let why = "all LoRAs of this dataset share their `down`s, so that nothing can be turned; take \
@@ -176,20 +139,18 @@ impl LoraSet {
             FormWanted::Of(form) => form.clone(),
         };
         let reader = Reader { layout, blocks, form };
-        // The people to judge by are few, and read once.
-        let room = reading.memory.saturating_sub(4 * reader.layout.parameters() * held_out.len());
-        let mut strange = Strange::default();
-        let train = Split::read(folder, &train, &reader, room, &mut strange)?;
-        let held_out = Split::read(folder, &held_out, &reader, reading.memory - room, &mut strange)?;
-        strange.report().map_err(unusable)?;
+        // The held-out people are few, and read once.
+        let memory = options.memory.saturating_sub(4 * reader.layout.parameters() * held_out.len());
+        let mut mismatches = Mismatches::default();
+        let train = Split::read(folder, &train, &reader, memory, &mut mismatches)?;
+        let held_out = Split::read(folder, &held_out, &reader, options.memory - memory, &mut mismatches)?;
+        mismatches.check().map_err(unusable)?;
         if (train.faces.dim(1)?, train.images.dim(1)?) != (held_out.faces.dim(1)?, held_out.images.dim(1)?) {
             return Err(unusable("the embeddings of the two splits have other widths".into()));
         }
         let Reader { layout, form, .. } = reader;
-        let Given { base, face_encoder, image_encoder, image_input, .. } = given;
-        // The header as it is stored: without the `down`s.
-        let header = Header { base, face_encoder, image_encoder, image_input, layout: layout.clone() };
-        Ok(Self { header, layout, form, stamp, train, held_out })
+        let header = Header { layout: Some(layout.clone()), ..header };
+        Ok(Self { header, layout, form, settings_hash, train, held_out })
     }
 }
 
@@ -227,10 +188,10 @@ fn some_of(names: &[String]) -> String {
 
 /// LoRAs that do not belong with the others, by what is wrong with them.
 #[derive(Default)]
-struct Strange(BTreeMap<String, Vec<String>>);
+struct Mismatches(BTreeMap<String, Vec<String>>);
 
-impl Strange {
-    fn report(self) -> Result<(), String> {
+impl Mismatches {
+    fn check(self) -> Result<(), String> {
         if self.0.is_empty() {
             return Ok(());
         }
@@ -240,124 +201,23 @@ impl Strange {
 }
 
 /// The settings of all rows, or which rows differ.
-fn one_stamp(rows: &[Row]) -> Result<String, String> {
-    let mut by_stamp: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+fn one_settings_hash(rows: &[Row]) -> Result<String, String> {
+    let mut by_hash: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for row in rows {
-        by_stamp.entry(&row.settings).or_default().push(&row.id);
+        by_hash.entry(&row.settings).or_default().push(&row.id);
     }
-    if by_stamp.len() > 1 {
-        let list = |(stamp, ids): (&&str, &Vec<&str>)| {
+    if by_hash.len() > 1 {
+        let list = |(settings_hash, ids): (&&str, &Vec<&str>)| {
             let some = ids.iter().take(5).copied().collect::<Vec<_>>().join(", ");
             format!(
-                "\n  {stamp}: {some}{}",
+                "\n  {settings_hash}: {some}{}",
                 if ids.len() > 5 { format!(" and {} more", ids.len() - 5) } else { String::new() }
             )
         };
-        let list: String = by_stamp.iter().map(list).collect();
+        let list: String = by_hash.iter().map(list).collect();
         return Err(format!("its rows were made with several settings, keep one:{list}"));
     }
-    Ok(by_stamp.keys().next().copied().unwrap_or_default().to_string())
-}
-
-/// The UNet's levels, which the names in a file depend on: those under which one has the modules of `layout`.
-fn block_layout(paths: &[PathBuf], layout: &LoraLayout) -> Result<BlockLayout> {
-    let mut first = None;
-    // One of them may be the strange one.
-    for path in paths.iter().take(5) {
-        match blocks_of(path, layout) {
-            Ok(blocks) => return Ok(blocks),
-            Err(error) => first = first.or(Some(error)),
-        }
-    }
-    Err(first.unwrap_or_else(|| anyhow::anyhow!("a dataset without LoRAs")))
-}
-
-/// Modules and levels of a LoRA that nobody has described: the levels under which the fewest keys are unknown.
-fn layout_of(path: &Path) -> Result<(LoraLayout, BlockLayout)> {
-    let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
-    let mut best: Option<(usize, LoraLayout, BlockLayout)> = None;
-    for blocks in known_levels() {
-        let (lora, unknown) = file::from_bytes(&bytes, &blocks)
-            .map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
-        if best.as_ref().is_none_or(|(fewest, ..)| unknown.len() < *fewest) {
-            best = Some((unknown.len(), LoraLayout::of(&lora), blocks));
-        }
-    }
-    let (_, layout, blocks) = best.ok_or_else(|| Failure::unusable(path, "no levels are known"))?;
-    Ok((layout, blocks))
-}
-
-/// SDXL's own first, so that it is taken, or its complaint shown, where several agree.
-fn known_levels() -> impl Iterator<Item = BlockLayout> {
-    let others = (1..=4).flat_map(|levels| (1..=4).map(move |layers| BlockLayout::uniform(levels, layers)));
-    std::iter::once(BlockLayout::default()).chain(others)
-}
-
-fn blocks_of(path: &Path, layout: &LoraLayout) -> Result<BlockLayout> {
-    let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
-    let mut first = None;
-    for blocks in known_levels() {
-        let vector = file::from_bytes(&bytes, &blocks).and_then(|(lora, _)| Ok(layout.to_vector(&lora)?));
-        match vector {
-            Ok(_) => return Ok(blocks),
-            Err(error) => first = first.or(Some(error)),
-        }
-    }
-    let why = first.map_or_else(|| "no layout fits".to_string(), |error| format!("{error:#}"));
-    Err(Failure::unusable(path, why))
-}
-
-impl Rows for Vectors {
-    fn count(&self) -> usize {
-        self.files.len()
-    }
-
-    fn width(&self) -> usize {
-        self.reader.layout.parameters()
-    }
-
-    fn batch(&self, places: &[usize]) -> Result<Tensor> {
-        let mut values = Vec::with_capacity(places.len() * self.width());
-        for place in places {
-            values.extend_from_slice(&self.row(*place)?);
-        }
-        Ok(Tensor::from_vec(values, (places.len(), self.width()), &Device::Cpu)?)
-    }
-}
-
-impl Vectors {
-    /// One vector, from memory or from its file.
-    fn row(&self, place: usize) -> Result<Cow<'_, [f32]>> {
-        if let Some(row) = self.kept[place].get() {
-            return Ok(Cow::Borrowed(row));
-        }
-        let path = &self.files[place];
-        let vector = self.reader.vector(path)?.map_err(|why| Failure::unusable(path, why))?;
-        let size = 4 * vector.len();
-        let take = |room: usize| room.checked_sub(size);
-        if self.room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok() {
-            return Ok(Cow::Borrowed(self.kept[place].get_or_init(|| vector.into())));
-        }
-        Ok(Cow::Owned(vector))
-    }
-
-    /// Vectors that are kept in memory.
-    #[cfg(test)]
-    fn held(&self) -> usize {
-        self.kept.iter().filter(|row| row.get().is_some()).count()
-    }
-}
-
-impl Reader {
-    /// The vector of a file, or what makes it none of this dataset.
-    fn vector(&self, path: &Path) -> Result<Result<Vec<f32>, String>> {
-        let lora = file::read(path, &self.blocks)?;
-        let vector = self.layout.to_vector(&lora).and_then(|raw| match self.form.kind() {
-            Canonical::None => Ok(raw),
-            _ => self.layout.to_vector(&self.form.apply(&lora)?),
-        });
-        Ok(vector.map_err(|error| error.to_string()))
-    }
+    Ok(by_hash.keys().next().copied().unwrap_or_default().to_string())
 }
 
 impl Split {
@@ -365,22 +225,18 @@ impl Split {
         folder: &Path,
         rows: &[&Row],
         reader: &Reader,
-        room: usize,
-        strange: &mut Strange,
+        memory: usize,
+        mismatches: &mut Mismatches,
     ) -> Result<Self> {
-        let vectors = Vectors {
-            files: rows.iter().map(|row| folder.join(&row.lora)).collect(),
-            reader: reader.clone(),
-            kept: (0..rows.len()).map(|_| OnceLock::new()).collect(),
-            room: AtomicUsize::new(room),
-        };
+        let files = rows.iter().map(|row| folder.join(&row.lora)).collect();
+        let vectors = Vectors::new(files, reader.clone(), memory);
         let bar = progress::bar(rows.len() as u64, "LoRAs");
         let people = in_threads(rows.len(), |i| {
             progress::check()?;
             bar.inc(1);
             // A file that cannot be read at all stands in the list too.
             let why = vectors.row(i).err().map(|error| format!("{error:#}"));
-            Ok((why, embeddings(folder, rows[i])?))
+            Ok((why, read_embeddings(folder, rows[i])?))
         })?;
         bar.finish_and_clear();
         let mut owners = Vec::new();
@@ -388,9 +244,9 @@ impl Split {
         for (i, (row, (why, (face, image)))) in rows.iter().zip(people).enumerate() {
             if let Some(why) = why {
                 // The reason without the path, so that rows with the same one stand together.
-                let path = format!("cannot use `{}`: ", vectors.files[i].display());
+                let path = format!("cannot use `{}`: ", vectors.file(i).display());
                 let why = why.strip_prefix(&path).unwrap_or(&why).to_string();
-                strange.0.entry(why).or_default().push(row.id.clone());
+                mismatches.0.entry(why).or_default().push(row.id.clone());
             }
             if let (Some(first), Some(other)) = (faces.first(), images.first())
                 && (first.dim(1)?, other.dim(1)?) != (face.dim(1)?, image.dim(1)?)
@@ -428,40 +284,20 @@ impl Split {
     }
 }
 
-/// Face and image embeddings of one row.
-fn embeddings(folder: &Path, row: &Row) -> Result<(Tensor, Tensor)> {
-    let path = folder.join(&row.embeddings);
-    let tensors = weights::read_file(&path)?;
-    let (face, image) = (embedding(&path, &tensors, "face")?, embedding(&path, &tensors, "image")?);
-    if face.dim(0)? != image.dim(0)? {
-        return Err(Failure::unusable(&path, "`face` and `image` have different numbers of rows"));
-    }
-    Ok((face, image))
-}
-
-fn embedding(path: &Path, tensors: &HashMap<String, Tensor>, name: &str) -> Result<Tensor> {
-    let unusable = |why: String| Failure::unusable(path, why);
-    let tensor = tensors.get(name).ok_or_else(|| unusable(format!("tensor `{name}` is missing")))?;
-    if tensor.rank() != 2 || tensor.elem_count() == 0 {
-        return Err(unusable(format!("`{name}` has shape {:?}, wanted references × width", tensor.dims())));
-    }
-    let tensor = tensor.to_dtype(DType::F32)?;
-    if !tensor.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
-        return Err(unusable(format!("`{name}` holds values that are not finite")));
-    }
-    Ok(tensor)
-}
-
 #[cfg(test)]
 pub mod tests {
     use std::collections::BTreeMap;
+
+    use candle_core::{DType, Device};
 
     use super::*;
     use crate::diffusion::noise::normal;
     use crate::hypernet::ModelId;
     use crate::hypernet::delta::DeltaSpace;
     use crate::hypernet::pca::Pca;
+    use crate::hypernet::rows::Rows;
     use crate::lora::file::Format;
+    use crate::lora::keys::BlockLayout;
     use crate::lora::{Lora, LoraLayer};
 
     const MODULES: [&str; 2] = [
@@ -519,14 +355,14 @@ pub mod tests {
             face_encoder: id("face"),
             image_encoder: id("image"),
             image_input: Default::default(),
-            layout: layout.unwrap(),
+            layout,
         };
         std::fs::write(folder.join("dataset.json"), serde_json::to_vec(&header).unwrap()).unwrap();
         std::fs::write(folder.join("manifest.jsonl"), manifest).unwrap();
     }
 
     fn refusal(folder: &Path) -> String {
-        let error = LoraSet::read(folder).err().expect("the dataset is damaged");
+        let error = LoraDataset::read(folder).err().expect("the dataset is damaged");
         assert!(
             error.chain().any(|cause| matches!(cause.downcast_ref(), Some(Failure::Unusable(_)))),
             "{error:#}"
@@ -538,7 +374,7 @@ pub mod tests {
     fn a_dataset_is_read_with_all_references_of_everybody() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(folder.path(), 20);
-        let set = LoraSet::read(folder.path()).unwrap();
+        let set = LoraDataset::read(folder.path()).unwrap();
         assert_eq!((set.train.vectors.count(), set.train.vectors.width()), (20, 2 * 8 * RANK));
         assert_eq!((set.train.faces.dims(), set.held_out.images.dims()), (&[40, 6][..], &[24, 5][..]));
         assert_eq!(set.held_out.references()[3], [6, 7]);
@@ -555,12 +391,13 @@ pub mod tests {
     fn no_more_rows_are_kept_than_the_memory_allows() {
         let folder = tempfile::tempdir().unwrap();
         write_dataset(folder.path(), 20);
-        let whole = LoraSet::read(folder.path()).unwrap();
+        let whole = LoraDataset::read(folder.path()).unwrap();
         assert_eq!((whole.train.vectors.held(), whole.held_out.vectors.held()), (20, 12));
         let row = 4 * whole.layout.parameters();
         for (memory, held) in [(0, [0, 0]), (12 * row + row / 2, [0, 12]), (17 * row, [5, 12])] {
-            let set = LoraSet::open(folder.path(), &Reading { memory, ..Reading::default() }).unwrap();
-            let rows = |set: &LoraSet| set.train.vectors.all().unwrap().to_vec2::<f32>().unwrap();
+            let set =
+                LoraDataset::open(folder.path(), &ReadOptions { memory, ..ReadOptions::default() }).unwrap();
+            let rows = |set: &LoraDataset| set.train.vectors.all().unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(rows(&set), rows(&whole));
             assert_eq!([set.train.vectors.held(), set.held_out.vectors.held()], held);
         }
@@ -601,8 +438,8 @@ pub mod tests {
         std::fs::remove_file(folder.path().join("embeddings/p22.safetensors")).unwrap();
         let message = refusal(folder.path());
         assert!(message.contains("2 people") && message.contains("--skip-missing"), "{message}");
-        let reading = Reading { skip_missing: true, ..Reading::default() };
-        let set = LoraSet::open(folder.path(), &reading).unwrap();
+        let options = ReadOptions { skip_missing: true, ..ReadOptions::default() };
+        let set = LoraDataset::open(folder.path(), &options).unwrap();
         assert_eq!((set.train.people(), set.held_out.people()), (19, 11));
     }
 
@@ -612,15 +449,15 @@ pub mod tests {
         write_dataset(folder.path(), 20);
         let path = folder.path().join("dataset.json");
         let mut header: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        let shared = Reading { form: FormWanted::New(Canonical::Svd), ..Reading::default() };
-        let refused = LoraSet::open(folder.path(), &shared).err().unwrap();
+        let shared = ReadOptions { form: FormWanted::New(Canonical::Svd), ..ReadOptions::default() };
+        let refused = LoraDataset::open(folder.path(), &shared).err().unwrap();
         assert!(refused.to_string().contains("canonical"), "{refused}");
         header.as_object_mut().unwrap().remove("layout");
         std::fs::write(&path, serde_json::to_vec(&header).unwrap()).unwrap();
         // The first LoRA decides, so it stays; every other is factored anew: B·R and R⁻¹·A with R = [[1, 1], [0, 1]].
         let form = |kind| {
-            let reading = Reading { form: FormWanted::New(kind), ..Reading::default() };
-            let set = LoraSet::open(folder.path(), &reading).unwrap();
+            let options = ReadOptions { form: FormWanted::New(kind), ..ReadOptions::default() };
+            let set = LoraDataset::open(folder.path(), &options).unwrap();
             assert_eq!(set.layout.parameters(), 2 * (8 + 6) * RANK);
             set.train.vectors.batch(&[1, 2]).unwrap()
         };
@@ -661,8 +498,8 @@ pub mod tests {
         }
         // The error of ΔW behind as many components as there are factors: turned, they need more.
         let error = |kind| {
-            let reading = Reading { form: FormWanted::New(kind), ..Reading::default() };
-            let set = LoraSet::open(folder.path(), &reading).unwrap();
+            let options = ReadOptions { form: FormWanted::New(kind), ..ReadOptions::default() };
+            let set = LoraDataset::open(folder.path(), &options).unwrap();
             let (train, new) = (set.train.vectors.all().unwrap(), set.held_out.vectors.all().unwrap());
             let mean = train.mean_keepdim(0).unwrap();
             let basis = Pca::fit(&train.broadcast_sub(&mean).unwrap(), 4).unwrap().basis;

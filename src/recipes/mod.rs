@@ -4,3 +4,4 @@ pub mod base;
 pub mod dit;
 pub mod dreambooth;
 pub mod encoder;
+pub mod lora_dataset;

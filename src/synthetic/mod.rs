@@ -8,6 +8,7 @@ mod descriptions;
 pub mod image_set;
 mod painter;
 mod people;
+pub mod scenes;
 mod world;
 
 pub use captions::{CaptionOptions, caption, identity_words, vocabulary};

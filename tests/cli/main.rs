@@ -1,5 +1,6 @@
 //! The program as a user runs it: arguments in, exit code, stdout and stderr out.
 
+mod build_dataset;
 mod doctor;
 mod drawing;
 mod face;

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use crate::dataset::latents::CHUNK;
-use crate::dataset::lora_dataset::{LoraSet, Split};
+use crate::dataset::lora_dataset::{LoraDataset, Split};
 use crate::hypernet::mixer::GateFigures;
 use crate::hypernet::rows::Rows;
 use crate::hypernet::{Hypernet, LoraCodec, SampleOptions};
@@ -116,7 +116,7 @@ impl Figures {
 }
 
 /// Errors on the people held out: of the hypernetwork from one photo, and of simpler ways.
-pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraSet, end: Outcome) -> Result<Value> {
+pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraDataset, end: Outcome) -> Result<Value> {
     let Hypernet { codec, denoiser } = hypernet;
     let (new, kind, device) = (&set.held_out, denoiser.config.mixer.kind, codec.device());
     let sample = |faces: &Tensor, images: &Tensor, steps, samples| -> Result<Tensor> {
@@ -203,7 +203,7 @@ fn starts(hypernet: &Hypernet, lessons: &Lessons) -> Result<Value> {
 }
 
 /// For each photo of the people held out, the person learnt from whose faces are most alike.
-fn nearest(set: &LoraSet) -> Result<Vec<u32>> {
+fn nearest(set: &LoraDataset) -> Result<Vec<u32>> {
     let known = set.train.mean_per_person(&set.train.faces)?;
     let unit = |x: &Tensor| x.broadcast_div(&x.sqr()?.sum_keepdim(1)?.sqrt()?);
     let likeness = unit(&set.held_out.faces)?.matmul(&unit(&known)?.t()?)?;

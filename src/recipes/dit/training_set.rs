@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::commands::train_dit::Recipe;
 use crate::dataset::latents::{CHUNK, LatentFile};
-use crate::dataset::lora_dataset::LoraSet;
+use crate::dataset::lora_dataset::LoraDataset;
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::hypernet::mixer::MixerKind;
@@ -50,12 +50,12 @@ impl Lessons {
         recipe: &Recipe,
         codec: &LoraCodec,
         lae: &str,
-        set: &LoraSet,
+        set: &LoraDataset,
         folder: &std::path::Path,
     ) -> Result<Self> {
         let train = &set.train;
         let people = train.people();
-        let source = json!({ "dataset": set.stamp, "people": people, "lae": lae });
+        let source = json!({ "dataset": set.settings_hash, "people": people, "lae": lae });
         let shape = [people, codec.lae.config().latent()];
         let latents =
             LatentFile::open_or_make(&folder.join("latents.safetensors"), &source, shape, |from, count| {

@@ -14,9 +14,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use indicatif::ProgressBar;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
-use serde::Deserialize;
 
-use crate::commands::build_dataset::{self, read_manifest};
+use crate::dataset::manifest::{ImageSettings, MANIFEST, read_manifest};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::failure::Failure;
 use crate::image::{Filter, Image};
@@ -28,7 +27,8 @@ use crate::sdxl::pipeline::{Sdxl, time_ids};
 use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
 use crate::sdxl::vae::Vae;
-use crate::synthetic::{CaptionOptions, Person, caption};
+use crate::synthetic::Person;
+use crate::synthetic::scenes::{paint_image, training_captions, training_scenes};
 use crate::train;
 use crate::train::adamw::{AdamW, AdamWOptions};
 use crate::train::shards::gradients;
@@ -145,30 +145,15 @@ impl FunctionalLoss {
     /// # Errors
     /// [`Failure::Unusable`] when the dataset does not say how its images were made.
     pub fn open(folder: &Path, base: Sdxl, people: usize) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct Settings {
-            images: Images,
-        }
-        #[derive(Deserialize)]
-        struct Images {
-            size: usize,
-            scenes: u64,
-            seed: u64,
-        }
-        let path = folder.join("settings.toml");
-        let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
-        let Settings { images: Images { size, scenes, seed } } =
-            toml::from_str(&text).map_err(|error| Failure::unusable(&path, error))?;
+        let ImageSettings { size, scenes, seed, .. } = ImageSettings::read(folder)?;
         let rows = read_manifest(folder)?.into_iter().filter(|row| row.split == "train");
         let known: Vec<Person> = rows.map(|row| Person::new(row.person.0, row.person.1)).collect();
         if known.len() != people {
             let why = format!("it has {} people to learn from, {people} were read", known.len());
-            return Err(Failure::unusable(&folder.join("manifest.jsonl"), why));
+            return Err(Failure::unusable(&folder.join(MANIFEST), why));
         }
-        let scenes: Vec<_> = (0..scenes).map(|i| build_dataset::scene(seed, i)).collect();
-        let nobody = known.first().context("nobody to learn from")?;
-        let said = CaptionOptions { subject: "person", attributes: 0, drop: 0.0 };
-        let captions: Vec<String> = scenes.iter().map(|scene| caption(nobody, scene, said, seed)).collect();
+        let scenes = training_scenes(seed, scenes);
+        let captions = training_captions(&scenes, seed);
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         let captions = base.text.encode_prompts(&captions)?;
         let Sdxl { unet, vae, schedule, .. } = base;
@@ -189,7 +174,7 @@ impl FunctionalLoss {
         for person in people {
             let painted = scenes.iter().map(|scene| {
                 let scene = &self.scenes[*scene as usize];
-                build_dataset::image(&self.people[*person], scene, self.size)?.to_tensor(&Device::Cpu)
+                paint_image(&self.people[*person], scene, self.size).to_tensor(&Device::Cpu)
             });
             let painted =
                 Tensor::stack(&painted.collect::<Result<Vec<_>>>()?, 0)?.to_device(vectors.device())?;
