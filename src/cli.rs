@@ -141,8 +141,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::TrainBase(args) => commands::train_base::run(args, &cli.output),
         Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.output),
         Command::Doctor(args) => commands::doctor::run(&args, &cli.output),
-        Command::Help(args) => commands::help::run(&args),
-        Command::Completions(args) => commands::shell::completions(&args),
-        Command::Man(args) => commands::shell::man(&args),
+        Command::Help(args) => commands::help::run(&args, command()),
+        Command::Completions(args) => commands::shell::completions(&args, command()),
+        Command::Man(args) => commands::shell::man(&args, command()),
     }
 }

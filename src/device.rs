@@ -6,15 +6,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 use crate::progress;
-use crate::train::distributed;
 
 /// A number type for weights. Where the device is a CPU they are widened as they are used: half the memory, and the
 /// arithmetic of f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Precision {
+    /// 32-bit floats.
     F32,
+    /// 16-bit floats, IEEE half precision.
     F16,
+    /// 16-bit floats with the exponent of f32 (bfloat16).
     Bf16,
 }
 
@@ -40,18 +42,16 @@ pub fn open(name: &str) -> Result<Device> {
         |what: &str| Failure::Usage(format!("this build has no {what}; build it with --features {what}"));
     match name {
         "cpu" => Ok(Device::Cpu),
-        "auto" if candle_core::utils::cuda_is_available() => {
-            cuda(distributed::local_rank()?).or_else(|why| {
-                progress::note(format_args!("{why}; everything is computed on the CPU"));
-                Ok(Device::Cpu)
-            })
-        }
+        "auto" if candle_core::utils::cuda_is_available() => cuda(local_rank()?).or_else(|why| {
+            progress::note(format_args!("{why}; everything is computed on the CPU"));
+            Ok(Device::Cpu)
+        }),
         "auto" => Ok(Device::Cpu),
         "metal" if candle_core::utils::metal_is_available() => Ok(Device::new_metal(0)?),
         "metal" => Err(missing("metal").into()),
         _ => match name.strip_prefix("cuda") {
             Some(_) if !candle_core::utils::cuda_is_available() => Err(missing("cuda").into()),
-            Some("") => Ok(cuda(distributed::local_rank()?)?),
+            Some("") => Ok(cuda(local_rank()?)?),
             Some(number) => {
                 let number = number.strip_prefix(':').and_then(|number| number.parse().ok());
                 let usage = || Failure::Usage(format!("`{name}` is no device: write cuda:0"));
@@ -62,6 +62,16 @@ pub fn open(name: &str) -> Result<Device> {
                     .into())
             }
         },
+    }
+}
+
+/// The GPU of this process in a group that torchrun started (`WORLD_SIZE` is set): `LOCAL_RANK`; else 0.
+fn local_rank() -> Result<usize> {
+    match (std::env::var_os("WORLD_SIZE"), std::env::var("LOCAL_RANK")) {
+        (Some(_), Ok(text)) => {
+            Ok(text.parse().map_err(|_| Failure::Usage(format!("LOCAL_RANK={text} is not a number")))?)
+        }
+        _ => Ok(0),
     }
 }
 

@@ -2,7 +2,6 @@
 
 use anyhow::Result;
 
-use crate::cli;
 use crate::failure::Failure;
 use crate::output;
 
@@ -59,12 +58,11 @@ pub struct Args {
     name: Vec<String>,
 }
 
-/// Prints help.
+/// Prints help; `root` is the whole command line.
 ///
 /// # Errors
 /// [`Failure::Usage`] for a name that is neither a command nor a guide, with the nearest ones.
-pub fn run(args: &Args) -> Result<()> {
-    let mut root = cli::command();
+pub fn run(args: &Args, mut root: clap::Command) -> Result<()> {
     root.build();
     if args.name.is_empty() {
         return output::print(format_args!("{}", root.render_long_help()));
@@ -75,7 +73,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let command = args.name.iter().try_fold(&mut root, |command, name| command.find_subcommand_mut(name));
     match (command, topic) {
-        (None, None) => Err(unknown(&args.name.join(" ")).into()),
+        (None, None) => Err(unknown(&args.name.join(" "), &root).into()),
         (command, topic) => {
             if let Some(command) = command {
                 output::print(format_args!("{}", command.render_long_help()))?;
@@ -113,8 +111,7 @@ fn plain(markdown: &str) -> String {
     text
 }
 
-fn unknown(name: &str) -> Failure {
-    let root = cli::command();
+fn unknown(name: &str, root: &clap::Command) -> Failure {
     let names =
         root.get_subcommands().map(clap::Command::get_name).chain(TOPICS.iter().map(|topic| topic.name));
     let mut near: Vec<&str> = names.filter(|known| is_near(known, name)).collect();

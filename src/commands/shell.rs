@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::cli;
 use crate::files;
 use crate::output;
 
@@ -16,9 +15,9 @@ pub struct Completions {
 }
 
 /// Prints the script that completes commands and options.
-pub fn completions(args: &Completions) -> Result<()> {
+pub fn completions(args: &Completions, mut root: clap::Command) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut cli::command(), "difflora", &mut script);
+    clap_complete::generate(args.shell, &mut root, "difflora", &mut script);
     output::print(format_args!("{}", String::from_utf8(script)?))
 }
 
@@ -31,8 +30,7 @@ pub struct Man {
 }
 
 /// Prints the manual page, or writes those of all commands.
-pub fn man(args: &Man) -> Result<()> {
-    let mut command = cli::command();
+pub fn man(args: &Man, mut command: clap::Command) -> Result<()> {
     command.build();
     match &args.out {
         Some(folder) => pages(&command, folder),

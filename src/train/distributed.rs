@@ -72,17 +72,6 @@ pub fn join() -> Result<()> {
     GROUP.set(group).map_err(|_| anyhow::anyhow!("a group was joined twice"))
 }
 
-/// The number of this process among those of its group on this machine: torchrun's `LOCAL_RANK`. 0 without a group.
-///
-/// # Errors
-/// [`Failure::Usage`] for a variable that is no number.
-pub fn local_rank() -> Result<usize> {
-    match group() {
-        Some(_) => Ok(number("LOCAL_RANK")?.unwrap_or(0)),
-        None => Ok(0),
-    }
-}
-
 fn number(name: &str) -> Result<Option<usize>> {
     let Ok(text) = std::env::var(name) else { return Ok(None) };
     let value = text.parse().map_err(|_| Failure::Usage(format!("{name}={text} is no number")))?;
