@@ -8,9 +8,9 @@ use include_dir::{Dir, include_dir};
 use crate::failure::Failure;
 use crate::hypernet::ModelId;
 use crate::lora::keys::BlockLayout;
-use crate::sdxl::single_file;
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::VaeConfig;
+use crate::sdxl::{architecture, single_file};
 use crate::weights::hub::Repository;
 use crate::weights::model_folder::ModelFiles;
 
@@ -134,6 +134,42 @@ pub fn find(name: &str, part: &'static str) -> Result<ModelFiles> {
         "there is no {part} `{name}`: give a folder, or `{BUILT_IN}` for the built-in one"
     ))
     .into())
+}
+
+/// A base model and what its configs say, read once.
+pub struct Base {
+    /// As the user named it.
+    pub name: String,
+    /// Its files.
+    pub files: ModelFiles,
+    /// Layers on each level of the UNet: LDM names of LoRA layers depend on it.
+    pub block_layout: BlockLayout,
+    /// Side in pixels of the images that it was trained on.
+    pub native_size: usize,
+}
+
+impl Base {
+    /// Finds the base model `name` and reads its configs.
+    ///
+    /// # Errors
+    /// As [`find_base`]; [`Failure::Unusable`] for a model that is not SDXL.
+    pub fn open(name: &str, options: &BaseOptions) -> Result<Self> {
+        let files = find_base(name, options)?;
+        architecture::require_sdxl(&files)?;
+        let unet: UNetConfig = files.config("unet/config.json")?;
+        let vae: VaeConfig = files.config("vae/config.json")?;
+        Ok(Self {
+            name: name.to_string(),
+            block_layout: BlockLayout::uniform(unet.block_out_channels.len(), unet.layers_per_block),
+            native_size: unet.sample_size * vae.factor(),
+            files,
+        })
+    }
+
+    /// Name and SHA-256 of the UNet's weights; reads all of them.
+    pub fn id(&self) -> Result<ModelId> {
+        identify(&self.files, &self.name, BASE_WEIGHTS)
+    }
 }
 
 /// Name and SHA-256 of a model, the hash taken of `weights`, its main weight file.

@@ -32,7 +32,7 @@ use crate::output::print_line;
 use crate::progress;
 use crate::recipes::dreambooth::functional_loss::{Refinement, learning_rate, refine};
 use crate::registry;
-use crate::sdxl::pipeline::{Drawing, Sampler, Sdxl, Step, Tiling};
+use crate::sdxl::pipeline::{GenerationParams, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
 use crate::statistics::Mean;
 use crate::synthetic::attribute_classifier::{AttributeClassifier, Record};
@@ -445,7 +445,7 @@ pub struct Stage {
     pub noise: Tensor,
     pub prompts: TextConditioning,
     pub negative: TextConditioning,
-    pub drawing: Drawing,
+    pub params: GenerationParams,
 }
 
 /// Images, and what was seen in them.
@@ -518,7 +518,7 @@ impl Bench {
             grains,
             prompts: self.model.text.encode_prompts(&words)?,
             negative: self.model.negative(None)?,
-            drawing: Drawing {
+            params: GenerationParams {
                 steps: args.steps as usize,
                 guidance_scale: args.guidance,
                 sampler: args.sampler,
@@ -535,12 +535,12 @@ impl Bench {
             let loras = [(&Changes::from(lora), Strength::all(1.0))];
             merge(|visit| model.unet.visit_layers(visit), &loras, Unmatched::Refuse, Originals::Drop)?;
         }
-        let Stage { seed, grains, noise, prompts, negative, drawing } = stage;
+        let Stage { seed, grains, noise, prompts, negative, params } = stage;
         let fresh = |step: usize| {
             Ok(grain_noise(*seed, grains, 1 + step as u64, &noise.dims()[1..])?.to_device(noise.device())?)
         };
         let step = |_: &Step| progress::check();
-        let images = model.painter().draw(noise, prompts, negative, *drawing, fresh, step)?;
+        let images = model.pipeline().generate(noise, prompts, negative, *params, fresh, step)?;
         let seen = self.look(&images)?;
         Ok(Drawn { images, seen })
     }

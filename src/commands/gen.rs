@@ -1,236 +1,78 @@
 //! `difflora gen`: photos of a person (+ prompt) → LoRA file (+ images).
 
-mod draw;
+mod args;
 mod identity;
-pub(crate) mod loras;
+mod images;
 mod outputs;
 mod person;
+mod references;
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::json;
 
-use crate::commands::r#gen::draw::{Plan, draw};
-use crate::commands::r#gen::identity::IdentityOptions;
-use crate::commands::r#gen::loras::{check_loras, chosen_loras};
+pub use crate::commands::r#gen::args::Args;
+use crate::commands::r#gen::images::{Plan, generate};
 use crate::commands::r#gen::outputs::Outputs;
 use crate::commands::r#gen::person::make_lora;
 use crate::device::{self, Precision};
-use crate::lora::file::{self, Format};
+use crate::lora::strength::Strength;
+use crate::lora::{Lora, file};
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress::{self, Stage};
-use crate::registry;
-use crate::sdxl::pipeline::{Sampler, Tiling, Unloaded};
+use crate::registry::{BUILT_IN, Base};
+use crate::sdxl::lora_stack::LoraStack;
+use crate::sdxl::pipeline::SdxlLoader;
 use crate::weights::model_folder::WeightType;
 
-/// Arguments of `difflora gen`.
-///
-/// With neither --ref nor --lora, images come from the base model alone. The built-in model `tiny` generates painted
-/// portraits of 64×64 pixels, to try the program. Guide: difflora help generate.
-#[derive(Debug, clap::Args)]
-pub struct Args {
-    /// Photos of one person: files, patterns such as 'me/*.jpg', or folders. Photos of other people are left out.
-    #[arg(help_heading = "Input", long = "ref", value_name = "PHOTO|DIR", num_args = 1.., env = "DIFFLORA_REF")]
-    reference: Vec<PathBuf>,
-    /// Face to use in each photo, 1 for the largest.
-    #[arg(help_heading = "Input", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_FACE")]
-    face: u32,
-    /// Prompts, one or more images each. Without a prompt only the LoRA is made.
-    #[arg(help_heading = "Input", long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_PROMPT")]
-    prompt: Vec<String>,
-    /// Negative prompt.
-    #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
-    negative_prompt: Option<String>,
-    /// Hypernetwork: tiny (built in), a folder, or a hub repository owner/name[@revision].
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_HYPERNET")]
-    hypernet: String,
-    /// Base model: tiny (built in), sdxl, a diffusers folder, a `.safetensors` in LDM layout, or a hub repository
-    /// owner/name[@revision][:file.safetensors].
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
-    base: String,
-    #[command(flatten)]
-    base_options: registry::BaseOptions,
-    /// CLIP image encoder that the hypernetwork was trained with.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
-    image_encoder: String,
-    /// Face encoder that the hypernetwork was trained with [default: the one it names].
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_FACE_ENCODER")]
-    face_encoder: Option<String>,
-    /// LoRA files with optional weights: FILE:0.8, or by part, FILE:unet=0.8,te=0.4,down.1=0.5 (parts: unet, te, te1,
-    /// te2, down, down.N, mid, up, up.N).
-    #[arg(help_heading = "Model", long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
-    lora: Vec<String>,
-    /// Weight of the person's LoRA.
-    #[arg(
-        help_heading = "Model",
-        long,
-        value_name = "F",
-        default_value_t = 1.0,
-        allow_negative_numbers = true,
-        env = "DIFFLORA_LORA_SCALE"
-    )]
-    lora_scale: f64,
-    /// How LoRAs are applied.
-    #[arg(help_heading = "Model", long, value_enum, default_value = "merge", env = "DIFFLORA_LORA_MODE")]
-    lora_mode: LoraMode,
-    /// Apply LoRAs to the prompt only, not to the negative prompt; requires --lora-mode runtime.
-    #[arg(help_heading = "Model", long, env = "DIFFLORA_LORA_POSITIVE_ONLY")]
-    lora_positive_only: bool,
-    /// Number of sampling steps.
-    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_STEPS")]
-    steps: u32,
-    /// Classifier-free guidance scale; 1 or less disables guidance.
-    #[arg(
-        help_heading = "Sampling",
-        long,
-        value_name = "F",
-        default_value_t = 3.0,
-        env = "DIFFLORA_GUIDANCE"
-    )]
-    guidance: f64,
-    /// Sampling method [default: the base model's].
-    #[arg(help_heading = "Sampling", long, value_enum, env = "DIFFLORA_SAMPLER")]
-    sampler: Option<Sampler>,
-    /// Width in pixels, a multiple of 8 (small models: of their VAE's factor) [default: the base's native size].
-    #[arg(help_heading = "Sampling", long, value_name = "PX", env = "DIFFLORA_WIDTH")]
-    width: Option<usize>,
-    /// Height in pixels, likewise [default: the base's native size].
-    #[arg(help_heading = "Sampling", long, value_name = "PX", env = "DIFFLORA_HEIGHT")]
-    height: Option<usize>,
-    /// SDXL's `original_size` conditioning [default: output size]. Small values imitate upscaled images.
-    #[arg(help_heading = "Sampling", long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_ORIGINAL_SIZE")]
-    original_size: Option<[usize; 2]>,
-    /// SDXL's `target_size` conditioning [default: output size].
-    #[arg(help_heading = "Sampling", long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_TARGET_SIZE")]
-    target_size: Option<[usize; 2]>,
-    /// SDXL's `crop_coords_top_left` conditioning; 0,0 centres the subject.
-    #[arg(help_heading = "Sampling", long, value_name = "TOP,LEFT", value_parser = top_and_left, default_value = "0,0", env = "DIFFLORA_CROP")]
-    crop: [usize; 2],
-    /// Decode in strips: the same image with less memory.
-    #[arg(help_heading = "Advanced", long, value_enum, default_value = "auto", env = "DIFFLORA_VAE_TILING")]
-    vae_tiling: Tiling,
-    /// Images per prompt.
-    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_NUM_IMAGES")]
-    num_images: u32,
-    /// Seed of the images' noise; image k of the command uses seed + k.
-    #[arg(help_heading = "Sampling", long, default_value_t = 0, env = "DIFFLORA_SEED")]
-    seed: u64,
-    /// Initial noise instead of the seed's: tensor `latents` (1, C, height/8, width/8) of a safetensors file, unit
-    /// normal.
-    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_INIT_LATENTS")]
-    init_latents: Option<PathBuf>,
-    #[command(flatten)]
-    identity: IdentityOptions,
-    /// Number type of the base model's weights.
-    #[arg(help_heading = "Advanced", long, value_enum, default_value = "f32", env = "DIFFLORA_DTYPE")]
-    dtype: Precision,
-    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
-    #[arg(
-        help_heading = "Advanced",
-        long,
-        value_name = "auto|cpu|cuda[:N]|metal",
-        default_value = "auto",
-        env = "DIFFLORA_DEVICE"
-    )]
-    device: String,
-    /// Image to write (.png, .jpg, .webp), or a folder for several [default: difflora.png]. With --json the settings
-    /// of each image are written beside it (.json).
-    #[arg(help_heading = "Output", long, value_name = "FILE|DIR", env = "DIFFLORA_OUT")]
-    out: Option<PathBuf>,
-    /// Omit prompt and settings from image metadata.
-    #[arg(help_heading = "Output", long, env = "DIFFLORA_NO_METADATA")]
-    no_metadata: bool,
-    /// Write a rough preview every N steps: `me.preview.png` beside `me.png`.
-    #[arg(help_heading = "Output", long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_PREVIEW")]
-    preview: Option<u32>,
-    /// LoRA to write [default without --prompt: difflora.safetensors].
-    #[arg(help_heading = "Output", long, value_name = "FILE.safetensors", env = "DIFFLORA_LORA_OUT")]
-    lora_out: Option<PathBuf>,
-    /// Key names of the written LoRA.
-    #[arg(help_heading = "Output", long, value_enum, default_value = "kohya", env = "DIFFLORA_LORA_FORMAT")]
-    lora_format: Format,
-}
-
-impl Args {
-    /// Whether the LoRA of a person is made.
-    fn has_person(&self) -> bool {
-        !self.reference.is_empty() || self.identity.mixes()
-    }
-}
-
-/// How LoRAs change the base.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum LoraMode {
-    /// Into the weights, once: sampling costs nothing extra.
-    Merge,
-    /// Beside the weights, at each step.
-    Runtime,
-}
-
-/// `1024x768` → width and height.
-fn width_and_height(text: &str) -> std::result::Result<[usize; 2], String> {
-    two_numbers(text, 'x')
-        .filter(|size| !size.contains(&0))
-        .ok_or("write WIDTHxHEIGHT, for example 1024x768".into())
-}
-
-/// `0,128` → top and left.
-fn top_and_left(text: &str) -> std::result::Result<[usize; 2], String> {
-    two_numbers(text, ',').ok_or("write TOP,LEFT, for example 0,128".into())
-}
-
-fn two_numbers(text: &str, between: char) -> Option<[usize; 2]> {
-    let (first, second) = text.split_once(between)?;
-    Some([first.trim().parse().ok()?, second.trim().parse().ok()?])
-}
-
-/// Makes the LoRA, and draws.
+/// Predicts the person's LoRA, writes it, and generates the images.
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let start = Instant::now();
     let outputs = Outputs::plan(&args)?;
     let device = device::open(&args.device)?;
-    let base_files = registry::find_base(&args.base, &args.base_options)?;
-    let drawing = match args.prompt.is_empty() {
+    let base = Base::open(&args.base, &args.base_options)?;
+    let plan = match args.prompt.is_empty() {
         true => None,
         false => {
-            let model =
-                Unloaded::open(&base_files, WeightType::as_good_as(args.dtype.into(), &device), &device)?;
+            let weights = WeightType::as_good_as(args.dtype.into(), &device);
+            let model = SdxlLoader::open(&base.files, weights, &device)?;
             Some((Plan::new(&args, &model)?, model))
         }
     };
     let clock = Stage::begin("identifying the base model");
-    let base = registry::identify(&base_files, &args.base, registry::BASE_WEIGHTS)?;
+    let base_id = base.id()?;
     clock.end();
 
     let person = match args.has_person() {
-        true => Some(make_lora(&args, &base, registry::native_size(&base_files)?, &device)?),
+        true => Some(make_lora(&args, &base, &base_id, &device)?),
         false => None,
     };
     let mut report = json!({});
-    if let Some((lora, told)) = &person {
-        report["person"] = told.clone();
+    if let Some((lora, about)) = &person {
+        report["person"] = about.clone();
         if let Some(path) = &outputs.lora {
-            let levels = registry::block_layout(&base_files)?;
-            file::write(path, lora, args.lora_format, &levels)?;
+            file::write(path, lora, args.lora_format, &base.block_layout)?;
             report["lora"] = json!(path);
-            say(output, format_args!("LoRA    {}", path.display()))?;
+            if !output.json {
+                print_line!("LoRA    {}", path.display())?;
+            }
         }
     }
-    if let Some((plan, model)) = drawing {
-        if args.base == registry::BUILT_IN {
+    if let Some((plan, model)) = plan {
+        if args.base == BUILT_IN {
             progress::note(
-                "the built-in model `tiny` draws painted portraits of 64×64 pixels, to try the program and to \
-                 prove the method; real images need an SDXL folder (--base) and a hypernetwork for it (--hypernet)",
+                "the built-in model `tiny` generates painted portraits of 64×64 pixels, to try the program; real \
+                 images need SDXL (--base) and a hypernetwork for it (--hypernet)",
             );
         }
         let clock = Stage::begin("reading LoRAs");
-        let loras = chosen_loras(&args, person.as_ref().map(|(lora, _)| lora), &base_files)?;
+        let loras = lora_stack(&args, person.as_ref().map(|(lora, _)| lora), &base)?;
         clock.end();
-        report["loras"] = check_loras(&model, &loras, &args)?;
-        report["pictures"] = draw(&args, &plan, &model, &base, &loras, &outputs.images, output)?;
+        report["loras"] = loras.check(&model)?;
+        report["pictures"] = generate(&args, &plan, &model, &base_id, &loras, &outputs.images, output)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
     if output.json {
@@ -239,19 +81,23 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     Ok(())
 }
 
-fn say(output: &Output, line: std::fmt::Arguments) -> Result<()> {
-    if output.json { Ok(()) } else { print_line!("{line}") }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_in_pairs() {
-        assert_eq!(width_and_height("1024x768"), Ok([1024, 768]));
-        assert_eq!(top_and_left("0, 128"), Ok([0, 128]));
-        assert!(width_and_height("0x768").is_err() && width_and_height("12").is_err());
-        assert!(top_and_left("-1,0").is_err());
+/// The person's LoRA and those of `--lora`.
+fn lora_stack(args: &Args, person: Option<&Lora>, base: &Base) -> Result<LoraStack> {
+    let mut stack = LoraStack {
+        loras: Vec::new(),
+        mode: args.lora_mode,
+        positive_only: args.lora_positive_only,
+        guidance: args.guidance,
+        widen: args.dtype == Precision::F32,
+    };
+    if let Some(lora) = person {
+        let stem = args.lora_out.as_deref().and_then(Path::file_stem);
+        let name = stem.map_or("person".into(), |stem| stem.to_string_lossy());
+        stack.push(lora, &name, args.lora_scale, args.lora_format, &base.block_layout)?;
     }
+    for text in &args.lora {
+        let (path, strength) = Strength::split(text)?;
+        stack.push_file(&path, strength, &base.block_layout)?;
+    }
+    Ok(stack)
 }

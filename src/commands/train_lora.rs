@@ -23,7 +23,7 @@ use crate::recipes::dreambooth::lockstep::{Networks, Targets};
 use crate::recipes::dreambooth::previews::Previewer;
 use crate::recipes::dreambooth::{class_images, image_dataset, targets};
 use crate::registry;
-use crate::sdxl::pipeline::Unloaded;
+use crate::sdxl::pipeline::SdxlLoader;
 use crate::sdxl::unet::UNetConfig;
 use crate::train::lr_schedule::Decay;
 use crate::train::shards::in_threads;
@@ -243,7 +243,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     }
 
     let device = device::open(&args.device)?;
-    let model = Unloaded::open(&base_files, DType::from(settings.training.dtype), &device)?;
+    let model = SdxlLoader::open(&base_files, DType::from(settings.training.dtype), &device)?;
     let side = if settings.images.resolution == 0 { model.native_size() } else { settings.images.resolution };
     model.latent_shape(side, side).map_err(|error| usage(error.to_string()))?;
     if settings.images.crop == Crop::Buckets && !side.is_multiple_of(16) {
@@ -251,7 +251,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     }
     let (text, vae) = (model.load_text()?, model.load_vae()?);
     let mut networks =
-        Networks { unet: model.outline()?.unet, text: settings.lora.text_encoders.then(|| text.clone()) };
+        Networks { unet: model.skeleton()?.unet, text: settings.lora.text_encoders.then(|| text.clone()) };
     let rank = settings.lora.rank;
     let modules = |networks: &Networks| {
         targets::target_modules(networks, settings.lora.targets, rank)

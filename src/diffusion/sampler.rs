@@ -11,8 +11,8 @@
 use anyhow::Result;
 use candle_core::Tensor;
 
-use super::levels::Levels;
 use super::schedule::NoiseSchedule;
+use super::sigmas::Sigmas;
 
 /// How latents become less noisy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -84,25 +84,25 @@ impl Sampler {
             Self::Ddim => ddim(predict, x, schedule, steps, 0.0, noise),
             Self::Lcm => lcm(predict, x, schedule, steps, noise),
             Self::Euler => {
-                let levels = schedule.euler_levels(steps)?;
+                let levels = schedule.euler_sigmas(steps)?;
                 let x = (x * levels.initial_sigma)?;
                 euler(levels.denoiser(prediction, predict), x, &levels.sigmas)
             }
             Self::EulerA => {
-                let levels = schedule.ancestral_levels(steps)?;
+                let levels = schedule.ancestral_sigmas(steps)?;
                 let x = (x * levels.initial_sigma)?;
                 euler_ancestral(levels.denoiser(prediction, predict), x, &levels.sigmas, noise)
             }
             Self::Dpmpp2m | Self::Dpmpp2mKarras => {
                 let karras = self == Self::Dpmpp2mKarras || config.use_karras_sigmas;
-                let levels = schedule.multistep_levels(steps, karras)?;
+                let levels = schedule.multistep_sigmas(steps, karras)?;
                 let x = (x * levels.initial_sigma)?;
                 let first_order_end = config.euler_at_final || config.lower_order_final && steps < 15;
                 let x = dpmpp_2m(levels.denoiser(prediction, predict), x, &levels.sigmas, first_order_end)?;
                 scaled_end(x, &levels)
             }
             Self::UniPc => {
-                let levels = schedule.multistep_levels(steps, config.use_karras_sigmas)?;
+                let levels = schedule.multistep_sigmas(steps, config.use_karras_sigmas)?;
                 let x = (x * levels.initial_sigma)?;
                 let denoise = levels.denoiser(prediction, predict);
                 scaled_end(unipc(denoise, x, &levels.sigmas, config.lower_order_final)?, &levels)
@@ -118,17 +118,17 @@ impl Sampler {
         match self {
             Self::Ddim => schedule.ddim_steps(steps).map(drop),
             Self::Lcm => schedule.lcm_timesteps(steps).map(drop),
-            Self::Euler => schedule.euler_levels(steps).map(drop),
-            Self::EulerA => schedule.ancestral_levels(steps).map(drop),
-            Self::Dpmpp2m => schedule.multistep_levels(steps, schedule.config.use_karras_sigmas).map(drop),
-            Self::Dpmpp2mKarras => schedule.multistep_levels(steps, true).map(drop),
-            Self::UniPc => schedule.multistep_levels(steps, schedule.config.use_karras_sigmas).map(drop),
+            Self::Euler => schedule.euler_sigmas(steps).map(drop),
+            Self::EulerA => schedule.ancestral_sigmas(steps).map(drop),
+            Self::Dpmpp2m => schedule.multistep_sigmas(steps, schedule.config.use_karras_sigmas).map(drop),
+            Self::Dpmpp2mKarras => schedule.multistep_sigmas(steps, true).map(drop),
+            Self::UniPc => schedule.multistep_sigmas(steps, schedule.config.use_karras_sigmas).map(drop),
         }
     }
 }
 
 /// The multistep classes of diffusers give x_t, not x_0 + σ·ε, where the last level is not zero.
-fn scaled_end(x: Tensor, levels: &Levels) -> Result<Tensor> {
+fn scaled_end(x: Tensor, levels: &Sigmas) -> Result<Tensor> {
     let last = levels.sigmas.last().copied().unwrap_or(0.0);
     Ok((x / (last * last + 1.0).sqrt())?)
 }

@@ -513,7 +513,7 @@ mod tests {
         let schedule = schedule(Prediction::Epsilon);
         for steps in [0, 1000, 1001] {
             assert!(schedule.ddim_steps(steps).is_err(), "{steps}"); // 1000 steps and offset 1 lead to t = 1000
-            assert!(schedule.euler_levels(steps).is_err(), "{steps}");
+            assert!(schedule.euler_sigmas(steps).is_err(), "{steps}");
         }
     }
 }

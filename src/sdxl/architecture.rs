@@ -1,13 +1,17 @@
 //! Which model a user has given, when it is not an SDXL that can be drawn with.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use serde_json::Value;
 
-use super::single_file::Shapes;
 use super::text::ClipTextConfig;
 use super::unet::UNetConfig;
 use super::vae::VaeConfig;
 use crate::weights::model_folder::ModelFiles;
+
+/// Shape of each tensor by its name in the file.
+pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
 
 /// Fails unless the configs of a diffusers folder are those of an SDXL whose parts fit each other.
 ///

@@ -20,19 +20,19 @@ pub(super) struct TransformerSize {
     pub context: usize,
 }
 
-/// What every block is told besides its input.
+/// The conditioning that every block takes besides its input.
 #[derive(Clone, Copy)]
-pub(super) struct Told<'a> {
-    /// Times and sizes (B, E), after SiLU.
+pub(super) struct Conditioning<'a> {
+    /// Embedding of timestep, pooled text and sizes (B, E), after SiLU.
     pub emb: &'a Tensor,
     /// Text (B, N, D).
     pub context: &'a Tensor,
-    /// Whether pieces keep their inputs alone and run again in the backward pass.
+    /// Gradient checkpointing: keep only the inputs of each segment and recompute it in the backward pass.
     pub recompute: bool,
 }
 
-impl Told<'_> {
-    /// `forward(layer, inputs, pass)`, as a piece that is recomputed if so told.
+impl Conditioning<'_> {
+    /// `forward(layer, inputs, pass)`, recomputed in the backward pass if `recompute` is set.
     fn piece<L: Clone + Send + Sync + 'static>(
         &self,
         layer: &L,
@@ -72,10 +72,10 @@ impl DownBlock {
         Ok(Self { layers, downsampler })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, told: Told, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, cond: Conditioning, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x.clone();
         for i in 0..self.layers.resnets.len() {
-            x = self.layers.forward(i, &[&x], told)?;
+            x = self.layers.forward(i, &[&x], cond)?;
             skips.push(x.clone());
         }
         if let Some(downsampler) = &self.downsampler {
@@ -116,10 +116,10 @@ impl MidBlock {
         Ok(Self { first, rest: attention.map(rest).transpose()? })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, told: Told) -> Result<Tensor> {
-        let x = self.first.forward(&[x], told)?;
+    pub(super) fn forward(&self, x: &Tensor, cond: Conditioning) -> Result<Tensor> {
+        let x = self.first.forward(&[x], cond)?;
         let Some((attention, second)) = &self.rest else { return Ok(x) };
-        Ok(second.forward(&[&attention.forward(&x, told)?], told)?)
+        Ok(second.forward(&[&attention.forward(&x, cond)?], cond)?)
     }
 
     pub(super) fn visit_layers(&mut self, path: &str, visit: &mut Visit) {
@@ -155,18 +155,18 @@ impl UpBlock {
         Ok(Self { layers, upsampler })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, told: Told, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, cond: Conditioning, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         let mut x = x.clone();
         for i in 0..self.layers.resnets.len() {
             let skip = skips.pop().context("more layers on the way up than on the way down")?;
-            x = self.layers.forward(i, &[&x, &skip], told)?;
+            x = self.layers.forward(i, &[&x, &skip], cond)?;
         }
         let Some(upsampler) = &self.upsampler else { return Ok(x) };
         // A side that was odd on the way down comes back one pixel too long; nearest upsampling to the odd size is
         // the same without that pixel.
         let skip = skips.last().context("an upsampler above the highest level")?;
         let (_, _, h, w) = skip.dims4()?;
-        Ok(told.piece(&(upsampler.clone(), h, w), &[&x], |(conv, h, w), x, pass| {
+        Ok(cond.piece(&(upsampler.clone(), h, w), &[&x], |(conv, h, w), x, pass| {
             let x = upsample_nearest2x(&x[0])?.narrow(2, 0, *h)?.narrow(3, 0, *w)?.contiguous()?;
             conv.forward_last(&x, pass)
         })?)
@@ -206,10 +206,10 @@ impl Layers {
         Ok(layers)
     }
 
-    fn forward(&self, i: usize, x: &[&Tensor], told: Told) -> Result<Tensor> {
-        let x = self.resnets[i].forward(x, told)?;
+    fn forward(&self, i: usize, x: &[&Tensor], cond: Conditioning) -> Result<Tensor> {
+        let x = self.resnets[i].forward(x, cond)?;
         Ok(match self.attentions.get(i) {
-            Some(attention) => attention.forward(&x, told)?,
+            Some(attention) => attention.forward(&x, cond)?,
             None => x,
         })
     }
@@ -255,9 +255,9 @@ impl Resnet {
     }
 
     /// `x`, one or more images (B, C, H, W) whose channels are joined → (B, C', H, W).
-    fn forward(&self, x: &[&Tensor], told: Told) -> Computed<Tensor> {
-        let inputs = [x, &[told.emb]].concat();
-        told.piece(self, &inputs, |resnet, inputs, pass| match inputs {
+    fn forward(&self, x: &[&Tensor], cond: Conditioning) -> Computed<Tensor> {
+        let inputs = [x, &[cond.emb]].concat();
+        cond.piece(self, &inputs, |resnet, inputs, pass| match inputs {
             [x @ .., emb] => resnet.compute(&Tensor::cat(x, 1)?, emb, pass),
             [] => candle_core::bail!("a ResNet block without inputs"),
         })
@@ -310,17 +310,17 @@ impl Transformer {
     }
 
     /// `x` (B, D, H, W) → same.
-    fn forward(&self, x: &Tensor, told: Told) -> Computed<Tensor> {
+    fn forward(&self, x: &Tensor, cond: Conditioning) -> Computed<Tensor> {
         let ends = (self.norm.clone(), self.proj_in.clone());
-        let mut y = told.piece(&ends, &[x], |(norm, proj_in), x, pass| {
+        let mut y = cond.piece(&ends, &[x], |(norm, proj_in), x, pass| {
             proj_in.forward_last(&image_to_tokens(&norm.forward(&x[0])?)?, pass) // (B, H·W, D)
         })?;
         for block in &self.blocks {
-            y = told.piece(block, &[&y, told.context], |block, inputs, pass| {
+            y = cond.piece(block, &[&y, cond.context], |block, inputs, pass| {
                 block.forward(&inputs[0], &inputs[1], pass)
             })?;
         }
-        told.piece(&self.proj_out, &[x, &y], |proj_out, inputs, pass| {
+        cond.piece(&self.proj_out, &[x, &y], |proj_out, inputs, pass| {
             let (_, _, h, w) = inputs[0].dims4()?;
             &inputs[0] + tokens_to_image(&proj_out.forward_last(&inputs[1], pass)?, h, w)?
         })

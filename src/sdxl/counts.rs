@@ -1,11 +1,10 @@
 //! Parameters and multiply-adds of a model, from its configs alone.
 //!
-//! The networks are built as for drawing, on weights that are one zero seen as any shape, and the shapes are written
-//! down. A weight of n numbers costs n multiply-adds wherever it is applied: a convolution at each pixel of its
+//! The networks are built on zero-stride weights, and the shapes that they ask for are recorded. A weight of n numbers costs n multiply-adds wherever it is applied: a convolution at each pixel of its
 //! output, a linear layer at each token, the time embedding once. Biases, norms and non-linearities are not counted.
 //! So *On the Scalability of Diffusion-based Text-to-Image Generation* counts (Li et al. 2024, arXiv 2404.02883). The
 //! products of attention, Q·Kᵀ and the sum over values, are 2·N·M·D for N queries of width D over M keys; they are
-//! told apart, because at 1024² they change which variant is cheaper.
+//! counted separately, because at 1024² they change which variant is cheaper.
 
 use std::sync::{Arc, Mutex};
 

@@ -1,24 +1,32 @@
-//! What an image says of itself: the text in it, and the file beside it.
+//! The settings of an image: A1111's `parameters` text in its metadata, and the JSON beside it.
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use crate::commands::r#gen::loras::Chosen;
+use super::lora_stack::StackedLora;
 use crate::hypernet::ModelId;
 use crate::sdxl::pipeline::Sampler;
 
-/// All that an image depends on.
+/// Everything that an image depends on.
 pub struct Settings<'a> {
+    /// Prompt.
     pub prompt: &'a str,
+    /// Negative prompt.
     pub negative_prompt: Option<&'a str>,
+    /// Sampling method.
     pub sampler: Sampler,
+    /// Sampling steps.
     pub steps: u32,
+    /// Guidance scale.
     pub guidance: f64,
+    /// Seed of the noise.
     pub seed: u64,
     /// Width and height.
     pub size: [usize; 2],
+    /// Base model.
     pub base: &'a ModelId,
-    pub loras: &'a [Chosen],
+    /// LoRAs and their weights.
+    pub loras: &'a [StackedLora],
 }
 
 impl Settings<'_> {
@@ -91,7 +99,7 @@ mod tests {
         let base = ModelId { name: "my: model".into(), sha256: "0123456789abcdef".into() };
         let (strength, changes, report) = (Strength::all(0.8), Changes::default(), Report::default());
         let loras =
-            [Chosen { name: "anna".into(), strength, hash: "fedcba9876543210".into(), changes, report }];
+            [StackedLora { name: "anna".into(), strength, hash: "fedcba9876543210".into(), changes, report }];
         let settings = Settings {
             prompt: "a cat",
             negative_prompt: Some("blurry"),

@@ -7,6 +7,9 @@ mod blocks;
 pub mod counts;
 pub mod folder;
 pub mod infotext;
+mod ldm_names;
+pub mod loader;
+pub mod lora_stack;
 pub mod pipeline;
 pub mod preview;
 pub mod single_file;
@@ -14,5 +17,3 @@ pub mod text;
 pub mod tokenizer;
 pub mod unet;
 pub mod vae;
-
-pub use crate::weights::model_folder as files;

@@ -1,17 +1,18 @@
-//! A whole SDXL model, and the drawing of images with it.
+//! Text conditioning and noise → latents → images.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
-use super::text::{ClipTextConfig, ClipTextModel, TextConditioning, TextEncoders};
-use super::unet::{UNet, UNetConfig};
-use super::vae::{Vae, VaeConfig};
-use super::{architecture, counts};
+pub use super::loader::SdxlLoader;
+use super::loader::{latent_shape, negative};
+use super::text::{TextConditioning, TextEncoders};
+use super::unet::UNet;
+use super::vae::Vae;
 pub use crate::diffusion::sampler::Sampler;
-use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
+use crate::diffusion::schedule::NoiseSchedule;
 use crate::image::Image;
-use crate::layers::{Visit, compute_dtype};
-use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, WeightType};
+use crate::layers::compute_dtype;
+use crate::weights::model_folder::ModelFiles;
 
 /// Text encoders, UNet, VAE and schedule of one model.
 #[derive(Clone)]
@@ -31,30 +32,30 @@ pub struct Sdxl {
     device: Device,
 }
 
-/// How to draw.
+/// Sampling settings of an image.
 #[derive(Clone, Copy, Debug)]
-pub struct Drawing {
+pub struct GenerationParams {
     /// Sampling steps.
     pub steps: usize,
-    /// Weight of the prompt against the negative prompt; at 1 or less the second pass is left out, and so it is in
-    /// models that were distilled with guidance.
+    /// Classifier-free guidance scale (Ho and Salimans 2022). 1 or less takes a single pass without the negative
+    /// prompt, as do models distilled with guidance.
     pub guidance_scale: f64,
     /// Sampling method.
     pub sampler: Sampler,
-    /// What the UNet is told of the image's sizes; the image's own size where it is `None`.
+    /// Size conditioning; the image's own size where it is `None`.
     pub sizes: Option<Sizes>,
     /// Whether the VAE decodes in strips.
     pub vae_tiling: Tiling,
 }
 
-/// What SDXL is told of an image's history (Podell et al. 2023, sections 2.2 and 2.3), in pixels.
+/// SDXL's size conditioning (Podell et al. 2023, sections 2.2 and 2.3), in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Width and height before it was made smaller.
+    /// `original_size`: width and height before downscaling.
     pub original: [usize; 2],
-    /// Rows and columns that were cut off above and to the left.
+    /// `crop_coords_top_left`: rows and columns cropped above and to the left.
     pub crop: [usize; 2],
-    /// Width and height that were left.
+    /// `target_size`: width and height after cropping.
     pub target: [usize; 2],
 }
 
@@ -89,7 +90,7 @@ const WHOLE_PIXELS: usize = 512 * 512;
 /// Pixels of a strip: a convolution over 256 channels gathers 300 MiB of patches for it.
 const STRIP_PIXELS: usize = 1 << 15;
 
-/// What a sampling step has found.
+/// The state after one sampling step.
 pub struct Step<'a> {
     /// 1 for the first.
     pub number: usize,
@@ -100,133 +101,10 @@ pub struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// What the latents would be without noise, as far as the network can tell yet: (B, C, h, w).
+    /// The current estimate of x_0, (B, C, h, w).
     pub fn denoised(&self) -> Result<Tensor> {
         let t = self.t.round() as usize;
         self.schedule.to_x0(self.output, self.x_t, &vec![t; self.x_t.dim(0)?])
-    }
-}
-
-/// A model whose configs have been read and whose weights have not: each part is loaded when it is needed, so that
-/// memory never holds all of them.
-#[derive(Clone, Debug)]
-pub struct Unloaded {
-    files: ModelFiles,
-    /// `unet/config.json`
-    pub unet: UNetConfig,
-    /// `vae/config.json`
-    pub vae: VaeConfig,
-    /// Noise levels and what the UNet predicts.
-    pub schedule: NoiseSchedule,
-    /// The sampler that its scheduler config names, if it is one of ours.
-    pub sampler: Option<Sampler>,
-    force_zeros_for_empty_prompt: bool,
-    weights: WeightType,
-    /// Where the weights will lie.
-    pub device: Device,
-}
-
-impl Unloaded {
-    /// Reads the configs of a model in diffusers' folder layout.
-    ///
-    /// # Errors
-    /// [`crate::failure::Failure::Unusable`] when a part is missing, damaged or of another architecture.
-    pub fn open(files: &ModelFiles, weights: impl Into<WeightType>, device: &Device) -> Result<Self> {
-        architecture::require_sdxl(files)?;
-        let index: serde_json::Value = files.json("model_index.json")?;
-        let scheduler_file = "scheduler/scheduler_config.json";
-        let scheduler = SchedulerConfig::from_json(&files.text(scheduler_file)?)
-            .map_err(|error| files.unusable(scheduler_file, format!("{error:#}")))?;
-        let sampler = index["scheduler"][1]
-            .as_str()
-            .and_then(|class| Sampler::of_class(class, scheduler.use_karras_sigmas));
-        Ok(Self {
-            files: files.clone(),
-            unet: files.config("unet/config.json")?,
-            vae: files.config("vae/config.json")?,
-            schedule: NoiseSchedule::new(&scheduler)?,
-            sampler,
-            force_zeros_for_empty_prompt: index["force_zeros_for_empty_prompt"].as_bool().unwrap_or(true),
-            weights: weights.into(),
-            device: device.clone(),
-        })
-    }
-
-    /// Loads both text encoders: 817 million parameters in SDXL.
-    pub fn load_text(&self) -> Result<TextEncoders> {
-        TextEncoders::open(&self.files, self.weights, &self.device)
-    }
-
-    /// Loads the denoiser: 2,567 million parameters in SDXL.
-    pub fn load_unet(&self) -> Result<UNet> {
-        self.files.load("unet", DIFFUSERS_WEIGHTS, self.weights, &self.device, |vb| UNet::new(&self.unet, vb))
-    }
-
-    /// Loads the codec: 84 million parameters in SDXL.
-    pub fn load_vae(&self) -> Result<Vae> {
-        let weights = if self.vae.force_upcast { self.weights.upcast() } else { self.weights };
-        self.files.load("vae", DIFFUSERS_WEIGHTS, weights, &self.device, |vb| Vae::new(&self.vae, vb))
-    }
-
-    /// The denoiser and the text encoders with names and shapes, and without weights.
-    pub fn outline(&self) -> Result<Outline> {
-        let text = |folder: &str| -> Result<ClipTextModel> {
-            let config: ClipTextConfig = self.files.config(&format!("{folder}/config.json"))?;
-            Ok(counts::recorded(|vb| ClipTextModel::new(&config, vb))?.0)
-        };
-        let unet = counts::recorded(|vb| UNet::new(&self.unet, vb))?.0;
-        Ok(Outline { unet, text: [text("text_encoder")?, text("text_encoder_2")?] })
-    }
-
-    /// (C, H/f, W/f) of the latents of an image.
-    ///
-    /// # Errors
-    /// A size that the model cannot draw.
-    pub fn latent_shape(&self, width: usize, height: usize) -> Result<[usize; 3]> {
-        latent_shape(&self.unet, &self.vae, width, height)
-    }
-
-    /// The side of the images that the model was trained for.
-    pub fn native_size(&self) -> usize {
-        self.unet.sample_size * self.vae.factor()
-    }
-
-    /// What stands for "not this": the negative prompt, the empty prompt, or zeros, as the model wants.
-    pub fn negative(&self, text: &TextEncoders, prompt: Option<&str>) -> Result<TextConditioning> {
-        negative(text, prompt, self.force_zeros_for_empty_prompt)
-    }
-}
-
-/// The networks that LoRAs change, without weights; see [`Unloaded::outline`].
-pub struct Outline {
-    /// The denoiser.
-    pub unet: UNet,
-    text: [ClipTextModel; 2],
-}
-
-impl Outline {
-    /// Visits all layers that a LoRA may change.
-    pub fn visit_layers(&mut self, visit: &mut Visit) {
-        self.unet.visit_layers(visit);
-        for (folder, encoder) in ["text_encoder", "text_encoder_2"].into_iter().zip(&mut self.text) {
-            encoder.visit_layers(&mut |path, layer| visit(&format!("{folder}.{path}"), layer));
-        }
-    }
-}
-
-fn latent_shape(unet: &UNetConfig, vae: &VaeConfig, width: usize, height: usize) -> Result<[usize; 3]> {
-    let factor = vae.factor();
-    ensure!(
-        width > 0 && height > 0 && width.is_multiple_of(factor) && height.is_multiple_of(factor),
-        "an image of {width}×{height} cannot be drawn: this model needs multiples of {factor}"
-    );
-    Ok([unet.in_channels, height / factor, width / factor])
-}
-
-fn negative(text: &TextEncoders, prompt: Option<&str>, zeros_for_none: bool) -> Result<TextConditioning> {
-    match prompt {
-        None if zeros_for_none => text.zeros(),
-        _ => text.encode_prompts(&[prompt.unwrap_or("")]),
     }
 }
 
@@ -236,7 +114,7 @@ impl Sdxl {
     /// # Errors
     /// [`crate::failure::Failure::Unusable`] when a part is missing, damaged or of another architecture.
     pub fn open(files: &ModelFiles, dtype: DType, device: &Device) -> Result<Self> {
-        let model = Unloaded::open(files, dtype, device)?;
+        let model = SdxlLoader::open(files, dtype, device)?;
         Ok(Self {
             text: model.load_text()?,
             unet: model.load_unet()?,
@@ -253,30 +131,30 @@ impl Sdxl {
         &self.device
     }
 
-    /// As [`Unloaded::latent_shape`].
+    /// As [`SdxlLoader::latent_shape`].
     pub fn latent_shape(&self, width: usize, height: usize) -> Result<[usize; 3]> {
         latent_shape(&self.unet.config, self.vae.config(), width, height)
     }
 
-    /// As [`Unloaded::native_size`].
+    /// As [`SdxlLoader::native_size`].
     pub fn native_size(&self) -> usize {
         self.unet.config.sample_size * self.vae.config().factor()
     }
 
-    /// As [`Unloaded::negative`].
+    /// As [`SdxlLoader::negative`].
     pub fn negative(&self, prompt: Option<&str>) -> Result<TextConditioning> {
         negative(&self.text, prompt, self.force_zeros_for_empty_prompt)
     }
 
-    /// What draws, without the text encoders.
-    pub fn painter(&self) -> Painter<'_> {
-        Painter { unet: &self.unet, vae: &self.vae, schedule: &self.schedule }
+    /// The UNet, the VAE and the schedule, without the text encoders.
+    pub fn pipeline(&self) -> Pipeline<'_> {
+        Pipeline { unet: &self.unet, vae: &self.vae, schedule: &self.schedule }
     }
 }
 
-/// The part of a model that draws once the prompts are encoded; the text encoders can be dropped by then.
+/// Generates images from encoded prompts; the text encoders may be dropped by then.
 #[derive(Clone, Copy)]
-pub struct Painter<'a> {
+pub struct Pipeline<'a> {
     /// The denoiser.
     pub unet: &'a UNet,
     /// The codec between images and latents.
@@ -285,19 +163,19 @@ pub struct Painter<'a> {
     pub schedule: &'a NoiseSchedule,
 }
 
-impl Painter<'_> {
-    /// Draws an image from each sample of unit normal `latents` (B, C, h, w); see [`Painter::denoise`].
-    pub fn draw(
+impl Pipeline<'_> {
+    /// Generates an image from each sample of unit normal `latents` (B, C, h, w); see [`Pipeline::denoise`].
+    pub fn generate(
         &self,
         latents: &Tensor,
         prompts: &TextConditioning,
         negative: &TextConditioning,
-        drawing: Drawing,
+        params: GenerationParams,
         noise: impl FnMut(usize) -> Result<Tensor>,
         step: impl FnMut(&Step) -> Result<()>,
     ) -> Result<Vec<Image>> {
-        let latents = self.denoise(latents, prompts, negative, drawing, noise, step)?;
-        let decoded = self.decode(&latents, drawing.vae_tiling)?;
+        let latents = self.denoise(latents, prompts, negative, params, noise, step)?;
+        let decoded = self.decode(&latents, params.vae_tiling)?;
         let b = decoded.dim(0)?;
         (0..b).map(|i| Image::from_tensor(&decoded.get(i)?).context("decoded image")).collect()
     }
@@ -308,13 +186,13 @@ impl Painter<'_> {
         latents: &Tensor,
         prompts: &TextConditioning,
         negative: &TextConditioning,
-        drawing: Drawing,
+        params: GenerationParams,
         noise: impl FnMut(usize) -> Result<Tensor>,
         step: impl FnMut(&Step) -> Result<()>,
     ) -> Result<Tensor> {
         let factor = self.vae.config().factor();
         let denoiser = Denoiser { unet: self.unet, schedule: self.schedule, factor };
-        denoiser.denoise(latents, prompts, negative, drawing, noise, step)
+        denoiser.denoise(latents, prompts, negative, params, noise, step)
     }
 
     /// See [`decode`].
@@ -323,7 +201,7 @@ impl Painter<'_> {
     }
 }
 
-/// The part of a model that finds latents; the VAE need not be there yet.
+/// Samples latents; the VAE need not be loaded yet.
 #[derive(Clone, Copy)]
 pub struct Denoiser<'a> {
     /// The denoiser.
@@ -338,7 +216,7 @@ impl Denoiser<'_> {
     /// From unit normal `latents` (B, C, h, w) to clean ones, f32.
     ///
     /// `prompts` holds B conditionings, `negative` one for all. `noise(i)` gives the unit normal noise (B, C, h, w) that
-    /// some samplers add at step i; `step` is told of each sampling step.
+    /// some samplers add at step i; `step` is called after each sampling step.
     ///
     /// # Errors
     /// NaN or infinity anywhere, with the part and the step at which it appeared.
@@ -347,14 +225,14 @@ impl Denoiser<'_> {
         latents: &Tensor,
         prompts: &TextConditioning,
         negative: &TextConditioning,
-        drawing: Drawing,
+        params: GenerationParams,
         mut noise: impl FnMut(usize) -> Result<Tensor>,
         mut step: impl FnMut(&Step) -> Result<()>,
     ) -> Result<Tensor> {
         let (b, _, h, w) = latents.dims4()?;
         ensure!(prompts.context.dim(0)? == b, "{b} latents for {} prompts", prompts.context.dim(0)?);
         let dtype = self.unet.compute_dtype();
-        let guided = self.unet.config.takes_two_passes(drawing.guidance_scale);
+        let guided = self.unet.config.takes_two_passes(params.guidance_scale);
         let both = |cond: &Tensor, uncond: &Tensor| -> Result<Tensor> {
             ensure!(
                 is_finite(cond)? && (!guided || is_finite(uncond)?),
@@ -370,7 +248,7 @@ impl Denoiser<'_> {
         let context = both(&prompts.context, &negative.context)?;
         let pooled = both(&prompts.pooled, &negative.pooled)?;
         let (rows, device) = (context.dim(0)?, context.device());
-        let sizes = drawing.sizes.unwrap_or(Sizes::of(self.factor * w, self.factor * h));
+        let sizes = params.sizes.unwrap_or(Sizes::of(self.factor * w, self.factor * h));
         let time_ids = sizes.time_ids(rows, device)?;
 
         let mut number = 0;
@@ -378,12 +256,12 @@ impl Denoiser<'_> {
             number += 1;
             let twice = if guided { Tensor::cat(&[x_t, x_t], 0)? } else { x_t.clone() };
             let timesteps = Tensor::full(t as f32, rows, device)?;
-            let (twice, scale) = (twice.to_dtype(dtype)?, drawing.guidance_scale);
+            let (twice, scale) = (twice.to_dtype(dtype)?, params.guidance_scale);
             let out = self.unet.forward_guided(&twice, &timesteps, &context, &pooled, &time_ids, scale)?;
             let out = out.to_dtype(DType::F32)?;
             let out = if guided {
                 let (uncond, cond) = (out.narrow(0, 0, b)?, out.narrow(0, b, b)?);
-                (&uncond + ((cond - &uncond)? * drawing.guidance_scale)?)?
+                (&uncond + ((cond - &uncond)? * params.guidance_scale)?)?
             } else {
                 out
             };
@@ -391,7 +269,7 @@ impl Denoiser<'_> {
                 bail!(
                     "the UNet predicted NaN or infinity at step {number} of {} (timestep {t}); its weights or a LoRA \
                      are damaged, or too large for this number type",
-                    drawing.steps
+                    params.steps
                 );
             }
             step(&Step { number, x_t, output: &out, t, schedule: self.schedule })?;
@@ -399,7 +277,7 @@ impl Denoiser<'_> {
         };
         let latents = latents.to_dtype(DType::F32)?.to_device(device)?;
         let noise = |i: usize| noise(i)?.to_device(device).context("fresh noise");
-        let latents = drawing.sampler.sample(self.schedule, drawing.steps, predict, latents, noise)?;
+        let latents = params.sampler.sample(self.schedule, params.steps, predict, latents, noise)?;
         ensure!(is_finite(&latents)?, "the latents are NaN or infinite after the last step");
         Ok(latents)
     }

@@ -22,10 +22,11 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value, json};
 
-use super::architecture;
+use super::architecture::{self, Shapes};
+use super::ldm_names::{open_clip_name, unet_name, vae_name};
 use super::tokenizer::clip_vocabulary;
 use crate::failure::Failure;
-use crate::lora::keys::{self, BlockLayout};
+use crate::lora::keys::BlockLayout;
 use crate::progress;
 use crate::weights::header::Header;
 use crate::weights::model_folder::{Assembled, Form, ModelFiles, Place};
@@ -71,9 +72,6 @@ pub fn open(path: &Path, base_config: Option<&Path>) -> Result<ModelFiles> {
     let texts = texts.into_iter().map(|(file, text)| (file, Cow::Owned(text))).collect();
     Ok(ModelFiles::Assembled(Arc::new(Assembled { file: path.to_path_buf(), texts, tensors })))
 }
-
-/// Shape of each tensor by its name in the file.
-pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
 
 fn shapes(path: &Path) -> Result<Shapes> {
     let header = Header::read(&mut std::fs::File::open(path)?)?;
@@ -510,115 +508,15 @@ fn places(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, BTreeMap<
     Ok(found)
 }
 
-type Names = Option<Vec<(String, Form)>>;
-
-/// A name that ends in `.weight` or `.bias`, taken apart.
-fn layer_and_kind(name: &str) -> Option<(&str, &str)> {
-    name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))
-}
-
-fn unet_name(name: &str, layout: &BlockLayout, rank: usize) -> Names {
-    let (layer, kind) = layer_and_kind(name)?;
-    // On levels without attention the upsampler follows the ResNet; its place moves up by one.
-    let moved = layer.strip_suffix(".1.conv").filter(|block| block.starts_with("output_blocks."));
-    let layer = moved.map_or(Cow::Borrowed(layer), |block| Cow::Owned(format!("{block}.2.conv")));
-    let matrix = layer.ends_with(".proj_in") || layer.ends_with(".proj_out");
-    let form = if matrix && rank == 4 { Form::Pointwise } else { Form::Whole };
-    Some(vec![(format!("{}.{kind}", keys::from_ldm(&layer, layout)?), form)])
-}
-
-/// LDM name ↔ diffusers name of what lies in the VAE's middle.
-const VAE_MIDDLE: [(&str, &str); 8] = [
-    ("block_1", "resnets.0"),
-    ("block_2", "resnets.1"),
-    ("attn_1.norm", "attentions.0.group_norm"),
-    ("attn_1.q", "attentions.0.to_q"),
-    ("attn_1.k", "attentions.0.to_k"),
-    ("attn_1.v", "attentions.0.to_v"),
-    ("attn_1.proj_out", "attentions.0.to_out.0"),
-    ("attn_1.to_out.0", "attentions.0.to_out.0"),
-];
-
-fn vae_name(name: &str, levels: usize, rank: usize) -> Names {
-    let (layer, kind) = layer_and_kind(name)?;
-    let layer = layer.replace("nin_shortcut", "conv_shortcut");
-    let (side, rest) = layer.split_once('.').unwrap_or((layer.as_str(), ""));
-    let mut form = Form::Whole;
-    let ours = match (side, rest) {
-        ("quant_conv" | "post_quant_conv", "") => side.to_string(),
-        (_, "conv_in" | "conv_out") => format!("{side}.{rest}"),
-        (_, "norm_out") => format!("{side}.conv_norm_out"),
-        _ if rest.starts_with("mid.") => {
-            let rest = rest.strip_prefix("mid.")?;
-            if rest.starts_with("attn_1.") && rank == 4 {
-                form = Form::Pointwise;
-            }
-            let (ldm, ours) = VAE_MIDDLE.iter().find(|(ldm, _)| {
-                rest.strip_prefix(ldm).is_some_and(|after| after.is_empty() || after.starts_with('.'))
-            })?;
-            format!("{side}.mid_block.{ours}{}", &rest[ldm.len()..])
-        }
-        _ => {
-            let (way, rest) = rest.split_once('.')?;
-            let (level, rest) = rest.split_once('.')?;
-            let level: usize = level.parse().ok()?;
-            let (blocks, level) = match (side, way) {
-                ("encoder", "down") => ("down_blocks", level),
-                // LDM counts the decoder's levels from the image inwards.
-                ("decoder", "up") => ("up_blocks", levels.checked_sub(level + 1)?),
-                _ => return None,
-            };
-            let inner = match rest.split_once('.')? {
-                ("block", rest) => format!("resnets.{rest}"),
-                ("downsample", "conv") => "downsamplers.0.conv".to_string(),
-                ("upsample", "conv") => "upsamplers.0.conv".to_string(),
-                _ => return None,
-            };
-            format!("{side}.{blocks}.{level}.{inner}")
-        }
-    };
-    Some(vec![(format!("{ours}.{kind}"), form)])
-}
-
-/// OpenCLIP name ↔ transformers name within a layer.
-const OPEN_CLIP: [(&str, &str); 5] = [
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
-    ("attn.out_proj", "self_attn.out_proj"),
-];
-
-fn open_clip_name(name: &str) -> Names {
-    let whole = |ours: String| Some(vec![(ours, Form::Whole)]);
-    match name {
-        "positional_embedding" => return whole("text_model.embeddings.position_embedding.weight".into()),
-        "token_embedding.weight" => return whole("text_model.embeddings.token_embedding.weight".into()),
-        "text_projection" => return Some(vec![("text_projection.weight".into(), Form::Transposed)]),
-        _ => {}
-    }
-    if let Some(kind) = name.strip_prefix("ln_final.") {
-        return whole(format!("text_model.final_layer_norm.{kind}"));
-    }
-    let (layer, rest) = name.strip_prefix("transformer.resblocks.")?.split_once('.')?;
-    let place = format!("text_model.encoder.layers.{layer}");
-    if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
-        let third =
-            |(n, part): (usize, &str)| (format!("{place}.self_attn.{part}_proj.{kind}"), Form::Third(n));
-        return Some(["q", "k", "v"].into_iter().enumerate().map(third).collect());
-    }
-    let (inner, kind) = layer_and_kind(rest)?;
-    let (_, ours) = OPEN_CLIP.iter().find(|(theirs, _)| *theirs == inner)?;
-    whole(format!("{place}.{ours}.{kind}"))
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
     use super::super::counts;
+    use super::super::ldm_names::layer_and_kind;
     use super::super::unet::{UNet, UNetConfig};
     use super::*;
+    use crate::lora::keys;
 
     /// Names and shapes of a UNet's weights in LDM layout, and what else its config is read from.
     fn ldm(config: &UNetConfig) -> Shapes {

@@ -17,7 +17,7 @@ use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, WeightType}
 
 use super::tokenizer::ClipTokenizer;
 
-/// What the UNet is told of the prompts.
+/// Encoded prompts, as the UNet takes them.
 #[derive(Clone, Debug)]
 pub struct TextConditioning {
     /// (B, N, D₁ + D₂)

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use super::blocks::{DownBlock, MidBlock, Told, TransformerSize, UpBlock};
+use super::blocks::{Conditioning, DownBlock, MidBlock, TransformerSize, UpBlock};
 use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Layer, Linear, Visit, compute_dtype};
 
 /// `unet/config.json`. Keys that only repeat a default of SDXL may be absent; an option that is present with a
@@ -406,7 +406,7 @@ impl UNet {
         self.forward_watched(latents, timesteps, context, pooled, time_ids, scale, &mut |_, _| {})
     }
 
-    /// [`UNet::forward_guided`], with `watch` told what each part gives: `conv_in`, `down_blocks.0`, …, `mid_block`,
+    /// [`UNet::forward_guided`], with `watch` called on the output of each part: `conv_in`, `down_blocks.0`, …, `mid_block`,
     /// `up_blocks.0`, ….
     #[allow(clippy::too_many_arguments)]
     pub fn forward_watched(
@@ -436,20 +436,20 @@ impl UNet {
         let emb = (self.time_embedding.forward(&time)? + self.add_embedding.forward(&added)?)?;
         let emb = Activation::Silu.apply(&emb)?; // every ResNet block begins with SiLU(emb)
 
-        let told = Told { emb: &emb, context, recompute: self.recompute };
+        let cond = Conditioning { emb: &emb, context, recompute: self.recompute };
         let mut x = self.conv_in.forward(latents)?;
         watch("conv_in", &x);
         let mut skips = vec![x.clone()];
         for (i, block) in self.down_blocks.iter().enumerate() {
-            x = block.forward(&x, told, &mut skips)?;
+            x = block.forward(&x, cond, &mut skips)?;
             watch(&format!("down_blocks.{i}"), &x);
         }
         if let Some(mid_block) = &self.mid_block {
-            x = mid_block.forward(&x, told)?;
+            x = mid_block.forward(&x, cond)?;
             watch("mid_block", &x);
         }
         for (i, block) in self.up_blocks.iter().enumerate() {
-            x = block.forward(&x, told, &mut skips)?;
+            x = block.forward(&x, cond, &mut skips)?;
             watch(&format!("up_blocks.{i}"), &x);
         }
         Ok(self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?)
@@ -529,7 +529,7 @@ pub fn sinusoid(values: &Tensor, width: usize) -> Result<Tensor> {
     Ok(Tensor::cat(&[angles.cos()?, angles.sin()?], 1)?)
 }
 
-/// The guidance scale as distilled models are told it, (1, width): sin and cos of 1000·(scale − 1) at `width`/2
+/// Embedding of the guidance scale for distilled models, (1, width): sin and cos of 1000·(scale − 1) at `width`/2
 /// frequencies. diffusers' `get_guidance_scale_embedding`; in f32 as there, since the angles are large.
 fn guidance_embedding(scale: f64, width: usize, device: &Device) -> Result<Tensor> {
     let half = width / 2;

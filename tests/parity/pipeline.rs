@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, IndexOp, Tensor};
 use clap::ValueEnum;
 use difflora::image::Image;
-use difflora::sdxl::pipeline::{Drawing, Sampler, Sdxl, Sizes, Tiling};
+use difflora::sdxl::pipeline::{GenerationParams, Sampler, Sdxl, Sizes, Tiling};
 use difflora::weights::model_folder::ModelFiles;
 use serde::Deserialize;
 
@@ -50,10 +50,10 @@ fn apart(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 impl Case {
-    fn drawing(&self) -> Drawing {
+    fn drawing(&self) -> GenerationParams {
         let turned = |size: [usize; 2]| [size[1], size[0]];
         let own = [self.width, self.height];
-        Drawing {
+        GenerationParams {
             steps: self.steps,
             guidance_scale: self.guidance,
             sampler: Sampler::from_str(&self.sampler, false).unwrap(),
@@ -73,10 +73,11 @@ impl Case {
         let noise = golden.get(&format!("{name}.noise.{width}x{height}"));
         let prompt = model.text.encode_prompts(&[&self.prompt]).unwrap();
         let negative = model.negative(self.negative.as_deref()).unwrap();
-        let painter = model.painter();
+        let pipeline = model.pipeline();
         let fresh = |i: usize| Ok(noise.narrow(0, i, 1)?);
-        let latents = painter.denoise(&start, &prompt, &negative, self.drawing(), fresh, |_| Ok(())).unwrap();
-        let pixels = painter.decode(&latents, Tiling::Auto).unwrap();
+        let latents =
+            pipeline.denoise(&start, &prompt, &negative, self.drawing(), fresh, |_| Ok(())).unwrap();
+        let pixels = pipeline.decode(&latents, Tiling::Auto).unwrap();
         (latents, Image::from_tensor(&pixels.i(0).unwrap()).unwrap())
     }
 }
@@ -187,7 +188,7 @@ fn a_image_is_the_same_alone_and_in_a_batch() {
         |seed: u64, i: u64| difflora::diffusion::noise::normal(seed, i, &shape, &Device::Cpu).unwrap();
     let negative = model.negative(None).unwrap();
     for sampler in ["unipc", "euler-a", "lcm"] {
-        let drawing = Drawing {
+        let drawing = GenerationParams {
             steps: 3,
             guidance_scale: 4.0,
             sampler: Sampler::from_str(sampler, false).unwrap(),
@@ -202,7 +203,7 @@ fn a_image_is_the_same_alone_and_in_a_batch() {
             let prompts = model.text.encode_prompts(prompts).unwrap();
             let fresh = |i: usize| Ok(both(1 + i as u64)?);
             model
-                .painter()
+                .pipeline()
                 .denoise(&both(0).unwrap(), &prompts, &negative, drawing, fresh, |_| Ok(()))
                 .unwrap()
         };
@@ -236,7 +237,7 @@ fn sixteen_bits_draw_nearly_the_same_image() {
 
 #[test]
 fn not_a_number_is_an_error_that_says_where() {
-    let drawing = Drawing {
+    let drawing = GenerationParams {
         steps: 2,
         guidance_scale: 5.0,
         sampler: Sampler::Euler,
@@ -251,7 +252,7 @@ fn not_a_number_is_an_error_that_says_where() {
         let prompt = model.text.encode_prompts(&["a photo"]).unwrap();
         let negative = model.negative(None).unwrap();
         let fresh = |_| anyhow::bail!("Euler needs no noise");
-        let result = model.painter().draw(&start, &prompt, &negative, drawing, fresh, |_| Ok(()));
+        let result = model.pipeline().generate(&start, &prompt, &negative, drawing, fresh, |_| Ok(()));
         format!("{:#}", result.unwrap_err())
     };
     let unet = say(&|model| {
@@ -270,7 +271,7 @@ fn not_a_number_is_an_error_that_says_where() {
     });
     assert!(text.contains("text encoder"), "{text}");
     let damaged = Tensor::full(f32::INFINITY, (1, 4, 8, 8), &Device::Cpu).unwrap();
-    let vae = format!("{:#}", open("three", DType::F32).painter().decode(&damaged, Tiling::On).unwrap_err());
+    let vae = format!("{:#}", open("three", DType::F32).pipeline().decode(&damaged, Tiling::On).unwrap_err());
     assert!(vae.contains("VAE"), "{vae}");
 }
 

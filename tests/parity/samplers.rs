@@ -64,11 +64,11 @@ fn timesteps_sigmas_and_final_latents_are_those_of_diffusers() -> Result<()> {
         let sampler = Sampler::from_str(&case.sampler, false).map_err(anyhow::Error::msg)?;
         let levels = match sampler {
             Sampler::Ddim | Sampler::Lcm => None,
-            Sampler::Euler => Some(schedule.euler_levels(case.steps)?),
-            Sampler::EulerA => Some(schedule.ancestral_levels(case.steps)?),
-            Sampler::Dpmpp2mKarras => Some(schedule.multistep_levels(case.steps, true)?),
+            Sampler::Euler => Some(schedule.euler_sigmas(case.steps)?),
+            Sampler::EulerA => Some(schedule.ancestral_sigmas(case.steps)?),
+            Sampler::Dpmpp2mKarras => Some(schedule.multistep_sigmas(case.steps, true)?),
             Sampler::Dpmpp2m | Sampler::UniPc => {
-                Some(schedule.multistep_levels(case.steps, schedule.config.use_karras_sigmas)?)
+                Some(schedule.multistep_sigmas(case.steps, schedule.config.use_karras_sigmas)?)
             }
         };
         if let Some(levels) = levels {

@@ -8,10 +8,10 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use difflora::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig};
 use difflora::image::Image;
-use difflora::sdxl::files::ModelFiles;
 use difflora::sdxl::text::{ClipTextConfig, ClipTextModel};
 use difflora::sdxl::tokenizer::{ClipTokenizer, build_vocabulary};
 use difflora::sdxl::vae::{Vae, VaeConfig};
+use difflora::weights::model_folder::ModelFiles;
 use serde::de::DeserializeOwned;
 
 /// Tensors, config and weights of one golden file; the weights are variables, so that gradients can be compared.

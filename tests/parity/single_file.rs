@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::noise;
-use difflora::sdxl::files::{DIFFUSERS_WEIGHTS, ModelFiles};
 use difflora::sdxl::single_file;
 use difflora::sdxl::text::TextEncoders;
 use difflora::sdxl::tokenizer::{ClipTokenizer, clip_vocabulary};
 use difflora::sdxl::unet::{UNet, UNetConfig};
 use difflora::sdxl::vae::{Vae, VaeConfig};
+use difflora::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles};
 use serde_json::Value;
 
 fn golden() -> PathBuf {

@@ -1,15 +1,16 @@
-//! Where results go.
+//! The output paths.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::commands::r#gen::{Args, LoraMode};
+use crate::commands::r#gen::Args;
 use crate::failure::Failure;
 use crate::files;
 use crate::image::FileFormat;
+use crate::sdxl::lora_stack::LoraMode;
 
-/// Where results go; checked before the work begins.
+/// The output paths, checked before the work begins.
 pub(super) struct Outputs {
     pub(super) lora: Option<PathBuf>,
     pub(super) images: Vec<PathBuf>,
@@ -33,7 +34,10 @@ impl Outputs {
             return Err(Failure::Usage(why.into()).into());
         }
         if args.prompt.is_empty() && args.out.is_some() {
-            return Err(Failure::Usage("--out needs --prompt, which says what to draw".into()).into());
+            return Err(Failure::Usage(
+                "--out needs --prompt: without a prompt no image is generated".into(),
+            )
+            .into());
         }
         let lora = match &args.lora_out {
             Some(path) => Some(path.clone()),

@@ -1,6 +1,5 @@
 //! Photos of a person → a LoRA.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -9,27 +8,29 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::commands::r#gen::Args;
+use crate::commands::r#gen::references::{References, look_at};
 use crate::failure::Failure;
 use crate::hypernet::{Config, DenoiserConfig, Hypernet, ModelId, SampleOptions, mixture};
-use crate::identity::catalog::open_encoder;
+use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
-use crate::identity::outliers::{SAME_PERSON, mean_direction, outliers};
-use crate::identity::photos::Photos;
-use crate::identity::{Face, FaceEncoder, Identity, Quality, catalog, cosine};
-use crate::image::Image;
 use crate::lora::{Lora, TRIGGER_PHRASE};
 use crate::progress::{self, Stage};
 use crate::recipes::dreambooth::functional_loss::{Refinement, refine};
-use crate::registry;
+use crate::registry::{self, Base};
 use crate::sdxl::pipeline::Sdxl;
 use crate::weights::model_folder::ModelFiles;
 use crate::weights::sha256;
 
-/// Photos → identities → latent → LoRA for a `base` that draws `size` pixels across, and what is worth telling of it.
-pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Device) -> Result<(Lora, Value)> {
+/// Photos → identities → latent → LoRA, and a report for `--json`.
+pub(super) fn make_lora(
+    args: &Args,
+    base: &Base,
+    base_id: &ModelId,
+    device: &Device,
+) -> Result<(Lora, Value)> {
     let hypernet_files = registry::find_hypernet(&args.hypernet, args.base_options.offline)?;
     let (Config { base: wanted, layout, .. }, config) = Hypernet::config(&hypernet_files)?;
-    wanted.demand(base, "base model")?;
+    wanted.demand(base_id, "base model")?;
     let clock = Stage::begin("looking at the photos");
     let people = look_at_all(args, &config)?;
     clock.end();
@@ -44,12 +45,11 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Devic
             downs: !layout.shared_down,
         };
         let photos = people[0].0.squares()?;
-        let base_files = registry::find_base(&args.base, &args.base_options)?;
-        let base = Sdxl::open(&base_files, DType::F32, device)?;
+        let model = Sdxl::open(&base.files, DType::F32, device)?;
         let bar = progress::bar(u64::from(steps), "refining");
-        let (better, told) = refine(&base, &lora, &photos, how, &bar)?;
+        let (better, losses) = refine(&model, &lora, &photos, how, &bar)?;
         bar.finish_and_clear();
-        (lora, refined) = (better, Some(told));
+        (lora, refined) = (better, Some(losses));
     }
     let hashes: Vec<&str> = people
         .iter()
@@ -70,11 +70,11 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Devic
         (TRIGGER_PHRASE, "person".to_string()),
         ("modelspec.title", "a person, by difflora".to_string()),
         ("difflora.version", env!("CARGO_PKG_VERSION").to_string()),
-        ("modelspec.resolution", format!("{size}x{size}")),
+        ("modelspec.resolution", format!("{0}x{0}", base.native_size)),
         ("difflora.hypernet", args.hypernet.clone()),
         ("difflora.hypernet_sha256", hypernet_sha256(&hypernet_files)?),
-        ("difflora.base", base.name.clone()),
-        ("difflora.base_sha256", base.sha256.clone()),
+        ("difflora.base", base_id.name.clone()),
+        ("difflora.base_sha256", base_id.sha256.clone()),
         ("difflora.face_encoder", config.face_encoder.name.clone()),
         ("difflora.face_encoder_sha256", config.face_encoder.sha256.clone()),
         ("difflora.reference_sha256", hashes.join(",")),
@@ -93,8 +93,8 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Devic
     ] {
         lora.metadata.extend(value.map(|value| (key.to_string(), value)));
     }
-    let told = json!({
-        "references": people.iter().flat_map(|(references, _)| references.told()).collect::<Vec<_>>(),
+    let report = json!({
+        "references": people.iter().flat_map(|(references, _)| references.to_json()).collect::<Vec<_>>(),
         "left_out": people
             .iter()
             .flat_map(|(references, _)| references.left_out.as_array().cloned().unwrap_or_default())
@@ -109,10 +109,10 @@ pub(super) fn make_lora(args: &Args, base: &ModelId, size: usize, device: &Devic
         "rank": rank,
         "seconds": start.elapsed().as_secs_f64(),
     });
-    Ok((lora, told))
+    Ok((lora, report))
 }
 
-/// The photos of each person, with the person's weight. The encoders are gone when it returns: an image encoder may take
+/// The photos of each person, with the person's weight. The encoders are freed on return: an image encoder may need
 /// more memory than the hypernetwork.
 fn look_at_all(args: &Args, config: &DenoiserConfig) -> Result<Vec<(References, f64)>> {
     let image_files = registry::find(&args.image_encoder, "image_encoder")?;
@@ -120,7 +120,6 @@ fn look_at_all(args: &Args, config: &DenoiserConfig) -> Result<Vec<(References, 
     config.image_encoder.demand(&image_id, "image encoder")?;
     let face_name = match &args.face_encoder {
         Some(name) => name,
-        // A name that stands for a folder of another machine is asked for instead.
         None if catalog::is_known(&config.face_encoder.name) => &config.face_encoder.name,
         None => catalog::BUILT_IN,
     };
@@ -129,28 +128,28 @@ fn look_at_all(args: &Args, config: &DenoiserConfig) -> Result<Vec<(References, 
     config.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
     let image_encoder = ImageEncoder::open(&image_files)?.with_input(config.image_input);
     if !args.identity.mixes() {
-        return Ok(vec![(look_at(args, &args.reference, &faces, &image_encoder)?, 1.0)]);
+        return Ok(vec![(look_at(&args.reference, args.face as usize, &faces, &image_encoder)?, 1.0)]);
     }
     (args.identity.mixed()?.into_iter())
-        .map(|(photo, weight)| Ok((look_at(args, &[photo], &faces, &image_encoder)?, weight)))
+        .map(|(photo, weight)| Ok((look_at(&[photo], args.face as usize, &faces, &image_encoder)?, weight)))
         .collect()
 }
 
-/// What the hypernetwork makes of people.
+/// A LoRA sampled from the hypernetwork.
 struct Sampled {
     lora: Lora,
-    /// How much of each condition came from the face, where the mixer has a gate.
+    /// The mixer's weight of the face, for each person, where the mixer has a gate.
     gates: Vec<f32>,
     /// How latents were sampled.
     options: SampleOptions,
 }
 
-/// People → latent → LoRA; the hypernetwork is in memory no longer than that.
+/// People → latent → LoRA; the hypernetwork is freed on return.
 fn sample(args: &Args, files: &ModelFiles, people: &[(References, f64)], device: &Device) -> Result<Sampled> {
     let clock = Stage::begin("loading the hypernetwork");
     let hypernet = Hypernet::open(files, device)?;
     clock.end();
-    let clock = Stage::begin("making the LoRA");
+    let clock = Stage::begin("sampling the LoRA");
     let options = args.identity.sampling(&hypernet);
     let (mut parts, mut gates) = (Vec::new(), Vec::new());
     for (references, weight) in people {
@@ -175,130 +174,4 @@ fn hypernet_sha256(files: &ModelFiles) -> Result<String> {
         hash.update(files.read(file)?);
     }
     Ok(sha256::in_hex(hash))
-}
-
-/// What one photo tells.
-struct Reference {
-    face: Vec<f32>,
-    image: Vec<f32>,
-    sha256: String,
-    faces: usize,
-    chosen: Face,
-    quality: Quality,
-}
-
-/// The photos of the person.
-struct References {
-    used: Vec<(PathBuf, Reference)>,
-    /// Files that could not be used or that show somebody else, with the reason.
-    left_out: Value,
-}
-
-impl References {
-    /// Who they show.
-    fn identity(&self) -> Identity {
-        let photos = || self.used.iter().map(|(_, photo)| photo);
-        Identity {
-            face: mean_direction(&photos().map(|photo| &photo.face[..]).collect::<Vec<_>>()),
-            image: Some(mean_direction(&photos().map(|photo| &photo.image[..]).collect::<Vec<_>>())),
-        }
-    }
-
-    /// The photos again, cut to squares around the face.
-    fn squares(&self) -> Result<Vec<Image>> {
-        let square = |(path, photo): &(PathBuf, Reference)| {
-            let image = Image::open(path)?;
-            let [x1, y1, x2, y2] = photo.chosen.bounds;
-            // Three times the face: head, hair and shoulders, as portraits show them.
-            let side = (3.0 * (x2 - x1).max(y2 - y1)) as usize;
-            let side = side.clamp(1, image.width.min(image.height));
-            let from = |a: f32, b: f32, length: usize| {
-                ((((a + b) / 2.0) as usize).saturating_sub(side / 2)).min(length - side)
-            };
-            let (left, top) = (from(x1, x2, image.width), from(y1, y2, image.height));
-            Ok(image.crop(left, top, side, side))
-        };
-        self.used.iter().map(square).collect()
-    }
-
-    fn told(&self) -> Vec<Value> {
-        let told = |(file, photo): &(PathBuf, Reference)| {
-            json!({
-                "file": file,
-                "faces": photo.faces,
-                "face": photo.chosen,
-                "quality": photo.quality,
-                "hints": photo.quality.hints(),
-            })
-        };
-        self.used.iter().map(told).collect()
-    }
-}
-
-/// Encodes the photos and leaves out those that show somebody else; says what will make the likeness suffer.
-fn look_at(
-    args: &Args,
-    photos: &[PathBuf],
-    faces: &FaceEncoder,
-    image_encoder: &ImageEncoder,
-) -> Result<References> {
-    let seen = Photos::find(photos)?.look(|_, path, image| {
-        let search = faces.search(image)?;
-        let chosen = search.face(args.face as usize, &path.display().to_string())?;
-        Ok(Reference {
-            face: faces.embed(image, chosen)?,
-            image: image_encoder.embed(image, chosen)?,
-            sha256: sha256::of_file(path)?,
-            faces: search.faces.len(),
-            chosen: chosen.clone(),
-            quality: Quality::of(image, chosen, &search.faces),
-        })
-    })?;
-    let mut left_out = seen.left_out_json();
-    for (path, photo) in &seen.photos {
-        if photo.faces > 1 {
-            let which = if args.face == 1 { "the largest".into() } else { format!("number {}", args.face) };
-            progress::note(format_args!(
-                "{} faces in `{}`: {which} is taken, at {:.0?}; --face N takes another",
-                photo.faces,
-                path.display(),
-                photo.chosen.bounds
-            ));
-        }
-        for hint in photo.quality.hints() {
-            progress::note(format_args!("`{}`: {hint}", path.display()));
-        }
-    }
-    let vectors: Vec<Vec<f32>> = seen.photos.iter().map(|(_, photo)| photo.face.clone()).collect();
-    let outliers = outliers(&vectors);
-    for outlier in &outliers {
-        let path = &seen.photos[outlier.photo].0;
-        let why = format!(
-            "its face does not look like the others (cosine {:.2} to their mean, wanted {SAME_PERSON})",
-            outlier.cosine
-        );
-        progress::warn(format_args!("`{}` is left out: {why}", path.display()));
-        if let Value::Array(left_out) = &mut left_out {
-            left_out.push(json!({ "file": path, "why": why }));
-        }
-    }
-    let used: Vec<(PathBuf, Reference)> = seen
-        .photos
-        .into_iter()
-        .enumerate()
-        .filter(|(at, _)| outliers.iter().all(|outlier| outlier.photo != *at))
-        .map(|(_, photo)| photo)
-        .collect();
-    if let [(one, a), (two, b)] = &used[..]
-        && cosine(&a.face, &b.face) < SAME_PERSON
-    {
-        progress::warn(format_args!(
-            "`{}` and `{}` seem to show two people (cosine {:.2}); both are used. `difflora face dedupe` groups \
-             images by person",
-            one.display(),
-            two.display(),
-            cosine(&a.face, &b.face)
-        ));
-    }
-    Ok(References { used, left_out })
 }

@@ -9,14 +9,14 @@ use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::lockstep::Networks;
 use crate::recipes::dreambooth::previews::Previewer;
-use crate::sdxl::pipeline::Unloaded;
+use crate::sdxl::pipeline::SdxlLoader;
 use crate::sdxl::text::TextEncoders;
 
 /// Draws as many images into `folder` as are missing there, number by number, so that it goes on where it was stopped.
 /// Images of other names in the folder count too.
 pub fn complete(
     folder: &Path,
-    model: &Unloaded,
+    model: &SdxlLoader,
     text: &TextEncoders,
     previewer: &Previewer,
     settings: &Settings,

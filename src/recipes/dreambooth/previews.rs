@@ -12,7 +12,7 @@ use crate::image::{Image, contact_sheet};
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::lockstep::{Networks, TrainableLora};
-use crate::sdxl::pipeline::{Drawing, Painter, Sampler, Tiling, Unloaded};
+use crate::sdxl::pipeline::{GenerationParams, Pipeline, Sampler, SdxlLoader, Tiling};
 use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
 
@@ -32,7 +32,7 @@ const COLUMNS: usize = 4;
 
 impl Previewer {
     /// Of `model`, for squares of `side` pixels.
-    pub fn new(model: &Unloaded, text: &TextEncoders, vae: Vae, side: usize) -> Result<Self> {
+    pub fn new(model: &SdxlLoader, text: &TextEncoders, vae: Vae, side: usize) -> Result<Self> {
         Ok(Self {
             vae,
             schedule: model.schedule.clone(),
@@ -61,17 +61,17 @@ impl Previewer {
             };
             let seed = seed + i as u64;
             let normal = |stream: u64| noise::normal(seed, stream, (1, c, h, w), &self.device);
-            let drawing = Drawing {
+            let params = GenerationParams {
                 steps,
                 guidance_scale,
                 sampler: self.sampler,
                 sizes: None,
                 vae_tiling: Tiling::Auto,
             };
-            let painter = Painter { unet: &networks.unet, vae: &self.vae, schedule: &self.schedule };
+            let pipeline = Pipeline { unet: &networks.unet, vae: &self.vae, schedule: &self.schedule };
             let fresh = |step: usize| Ok(normal(1 + step as u64)?);
-            let drawn =
-                painter.draw(&normal(0)?, &prompt, &self.negative, drawing, fresh, |_| progress::check())?;
+            let drawn = pipeline
+                .generate(&normal(0)?, &prompt, &self.negative, params, fresh, |_| progress::check())?;
             images.extend(drawn);
         }
         Ok(images)

@@ -7,7 +7,6 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use crate::commands::r#gen::Args;
-use crate::commands::r#gen::loras::{Chosen, apply_to_text, apply_to_unet};
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::files;
@@ -18,16 +17,17 @@ use crate::output::print_line;
 use crate::progress;
 use crate::progress::Stage;
 use crate::sdxl::infotext::Settings;
-use crate::sdxl::pipeline::{Denoiser, Drawing, Sampler, Sizes, Step, Unloaded, decode};
+use crate::sdxl::lora_stack::LoraStack;
+use crate::sdxl::pipeline::{Denoiser, GenerationParams, Sampler, SdxlLoader, Sizes, Step, decode};
 use crate::sdxl::preview::LatentColours;
 use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
 use crate::sdxl::vae::Vae;
 use crate::weights;
 
-/// What is to be drawn, checked before anything is loaded.
+/// Sampling settings and start of the images, checked before any weight is loaded.
 pub(super) struct Plan {
-    drawing: Drawing,
+    params: GenerationParams,
     /// Width and height.
     size: [usize; 2],
     /// (C, h, w)
@@ -38,19 +38,19 @@ pub(super) struct Plan {
 
 impl Plan {
     /// # Errors
-    /// [`Failure::Usage`] for what this model cannot draw, [`Failure::Unusable`] for latents that do not fit.
-    pub(super) fn new(args: &Args, model: &Unloaded) -> Result<Self> {
+    /// [`Failure::Usage`] for sizes and samplers that this model does not have, [`Failure::Unusable`] for latents that do not fit.
+    pub(super) fn new(args: &Args, model: &SdxlLoader) -> Result<Self> {
         let usage = |error: anyhow::Error| Failure::Usage(format!("{error:#}"));
         let native = model.native_size();
         let (width, height) = (args.width.unwrap_or(native), args.height.unwrap_or(native));
         let shape = model.latent_shape(width, height).map_err(usage)?;
         let start = args.init_latents.as_deref().map(|path| init_latents(path, shape)).transpose()?;
         let sampler = args.sampler.or(model.sampler).unwrap_or_else(|| {
-            progress::note("the base model names no sampler that difflora has; it draws with euler");
+            progress::note("the base model names no sampler that difflora has; using euler");
             Sampler::Euler
         });
         sampler.check(&model.schedule, args.steps as usize).map_err(usage)?;
-        let drawing = Drawing {
+        let params = GenerationParams {
             steps: args.steps as usize,
             guidance_scale: args.guidance,
             sampler,
@@ -61,20 +61,19 @@ impl Plan {
             }),
             vae_tiling: args.vae_tiling,
         };
-        Ok(Self { drawing, size: [width, height], shape, start })
+        Ok(Self { params, size: [width, height], shape, start })
     }
 }
 
-/// Draws every image that was asked for and writes it; gives what was written.
+/// Generates and writes every image; returns the settings of each.
 ///
-/// Memory holds one part of the model at a time where it can: the text encoders go before the UNet comes, and the UNet
-/// goes before the last image is decoded.
-pub(super) fn draw(
+/// Each component is freed before the next is loaded: text encoders, UNet, VAE.
+pub(super) fn generate(
     args: &Args,
     plan: &Plan,
-    model: &Unloaded,
+    model: &SdxlLoader,
     base: &ModelId,
-    loras: &[Chosen],
+    loras: &LoraStack,
     paths: &[PathBuf],
     output: &Output,
 ) -> Result<Value> {
@@ -84,22 +83,22 @@ pub(super) fn draw(
         Some(every) => Some((every, LatentColours::fit(vae.insert(load_vae(model)?), &model.device)?)),
         None => None,
     };
-    let mut unet = Some(load_unet(args, model, loras)?);
+    let mut unet = Some(load_unet(model, loras)?);
 
-    let bar = progress::bar(paths.len() as u64 * u64::from(args.steps), "drawing");
+    let bar = progress::bar(paths.len() as u64 * u64::from(args.steps), "sampling");
     let mut written = Vec::new();
     for (k, path) in paths.iter().enumerate() {
         let which = k / args.num_images as usize;
         let settings = Settings {
             prompt: &args.prompt[which],
             negative_prompt: args.negative_prompt.as_deref(),
-            sampler: plan.drawing.sampler,
+            sampler: plan.params.sampler,
             steps: args.steps,
             guidance: args.guidance,
             seed: args.seed.wrapping_add(k as u64),
             size: plan.size,
             base,
-            loras,
+            loras: &loras.loras,
         };
         let seed = settings.seed;
         let shape = (1, plan.shape[0], plan.shape[1], plan.shape[2]);
@@ -123,7 +122,7 @@ pub(super) fn draw(
         };
         let network = unet.as_ref().context("the UNet stays until the last image")?;
         let denoiser = Denoiser { unet: network, schedule: &model.schedule, factor: model.vae.factor() };
-        let latents = denoiser.denoise(&latents, &prompts[which], &negative, plan.drawing, fresh, step)?;
+        let latents = denoiser.denoise(&latents, &prompts[which], &negative, plan.params, fresh, step)?;
         if k + 1 == paths.len() {
             unet = None; // 10 GB in SDXL
         }
@@ -136,28 +135,28 @@ pub(super) fn draw(
         clock.end();
         let text = settings.parameters();
         image.save(path, (!args.no_metadata).then_some(&text))?;
-        let mut told = settings.to_json();
-        told["file"] = json!(path);
+        let mut record = settings.to_json();
+        record["file"] = json!(path);
         if output.json {
-            files::write_whole(&path.with_extension("json"), format!("{told:#}\n").as_bytes())?;
+            files::write_whole(&path.with_extension("json"), format!("{record:#}\n").as_bytes())?;
         } else {
             bar.suspend(|| print_line!("image {}", path.display()))?;
         }
-        written.push(told);
+        written.push(record);
     }
     bar.finish_and_clear();
     Ok(written.into())
 }
 
-/// Each prompt's conditioning, and that of the negative prompt. The text encoders are gone afterwards.
+/// Each prompt's conditioning, and that of the negative prompt. The text encoders are freed on return.
 fn encode(
     args: &Args,
-    model: &Unloaded,
-    loras: &[Chosen],
+    model: &SdxlLoader,
+    loras: &LoraStack,
 ) -> Result<(Vec<TextConditioning>, TextConditioning)> {
     let clock = Stage::begin("loading the text encoders");
     let mut text = model.load_text()?;
-    apply_to_text(&mut text, loras, args)?;
+    loras.apply_to_text(&mut text)?;
     clock.end();
     for prompt in args.prompt.iter().chain(&args.negative_prompt) {
         if let Some(end) = text.cut(prompt)? {
@@ -168,7 +167,7 @@ fn encode(
     let clock = Stage::begin("encoding the prompts");
     let negative = match model.unet.takes_two_passes(args.guidance) {
         true => model.negative(&text, args.negative_prompt.as_deref())?,
-        false => text.zeros()?, // of no use to a single pass
+        false => text.zeros()?, // not used by a single pass
     };
     let prompts = args.prompt.iter().map(|prompt| text.encode_prompts(&[prompt]));
     let prompts = prompts.collect::<Result<_>>()?;
@@ -176,15 +175,15 @@ fn encode(
     Ok((prompts, negative))
 }
 
-fn load_unet(args: &Args, model: &Unloaded, loras: &[Chosen]) -> Result<UNet> {
+fn load_unet(model: &SdxlLoader, loras: &LoraStack) -> Result<UNet> {
     let clock = Stage::begin("loading the UNet");
     let mut unet = model.load_unet()?;
-    apply_to_unet(&mut unet, loras, args)?;
+    loras.apply_to_unet(&mut unet)?;
     clock.end();
     Ok(unet)
 }
 
-fn load_vae(model: &Unloaded) -> Result<Vae> {
+fn load_vae(model: &SdxlLoader) -> Result<Vae> {
     let clock = Stage::begin("loading the VAE");
     let vae = model.load_vae()?;
     clock.end();

@@ -1,26 +1,26 @@
-//! Which timesteps and noise levels each sampler visits.
+//! Timesteps and noise levels of each sampler.
 //!
-//! A level is σ = √((1−ᾱ)/ᾱ), the noise in x_0 + σ·ε (Karras et al. 2022). diffusers spaces the timesteps of its
-//! schedulers in three ways that differ in detail from class to class; here are those details, in one place.
+//! σ = √((1−ᾱ)/ᾱ) is the noise in x_0 + σ·ε (Karras et al. 2022). diffusers has three timestep spacings whose details
+//! differ between its scheduler classes; this file follows each class.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
 use super::schedule::{BetaSchedule, FinalSigma, NoiseSchedule, Prediction, Spacing};
 
-/// The noise levels that a sampler walks down, and the timesteps at which it asks the network.
+/// Noise levels of a sampler, falling, and the timesteps at which it evaluates the network.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Levels {
-    /// Timesteps that the network is asked about; fractions where levels are interpolated.
+pub struct Sigmas {
+    /// Timesteps at which the network is evaluated; fractions where σ is interpolated.
     pub timesteps: Vec<f64>,
-    /// Noise levels σ; one more than there are timesteps.
+    /// Noise levels σ, one more than timesteps: the last is where the last step ends.
     pub sigmas: Vec<f64>,
     /// Standard deviation of the first sample.
     pub initial_sigma: f64,
 }
 
-impl Levels {
-    /// The denoiser D(x; σ_i) of Karras et al. from a network that is shown x/√(σ²+1) and the timestep:
+impl Sigmas {
+    /// The denoiser D(x; σ_i) of Karras et al. from a network that takes x/√(σ²+1) and the timestep:
     /// `denoise(x, i)`, (B, …) → (B, …).
     pub fn denoiser<'a>(
         &'a self,
@@ -43,7 +43,7 @@ const ALMOST_NO_SIGNAL: f64 = 1.0 / 16_777_216.0;
 
 impl NoiseSchedule {
     /// The levels of [`euler`](super::sampler::euler): diffusers' `EulerDiscreteScheduler`.
-    pub fn euler_levels(&self, steps: usize) -> Result<Levels> {
+    pub fn euler_sigmas(&self, steps: usize) -> Result<Sigmas> {
         let mut timesteps = self.timesteps(steps, Spacing::Linspace)?;
         let mut sigmas = self.sigmas_at(&timesteps, steps)?;
         if self.config.use_karras_sigmas {
@@ -53,17 +53,17 @@ impl NoiseSchedule {
         }
         let initial_sigma = self.unscaled_start(sigmas[0]);
         sigmas.push(self.final_sigma());
-        Ok(Levels { timesteps, sigmas, initial_sigma })
+        Ok(Sigmas { timesteps, sigmas, initial_sigma })
     }
 
     /// The levels of [`euler_ancestral`](super::sampler::euler_ancestral): `EulerAncestralDiscreteScheduler`, which
     /// knows neither Karras levels nor an end at the smallest σ.
-    pub fn ancestral_levels(&self, steps: usize) -> Result<Levels> {
+    pub fn ancestral_sigmas(&self, steps: usize) -> Result<Sigmas> {
         let timesteps = self.timesteps(steps, Spacing::Linspace)?;
         let mut sigmas = self.sigmas_at(&timesteps, steps)?;
         let initial_sigma = self.unscaled_start(sigmas[0]);
         sigmas.push(0.0);
-        Ok(Levels { timesteps, sigmas, initial_sigma })
+        Ok(Sigmas { timesteps, sigmas, initial_sigma })
     }
 
     /// The levels of [`dpmpp_2m`](super::sampler::dpmpp_2m) and [`unipc`](super::sampler::unipc):
@@ -72,7 +72,7 @@ impl NoiseSchedule {
     ///
     /// # Errors
     /// Solver settings that are not implemented, and numbers of steps that the schedule does not have.
-    pub fn multistep_levels(&self, steps: usize, use_karras_sigmas: bool) -> Result<Levels> {
+    pub fn multistep_sigmas(&self, steps: usize, use_karras_sigmas: bool) -> Result<Sigmas> {
         let config = &self.config;
         if let Some(setting) = &config.unsupported_solver {
             anyhow::bail!("scheduler setting `{setting}` is not supported");
@@ -100,7 +100,7 @@ impl NoiseSchedule {
         // Both classes start from unit noise and think of it as the scaled sample.
         let initial_sigma = (sigmas[0] * sigmas[0] + 1.0).sqrt();
         sigmas.push(self.final_sigma());
-        Ok(Levels { timesteps, sigmas, initial_sigma })
+        Ok(Sigmas { timesteps, sigmas, initial_sigma })
     }
 
     /// The timesteps of [`lcm`](super::sampler::lcm), evenly chosen among those of the distillation
