@@ -4,4 +4,6 @@ pub mod base;
 pub mod dit;
 pub mod dreambooth;
 pub mod encoder;
+pub mod hypernet_config;
+pub mod lae;
 pub mod lora_dataset;

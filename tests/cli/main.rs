@@ -4,9 +4,11 @@ mod build_dataset;
 mod doctor;
 mod drawing;
 mod face;
+mod hypernet_dataset;
 mod identity;
 mod lora;
 mod models;
+mod train_dit;
 mod train_lae;
 mod train_lora;
 

@@ -1,15 +1,19 @@
-//! `train-lae` as one process and as a group of two.
+//! `train-lae`: its results, its refusals, and one process against a group of two.
 
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use candle_core::{Device, Tensor};
-use difflora::diffusion::noise::normal;
+use candle_core::{DType, Device, Tensor};
+use difflora::commands::train_lae::{Args, run};
+use difflora::hypernet::LoraCodec;
+use difflora::weights::model_folder::ModelFiles;
 use serde_json::{Value, json};
 
+use crate::hypernet_dataset::{SETTINGS, lae_args, quiet, write_dataset};
+
 /// Patches with a correction; two shards for each of two processes.
-const SETTINGS: &str = r#"
+const GROUP_SETTINGS: &str = r#"
     [lae]
     seed = 1
     network = { kind = "conv1d_local", patch = 16, components = 3, correction = { patch = 4, channels = 2 } }
@@ -31,42 +35,6 @@ const SETTINGS: &str = r#"
     drop = 0.1
     plan = { steps = 1, batch = 8, shards = 1, rate = { peak = 1e-3 }, ema = 0.9 }
 "#;
-
-/// LoRAs of two modules, of 20 people to learn from and 2 held out.
-fn write_dataset(folder: &Path) {
-    for part in ["loras", "embeddings"] {
-        std::fs::create_dir_all(folder.join(part)).unwrap();
-    }
-    let random = |stream, shape: &[usize]| normal(7, stream, shape, &Device::Cpu).unwrap();
-    let mut manifest = String::new();
-    for person in 0..22 {
-        let mut lora = HashMap::new();
-        for (module, name) in ["to_q", "to_k"].into_iter().enumerate() {
-            let path = format!("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.{name}");
-            let stream = 10 * person + 2 * module as u64;
-            lora.insert(format!("{path}.lora_A.weight"), random(stream, &[2, 12]));
-            lora.insert(format!("{path}.lora_B.weight"), random(stream + 1, &[12, 2]));
-        }
-        let embeddings = HashMap::from([
-            ("face", random(5000 + person, &[1, 4])),
-            ("image", random(6000 + person, &[1, 4])),
-        ]);
-        let [lora_file, embeddings_file] =
-            ["loras", "embeddings"].map(|part| format!("{part}/{person}.safetensors"));
-        candle_core::safetensors::save(&lora, folder.join(&lora_file)).unwrap();
-        candle_core::safetensors::save(&embeddings, folder.join(&embeddings_file)).unwrap();
-        let split = if person < 20 { "train" } else { "held-out" };
-        let row = json!({
-            "id": format!("p{person}"), "split": split, "person": [7, person], "lora": lora_file,
-            "embeddings": embeddings_file, "loss": 0.1, "settings": "random",
-        });
-        manifest += &format!("{row}\n");
-    }
-    std::fs::write(folder.join("manifest.jsonl"), manifest).unwrap();
-    let model = json!({ "name": "random", "sha256": "0" });
-    let header = json!({ "base": model, "face_encoder": model, "image_encoder": model });
-    std::fs::write(folder.join("dataset.json"), header.to_string()).unwrap();
-}
 
 fn train(folder: &Path, out: &Path, environment: &[(&str, String)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_difflora"));
@@ -93,8 +61,8 @@ fn loss(out: &Path) -> f64 {
 #[test]
 fn two_processes_make_the_autoencoder_that_one_makes() {
     let folder = tempfile::tempdir().unwrap();
-    write_dataset(&folder.path().join("dataset"));
-    std::fs::write(folder.path().join("settings.toml"), SETTINGS).unwrap();
+    write_dataset(&folder.path().join("dataset"), 20);
+    std::fs::write(folder.path().join("settings.toml"), GROUP_SETTINGS).unwrap();
     let [alone, together, beside] = ["alone", "together", "beside"].map(|name| folder.path().join(name));
     let run = train(folder.path(), &alone, &[]).output().unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
@@ -128,4 +96,128 @@ fn two_processes_make_the_autoencoder_that_one_makes() {
         assert!(apart.to_scalar::<f32>().unwrap() < 2e-3, "{name}: {apart}");
     }
     assert!((loss(&alone) / loss(&together) - 1.0).abs() < 1e-4);
+}
+
+#[test]
+fn an_autoencoder_is_trained_that_restores_the_loras_of_new_people() {
+    let folder = tempfile::tempdir().unwrap();
+    write_dataset(&folder.path().join("dataset"), 40);
+    run(lae_args(folder.path(), SETTINGS), &quiet()).unwrap();
+    let files = ModelFiles::folder(folder.path().join("lae")).unwrap();
+    let report: Value = files.json("training/report.json").unwrap();
+    // Four dimensions in four values: nothing but rounding and the noise of the latents is lost.
+    assert!(report["relative_error"].as_f64().unwrap() < 0.01, "{report}");
+    assert!(report["own_relative_error"]["mean"].as_f64().unwrap() < 0.01, "{report}");
+    assert!(report["delta_cosine"]["mean"].as_f64().unwrap() > 0.995, "{report}");
+    assert_eq!(report["relative_error_by_magnitude"].as_array().unwrap().len(), 4);
+    assert_eq!(report["compression"], 8.0);
+    assert!(LoraCodec::open(&files, &Device::Cpu).is_ok());
+}
+
+#[test]
+fn a_paused_training_goes_on_to_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    write_dataset(&folder.path().join("dataset"), 40);
+    let weights = || std::fs::read(folder.path().join("lae/lae.safetensors")).unwrap();
+    run(lae_args(folder.path(), SETTINGS), &quiet()).unwrap();
+    let straight = weights();
+    run(Args { minutes: Some(0.0), ..lae_args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+    assert_ne!(weights(), straight);
+    run(Args { resume: true, ..lae_args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+    assert_eq!(weights(), straight);
+}
+
+#[test]
+fn a_dataset_larger_than_the_memory_gives_the_same_autoencoder() {
+    let folder = tempfile::tempdir().unwrap();
+    write_dataset(&folder.path().join("dataset"), 40);
+    let weights = |memory| {
+        run(Args { memory, ..lae_args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+        std::fs::read(folder.path().join("lae/lae.safetensors")).unwrap()
+    };
+    assert_eq!(weights(0.0), weights(1.0));
+}
+
+#[test]
+fn every_option_of_the_recipe_trains_and_opens_again() {
+    let folder = tempfile::tempdir().unwrap();
+    write_dataset(&folder.path().join("dataset"), 40);
+    let settings = SETTINGS.replacen(
+        "seed = 1",
+        "seed = 1\nscaling = \"rms\"\ndistance = \"l1\"\nangle = 0.5\ninput_noise = 0.1",
+        1,
+    );
+    let local = "{ kind = \"conv1d_local\", patch = 16, components = 3 }";
+    let staged = "{ kind = \"conv1d\", position = true, dense = 4, stages = [{ channels = 3, fold = 4, kernel = 3 }, \
+                  { channels = 4, fold = 2, norm = \"instance\", activation = \"leaky_relu\" }] }";
+    let dense = "{ kind = \"conv1d_dense\", latent = 4, patch = 8, channels = 2 }";
+    for network in [local, staged] {
+        assert!(settings.contains(dense));
+        run(lae_args(folder.path(), &settings.replace(dense, network)), &quiet()).unwrap();
+        let files = ModelFiles::folder(folder.path().join("lae")).unwrap();
+        let codec = LoraCodec::open(&files, &Device::Cpu).unwrap();
+        let z = Tensor::zeros((1, codec.lae.config().latent()), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(codec.lora(&z).unwrap().layers.len(), 2);
+        let log = std::fs::read_to_string(folder.path().join("lae/training/lae.jsonl")).unwrap();
+        assert!(log.contains("\"angle\"") && log.contains("latent_rms"), "{log}");
+    }
+}
+
+#[test]
+fn a_sweep_makes_all_variants_and_a_table() {
+    let folder = tempfile::tempdir().unwrap();
+    write_dataset(&folder.path().join("dataset"), 40);
+    let sweep = folder.path().join("sweep.toml");
+    let list = r#"
+        [[variant]]
+        name = "pca"
+        network = { kind = "pca", latent = 2 }
+        [[variant]]
+        name = "short"
+        network = { kind = "conv1d", stages = [{ channels = 2, fold = 8 }] }
+        plan = { steps = 3, rate = { peak = 1e-2 } }
+    "#;
+    std::fs::write(&sweep, list).unwrap();
+    let with_sweep = || Args { sweep: Some(sweep.clone()), ..lae_args(folder.path(), SETTINGS) };
+    run(with_sweep(), &quiet()).unwrap();
+    let files = ModelFiles::folder(folder.path().join("lae")).unwrap();
+    let table: Value = files.json("sweep.json").unwrap();
+    assert_eq!(table[0]["name"], "pca");
+    assert_eq!((&table[0]["report"]["latent"], &table[1]["report"]["latent"]), (&json!(2), &json!(8)));
+    assert_eq!(table[1]["report"]["delta_cosine"]["n"], 12);
+    for name in ["pca", "short"] {
+        assert!(
+            LoraCodec::open(&ModelFiles::folder(folder.path().join("lae").join(name)).unwrap(), &Device::Cpu)
+                .is_ok()
+        );
+    }
+    std::fs::write(&sweep, list.replace("steps = 3", "stepz = 3")).unwrap();
+    let message = format!("{:#}", run(with_sweep(), &quiet()).unwrap_err());
+    assert!(message.contains("`short`") && message.contains("stepz"), "{message}");
+}
+
+#[test]
+fn a_checkpoint_of_another_recipe_is_refused_with_what_differs() {
+    let folder = tempfile::tempdir().unwrap();
+    write_dataset(&folder.path().join("dataset"), 40);
+    run(Args { minutes: Some(0.0), ..lae_args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+    let other = SETTINGS.replace("latent = 4, patch = 8", "latent = 3, patch = 8");
+    let error = run(Args { resume: true, ..lae_args(folder.path(), &other) }, &quiet()).unwrap_err();
+    assert!(format!("{error:#}").contains("lae.network.latent: 4, now 3"), "{error:#}");
+}
+
+#[test]
+fn too_few_people_for_the_batch_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    write_dataset(&folder.path().join("dataset"), 20);
+    let error = run(lae_args(folder.path(), SETTINGS), &quiet()).unwrap_err();
+    assert!(format!("{error:#}").contains("at least twice the batch"), "{error:#}");
+}
+
+#[test]
+fn latents_longer_than_the_dataset_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    write_dataset(&folder.path().join("dataset"), 20);
+    let error = run(lae_args(folder.path(), &SETTINGS.replace("latent = 4", "latent = 24")), &quiet());
+    assert!(format!("{:#}", error.unwrap_err()).contains("make `latent` smaller"));
 }

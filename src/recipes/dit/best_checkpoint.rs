@@ -1,5 +1,4 @@
-//! The best weights so far, by the error on people kept apart; beside the checkpoint, so that a run that goes on
-//! knows them.
+//! The weights with the lowest validation error so far, stored beside the checkpoint so that a resumed run keeps them.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -9,15 +8,15 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 
-use crate::commands::train_dit::Validation;
 use crate::progress;
+use crate::recipes::dit::config::Validation;
 use crate::train::checkpoint;
 use crate::train::ema::Ema;
 use crate::train::log::Log;
 use crate::train::trainer::RunOptions;
 
-/// Looks at the averages now and then and keeps the best. Does nothing without a [`Validation`].
-pub struct Best<'a> {
+/// Validates the averaged weights periodically and keeps the best. Does nothing without a [`Validation`].
+pub struct BestCheckpoint<'a> {
     validation: Option<&'a Validation>,
     settings: &'a Value,
     /// `NAME.best.safetensors`
@@ -27,8 +26,8 @@ pub struct Best<'a> {
     best: Option<(u64, f64)>,
 }
 
-impl<'a> Best<'a> {
-    /// Takes up what a run that goes on had found.
+impl<'a> BestCheckpoint<'a> {
+    /// With `--resume`, continues from the stored weights.
     pub fn open(
         validation: Option<&'a Validation>,
         run_options: &RunOptions,
@@ -43,7 +42,7 @@ impl<'a> Best<'a> {
                 let error = saved.part("validation").remove("error").context("no error in it")?;
                 best = Some((saved.step, error.to_scalar::<f64>()?));
             }
-            // Lines behind the checkpoint are written once more, with the same figures.
+            // Steps after the checkpoint are repeated and write the same lines again.
             let after = best.map_or(0, |(step, _)| step);
             log = Some(Log::open(
                 &run_options.folder.join(format!("{}.validation.jsonl", run_options.name)),
@@ -53,8 +52,8 @@ impl<'a> Best<'a> {
         Ok(Self { validation, settings, path, log, best })
     }
 
-    /// After step `step`: looks when it is time, and says whether to go on.
-    pub fn look(
+    /// Called after each step: validates every [`Validation::every`] steps, and breaks when patience is exhausted.
+    pub fn validate(
         &mut self,
         step: u64,
         ema: &Ema,
@@ -79,11 +78,11 @@ impl<'a> Best<'a> {
         Ok(if enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
-    /// The best averages; none where there was no look.
+    /// The best averages; `None` before the first validation.
     pub fn averages(&self) -> Result<Option<BTreeMap<String, Tensor>>> {
         let Some((step, error)) = self.best else { return Ok(None) };
         progress::note(format_args!(
-            "the weights after step {step} are kept: error {error:.4} on the people kept apart"
+            "run_options the weights of step {step}, with validation error {error:.4}"
         ));
         let saved = checkpoint::load(&self.path, self.settings)?;
         Ok(Some(saved.part("average").into_iter().collect()))

@@ -1,4 +1,4 @@
-//! How far generated LoRAs are from the true ones of people that no training has seen, beside simpler ways.
+//! Errors of the predicted LoRAs of held-out people, beside baselines.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -9,12 +9,11 @@ use crate::dataset::lora_dataset::{LoraDataset, Split};
 use crate::hypernet::mixer::GateFigures;
 use crate::hypernet::rows::Rows;
 use crate::hypernet::{Hypernet, LoraCodec, SampleOptions};
-use crate::output::print_line;
-use crate::recipes::dit::training_set::Lessons;
+use crate::recipes::dit::training_set::LatentTrainingSet;
 use crate::statistics::Mean;
 use crate::train::trainer::Outcome;
 
-/// DDIM steps that are compared.
+/// Numbers of DDIM steps that are compared.
 const STEPS: [usize; 6] = [1, 2, 4, 8, 20, 50];
 
 /// The name of the row that the others are measured against.
@@ -116,7 +115,12 @@ impl Figures {
 }
 
 /// Errors on the people held out: of the hypernetwork from one photo, and of simpler ways.
-pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraDataset, end: Outcome) -> Result<Value> {
+pub fn report(
+    hypernet: &Hypernet,
+    data: &LatentTrainingSet,
+    set: &LoraDataset,
+    end: Outcome,
+) -> Result<Value> {
     let Hypernet { codec, denoiser } = hypernet;
     let (new, kind, device) = (&set.held_out, denoiser.config.mixer.kind, codec.device());
     let sample = |faces: &Tensor, images: &Tensor, steps, samples| -> Result<Tensor> {
@@ -127,7 +131,7 @@ pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraDataset, end: Ou
         });
         Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
     };
-    let linear = lessons.fit.ridge.forward(&lessons.stats.seen(kind, &new.faces, &new.images)?)?;
+    let linear = data.fit.ridge.forward(&data.stats.seen(kind, &new.faces, &new.images)?)?;
     let linear = linear.to_device(device)?;
     let (faces, images) = (new.faces.to_device(device)?, new.images.to_device(device)?);
     let people = new.people();
@@ -171,28 +175,28 @@ pub fn report(hypernet: &Hypernet, lessons: &Lessons, set: &LoraDataset, end: Ou
     let gates = gates.map(|gates| GateFigures::of(&gates)).transpose()?;
     Ok(json!({
         "finished": matches!(end, Outcome::Finished | Outcome::Stopped { .. }),
-        "people": { "train": set.train.people(), "held_out": people, "validation": lessons.validation.len() },
+        "people": { "train": set.train.people(), "held_out": people, "validation": data.validation.len() },
         "photos": { "train": set.train.owners.len(), "held_out": new.owners.len() },
         "table": table,
         "gates": gates.map(|gates| json!({
             "image": 1.0 - gates.face, "face": gates.face, "spread": gates.spread,
         })),
         "ridge": {
-            "penalty": lessons.fit.penalty,
-            "out_of_fold_error_of_latents": lessons.fit.relative_error,
+            "penalty": data.fit.penalty,
+            "out_of_fold_error_of_latents": data.fit.relative_error,
         },
         "prior": denoiser.config.prior,
-        "start": starts(hypernet, lessons)?,
+        "start": starts(hypernet, data)?,
     }))
 }
 
 /// How near the start of sampling is to its end, over photos learnt from: mean cosine between the Gaussian's mean and
 /// x_0, and between a start and x_0 (Corgi's figure 12).
-fn starts(hypernet: &Hypernet, lessons: &Lessons) -> Result<Value> {
+fn starts(hypernet: &Hypernet, data: &LatentTrainingSet) -> Result<Value> {
     let Some(prior) = &hypernet.denoiser.stats.prior else { return Ok(Value::Null) };
-    let rows: Vec<u32> = (0..lessons.clusters.len().min(1024) as u32).collect();
-    let x0 = lessons.x0(&rows)?;
-    let shift = prior.shift(&Tensor::new(&lessons.clusters[..rows.len()], x0.device())?)?;
+    let rows: Vec<u32> = (0..data.clusters.len().min(1024) as u32).collect();
+    let x0 = data.x0(&rows)?;
+    let shift = prior.shift(&Tensor::new(&data.clusters[..rows.len()], x0.device())?)?;
     let start = shift.colour(&crate::diffusion::noise::normal(0, 0, x0.shape(), x0.device())?)?;
     let norm = |x: &Tensor| x.sqr()?.sum(1)?.sqrt();
     let cosine = |x: &Tensor| -> Result<f64> {
@@ -211,14 +215,15 @@ fn nearest(set: &LoraDataset) -> Result<Vec<u32>> {
 }
 
 /// The report as text.
-pub fn print_report(report: &Value) -> Result<()> {
+pub fn as_text(report: &Value) -> String {
+    let mut lines = Vec::new();
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-    print_line!(
+    lines.push(format!(
         "{} people to learn from, {} held out, one photo each unless said otherwise; ± is the 95 % interval over people",
         report["people"]["train"],
         report["people"]["held_out"]
-    )?;
-    print_line!("{:<36} {:>15} {:>15} {:>16}", "", "relative error", "cosine", "error over ridge")?;
+    ));
+    lines.push(format!("{:<36} {:>15} {:>15} {:>16}", "", "relative error", "cosine", "error over ridge"));
     for row in report["table"].as_array().into_iter().flatten() {
         let name = row["name"].as_str().unwrap_or_default();
         let pair =
@@ -227,23 +232,23 @@ pub fn print_report(report: &Value) -> Result<()> {
             Value::Null => String::new(),
             over => format!("{:+.3} ± {:.3}", number(&over["mean"]), number(&over["half_width"])),
         };
-        print_line!("{name:<36} {:>15} {:>15} {over:>16}", pair("relative_error"), pair("cosine"))?;
+        lines.push(format!("{name:<36} {:>15} {:>15} {over:>16}", pair("relative_error"), pair("cosine")));
     }
     if let Value::Object(gates) = &report["gates"] {
         let gate = |name: &str| number(&gates[name]);
-        print_line!(
+        lines.push(format!(
             "gates: face {:.2} ± {:.2} over photos, image {:.2}",
             gate("face"),
             gate("spread"),
             gate("image")
-        )?;
+        ));
     }
     if let Value::Object(start) = &report["start"] {
-        print_line!(
+        lines.push(format!(
             "prior: cosine to the end {:.2} of the Gaussians' means, {:.2} of starts",
             number(&start["cosine_of_mean"]),
             number(&start["cosine_of_start"])
-        )?;
+        ));
     }
-    Ok(())
+    lines.join("\n")
 }

@@ -1,11 +1,10 @@
-//! What mixer and transformer learn from: embeddings of photos, and what the transformer should answer for each.
+//! Training data of mixer and transformer: the embeddings of each photo and the target x_0 of its person.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use rand::seq::SliceRandom;
 use serde_json::json;
 
-use crate::commands::train_dit::Recipe;
 use crate::dataset::latents::{CHUNK, LatentFile};
 use crate::dataset::lora_dataset::LoraDataset;
 use crate::diffusion::noise;
@@ -16,38 +15,40 @@ use crate::hypernet::ridge::{CrossFit, Ridge};
 use crate::hypernet::rows::Rows;
 use crate::hypernet::stats::Standardise;
 use crate::hypernet::{DenoiserStats, LoraCodec};
+use crate::recipes::dit::config::DitTrainConfig;
 
-/// A row a photo (R, …) of the people to learn from. Embeddings are in the CPU's memory (8 KB a photo), latents in a
-/// file; what is asked for batch by batch is given on the device of the networks.
-pub struct Lessons {
+/// One row per photo (R, …) of the training people. Embeddings are kept in CPU memory (8 KB per photo), latents in a
+/// file; batches are returned on the device of the networks.
+pub struct LatentTrainingSet {
     /// Standardisation, scale, prior and spread.
     pub stats: DenoiserStats,
-    /// Standardised embeddings (R, F) and (R, I).
+    /// Standardised face embeddings (R, F).
     pub face: Tensor,
+    /// Standardised image embeddings (R, I).
     pub image: Tensor,
     /// The Gaussian of each photo (R); empty without a prior.
     pub clusters: Vec<u32>,
     /// The person of each photo.
     owners: Vec<usize>,
     latents: LatentFile,
-    /// The linear guess, on the CPU; also made where it is not stored, as a baseline.
+    /// The linear guess, on the CPU; fitted as a baseline even if the hypernetwork does not store it.
     pub fit: CrossFit,
-    /// [`CrossFit::without_fold`] where the networks are.
+    /// [`CrossFit::without_fold`] on the device of the networks.
     without_fold: Vec<Ridge>,
     device: Device,
     folds: usize,
     linear_guess: bool,
     kind: MixerKind,
-    /// The photos of each person who is learnt from.
-    pub learnt: Vec<Vec<u32>>,
-    /// Those of the people kept apart to stop in time; none unless the recipe asks.
+    /// The photos of each person who is trained on.
+    pub training: Vec<Vec<u32>>,
+    /// The photos of each validation person; empty without validation.
     pub validation: Vec<Vec<u32>>,
 }
 
-impl Lessons {
+impl LatentTrainingSet {
     /// Encodes the LoRAs into `folder`/latents.safetensors, fits the linear guess and takes the statistics.
     pub fn prepare(
-        recipe: &Recipe,
+        config: &DitTrainConfig,
         codec: &LoraCodec,
         lae: &str,
         set: &LoraDataset,
@@ -69,16 +70,16 @@ impl Lessons {
             spread: Some(spread(&latents, people)?),
         };
         let references = train.references();
-        let (learnt, validation) = part(recipe, references)?;
+        let (training, validation) = split_people(config, references)?;
         let (face, image) = (stats.face.apply(&train.faces)?, stats.image.apply(&train.images)?);
-        let (kind, folds) = (recipe.mixer, recipe.folds);
+        let (kind, folds) = (config.mixer, config.folds);
         let owners = train.owners.clone();
-        // The photos of one person are alike: in another fold they would give the answer away.
+        // The photos of a person must not be in different folds: the guess would have seen the target.
         let of_fold = |fold: usize| -> Vec<u32> {
             (0..owners.len() as u32).filter(|row| owners[*row as usize] % folds == fold).collect()
         };
         let rows_of_folds: Vec<Vec<u32>> = (0..folds).map(of_fold).collect();
-        let fit = Ridge::cross_fit(folds, &recipe.penalties, |fold, i| {
+        let fit = Ridge::cross_fit(folds, &config.penalties, |fold, i| {
             let Some(rows) = rows_of_folds[fold].chunks(ROWS).nth(i) else { return Ok(None) };
             let index = Tensor::new(rows, &Device::Cpu)?;
             let x = kind.seen(&face.index_select(&index, 0)?, &image.index_select(&index, 0)?)?;
@@ -88,7 +89,7 @@ impl Lessons {
         let device = codec.device().clone();
         let without_fold = fit.without_fold.iter().map(|ridge| ridge.to_device(&device));
         let without_fold = without_fold.collect::<candle_core::Result<_>>()?;
-        let mut lessons = Self {
+        let mut data = Self {
             stats,
             face,
             image,
@@ -99,19 +100,19 @@ impl Lessons {
             without_fold,
             device,
             folds,
-            linear_guess: recipe.linear_guess,
+            linear_guess: config.linear_guess,
             kind,
-            learnt,
+            training,
             validation,
         };
-        lessons.stats.scale = lessons.unit_power()?;
-        if let Some(config) = &recipe.prior {
-            let prior = Prior::fit(config, &train.faces, lessons.all(), recipe.seed)
+        data.stats.scale = data.unit_power()?;
+        if let Some(prior) = &config.prior {
+            let prior = Prior::fit(prior, &train.faces, data.all(), config.seed)
                 .map_err(|error| Failure::Usage(format!("the prior: {error:#}")))?;
-            lessons.clusters = prior.choose(&train.faces)?.to_vec1()?;
-            lessons.stats.prior = Some(prior);
+            data.clusters = prior.choose(&train.faces)?.to_vec1()?;
+            data.stats.prior = Some(prior);
         }
-        Ok(lessons)
+        Ok(data)
     }
 
     /// L
@@ -136,7 +137,7 @@ impl Lessons {
         Ok((of(&self.face)?, of(&self.image)?))
     }
 
-    /// What the transformer adds to: the linear guess of `rows` without their own fold, or zero (B, L).
+    /// The linear guess (B, L) of `rows`, fitted without their own fold; zero where the config has none.
     pub fn guess(&self, rows: &[u32]) -> Result<Tensor> {
         if !self.linear_guess {
             return Ok(Tensor::zeros((rows.len(), self.width()), candle_core::DType::F32, &self.device)?);
@@ -166,14 +167,14 @@ impl Lessons {
         Ok(((z - self.guess(rows)?)? * self.stats.scale)?)
     }
 
-    /// x_0 of all photos, part after part.
+    /// x_0 of all photos, in chunks.
     fn all(&self) -> impl Iterator<Item = Result<Tensor>> {
         let rows: Vec<u32> = (0..self.owners.len() as u32).collect();
         let starts = (0..rows.len()).step_by(ROWS);
         starts.map(move |from| self.x0(&rows[from..rows.len().min(from + ROWS)]))
     }
 
-    /// [`crate::hypernet::stats::unit_power`], part after part.
+    /// [`crate::hypernet::stats::unit_power`] of x_0, in chunks.
     fn unit_power(&self) -> Result<f64> {
         let (mut sum, mut count) = (0.0, 0);
         for x0 in self.all() {
@@ -186,7 +187,7 @@ impl Lessons {
     }
 }
 
-/// Photos that are looked at together.
+/// Photos per chunk.
 const ROWS: usize = 256;
 
 /// Deviation of each value over people (L).
@@ -211,31 +212,31 @@ fn spread(latents: &LatentFile, people: usize) -> Result<Tensor> {
 /// The rows of each person's reference photos.
 type References = Vec<Vec<u32>>;
 
-/// People to learn from, and people kept apart where the recipe asks for it.
-fn part(recipe: &Recipe, references: References) -> Result<(References, References)> {
+/// Splits the people into those to train on and those for validation.
+fn split_people(config: &DitTrainConfig, references: References) -> Result<(References, References)> {
     let people = references.len();
-    let apart = match &recipe.validation {
+    let validation_count = match &config.validation {
         Some(validation) => ((people as f64 * validation.share).round() as usize).max(1),
         None => 0,
     };
-    let batch = recipe.plan.batch;
-    if people < apart + 2 * batch {
+    let batch = config.plan.batch;
+    if people < validation_count + 2 * batch {
         return Err(Failure::Usage(format!(
             "{} people to learn from are too few for batches of {batch}; take a `batch` of {} at most, or build a \
              larger dataset",
-            people.saturating_sub(apart),
-            people.saturating_sub(apart) / 2
+            people.saturating_sub(validation_count),
+            people.saturating_sub(validation_count) / 2
         ))
         .into());
     }
     let mut order: Vec<usize> = (0..people).collect();
-    // Stream 1, so that the choice shares nothing with the first step's draws.
-    order.shuffle(&mut noise::generator(recipe.seed ^ 0x7a11, 1));
-    let mut kept = vec![false; people];
-    order[..apart].iter().for_each(|person| kept[*person] = true);
-    let (mut learnt, mut validation) = (Vec::new(), Vec::new());
-    for (photos, kept) in references.into_iter().zip(kept) {
-        if kept { validation.push(photos) } else { learnt.push(photos) }
+    // Stream 1, independent of the random numbers of the first step.
+    order.shuffle(&mut noise::generator(config.seed ^ 0x7a11, 1));
+    let mut in_validation = vec![false; people];
+    order[..validation_count].iter().for_each(|person| in_validation[*person] = true);
+    let (mut training, mut validation) = (Vec::new(), Vec::new());
+    for (photos, validates) in references.into_iter().zip(in_validation) {
+        if validates { validation.push(photos) } else { training.push(photos) }
     }
-    Ok((learnt, validation))
+    Ok((training, validation))
 }

@@ -1,0 +1,5 @@
+//! Trains the LoRA autoencoder (LAE).
+
+pub mod config;
+pub mod report;
+pub mod train;
