@@ -104,7 +104,7 @@ impl SdxlLoader {
     }
 }
 
-/// The networks that LoRAs change, without weights; see [`SdxlLoader::outline`].
+/// The networks that LoRAs change, without weights; see [`SdxlLoader::skeleton`].
 pub struct SdxlSkeleton {
     /// The denoiser.
     pub unet: UNet,
