@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::output::Output;
-use crate::{commands, progress};
+use crate::{commands, files, progress};
 
 /// From one photo of a face to a personal SDXL LoRA, and images generated with it.
 #[derive(Debug, Parser)]
@@ -126,6 +126,7 @@ pub fn command() -> clap::Command {
 pub fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.output.quiet);
     progress::set_verbose(cli.output.verbose);
+    files::set_overwrite(cli.output.overwrite);
     progress::catch_interrupts()?;
     match cli.command {
         Command::Gen(args) => commands::r#gen::run(*args, &cli.output),

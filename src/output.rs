@@ -14,6 +14,9 @@ pub struct Output {
     /// Suppress progress bars and notes on stderr.
     #[arg(help_heading = "Global options", long, short, global = true, env = "DIFFLORA_QUIET")]
     pub quiet: bool,
+    /// Replace existing images and LoRAs that difflora did not write. Its own are always replaced.
+    #[arg(help_heading = "Global options", long, global = true, env = "DIFFLORA_OVERWRITE")]
+    pub overwrite: bool,
     /// Print the time of each stage, and all names in warnings instead of the first ten.
     #[arg(help_heading = "Global options", long, short, global = true, env = "DIFFLORA_VERBOSE")]
     pub verbose: bool,

@@ -55,7 +55,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         report["person"] = about.clone();
         if let Some(path) = &outputs.lora {
             file::write(path, lora, args.lora_format, &base.block_layout)?;
-            report["lora"] = json!(path);
+            report["lora"] = json!(path.display().to_string());
             if !output.json {
                 print_line!("LoRA    {}", path.display())?;
             }

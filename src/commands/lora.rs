@@ -11,7 +11,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
-use crate::files::{self, check_writable};
+use crate::files::{self, check_writable, refuse_inputs};
 use crate::lora::change::Changes;
 use crate::lora::edit::{self, Disturbance, Keep, Kept, Which};
 use crate::lora::file::{self, Format};
@@ -191,6 +191,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     match args.action {
         Action::Inspect { file } => inspect(&file, &layout, output),
         Action::Convert { input, output: out, format } => {
+            refuse_inputs(&[&out], std::slice::from_ref(&input))?;
             check_writable(&out)?;
             write(&out, &file::read_changes(&input, &layout)?, format, &layout, output, json!({}))
         }
@@ -201,16 +202,21 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
                     return Err(Failure::Usage(why.into()).into());
                 }
                 let begin = Instant::now();
+                let mut inputs = paths_of(&lora)?;
+                inputs.extend(args.base.as_deref().map(PathBuf::from));
+                refuse_inputs(&[&out], &inputs)?;
                 let loras = read_all(&lora, &layout)?;
                 merge::run(&base, &loras, begin, &out, output)
             }
             None => {
+                refuse_inputs(&[&out], &paths_of(&lora)?)?;
                 check_writable(&out)?;
                 let loras = read_all(&lora, &layout)?;
                 write_sum(&loras, length.keep()?, &out, format, &layout, output)
             }
         },
         Action::Resize { input, output: out, length, format } => {
+            refuse_inputs(&[&out], std::slice::from_ref(&input))?;
             check_writable(&out)?;
             let keep = length.keep()?;
             if keep == Keep::All {
@@ -220,6 +226,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             write_sum(&loras, keep, &out, format, &layout, output)
         }
         Action::Mix { lora, out, length, format } => {
+            refuse_inputs(&[&out], &paths_of(&lora)?)?;
             check_writable(&out)?;
             let loras = read_all(&lora, &layout)?;
             let total: f64 = loras.iter().map(|lora| lora.strength.everywhere()).sum();
@@ -231,11 +238,13 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             write_sum(&loras, length.keep()?, &out, format, &layout, output)
         }
         Action::Extract { before, after, out, rank, layers_only, format } => {
+            refuse_inputs(&[&out], &[PathBuf::from(&before), PathBuf::from(&after)])?;
             check_writable(&out)?;
             let wanted = extract::Wanted { rank: rank as usize, format, layers_only };
             extract::run(&find(&before)?, &find(&after)?, &out, &wanted, output)
         }
         Action::Perturb { input, output: out, which, with, share, seed } => {
+            refuse_inputs(&[&out], std::slice::from_ref(&input))?;
             check_writable(&out)?;
             let share = a_share(share, "--share")?;
             let mut changes = file::read_changes(&input, &layout)?;
@@ -247,6 +256,11 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     }
 }
 
+/// The files of arguments like FILE:WEIGHT.
+fn paths_of(loras: &[String]) -> Result<Vec<PathBuf>> {
+    loras.iter().map(|lora| Ok(Strength::split(lora)?.0)).collect()
+}
+
 fn inspect(path: &Path, layout: &BlockLayout, output: &Output) -> Result<()> {
     let mut file = file::open(path)?;
     let report =
@@ -254,7 +268,7 @@ fn inspect(path: &Path, layout: &BlockLayout, output: &Output) -> Result<()> {
     let bytes = file.metadata()?.len();
     if output.json {
         let mut value = serde_json::to_value(&report)?;
-        value["file"] = json!(path);
+        value["file"] = json!(path.display().to_string());
         value["bytes"] = json!(bytes);
         print_line!("{value:#}")?;
         return Ok(());
@@ -363,7 +377,7 @@ fn write(
         if known { Failure::Unusable(why).into() } else { error }
     })?;
     files::write_whole(path, &bytes)?;
-    told["file"] = json!(path);
+    told["file"] = json!(path.display().to_string());
     told["modules"] = json!(changes.modules.len());
     tell(&told, output)
 }

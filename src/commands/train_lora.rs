@@ -371,7 +371,7 @@ pub fn report(args: &Args, output: &Output, queue: &JobQueue) -> Result<()> {
     if output.json {
         let loras: Vec<_> = done
             .iter()
-            .map(|(lora, images, loss)| json!({ "lora": lora, "pictures": images, "loss": loss }))
+            .map(|(lora, images, loss)| json!({ "lora": lora.display().to_string(), "pictures": images, "loss": loss }))
             .collect();
         match (&args.many, &loras[..]) {
             (None, [one]) => print_line!("{one}")?,

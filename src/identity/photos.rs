@@ -158,7 +158,10 @@ impl Photos {
 impl<T> Seen<T> {
     /// `left_out` for a report in JSON.
     pub fn left_out_json(&self) -> Value {
-        self.left_out.iter().map(|(file, why)| json!({ "file": file, "why": why })).collect()
+        self.left_out
+            .iter()
+            .map(|(file, why)| json!({ "file": file.display().to_string(), "why": why }))
+            .collect()
     }
 }
 

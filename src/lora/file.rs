@@ -502,6 +502,7 @@ fn described(changes: &Changes, format: Format) -> BTreeMap<String, String> {
         ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora".to_string()),
         ("modelspec.implementation", "https://github.com/Stability-AI/generative-models".to_string()),
         ("modelspec.title", "difflora LoRA".to_string()),
+        ("difflora.version", env!("CARGO_PKG_VERSION").to_string()),
         ("modelspec.resolution", "1024x1024".to_string()),
     ];
     let mut metadata: BTreeMap<String, String> =

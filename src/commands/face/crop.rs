@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::inputs::{Images, note_several_faces, short_names};
 use super::print_json;
+use crate::files;
 use crate::identity::FaceEncoder;
 use crate::identity::align::align;
 use crate::identity::photos::Photos;
@@ -25,13 +26,13 @@ pub(super) fn crop(
     let seen = photos.look(|at, file, image| {
         let search = encoder.search(image)?;
         let face = search.largest(&file.display().to_string())?;
-        align(image, &face.points, size).save(&targets[at], None)?;
+        align(image, &face.points, size).save(&targets[at], Some("difflora face crop"))?;
         Ok((search.faces.len(), targets[at].clone()))
     })?;
     note_several_faces(&seen, |(faces, _)| *faces);
     if json {
         let written: Vec<_> =
-            seen.photos.iter().map(|(file, (_, face))| json!({ "file": file, "face": face })).collect();
+            seen.photos.iter().map(|(file, (_, face))| json!({ "file": file.display().to_string(), "face": face.display().to_string() })).collect();
         print_json(&written)
     } else {
         print_line!("{} faces in `{}`", seen.photos.len(), out.display())
@@ -50,5 +51,9 @@ pub(super) fn pngs_in(out: &Path, photos: &Photos) -> Result<Vec<PathBuf>> {
         let file = if taken.insert(short.clone()) { short } else { PathBuf::from(format!("{name}.png")) };
         out.join(file)
     };
-    Ok(short_names(&sources).into_iter().map(&mut target).collect())
+    let targets: Vec<PathBuf> = short_names(&sources).into_iter().map(&mut target).collect();
+    let outputs: Vec<&Path> = targets.iter().map(PathBuf::as_path).collect();
+    files::refuse_inputs(&outputs, &sources)?;
+    targets.iter().try_for_each(|path| files::check_writable(path))?;
+    Ok(targets)
 }

@@ -19,7 +19,7 @@ pub(super) fn detect(images: &Images, encoder: &FaceEncoder, out: Option<&Path>,
     let seen = photos.look(|at, file, image| {
         let search = encoder.search(image)?;
         if let Some(drawings) = &drawings {
-            draw::draw(image, &search.faces).save(&drawings[at], None)?;
+            draw::draw(image, &search.faces).save(&drawings[at], Some("difflora face detect"))?;
         }
         let quality = search.faces.first().map(|face| Quality::of(image, face, &search.faces));
         let nothing = search.largest(&file.display().to_string()).err();
@@ -31,7 +31,7 @@ pub(super) fn detect(images: &Images, encoder: &FaceEncoder, out: Option<&Path>,
         found += faces.len();
         nothing = error.or(nothing);
         if json {
-            list.push(Found { file, faces, quality });
+            list.push(Found { file: file.display().to_string(), faces, quality });
         } else {
             print_line!("{}", describe(&file, &faces, quality.as_ref()))?;
         }
@@ -53,6 +53,8 @@ fn drawings(photos: &Photos, out: &Path) -> Result<Vec<PathBuf>> {
             let why = format!("drawings are written as PNG: name `{}` with .png", out.display());
             return Err(Failure::Usage(why).into());
         }
+        let sources: Vec<PathBuf> = photos.paths().map(Path::to_path_buf).collect();
+        files::refuse_inputs(&[out], &sources)?;
         files::check_writable(out)?;
         return Ok(vec![out.to_path_buf()]);
     }
@@ -62,7 +64,7 @@ fn drawings(photos: &Photos, out: &Path) -> Result<Vec<PathBuf>> {
 /// An image in `detect --json`.
 #[derive(serde::Serialize)]
 struct Found {
-    file: PathBuf,
+    file: String,
     faces: Vec<Face>,
     /// Of the largest face.
     quality: Option<Quality>,

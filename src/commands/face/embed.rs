@@ -13,6 +13,7 @@ use crate::files;
 use crate::output::print_line;
 
 pub(super) fn embed(images: &Images, encoder: &Encoder, out: &Path, json: bool) -> Result<()> {
+    files::refuse_inputs(&[out], &images.images)?;
     files::check_writable(out)?;
     let encoder = encoder.load()?;
     let people = People::embed(images, &encoder)?;
@@ -21,7 +22,9 @@ pub(super) fn embed(images: &Images, encoder: &Encoder, out: &Path, json: bool) 
     let [_, (name, sha256)] = encoder.provenance();
     write_vectors(out, &names, vectors, [("face_encoder", name.into()), ("face_encoder_sha256", sha256)])?;
     if json {
-        print_json(&json!({ "out": out, "names": names, "face_encoder": name, "left_out": people.left_out }))
+        print_json(
+            &json!({ "out": out.display().to_string(), "names": names, "face_encoder": name, "left_out": people.left_out }),
+        )
     } else {
         print_line!("{} faces in `{}`", names.len(), out.display())
     }

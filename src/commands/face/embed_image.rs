@@ -60,6 +60,7 @@ pub fn embed(
     out: &Path,
     json: bool,
 ) -> Result<()> {
+    files::refuse_inputs(&[out], &images.images)?;
     files::check_writable(out)?;
     let files = registry::find(name, "image_encoder")?;
     let id = registry::identify(&files, name, registry::ENCODER_WEIGHTS)?;
@@ -94,7 +95,9 @@ pub fn embed(
     let about = [("image_encoder", id.name.clone()), ("image_encoder_sha256", id.sha256.clone())];
     write_vectors(out, &names, tensors, about)?;
     if json {
-        print_json(&json!({ "out": out, "names": names, "image_encoder": id.name, "left_out": left_out }))
+        print_json(
+            &json!({ "out": out.display().to_string(), "names": names, "image_encoder": id.name, "left_out": left_out }),
+        )
     } else {
         print_line!("{} embeddings in `{}`", names.len(), out.display())
     }

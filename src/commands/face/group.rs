@@ -18,7 +18,8 @@ pub(super) fn compare(images: &Images, encoder: &FaceEncoder, json: bool) -> Res
         people.vectors.iter().map(|a| people.vectors.iter().map(|b| cosine(a, b)).collect()).collect();
     if json {
         let [_, (name, _)] = encoder.provenance();
-        return print_json(&json!({ "files": people.files, "cosine": cosines, "face_encoder": name }));
+        let files: Vec<String> = people.files.iter().map(|file| file.display().to_string()).collect();
+        return print_json(&json!({ "files": files, "cosine": cosines, "face_encoder": name }));
     }
     let count = people.files.len();
     let head: String = (1..=count).map(|column| format!("{column:>7}")).collect();
@@ -47,8 +48,10 @@ pub(super) fn dedupe(
             .map(|&face| (people.files[face].as_path(), cosine(&people.vectors[face], &centre)))
             .collect();
         if json {
-            let images: Vec<_> =
-                rows.iter().map(|(file, cosine)| json!({ "file": file, "cosine": cosine })).collect();
+            let images: Vec<_> = rows
+                .iter()
+                .map(|(file, cosine)| json!({ "file": file.display().to_string(), "cosine": cosine }))
+                .collect();
             list.push(json!({ "person": number + 1, "pictures": images }));
             continue;
         }

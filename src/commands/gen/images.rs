@@ -136,7 +136,7 @@ pub(super) fn generate(
         let text = settings.parameters();
         image.save(path, (!args.no_metadata).then_some(&text))?;
         let mut record = settings.to_json();
-        record["file"] = json!(path);
+        record["file"] = json!(path.display().to_string());
         if output.json {
             files::write_whole(&path.with_extension("json"), format!("{record:#}\n").as_bytes())?;
         } else {

@@ -1,13 +1,15 @@
 //! The output paths.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
 use crate::commands::r#gen::Args;
 use crate::failure::Failure;
 use crate::files;
+use crate::identity::photos::Photos;
 use crate::image::FileFormat;
+use crate::lora::strength::Strength;
 use crate::sdxl::lora_stack::LoraMode;
 
 /// The output paths, checked before the work begins.
@@ -51,10 +53,17 @@ impl Outputs {
             vec![out]
         } else {
             let (stem, extension) = (out.with_extension(""), out.extension().unwrap_or_default());
-            let (stem, extension) = (stem.display(), extension.to_string_lossy());
-            (1..=count).map(|i| PathBuf::from(format!("{stem}-{i:04}.{extension}"))).collect()
+            let numbered = |i: usize| {
+                let mut name = stem.clone().into_os_string();
+                name.push(format!("-{i:04}."));
+                name.push(extension);
+                PathBuf::from(name)
+            };
+            (1..=count).map(numbered).collect()
         };
-        for path in images.iter().chain(&lora) {
+        let outputs: Vec<&Path> = images.iter().chain(&lora).map(PathBuf::as_path).collect();
+        files::refuse_inputs(&outputs, &inputs(args)?)?;
+        for path in outputs {
             files::check_writable(path)?;
         }
         for path in &images {
@@ -62,4 +71,16 @@ impl Outputs {
         }
         Ok(Self { lora, images })
     }
+}
+
+/// The files that the command reads: photos and LoRAs.
+fn inputs(args: &Args) -> Result<Vec<PathBuf>> {
+    let mut inputs: Vec<PathBuf> = args.identity.mixed()?.into_iter().map(|(photo, _)| photo).collect();
+    if !args.reference.is_empty() {
+        inputs.extend(Photos::find(&args.reference)?.paths().map(Path::to_path_buf));
+    }
+    for lora in &args.lora {
+        inputs.push(Strength::split(lora)?.0);
+    }
+    Ok(inputs)
 }

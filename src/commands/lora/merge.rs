@@ -59,9 +59,9 @@ pub(super) fn run(
         _ => merge.write_folder(base, &files, out, &mut spent)?,
     }
     let kind = if matches!(base, ModelFiles::Assembled(_)) { "file" } else { "folder" };
-    let mut told = json!({ kind: out, "modules": matched });
+    let mut told = json!({ kind: out.display().to_string(), "modules": matched });
     if output.json {
-        let lora = |lora: &Given| json!({ "file": lora.path, "weight": lora.weight, "modules": lora.changes.modules.len() });
+        let lora = |lora: &Given| json!({ "file": lora.path.display().to_string(), "weight": lora.weight, "modules": lora.changes.modules.len() });
         told["loras"] = loras.iter().map(lora).collect();
         // Reading the LoRAs, adding them up in memory, and all of it with reading and writing of the model.
         let [loras, merging, all] = [read, spent, begin.elapsed()].map(|time| time.as_secs_f64());
