@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::output::Output;
-use crate::{commands, files, progress};
+use crate::{commands, files, image, progress};
 
 /// From one photo of a face to a personal SDXL LoRA, and images generated with it.
 #[derive(Debug, Parser)]
@@ -127,6 +127,7 @@ pub fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.output.quiet);
     progress::set_verbose(cli.output.verbose);
     files::set_overwrite(cli.output.overwrite);
+    image::set_max_megapixels(cli.output.max_megapixels);
     progress::catch_interrupts()?;
     match cli.command {
         Command::Gen(args) => commands::r#gen::run(*args, &cli.output),

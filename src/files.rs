@@ -1,9 +1,11 @@
 //! Files that are never half-written: beside the target first, then renamed over it.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use anyhow::{Context, Result};
 use tempfile::NamedTempFile;
@@ -29,20 +31,100 @@ pub fn write_at(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<(
 
 fn write_beside(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> Result<()>) -> Result<()> {
     let write = || -> Result<()> {
-        let mut beside = tempfile::Builder::new().prefix(".difflora-").tempfile_in(folder_of(path))?;
+        // The target of a link is written; the link stays.
+        let target = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+        let before = std::fs::metadata(&target).ok();
+        if before.as_ref().is_some_and(|before| !before.is_file() && !before.is_dir()) {
+            // Devices and pipes are written through, and never replaced.
+            let mut whole = temporary().tempfile()?;
+            fill(&mut whole)?;
+            let mut device = File::options().write(true).open(&target)?;
+            std::io::copy(&mut File::open(whole.path())?, &mut device)?;
+            return Ok(());
+        }
+        let folder = folder_of(&target);
+        remove_leftovers(folder);
+        let mut beside = temporary().tempfile_in(folder)?;
+        let permissions = match before {
+            Some(before) => before.permissions(),
+            None => beside.as_file().metadata()?.permissions(),
+        };
         fill(&mut beside)?;
         // By its name, under which `fill` may have put another file.
         File::options().write(true).open(beside.path())?.sync_all()?;
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            // Temporary files are private; a result is as readable as any other new file.
-            std::fs::set_permissions(beside.path(), std::fs::Permissions::from_mode(0o644))?;
-        }
-        beside.persist(path).map_err(|failed| failed.error)?;
+        std::fs::set_permissions(beside.path(), permissions)?;
+        beside.persist(&target).map_err(|failed| failed.error)?;
         Ok(())
     };
     write().with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+/// Names of temporary files begin with the machine and the process that writes them.
+pub fn temporary_prefix() -> String {
+    format!(".difflora-{}-{}-", machine(), std::process::id())
+}
+
+/// A temporary file with the permissions of any other new file.
+fn temporary() -> tempfile::Builder<'static, 'static> {
+    static PREFIX: OnceLock<String> = OnceLock::new();
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(PREFIX.get_or_init(temporary_prefix).as_str());
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // The umask is subtracted.
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    builder
+}
+
+/// The machine's name, in letters and digits.
+fn machine() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name: String = name.chars().filter(char::is_ascii_alphanumeric).take(40).collect();
+    if name.is_empty() { "host".into() } else { name }
+}
+
+/// Removes temporary files that killed processes of this machine left in `folder`; once a folder and process.
+fn remove_leftovers(folder: &Path) {
+    static SEEN: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    let first = SEEN.lock().is_ok_and(|mut seen| seen.insert(folder.to_path_buf()));
+    // Only Linux tells here which processes are alive.
+    if !first || !Path::new("/proc/self").exists() {
+        return;
+    }
+    let prefix = format!(".difflora-{}-", machine());
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let process =
+            name.to_str().and_then(|name| name.strip_prefix(&prefix)?.split('-').next()?.parse::<u32>().ok());
+        if process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists()) {
+            let path = entry.path();
+            let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+        }
+    }
+}
+
+/// Reads an input file whole.
+///
+/// # Errors
+/// [`Failure::Unusable`] when it is missing, a folder, a device or a pipe, or larger than `most` bytes.
+pub fn read_input(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let data = std::fs::metadata(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Failure::unusable(path, "there is no such file"),
+        _ => Failure::unusable(path, error),
+    })?;
+    if data.is_dir() {
+        return Err(Failure::unusable(path, "it is a folder, wanted a file"));
+    }
+    if !data.is_file() {
+        return Err(Failure::unusable(path, "it is a device or a pipe, wanted a file"));
+    }
+    if data.len() > most {
+        let why = format!("it has {} bytes, more than the limit of {most}", data.len());
+        return Err(Failure::unusable(path, why));
+    }
+    std::fs::read(path).map_err(|error| Failure::unusable(path, error))
 }
 
 static OVERWRITE: AtomicBool = AtomicBool::new(false);
@@ -93,8 +175,19 @@ fn file_id(path: &Path) -> Option<FileId> {
     path.canonicalize().ok()
 }
 
+/// Whether an image was generated by this program, by its generation parameters.
+pub fn is_generated(path: &Path) -> bool {
+    contains(path, &["Version: difflora"])
+}
+
 /// Whether an existing image or LoRA was written by this program: its metadata names it.
 fn is_own(path: &Path) -> bool {
+    path.metadata().is_ok_and(|data| data.len() == 0)
+        || contains(path, &["difflora", "\"face_encoder_sha256\"", "\"image_encoder_sha256\""])
+}
+
+/// Whether a file's metadata contain one of `marks`, in ASCII or, as in EXIF, big-endian UTF-16.
+fn contains(path: &Path, marks: &[&str]) -> bool {
     /// Metadata stands at the head of a PNG, JPEG or safetensors file, and at the end of a WebP.
     const PART: u64 = 1 << 18;
     let read = || -> std::io::Result<Vec<u8>> {
@@ -106,11 +199,14 @@ fn is_own(path: &Path) -> bool {
         file.take(PART).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let utf16: Vec<u8> = "difflora".encode_utf16().flat_map(u16::to_be_bytes).collect();
-    let marks: [&[u8]; 4] = [b"difflora", &utf16, b"\"face_encoder_sha256\"", b"\"image_encoder_sha256\""];
-    read().is_ok_and(|bytes| {
-        bytes.is_empty() || marks.iter().any(|mark| bytes.windows(mark.len()).any(|part| part == *mark))
-    })
+    let has = |bytes: &[u8], mark: &[u8]| bytes.windows(mark.len()).any(|part| part == mark);
+    path.is_file()
+        && read().is_ok_and(|bytes| {
+            marks.iter().any(|mark| {
+                let utf16: Vec<u8> = mark.encode_utf16().flat_map(u16::to_be_bytes).collect();
+                has(&bytes, mark.as_bytes()) || has(&bytes, &utf16)
+            })
+        })
 }
 
 /// Makes sure before the work begins that `path` can be written at its end, and that no image or LoRA of another
@@ -134,7 +230,11 @@ pub fn check_writable(path: &Path) -> Result<()> {
     if precious && path.is_file() && !OVERWRITE.load(Ordering::SeqCst) && !is_own(path) {
         return refuse("it exists and was not written by difflora; give --overwrite to replace it".into());
     }
-    match tempfile::Builder::new().prefix(".difflora-").tempfile_in(folder) {
+    if path.exists() && !path.is_file() {
+        // A device or a pipe; opening a pipe would wait for its reader.
+        return Ok(());
+    }
+    match temporary().tempfile_in(folder) {
         Ok(_) => Ok(()),
         Err(error) => refuse(error.to_string()),
     }
@@ -201,5 +301,36 @@ mod tests {
         assert!(error.contains("--overwrite"), "{error}");
         check_writable(&at("own.png")).unwrap();
         check_writable(&at("new.png")).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_pipes_and_permissions_are_kept() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        write_whole(&at("secret"), b"old").unwrap();
+        std::fs::set_permissions(at("secret"), std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink("secret", at("link")).unwrap();
+        write_whole(&at("link"), b"new").unwrap();
+        assert_eq!(std::fs::read(at("secret")).unwrap(), b"new");
+        assert!(at("link").is_symlink());
+        assert_eq!(std::fs::metadata(at("secret")).unwrap().permissions().mode() & 0o777, 0o600);
+        write_whole(Path::new("/dev/null"), b"nothing").unwrap();
+        assert!(!std::fs::metadata("/dev/null").unwrap().is_file());
+        assert!(read_input(Path::new("/dev/zero"), 9).unwrap_err().to_string().contains("device"));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn temporary_files_of_killed_processes_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |process: u32| folder.path().join(format!(".difflora-{}-{process}-x", machine()));
+        // Above Linux' largest process id.
+        let (dead, alive) = (of(4_194_305), of(std::process::id()));
+        std::fs::write(&dead, b"").unwrap();
+        std::fs::write(&alive, b"").unwrap();
+        write_whole(&folder.path().join("file"), b"").unwrap();
+        assert!(!dead.exists() && alive.exists());
     }
 }

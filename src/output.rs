@@ -17,6 +17,9 @@ pub struct Output {
     /// Replace existing images and LoRAs that difflora did not write. Its own are always replaced.
     #[arg(help_heading = "Global options", long, global = true, env = "DIFFLORA_OVERWRITE")]
     pub overwrite: bool,
+    /// Largest image that is read, in megapixels.
+    #[arg(help_heading = "Global options", long, global = true, value_name = "N", default_value_t = crate::image::MAX_MEGAPIXELS, value_parser = clap::value_parser!(u32).range(1..=4000), env = "DIFFLORA_MAX_MEGAPIXELS")]
+    pub max_megapixels: u32,
     /// Print the time of each stage, and all names in warnings instead of the first ten.
     #[arg(help_heading = "Global options", long, short, global = true, env = "DIFFLORA_VERBOSE")]
     pub verbose: bool,

@@ -1,17 +1,31 @@
 //! Decoding image files, with limits on what a file may ask for.
 
+use std::borrow::Cow;
 use std::io::Cursor;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use image::{AnimationDecoder, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
 
 use super::Image;
 use crate::failure::Failure;
+use crate::files;
 use crate::progress;
 
-/// Most pixels that are decoded; a file that claims more is refused before memory is taken for it.
-pub const MAX_PIXELS: u64 = 100_000_000;
+/// Most megapixels that are decoded; a file that claims more is refused before memory is taken for it.
+pub const MAX_MEGAPIXELS: u32 = 200;
+
+static LIMIT: AtomicU32 = AtomicU32::new(MAX_MEGAPIXELS);
+
+/// `--max-megapixels`: another limit than [`MAX_MEGAPIXELS`].
+pub fn set_max_megapixels(limit: u32) {
+    LIMIT.store(limit, Ordering::SeqCst);
+}
+
+fn max_pixels() -> u64 {
+    u64::from(LIMIT.load(Ordering::SeqCst)) * 1_000_000
+}
 
 /// Largest file that is read as an image, in bytes.
 const MAX_BYTES: u64 = 1 << 29;
@@ -22,24 +36,11 @@ impl Image {
     ///
     /// # Errors
     /// [`Failure::Unusable`] when the file is missing, a folder, no image, truncated or larger than
-    /// [`MAX_PIXELS`].
+    /// [`MAX_MEGAPIXELS`].
     pub fn open(path: &Path) -> Result<Self> {
-        let data = std::fs::metadata(path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Failure::unusable(path, "there is no such file"),
-            _ => Failure::unusable(path, error),
-        })?;
-        if data.is_dir() {
-            return Err(Failure::unusable(path, "it is a folder, wanted an image file"));
-        }
-        if data.len() > MAX_BYTES {
-            return Err(Failure::unusable(
-                path,
-                format!("{} MB are too large for an image", data.len() >> 20),
-            ));
-        }
-        let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
+        let bytes = files::read_input(path, MAX_BYTES)?;
         let image = Self::decode(&bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
-        if is_animated(&bytes) {
+        if is_animated(&without_texts(&bytes)) {
             progress::note(format_args!("`{}` is animated: its first frame is taken", path.display()));
         }
         Ok(image)
@@ -49,20 +50,26 @@ impl Image {
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         ensure!(!bytes.is_empty(), "the file is empty");
         if let Some(kind) = container_of_other_kind(bytes) {
-            bail!("it is {kind} image, which is not read here; save it as JPEG, PNG or WebP");
+            bail!(
+                "it is {kind} image, which difflora does not read; convert it to JPEG or PNG first, for example with \
+                 `magick IN OUT.jpg` or, for HEIC, `heif-convert IN OUT.jpg` (iPhones take JPEG with Settings > Camera > \
+                 Formats > Most Compatible)"
+            );
         }
+        let max_pixels = max_pixels();
+        let bytes = &*without_texts(bytes);
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
         let format = reader.format().context("it is not a PNG, JPEG, WebP, BMP, TIFF or GIF image")?;
         let mut limits = image::Limits::default();
         // Room for 16-bit RGBA of the largest image.
-        limits.max_alloc = Some(MAX_PIXELS * 8);
+        limits.max_alloc = Some(max_pixels * 8);
         reader.limits(limits);
         let mut decoder = reader.into_decoder().map_err(damaged)?;
         let (width, height) = decoder.dimensions();
         ensure!(
-            u64::from(width) * u64::from(height) <= MAX_PIXELS,
-            "{width}×{height} pixels are more than the limit of {} megapixels; make it smaller first",
-            MAX_PIXELS / 1_000_000
+            u64::from(width) * u64::from(height) <= max_pixels,
+            "{width}×{height} pixels are more than the limit of {} megapixels; make it smaller first, or raise --max-megapixels",
+            max_pixels / 1_000_000
         );
         ensure!(width > 0 && height > 0, "it has no pixels");
         // The JPEG decoder fills what is missing with grey instead of saying so.
@@ -89,9 +96,38 @@ fn over_white(rgba: &[u8]) -> Vec<u8> {
     rgba.chunks_exact(4).flat_map(|p| [blend(p[0], p[3]), blend(p[1], p[3]), blend(p[2], p[3])]).collect()
 }
 
-/// Whether the image's own end marker is there: segments are skipped by their length (a thumbnail has an end of
+/// A PNG without its colour profile and texts, which decompress to any size and are not used here.
+fn without_texts(bytes: &[u8]) -> Cow<'_, [u8]> {
+    const SIGNATURE: &[u8] = b"\x89PNG\r\n\x1a\n";
+    let unused = |name: &[u8]| matches!(name, b"iCCP" | b"zTXt" | b"iTXt" | b"tEXt");
+    let (mut kept, mut at) = (Vec::new(), SIGNATURE.len());
+    if !bytes.starts_with(SIGNATURE) {
+        return Cow::Borrowed(bytes);
+    }
+    let mut from = 0;
+    // A chunk: length, name, data, checksum.
+    while let Some(head) = bytes.get(at..at + 8) {
+        let length = u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize;
+        let end = (at + 12).saturating_add(length).min(bytes.len());
+        if unused(&head[4..]) {
+            kept.extend_from_slice(&bytes[from..at]);
+            from = end;
+        }
+        at = end;
+    }
+    if from == 0 {
+        return Cow::Borrowed(bytes);
+    }
+    kept.extend_from_slice(&bytes[from..]);
+    Cow::Owned(kept)
+}
+
+/// Whether the image's own end marker is there, or the trailer that Samsung's phones put in its place: segments are skipped by their length (a thumbnail has an end of
 /// its own), the pixel data between them byte by byte (there FF is followed by 00 or a restart marker).
 fn jpeg_is_whole(bytes: &[u8]) -> bool {
+    if bytes.ends_with(b"SEFT") {
+        return true;
+    }
     let mut at = 2;
     while let Some(&[mark, kind]) = bytes.get(at..at + 2) {
         at += match (mark, kind) {
@@ -146,7 +182,7 @@ fn damaged(error: image::ImageError) -> anyhow::Error {
     match error {
         image::ImageError::Unsupported(what) => anyhow::anyhow!("{what}"),
         image::ImageError::Limits(_) => {
-            anyhow::anyhow!("it is larger than the limit of {} megapixels", MAX_PIXELS / 1_000_000)
+            anyhow::anyhow!("it is larger than the limit of {} megapixels", max_pixels() / 1_000_000)
         }
         error => anyhow::anyhow!("it is truncated or damaged ({error})"),
     }
@@ -268,7 +304,7 @@ mod tests {
                 _ => unreachable!("every kind has its place for the size"),
             }
             let error = Image::decode(&bytes).unwrap_err().to_string();
-            assert!(error.contains("limit of 100 megapixels"), "{kind}: {error}");
+            assert!(error.contains("limit of 200 megapixels"), "{kind}: {error}");
         }
     }
 
@@ -326,5 +362,32 @@ mod tests {
     fn crc32(bytes: &[u8]) -> u32 {
         let shift = |crc: u32| if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 };
         !bytes.iter().fold(!0, |crc, &byte| (0..8).fold(crc ^ u32::from(byte), |crc, _| shift(crc)))
+    }
+
+    #[test]
+    fn packed_profiles_and_texts_of_a_png_are_not_unpacked() {
+        let png = gradient(7, 5).to_png(Some("text")).unwrap();
+        let mut bomb = png[..33].to_vec();
+        let mut chunk = b"iCCPname\0\0".to_vec();
+        chunk.extend([0x78, 0x9C, 0xFF, 0xFF]);
+        bomb.extend((chunk.len() as u32 - 4).to_be_bytes());
+        bomb.extend(&chunk);
+        bomb.extend(crc32(&chunk).to_be_bytes());
+        bomb.extend(&png[33..]);
+        let stripped = without_texts(&bomb);
+        assert!(!stripped.windows(4).any(|name| name == b"iCCP" || name == b"tEXt"));
+        assert_eq!(Image::decode(&bomb).unwrap(), gradient(7, 5));
+    }
+
+    #[test]
+    fn a_trailer_in_place_of_the_end_marker_is_fine() {
+        let image = gradient(32, 32);
+        let mut jpeg = Vec::new();
+        let encoder = image::codecs::jpeg::JpegEncoder::new(&mut jpeg);
+        image::ImageEncoder::write_image(encoder, &image.rgb, 32, 32, image::ExtendedColorType::Rgb8)
+            .unwrap();
+        jpeg.truncate(jpeg.len() - 2);
+        jpeg.extend(b"\0\0\x01\x0aImage_UTC_Data SEFH\0\0\0\0SEFT");
+        assert!(Image::decode(&jpeg).is_ok());
     }
 }

@@ -7,7 +7,10 @@ use anyhow::Result;
 use crate::failure::Failure;
 
 /// Extensions of image files.
-const EXTENSIONS: [&str; 8] = ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"];
+const EXTENSIONS: [&str; 10] = ["png", "jpg", "jpeg", "jfif", "jpe", "webp", "bmp", "tif", "tiff", "gif"];
+
+/// Names that macOS and Windows leave in folders of images.
+const SYSTEM_FILES: [&str; 3] = ["__MACOSX", "Thumbs.db", "desktop.ini"];
 
 /// The image files in a folder and in the folders inside it, by their extension and sorted by path; what is hidden
 /// is left out.
@@ -24,7 +27,10 @@ pub fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
     for entry in entries {
         let entry = entry.map_err(|error| Failure::unusable(folder, error))?;
         let path = entry.path();
-        if entry.file_name().to_string_lossy().starts_with('.') {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        // What is hidden, what archives and systems put beside images, and folders of training states.
+        if name.starts_with('.') || SYSTEM_FILES.contains(&&*name) || name.ends_with(".training") {
             continue;
         }
         if path.is_dir() {

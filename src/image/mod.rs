@@ -8,7 +8,7 @@ mod resize;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
-pub use decode::MAX_PIXELS;
+pub use decode::{MAX_MEGAPIXELS, set_max_megapixels};
 pub use encode::FileFormat;
 pub use folder::{files_in, has_image_name, images_in};
 pub use resize::Filter;

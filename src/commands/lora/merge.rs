@@ -316,7 +316,8 @@ impl<'a> Merge<'a> {
             targets.any(|target| !self.of(&target.module).is_empty())
         };
         let changed: Vec<&WeightFile> = files.iter().filter(touched).collect();
-        let beside = tempfile::Builder::new().prefix(".difflora-").tempdir_in(files::folder_of(out));
+        let beside =
+            tempfile::Builder::new().prefix(&files::temporary_prefix()).tempdir_in(files::folder_of(out));
         let beside = beside.with_context(|| format!("cannot make `{}`", out.display()))?;
         for name in file_names(base)? {
             progress::check()?;
