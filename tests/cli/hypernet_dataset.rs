@@ -116,5 +116,5 @@ pub fn lae_args(folder: &Path, settings: &str) -> train_lae::Args {
 
 /// Output options without progress.
 pub fn quiet() -> Output {
-    Output { json: true, quiet: true, verbose: false }
+    Output { json: true, quiet: true, overwrite: false, max_megapixels: 200, verbose: false }
 }

@@ -8,6 +8,7 @@ mod hypernet_dataset;
 mod identity;
 mod lora;
 mod models;
+mod own_files;
 mod train_dit;
 mod train_lae;
 mod train_lora;

@@ -80,7 +80,7 @@ pub(super) fn look_at(
     faces: &FaceEncoder,
     image_encoder: &ImageEncoder,
 ) -> Result<References> {
-    let seen = Photos::find(photos)?.look(|_, path, image| {
+    let seen = Photos::find(photos)?.without_generated()?.look(|_, path, image| {
         let search = faces.search(image)?;
         let chosen = search.face(face, &path.display().to_string())?;
         Ok(Reference {
