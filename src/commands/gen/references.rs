@@ -60,7 +60,7 @@ impl References {
     pub(super) fn to_json(&self) -> Vec<Value> {
         let entry = |(file, photo): &(PathBuf, Reference)| {
             json!({
-                "file": file,
+                "file": file.display().to_string(),
                 "faces": photo.faces,
                 "face": photo.chosen,
                 "quality": photo.quality,
@@ -117,7 +117,7 @@ pub(super) fn look_at(
         );
         progress::warn(format_args!("`{}` is left out: {why}", path.display()));
         if let Value::Array(left_out) = &mut left_out {
-            left_out.push(json!({ "file": path, "why": why }));
+            left_out.push(json!({ "file": path.display().to_string(), "why": why }));
         }
     }
     let used: Vec<(PathBuf, Reference)> = seen
