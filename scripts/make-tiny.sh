@@ -4,22 +4,29 @@
 #     scripts/make-tiny.sh OUT            the recipe of configs/, see tests/bench/RESULTS.md for times
 #     scripts/make-tiny.sh OUT --quick    a few steps of everything, to see that it runs
 #     scripts/make-tiny.sh OUT --install  afterwards put the bundle into src/assets/tiny
+#     scripts/make-tiny.sh OUT --device cuda   UNet, LoRAs, LAE, DiT and eval on a GPU (VAE and encoders on the CPU)
 #
 # Every stage goes on where it was stopped; a stage that is finished is skipped. Delete its folder to train it again.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:?usage: scripts/make-tiny.sh OUT [--quick] [--install]}
 shift
-quick= install=
-for flag in "$@"; do
-  case $flag in
+quick= install= features=()
+while [ $# -gt 0 ]; do
+  case $1 in
     --quick) quick=1 ;;
     --install) install=1 ;;
-    *) echo "unknown flag $flag" >&2; exit 2 ;;
+    --device)
+      export DIFFLORA_DEVICE=${2:?--device needs a value: cpu, cuda or cuda:N}
+      case $DIFFLORA_DEVICE in cuda*) features=(--features cuda) ;; esac
+      shift
+      ;;
+    *) echo "unknown flag $1" >&2; exit 2 ;;
   esac
+  shift
 done
 
-cargo build --release --locked --manifest-path "$root/Cargo.toml"
+cargo build --release --locked ${features[@]+"${features[@]}"} --manifest-path "$root/Cargo.toml"
 difflora=$root/target/release/difflora
 mkdir -p "$out"
 out=$(cd "$out" && pwd)

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::device;
 use crate::failure::Failure;
 use crate::files;
 use crate::output::Output;
@@ -39,6 +40,15 @@ pub struct Args {
     /// is kept.
     #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_FROM")]
     from: Option<PathBuf>,
+    /// Device of the UNet and the text encoders; the VAE is trained by the CPU. `auto` is the GPU in builds with CUDA.
+    #[arg(
+        help_heading = "Advanced",
+        long,
+        value_name = "auto|cpu|cuda[:N]|metal",
+        default_value = "auto",
+        env = "DIFFLORA_DEVICE"
+    )]
+    device: String,
     /// Attribute classifier that measures generated images along the way, in OUT/training/unet-quality.jsonl.
     #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_JUDGE")]
     judge: Option<PathBuf>,
@@ -87,7 +97,9 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             Some(name) => Some(AttributeClassifier::open(&ModelFiles::folder(name)?)?),
             None => None,
         };
-        let start = unet::Start { from: args.from.as_deref(), classifier: classifier.as_ref() };
+        let device = device::open(&args.device)?;
+        let start =
+            unet::Start { device: &device, from: args.from.as_deref(), classifier: classifier.as_ref() };
         let end = unet::train(&settings, &images, &run_options("unet"), &args.out, &start)?;
         report(end, "unet", output)?;
     }

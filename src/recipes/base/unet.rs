@@ -23,7 +23,7 @@ use crate::sdxl::vae::{Vae, VaeConfig};
 use crate::synthetic;
 use crate::synthetic::attribute_classifier::AttributeClassifier;
 use crate::synthetic::image_set::PaintedImages;
-use crate::train::shards::{Loss, in_threads};
+use crate::train::shards::{Loss, in_threads, in_threads_or_turn};
 use crate::train::trainer::{self, Outcome, RunOptions, TrainerConfig};
 use crate::train::{self, checkpoint};
 use crate::weights::Trainable;
@@ -127,11 +127,14 @@ struct Denoiser {
     unet: UNet,
     schedule: NoiseSchedule,
     size: usize,
+    device: Device,
 }
 
 /// What a run takes from elsewhere.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct Start<'a> {
+    /// Where the UNet and the text encoders compute; images are decoded by the CPU.
+    pub device: &'a Device,
     /// Weights of this model instead of random ones.
     pub from: Option<&'a Path>,
     /// Measures generated images along the way.
@@ -165,10 +168,10 @@ pub fn train(
     let vae = files.load("vae", DIFFUSERS_WEIGHTS, DType::F32, &Device::Cpu, |vb| Vae::new(&config, vb))?;
     let vae_weights: BTreeMap<String, Tensor> =
         files.tensors("vae", DIFFUSERS_WEIGHTS)?.into_iter().collect();
-    let latents = latents(&vae, all, images, run_options.folder)?;
+    let latents = latents(&vae, all, images, run_options.folder)?.to_device(start.device)?;
 
     let trainable = Trainable::new(all.seed);
-    let vb = trainable.builder(&Device::Cpu);
+    let vb = trainable.builder(start.device);
     let unet = UNet::new(&settings.model, vb.pp("unet"))?;
     let encoder = ClipTextModel::new(&settings.text_encoder, vb.pp("text_encoder"))?;
     let encoder_2 = ClipTextModel::new(&settings.text_encoder_2, vb.pp("text_encoder_2"))?;
@@ -208,7 +211,7 @@ pub fn train(
         encoder_2,
     };
     let schedule = NoiseSchedule::new(&settings.scheduler)?;
-    let denoiser = Denoiser { text, unet, schedule, size: all.images.size };
+    let denoiser = Denoiser { text, unet, schedule, size: all.images.size, device: start.device.clone() };
 
     let seed = all.seed.wrapping_add(1);
     let loss = |step: u64, shard: usize| denoiser.loss(settings, images, &latents, (seed, step, shard));
@@ -244,7 +247,7 @@ fn start_from(from: &Path, vars: &BTreeMap<String, Var>) -> Result<()> {
         for (name, var) in own {
             let weight = weights.get(name).with_context(|| format!("`{part}` has no `{name}`"));
             weight
-                .and_then(|weight| Ok(var.set(&weight.to_dtype(DType::F32)?)?))
+                .and_then(|weight| Ok(var.set(&weight.to_dtype(DType::F32)?.to_device(var.device())?)?))
                 .map_err(|error| files.unusable(part, format!("no start for this training: {error:#}")))?;
         }
     }
@@ -328,13 +331,15 @@ impl Denoiser {
         let mut errors = (output - target)?.sqr()?;
         let plain = f64::from(errors.mean_all()?.to_scalar::<f32>()?);
         if settings.head > 0.0 || settings.features > 0.0 {
-            let weights = images.weights(&numbers, x0.dim(3)?, settings.head, settings.features)?;
+            let weights = images
+                .weights(&numbers, x0.dim(3)?, settings.head, settings.features)?
+                .to_device(x0.device())?;
             errors = errors.broadcast_mul(&weights)?;
         }
         let errors = errors.flatten_from(1)?.mean(1)?; // (B)
         let weights = settings.weights(&self.schedule, &t)?;
         let weights: Vec<f32> = weights.into_iter().map(|weight| weight as f32).collect();
-        let value = (errors * Tensor::from_vec(weights, samples, &Device::Cpu)?)?.mean(0)?;
+        let value = (errors * Tensor::from_vec(weights, samples, x0.device())?)?.mean(0)?;
         Ok(Loss { value, parts: vec![("error", plain)] })
     }
 
@@ -351,12 +356,12 @@ impl Denoiser {
     /// Images of `prompts`, one each, from noise of (`seed`, place in the list); chunks run on threads of their own.
     pub(super) fn generate(&self, vae: &Vae, prompts: &[String], seed: u64) -> Result<Vec<Image>> {
         let chunks: Vec<&[String]> = prompts.chunks(8).collect();
-        let images = in_threads(chunks.len(), |chunk| {
+        let images = in_threads_or_turn(&self.device, chunks.len(), |chunk| {
             progress::check()?;
             let count = chunks[chunk].len();
             let UNetConfig { in_channels, sample_size, .. } = self.unet.config;
             let shape = (count, in_channels, sample_size, sample_size);
-            let x = train::normal(&mut train::rng(seed, chunk as u64), &shape.into(), &Device::Cpu)?;
+            let x = train::normal(&mut train::rng(seed, chunk as u64), &shape.into(), &self.device)?;
             let texts: Vec<&str> =
                 std::iter::repeat_n("", count).chain(chunks[chunk].iter().map(String::as_str)).collect();
             let conditioning = self.text.encode_prompts(&texts)?;
@@ -367,6 +372,7 @@ impl Denoiser {
                 Ok((&empty + ((conditioned - &empty)? * GUIDANCE)?)?)
             };
             let z = sampler::ddim(denoise, x, &self.schedule, 20, 0.0, |_| unreachable!("eta is 0"))?;
+            let z = z.to_device(&Device::Cpu)?;
             let images = vae.decode(&vae.from_latents(&z)?)?.clamp(-1f32, 1f32)?;
             (0..count).map(|i| Image::from_tensor(&images.get(i)?)).collect::<Result<Vec<_>>>()
         })?;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::identity::clip::ClipVisionConfig;
 use crate::image::{Filter, Image};
 use crate::synthetic::attribute_classifier::NetworkConfig;
-use crate::synthetic::{self, Person, Scene};
+use crate::synthetic::{self, Person, Scene, World};
 use crate::train::trainer::TrainerConfig;
 
 /// The file given by `--config`.
@@ -25,6 +25,12 @@ pub struct Recipe<C> {
     pub seed: u64,
     /// Sizes of the network, as in its `config.json`.
     pub model: C,
+    /// How the scenes of the image encoder vary.
+    #[serde(default)]
+    pub world: World,
+    /// Probability of each change of light, colour, sharpness, noise and edges of the image encoder's images.
+    #[serde(default)]
+    pub randomise: f64,
     /// Steps, batch, rate.
     pub plan: TrainerConfig,
 }
@@ -54,9 +60,14 @@ mod tests {
 
     #[test]
     fn the_settings_in_the_repository_are_read() {
-        let settings: Settings = toml::from_str(include_str!("../../../configs/encoder-tiny.toml")).unwrap();
-        for plan in [settings.image.plan, settings.judge.plan] {
-            plan.samples_a_shard().unwrap();
+        for text in [
+            include_str!("../../../configs/encoder-tiny.toml"),
+            include_str!("../../../configs/encoder-128.toml"),
+        ] {
+            let settings: Settings = toml::from_str(text).unwrap();
+            for plan in [settings.image.plan, settings.judge.plan] {
+                plan.samples_a_shard().unwrap();
+            }
         }
     }
 }

@@ -23,14 +23,15 @@ use crate::identity::{FaceEncoder, cosine};
 use crate::image::Image;
 use crate::progress;
 use crate::recipes::encoder::config::{HELD_OUT, Recipe, paint, soften};
-use crate::synthetic::{Person, Scene};
+use crate::recipes::encoder::randomise::randomise;
+use crate::synthetic::Person;
 use crate::train;
 use crate::train::shards::{Loss, in_threads};
 use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component, save_json};
 
-/// Trains the encoder, writes it to `out` and measures it on strangers.
+/// Trains the encoder, writes it to `out` and measures it on held-out people.
 pub fn train(
     recipe: &Recipe<ClipVisionConfig>,
     run_options: &RunOptions,
@@ -52,7 +53,7 @@ pub fn train(
         for image in 0..2 {
             for person in number * people..(number + 1) * people {
                 let person = Person::new(recipe.seed, person);
-                let square = training_image(&person, image, recipe.model.image_size, &mut rng);
+                let square = training_image(recipe, &person, image, &mut rng);
                 pixels.push(preprocessor.apply(&square, &Device::Cpu)?);
             }
         }
@@ -95,10 +96,16 @@ fn contrast(embeddings: &Tensor, scale: &Tensor) -> Result<Loss> {
     Ok(Loss { value, parts })
 }
 
-/// Somebody in a scene of their own, cut out about where the detector would find the face.
-fn training_image(person: &Person, image: u64, size: usize, rng: &mut impl Rng) -> Image {
-    let scene = Scene::draw_for(person, image);
-    let painted = soften(paint(person, &scene, size), rng);
+/// `person` in a scene of their own, cropped about where the detector would find the face.
+fn training_image(
+    recipe: &Recipe<ClipVisionConfig>,
+    person: &Person,
+    image: u64,
+    rng: &mut impl Rng,
+) -> Image {
+    let size = recipe.model.image_size;
+    let scene = recipe.world.scene(person, image);
+    let painted = randomise(soften(paint(person, &scene, size), rng), recipe.randomise, rng);
     // YuNet's boxes on 239 painted portraits, in half frames: the middle lies 0.12·yaw ± 0.02 right and
     // 0.135 ± 0.048 below the head's place, the longer side is 1.43 ± 0.10; all by the scale of the head.
     let mut normal = || rng.sample::<f32, _>(StandardNormal);
@@ -110,17 +117,17 @@ fn training_image(person: &Person, image: u64, size: usize, rng: &mut impl Rng) 
 }
 
 /// People for the measurement.
-const STRANGERS: u64 = 100;
+const HELD_OUT_PEOPLE: u64 = 100;
 
-/// How well strangers are found again: embeds two images of each, cut out where the detector finds the face.
+/// How well held-out people are found again: embeds two images of each, cut out where the detector finds the face.
 fn measure(encoder: &ImageEncoder, recipe: &Recipe<ClipVisionConfig>) -> Result<Value> {
     let faces = FaceEncoder::builtin()?;
-    let bar = progress::bar(STRANGERS, "measuring");
-    let found = in_threads(STRANGERS as usize, |number| {
+    let bar = progress::bar(HELD_OUT_PEOPLE, "measuring");
+    let found = in_threads(HELD_OUT_PEOPLE as usize, |number| {
         progress::check()?;
         let person = Person::new(recipe.seed, HELD_OUT + number as u64);
         let embed = |image: u64| -> Result<Option<Vec<f32>>> {
-            let image = paint(&person, &Scene::draw_for(&person, image), recipe.model.image_size);
+            let image = paint(&person, &recipe.world.scene(&person, image), recipe.model.image_size);
             let face = faces.detect(&image)?.into_iter().next();
             face.map(|face| encoder.embed(&image, &face)).transpose()
         };
@@ -143,7 +150,7 @@ fn measure(encoder: &ImageEncoder, recipe: &Recipe<ClipVisionConfig>) -> Result<
     let mean = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
     let (same, different) = (mean(&same), mean(&different));
     progress::note(format_args!(
-        "of {} strangers {:.0} % are found again among all; same or different: area {area:.3}, cosine {same:.2} \
+        "of {} held-out people {:.0} % are found again among all; same or different: area {area:.3}, cosine {same:.2} \
          against {different:.2}",
         pairs.len(),
         100.0 * top

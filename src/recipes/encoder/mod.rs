@@ -3,3 +3,4 @@
 pub mod attributes;
 pub mod config;
 pub mod image;
+mod randomise;
