@@ -153,7 +153,8 @@ mod tests {
     #[test]
     fn near_names_are_suggested() {
         assert_eq!((edit_distance("faces", "fcaes"), edit_distance("gen", "")), (2, 3));
-        let hint = |name: &str| unknown(name).to_string();
+        let root = crate::cli::command();
+        let hint = |name: &str| unknown(name, &root).to_string();
         assert!(hint("fases").contains("did you mean faces?"), "{}", hint("fases"));
         assert!(hint("hypernet").contains("hypernetwork"), "{}", hint("hypernet"));
         assert!(hint("quux").contains("lists both"), "{}", hint("quux"));
