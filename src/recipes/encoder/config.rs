@@ -13,7 +13,9 @@ use crate::train::trainer::TrainerConfig;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
+    /// The image encoder: the second condition of the hypernetwork.
     pub image: Recipe<ClipVisionConfig>,
+    /// The attribute classifier that judges generated portraits.
     pub judge: Recipe<NetworkConfig>,
 }
 

@@ -12,7 +12,7 @@ pub fn randomise(mut image: Image, share: f64, rng: &mut impl Rng) -> Image {
     if share <= 0.0 {
         return image;
     }
-    let mut sometimes = |rng: &mut dyn rand::RngCore| rng.random_bool(share);
+    let sometimes = |rng: &mut dyn rand::RngCore| rng.random_bool(share);
     if sometimes(rng) {
         relight(&mut image, rng);
     }
