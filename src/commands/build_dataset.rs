@@ -34,7 +34,7 @@ pub struct Args {
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
-    pub base_options: registry::BaseOptions,
+    base_options: registry::BaseOptions,
     /// CLIP image encoder.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub image_encoder: String,

@@ -56,30 +56,30 @@ pub struct Args {
         required_unless_present = "base_only",
         env = "DIFFLORA_DATASET"
     )]
-    pub dataset: Option<PathBuf>,
+    dataset: Option<PathBuf>,
     /// Hypernetwork: tiny (built in), a folder, or a hub repository.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_HYPERNET")]
-    pub hypernet: String,
+    hypernet: String,
     /// Base model of the LoRAs.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
-    pub base: String,
+    base: String,
     #[command(flatten)]
-    pub base_options: registry::BaseOptions,
+    base_options: registry::BaseOptions,
     /// CLIP image encoder.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
-    pub image_encoder: String,
+    image_encoder: String,
     /// Attribute classifier, which measures prompt accuracy and factors [default: the built-in one].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_JUDGE")]
-    pub judge: Option<String>,
+    judge: Option<String>,
     /// Maximum number of held-out people [default: all].
     #[arg(help_heading = "Input", long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "DIFFLORA_PEOPLE")]
-    pub people: Option<u64>,
+    people: Option<u64>,
     /// Images per person and method; four prompts alternate.
     #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64), alias = "pictures", env = "DIFFLORA_IMAGES")]
-    pub images: u64,
+    images: u64,
     /// Number of sampling steps.
     #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_STEPS")]
-    pub steps: u64,
+    steps: u64,
     /// Classifier-free guidance scale; 1 or less disables guidance.
     #[arg(
         help_heading = "Sampling",
@@ -88,13 +88,13 @@ pub struct Args {
         default_value_t = 3.0,
         env = "DIFFLORA_GUIDANCE"
     )]
-    pub guidance: f64,
+    guidance: f64,
     /// Sampling method.
     #[arg(help_heading = "Sampling", long, value_enum, default_value_t = Sampler::Euler, env = "DIFFLORA_SAMPLER")]
-    pub sampler: Sampler,
+    sampler: Sampler,
     /// Latents to sample and average per person.
     #[arg(help_heading = "Identity", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_SAMPLES")]
-    pub samples: u64,
+    samples: u64,
     /// Factor on the generated latent: distance from the mean LoRA.
     #[arg(
         help_heading = "Identity",
@@ -103,16 +103,16 @@ pub struct Args {
         default_value_t = 1.0,
         env = "DIFFLORA_STRENGTH"
     )]
-    pub strength: f64,
+    strength: f64,
     /// Evaluate the generated LoRA after this many fine-tuning steps on the photo as well, as `gen --refine`.
     #[arg(help_heading = "Identity", long, value_name = "STEPS", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
-    pub refine: Option<u32>,
+    refine: Option<u32>,
     /// Learning rate of --refine.
     #[arg(help_heading = "Identity", long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
-    pub refine_rate: f64,
+    refine_rate: f64,
     /// Seed of all noise.
     #[arg(help_heading = "Sampling", long, default_value_t = 0, env = "DIFFLORA_SEED")]
-    pub seed: u64,
+    seed: u64,
     /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
     #[arg(
         help_heading = "Advanced",
@@ -121,13 +121,13 @@ pub struct Args {
         default_value = "auto",
         env = "DIFFLORA_DEVICE"
     )]
-    pub device: String,
+    device: String,
     /// Folder for table.json, table.md and sheet.png, created if missing.
     #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
-    pub out: Option<PathBuf>,
+    out: Option<PathBuf>,
     /// Evaluate only the base model, on N images (100) from random captions.
     #[arg(help_heading = "Input", long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "100", value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_BASE_ONLY")]
-    pub base_only: Option<u64>,
+    base_only: Option<u64>,
 }
 
 /// Evaluates a hypernetwork, or a base model alone.
@@ -161,29 +161,29 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 }
 
 /// The report, its table, and the contact sheet.
-pub type Findings = (serde_json::Value, String, Image);
+type Findings = (serde_json::Value, String, Image);
 
 /// One row of the table.
 #[derive(Serialize)]
-pub struct Method {
-    pub method: &'static str,
+struct Method {
+    method: &'static str,
     #[serde(skip)]
-    pub title: &'static str,
+    title: &'static str,
     #[serde(flatten)]
-    pub figures: Figures,
+    figures: Figures,
     /// Mean difference of the images to those with the own LoRA, in parts of the range of a pixel.
-    pub pixels_from_own: Option<Mean>,
+    pixels_from_own: Option<Mean>,
 }
 
 /// A paired difference in similarity.
 #[derive(Serialize)]
-pub struct Difference {
-    pub of: &'static str,
-    pub over: &'static str,
-    pub similarity: Option<Mean>,
+struct Difference {
+    of: &'static str,
+    over: &'static str,
+    similarity: Option<Mean>,
 }
 
-pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
+fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let mut bench = Bench::open(args)?;
     let header: Header = Header::read(dataset)?;
     let hypernet_files = registry::find_hypernet(&args.hypernet, args.base_options.offline)?;
@@ -345,7 +345,7 @@ pub fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
 }
 
 /// Detection rate of the base and what it makes of captions.
-pub fn judge_base(args: &Args, count: u64) -> Result<Findings> {
+fn judge_base(args: &Args, count: u64) -> Result<Findings> {
     let bench = Bench::open(args)?;
     let scenes: Vec<Scene> = (0..count).map(|i| Scene::draw(args.seed, i)).collect();
     let words: Vec<String> = scenes
@@ -406,10 +406,10 @@ pub fn judge_base(args: &Args, count: u64) -> Result<Findings> {
 }
 
 /// Images of the base that are drawn together.
-pub const BATCH: usize = 4;
+const BATCH: usize = 4;
 
 /// What is asked for in image `i` of a person: photos that show who it is, and one with things on the face.
-pub fn prompt(i: u64) -> Scene {
+fn prompt(i: u64) -> Scene {
     let (expression, background) = match i % 4 {
         0 => (Expression::Smiling, Colour::Red),
         1 => (Expression::Neutral, Colour::Blue),
@@ -422,41 +422,41 @@ pub fn prompt(i: u64) -> Scene {
 }
 
 /// The caption of a scene that says nothing about the person.
-pub fn say(scene: &Scene) -> String {
+fn say(scene: &Scene) -> String {
     caption(&Person::new(0, 0), scene, CaptionOptions::default(), 0)
 }
 
 /// The base model and everybody who looks at its images.
-pub struct Bench {
-    pub base: ModelId,
-    pub model: Sdxl,
-    pub layout: BlockLayout,
-    pub faces: FaceEncoder,
-    pub recogniser: identity::Judge,
-    pub attributes: Option<AttributeClassifier>,
+struct Bench {
+    base: ModelId,
+    model: Sdxl,
+    layout: BlockLayout,
+    faces: FaceEncoder,
+    recogniser: identity::Judge,
+    attributes: Option<AttributeClassifier>,
 }
 
 /// What is drawn: noise and prompts of the same number.
-pub struct Stage {
-    pub seed: u64,
+struct Stage {
+    seed: u64,
     /// What tells each sample's noise from the others'.
-    pub grains: Vec<u64>,
+    grains: Vec<u64>,
     /// (B, C, h, w)
-    pub noise: Tensor,
-    pub prompts: TextConditioning,
-    pub negative: TextConditioning,
-    pub params: GenerationParams,
+    noise: Tensor,
+    prompts: TextConditioning,
+    negative: TextConditioning,
+    params: GenerationParams,
 }
 
 /// Images, and what was seen in them.
-pub struct Drawn {
-    pub images: Vec<Image>,
-    pub seen: Vec<Seen>,
+struct Drawn {
+    images: Vec<Image>,
+    seen: Vec<Seen>,
 }
 
 impl Drawn {
     /// Mean difference to images of the same noise and prompts, in parts of the range of a pixel.
-    pub fn pixels_from(&self, other: &Self) -> f64 {
+    fn pixels_from(&self, other: &Self) -> f64 {
         let both = self.images.iter().zip(&other.images).flat_map(|(a, b)| a.rgb.iter().zip(&b.rgb));
         let apart: Vec<f64> = both.map(|(a, b)| f64::from(a.abs_diff(*b)) / 255.0).collect();
         apart.iter().sum::<f64>() / apart.len() as f64
@@ -464,26 +464,26 @@ impl Drawn {
 }
 
 /// A held-out person.
-pub struct Sitter {
-    pub photo: Image,
-    pub photo_seen: Seen,
-    pub condition: Identity,
-    pub target: Target,
+struct Sitter {
+    photo: Image,
+    photo_seen: Seen,
+    condition: Identity,
+    target: Target,
 }
 
 /// A held-out person as drawn.
-pub struct Portrayed {
-    pub sitter: Sitter,
-    pub difflora: Drawn,
-    pub refined: Option<Drawn>,
-    pub own: Drawn,
+struct Portrayed {
+    sitter: Sitter,
+    difflora: Drawn,
+    refined: Option<Drawn>,
+    own: Drawn,
     /// With the own LoRA as the autoencoder restores it.
-    pub restored: Drawn,
-    pub nearest: Option<Drawn>,
+    restored: Drawn,
+    nearest: Option<Drawn>,
 }
 
 impl Bench {
-    pub fn open(args: &Args) -> Result<Self> {
+    fn open(args: &Args) -> Result<Self> {
         let files = registry::find_base(&args.base, &args.base_options)?;
         let model = Sdxl::open(&files, DType::F32, &device::open(&args.device)?)?;
         let attributes = match &args.judge {
@@ -507,7 +507,7 @@ impl Bench {
     }
 
     /// Noise is by the scene's place in the list that it came from: `grain` is its own number.
-    pub fn stage(&self, scenes: &[Scene], words: &[String], args: &Args) -> Result<Stage> {
+    fn stage(&self, scenes: &[Scene], words: &[String], args: &Args) -> Result<Stage> {
         let size = self.model.native_size();
         let shape = self.model.latent_shape(size, size)?;
         let grains: Vec<u64> = scenes.iter().map(|scene| scene.grain).collect();
@@ -529,7 +529,7 @@ impl Bench {
     }
 
     /// Draws with `lora` merged in a copy of the model; weights that it does not change are shared.
-    pub fn draw(&self, stage: &Stage, lora: Option<&Lora>) -> Result<Drawn> {
+    fn draw(&self, stage: &Stage, lora: Option<&Lora>) -> Result<Drawn> {
         let mut model = self.model.clone();
         if let Some(lora) = lora {
             let loras = [(&Changes::from(lora), Strength::all(1.0))];
@@ -545,7 +545,7 @@ impl Bench {
         Ok(Drawn { images, seen })
     }
 
-    pub fn look(&self, images: &[Image]) -> Result<Vec<Seen>> {
+    fn look(&self, images: &[Image]) -> Result<Vec<Seen>> {
         let attributes: Vec<Option<Attributes>> = match &self.attributes {
             Some(judge) => {
                 let both = judge.classes(images)?.into_iter().zip(judge.factors(images)?);
@@ -562,7 +562,7 @@ impl Bench {
     }
 
     /// The first photo with a face is the condition; the others tell what the person looks like.
-    pub fn sitter(&self, person: &Person, photos: &[Image], image_encoder: &ImageEncoder) -> Result<Sitter> {
+    fn sitter(&self, person: &Person, photos: &[Image], image_encoder: &ImageEncoder) -> Result<Sitter> {
         let mut condition = None;
         let mut others: Vec<Vec<f32>> = Vec::new();
         for photo in photos {
@@ -588,34 +588,34 @@ impl Bench {
         })
     }
 
-    pub fn lora(&self, path: &Path) -> Result<Lora> {
+    fn lora(&self, path: &Path) -> Result<Lora> {
         file::read(path, &self.layout)
     }
 
-    pub fn record(&self) -> Option<&Record> {
+    fn record(&self) -> Option<&Record> {
         self.attributes.as_ref().map(AttributeClassifier::record)
     }
 
     /// The factors that the judge of attributes can see: it explains half of their variance or more.
-    pub fn visible(&self) -> Vec<usize> {
+    fn visible(&self) -> Vec<usize> {
         let factors = self.record().map_or(&[][..], |record| &record.factors);
         factors.iter().enumerate().filter(|(_, factor)| factor.r2 >= 0.5).map(|(i, _)| i).collect()
     }
 
-    pub fn recogniser_id(&self) -> ModelId {
+    fn recogniser_id(&self) -> ModelId {
         let (name, sha256) = self.recogniser.provenance();
         ModelId { name: name.into(), sha256 }
     }
 }
 
 /// The people that the hypernetwork has learned from.
-pub struct Known {
+struct Known {
     /// Mean of the face vectors, and the LoRA.
-    pub people: Vec<(Vec<f32>, PathBuf)>,
+    people: Vec<(Vec<f32>, PathBuf)>,
 }
 
 impl Known {
-    pub fn read(dataset: &Path, rows: &[Row]) -> Result<Self> {
+    fn read(dataset: &Path, rows: &[Row]) -> Result<Self> {
         let read = |row: &Row| {
             let path = dataset.join(&row.embeddings);
             let tensors = crate::weights::read_file(&path)?;
@@ -628,7 +628,7 @@ impl Known {
     }
 
     /// The LoRA of the person with the most similar face.
-    pub fn nearest(&self, face: &[f32]) -> Option<PathBuf> {
+    fn nearest(&self, face: &[f32]) -> Option<PathBuf> {
         let similarity = |person: &(Vec<f32>, PathBuf)| cosine(&person.0, face);
         let nearest = self.people.iter().max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
         nearest.map(|(_, lora)| lora.clone())
@@ -636,7 +636,7 @@ impl Known {
 }
 
 /// The mean of vectors; only its direction is used.
-pub fn mean_vector(vectors: &[Vec<f32>]) -> Option<Vec<f32>> {
+fn mean_vector(vectors: &[Vec<f32>]) -> Option<Vec<f32>> {
     let (first, rest) = vectors.split_first()?;
     let mut sum = first.clone();
     for vector in rest {
@@ -647,13 +647,13 @@ pub fn mean_vector(vectors: &[Vec<f32>]) -> Option<Vec<f32>> {
 }
 
 /// Unit normal noise of `shape` for each sample, (B, C, h, w): the start is draw 0, what a sampler adds comes after.
-pub fn grain_noise(seed: u64, grains: &[u64], draw: u64, shape: &[usize]) -> Result<Tensor> {
+fn grain_noise(seed: u64, grains: &[u64], draw: u64, shape: &[usize]) -> Result<Tensor> {
     let one = |grain: &u64| noise::normal(seed, grain + (draw << 40), shape, &Device::Cpu);
     let noise: Vec<Tensor> = grains.iter().map(one).collect::<candle_core::Result<_>>()?;
     Ok(Tensor::stack(&noise, 0)?)
 }
 
-pub fn people_table(
+fn people_table(
     methods: &[Method],
     differences: &[Difference],
     people: usize,
@@ -723,7 +723,7 @@ pub fn people_table(
     text
 }
 
-pub fn obedience_table(list: &[Obedience], record: &Record) -> String {
+fn obedience_table(list: &[Obedience], record: &Record) -> String {
     let head = ["asked for", "images", "obeyed", "judge on paintings"].map(String::from);
     let rows: Vec<Vec<String>> = list
         .iter()
@@ -741,7 +741,7 @@ pub fn obedience_table(list: &[Obedience], record: &Record) -> String {
 }
 
 /// A row a person: the photo, then for the first and the last prompt no LoRA, DiffLoRA, own LoRA.
-pub fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Image {
+fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Image {
     let row = |portrayed: &'_ Portrayed| -> Vec<Image> {
         let mut row = vec![portrayed.sitter.photo.clone()];
         let last = base.images.len() - 1;
@@ -756,7 +756,7 @@ pub fn people_sheet(sitters: &[Portrayed], base: &Drawn) -> Image {
 }
 
 /// Small images are shown at twice their size.
-pub fn sheet(rows: &[Vec<&Image>]) -> Image {
+fn sheet(rows: &[Vec<&Image>]) -> Image {
     let side = rows.iter().flatten().map(|image| image.width.max(image.height)).max().unwrap_or(64);
     contact_sheet(rows, if side <= 128 { 2 * side } else { side }, 6)
 }

@@ -66,7 +66,7 @@ pub struct Args {
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
-    pub base_options: registry::BaseOptions,
+    base_options: registry::BaseOptions,
     /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
     #[arg(
         help_heading = "Advanced",
@@ -80,7 +80,7 @@ pub struct Args {
     #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
     pub resume: bool,
     #[command(flatten)]
-    pub options: Options,
+    options: Options,
 }
 
 /// Options that change the settings.
