@@ -60,7 +60,7 @@ stage unet "$difflora" train-base --out "$base" --config "$configs/base-tiny.tom
 stage image-encoder "$difflora" train-encoder --kind image --out "$image" --config "$configs/encoder-tiny.toml" --resume
 stage judge "$difflora" train-encoder --kind judge --out "$judge" --config "$configs/encoder-tiny.toml" --resume
 stage dataset "$difflora" build-dataset --out "$data" --config "$configs/dataset-tiny.toml" --base "$base" \
-  --image-encoder "$image" --signal 16
+  --image-encoder "$image" --repeatability 16
 stage lae "$difflora" train-lae --dataset "$data" --out "$lae" --config "$configs/hypernet-tiny.toml" --resume
 stage dit "$difflora" train-dit --dataset "$data" --lae "$lae" --out "$hypernet" --config "$configs/hypernet-tiny.toml" --resume
 stage eval "$difflora" eval --dataset "$data" --hypernet "$hypernet" --base "$base" --image-encoder "$image" \

@@ -76,12 +76,14 @@ impl Command {
 }
 
 /// Environment variables of earlier versions and their present names.
-const RENAMED_VARIABLES: [(&str, &str); 5] = [
+const RENAMED_VARIABLES: [(&str, &str); 7] = [
     ("DIFFLORA_PICTURES", "DIFFLORA_IMAGES"),
     ("DIFFLORA_STEPS_PER_PICTURE", "DIFFLORA_STEPS_PER_IMAGE"),
     ("DIFFLORA_CLASS_PICTURES", "DIFFLORA_CLASS_IMAGES"),
     ("DIFFLORA_NUM_CLASS_PICTURES", "DIFFLORA_NUM_CLASS_IMAGES"),
     ("DIFFLORA_WHOLE_PICTURE", "DIFFLORA_WHOLE_IMAGE"),
+    ("DIFFLORA_SIGNAL", "DIFFLORA_REPEATABILITY"),
+    ("DIFFLORA_SIGNAL_ONLY", "DIFFLORA_REPEATABILITY_ONLY"),
 ];
 
 /// Gives variables that are set under an old name their present one, unless that is set too.

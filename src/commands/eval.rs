@@ -663,8 +663,9 @@ fn people_table(
 ) -> String {
     let attributes: Vec<&str> =
         methods[0].figures.obedience.iter().map(|obedience| obedience.attribute).collect();
-    let mut head = vec!["method", "similarity", "misses as 0", "face found", "same − different", "rank 1"];
-    head.push("from own");
+    let mut head =
+        vec!["method", "similarity", "similarity (missing = 0)", "face found", "same − different", "rank 1"];
+    head.push("distance to own LoRA");
     head.extend(bench.attributes.is_some().then_some("factors"));
     head.extend(&attributes);
     let rows: Vec<Vec<String>> = methods
@@ -689,8 +690,8 @@ fn people_table(
     text += &format!(
         "\n{people} held-out people, {} images each way from the same noise, {} steps, guidance {}, seed {}. \
          Similarity: cosine of SFace to the person's other photos, 95 % intervals over people; rank 1 by chance \
-         {:.3}. From own: mean difference of pixels to the images with the own LoRA, in parts of their range.\n\
-         No LoRA and the mean LoRA draw everybody the same, so those images are drawn once.\n",
+         {:.3}. Distance to own LoRA: mean absolute pixel difference to its images, as a fraction of the range.\n\
+         Images without a LoRA and with the mean LoRA are the same for everyone and generated once.\n",
         args.images,
         args.steps,
         args.guidance,
@@ -699,7 +700,7 @@ fn people_table(
     );
     if let Some(record) = bench.record() {
         text += &format!(
-            "Factors: correlation with the truth of the {} factors that the judge sees in painted photos.\n",
+            "Factors: correlation with the truth of the {} factors that the attribute classifier sees in painted photos.\n",
             bench.visible().len()
         );
         let known: Vec<String> = record
@@ -708,7 +709,7 @@ fn people_table(
             .filter(|attribute| attributes.contains(&attribute.name.as_str()))
             .map(|attribute| format!("{} {:.2}", attribute.name, attribute.accuracy))
             .collect();
-        text += &format!("The judge itself, on painted images: {}.\n", known.join(", "));
+        text += &format!("Accuracy of the attribute classifier on painted images: {}.\n", known.join(", "));
     }
     text += "\nDiffLoRA against, in similarity to the person, pair by pair:\n";
     for difference in differences {
@@ -724,7 +725,7 @@ fn people_table(
 }
 
 fn obedience_table(list: &[Obedience], record: &Record) -> String {
-    let head = ["asked for", "images", "obeyed", "judge on paintings"].map(String::from);
+    let head = ["attribute", "images", "prompt accuracy", "classifier on paintings"].map(String::from);
     let rows: Vec<Vec<String>> = list
         .iter()
         .map(|Obedience { attribute, asked, .. }| {
