@@ -22,14 +22,14 @@ class OneMlp(nn.Module):
         super().__init__()
         self.add_module(name, Mlp(width_in, width))
         self.name = name
-        self.nobody = nn.Parameter(torch.randn(width))
+        self.null_condition = nn.Parameter(torch.randn(width))
 
     def forward(self, face, image):
         seen = {"face": face, "image": image, "both": torch.cat([image, face], 1)}[self.name]
         return getattr(self, self.name)(seen)
 
     def drop(self, condition, keep):
-        return torch.where(keep[:, None] > 0, condition, self.nobody)
+        return torch.where(keep[:, None] > 0, condition, self.null_condition)
 
 
 def sincos(tokens, width):

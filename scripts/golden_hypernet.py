@@ -9,6 +9,7 @@ each step). Only torch, numpy and safetensors are needed:
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,14 @@ class Mixer(nn.Module):
         super().__init__()
         self.image, self.face = Mlp(image, width), Mlp(face, width)
         self.gate = nn.Linear(image + face, 2)
-        self.nobody = nn.Parameter(torch.randn(width))
+        self.null_condition = nn.Parameter(torch.randn(width))
 
     def forward(self, face, image):
         gates = self.gate(torch.cat([image, face], 1)).softmax(-1)
         return gates[:, :1] * self.image(image) + gates[:, 1:] * self.face(face), gates
 
     def drop(self, condition, keep):
-        return torch.where(keep[:, None] > 0, condition, self.nobody)
+        return torch.where(keep[:, None] > 0, condition, self.null_condition)
 
 
 def modulate(x, shift, scale):
@@ -97,6 +98,23 @@ class Dit(nn.Module):
         return self.output(modulate(self.norm(x), shift, scale)).reshape(b, latent)
 
 
+# Names of facebookresearch/DiT models.py for the attributes of Block and Dit.
+BLOCK_NAMES = {"qkv.": "attn.qkv.", "attended.": "attn.proj.", "mlp.0.": "mlp.fc1.", "mlp.1.": "mlp.fc2.",
+               "modulation.": "adaLN_modulation.1."}
+NAMES = {"input.": "x_embedder.proj.", "position": "pos_embed", "time.0.": "t_embedder.mlp.0.",
+         "time.1.": "t_embedder.mlp.2.", "modulation.": "final_layer.adaLN_modulation.1.",
+         "output.": "final_layer.linear."}
+
+
+def stored(name):
+    """The name of a parameter in our files."""
+    block, rest = re.match(r"(blocks\.\d+\.)?(.*)", name).groups()
+    for old, new in (BLOCK_NAMES if block else NAMES).items():
+        if rest.startswith(old):
+            return (block or "") + new + rest[len(old):]
+    return name
+
+
 def ours(model):
     """Weights under our names: convolution kernels lie flat, (out, in · k) and (in, out · k)."""
     return lambda name, value: value.reshape(value.shape[0], -1) if value.ndim == 3 else value
@@ -104,10 +122,10 @@ def ours(model):
 
 def golden(name, model, loss, tensors):
     flat = ours(model)
-    keep = {f"weight.{n}": flat(n, p.detach()).clone() for n, p in model.named_parameters()}
+    keep = {f"weight.{stored(n)}": flat(n, p.detach()).clone() for n, p in model.named_parameters()}
     keep |= {n: t.detach().clone() for n, t in tensors.items()}
     loss().backward()
-    keep |= {f"grad.{n}": flat(n, p.grad).clone() for n, p in model.named_parameters()}
+    keep |= {f"grad.{stored(n)}": flat(n, p.grad).clone() for n, p in model.named_parameters()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     losses = []
     for _ in range(10):

@@ -17,7 +17,7 @@ use super::mixer::{Mixer, MixerConfig, MixerKind};
 use super::prior::{Prior, PriorConfig};
 use super::ridge::Ridge;
 use super::stats::Standardise;
-use super::{ModelId, Weights};
+use super::{ModelId, Weights, tensor_names};
 use crate::diffusion::noise;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule, Prediction, SchedulerConfig, Spacing};
 use crate::diffusion::shifted::Shift;
@@ -182,13 +182,15 @@ impl DenoiserStats {
 const SPREAD: &str = "latent.spread";
 
 impl Denoiser {
-    /// Puts trained networks together on `device`; `weights` has `mixer.…`, `dit.…` and, with a linear guess, `guess.…`.
+    /// Builds the networks on `device` from `weights`: `mixer.…`, `dit.…` and, with a linear guess, `guess.…`, under their
+    /// names in files or those of [`tensor_names`].
     pub fn new(
         config: DenoiserConfig,
         stats: DenoiserStats,
         weights: BTreeMap<String, Tensor>,
         device: &Device,
     ) -> Result<Self> {
+        let weights = tensor_names::all_from_old(weights);
         let named = weights.clone().into_iter().collect();
         let networks = Networks::new(&config, frozen(named, DType::F32, device))?;
         Self::assemble(config, stats.to_device(device)?, networks, Weights::Held(weights))
@@ -199,7 +201,8 @@ impl Denoiser {
         files: &crate::weights::model_folder::ModelFiles,
         device: &Device,
     ) -> Result<Self> {
-        let networks = files.load("", "dit", DType::F32, device, |vb| Networks::new(config, vb))?;
+        let networks = files
+            .load("", "dit", DType::F32, device, |vb| Networks::new(config, tensor_names::old_or_new(vb)))?;
         let stats = DenoiserStats::load(config, &files.tensors("", "stats")?, device)
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
         Self::assemble(config.clone(), stats, networks, Weights::In(files.clone()))
@@ -246,7 +249,7 @@ impl Denoiser {
     }
 
     pub(super) fn parts(&self) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, Tensor>)> {
-        Ok((self.weights.by_name("dit")?, self.stats.tensors()?))
+        Ok((tensor_names::all_from_old(self.weights.by_name("dit")?), self.stats.tensors()?))
     }
 
     /// Embeddings of one person as rows (1, F) and (1, I).
@@ -316,14 +319,15 @@ impl Denoiser {
             None => Ok(condition),
         };
         let mixed = self.mixer.forward(&self.stats.face.apply(face)?, &self.stats.image.apply(image)?)?;
-        let (condition, nobody) = (of_cluster(mixed.condition)?, of_cluster(self.mixer.nobody(b)?)?);
+        let condition = of_cluster(mixed.condition)?;
+        let null_condition = of_cluster(self.mixer.null_condition(b)?)?;
         let predict = |x: &Tensor, t: f64| -> Result<Tensor> {
             let t = Tensor::full(t as f32, b, x.device())?;
             let x0 = self.dit.forward(x, &t, &condition)?;
             if guidance == 1.0 {
                 return Ok(x0);
             }
-            let without = self.dit.forward(x, &t, &nobody)?;
+            let without = self.dit.forward(x, &t, &null_condition)?;
             Ok((&without + ((x0 - &without)? * guidance)?)?)
         };
         let shape = (b, self.config.dit.latent);

@@ -13,7 +13,7 @@ use crate::layers::{Activation, Linear, attention, layer_norm_plain};
 /// A size with a name; facebookresearch/DiT `models.py`, `DiT_models`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DitSize {
-    /// 33 million weights beside the tokens'.
+    /// 33 million weights, not counting the token embeddings.
     S,
     /// 130 million.
     B,
@@ -36,14 +36,14 @@ impl DitSize {
     }
 }
 
-/// How a token is told its place.
+/// Position embedding of the tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Position {
-    /// A vector for each place that trains: places of a LoRA latent are not alike, and neighbours not akin.
+    /// A learned vector per token: positions in a LoRA latent have no order that sinusoids would express.
     #[default]
     Learned,
-    /// Sines and cosines that stay as they are, DiT's own way.
+    /// Fixed sines and cosines, as in DiT.
     Sinusoidal,
 }
 
@@ -67,10 +67,10 @@ pub struct DitConfig {
     pub depth: usize,
     /// H
     pub heads: usize,
-    /// How tokens know their place.
+    /// Position embedding.
     #[serde(default, skip_serializing_if = "Position::is_default")]
     pub position: Position,
-    /// Gaussians of the prior, each with an embedding of its own; 0 for none.
+    /// Gaussians of the prior, each with a learned embedding; 0 for none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub clusters: usize,
 }
@@ -90,19 +90,21 @@ impl DitConfig {
 #[derive(Clone, Debug)]
 pub struct Dit {
     config: DitConfig,
-    input: Linear,
+    x_embedder: Linear,
     /// (N, D)
-    position: Tensor,
+    pos_embed: Tensor,
     /// (K, D), where the prior has several Gaussians.
     cluster: Option<Tensor>,
-    time: [Linear; 2],
+    t_embedder: [Linear; 2],
     blocks: Vec<Block>,
-    modulation: Linear,
-    output: Linear,
+    final_layer: FinalLayer,
 }
 
 impl Dit {
-    /// Starts as the function that answers zero, whatever it is asked.
+    /// Builds the network. The final layer is zero-initialised, so the untrained network outputs zero.
+    ///
+    /// # Errors
+    /// Sizes that do not divide, with what to take instead.
     pub fn new(config: &DitConfig, vb: VarBuilder) -> anyhow::Result<Self> {
         let DitConfig { latent, token, width, depth, heads, clusters, .. } = *config;
         ensure!(
@@ -112,29 +114,28 @@ impl Dit {
         );
         ensure!(heads > 0 && width.is_multiple_of(heads), "width {width} does not part into {heads} heads");
         let init = candle_nn::Init::Randn { mean: 0.0, stdev: 0.02 };
-        let position = match config.position {
-            Position::Learned => vb.get_with_hints((config.tokens(), width), "position", init)?,
+        let pos_embed = match config.position {
+            Position::Learned => vb.get_with_hints((config.tokens(), width), "pos_embed", init)?,
             Position::Sinusoidal => {
                 ensure!(width.is_multiple_of(2), "sinusoidal positions need an even width, not {width}");
-                places(config.tokens(), width, vb.device())?.to_dtype(vb.dtype())?
+                sincos_pos_embed(config.tokens(), width, vb.device())?.to_dtype(vb.dtype())?
             }
         };
         // Zero, so that training starts as if there were one Gaussian.
         let cluster = || vb.get_with_hints((clusters, width), "cluster", candle_nn::Init::Const(0.0));
         Ok(Self {
             config: config.clone(),
-            input: Linear::new(token, width, vb.pp("input"))?,
-            position,
+            x_embedder: Linear::new(token, width, vb.pp("x_embedder").pp("proj"))?,
+            pos_embed,
             cluster: (clusters > 0).then(cluster).transpose()?,
-            time: [
-                Linear::new(FREQUENCIES, width, vb.pp("time").pp(0))?,
-                Linear::new(width, width, vb.pp("time").pp(1))?,
+            t_embedder: [
+                Linear::new(FREQUENCIES, width, vb.pp("t_embedder").pp("mlp").pp(0))?,
+                Linear::new(width, width, vb.pp("t_embedder").pp("mlp").pp(2))?,
             ],
             blocks: (0..depth)
                 .map(|i| Block::new(width, heads, vb.pp("blocks").pp(i)))
                 .collect::<Result<_>>()?,
-            modulation: Linear::zeros(width, 2 * width, vb.pp("modulation"))?,
-            output: Linear::zeros(width, token, vb.pp("output"))?,
+            final_layer: FinalLayer::new(width, token, vb.pp("final_layer"))?,
         })
     }
 
@@ -155,17 +156,15 @@ impl Dit {
     pub fn forward(&self, x: &Tensor, t: &Tensor, condition: &Tensor) -> Result<Tensor> {
         let (b, l) = x.dims2()?;
         let token = self.config.token;
-        let tokens = self.input.forward(&x.reshape((b, l / token, token))?)?;
-        let mut x = tokens.broadcast_add(&self.position)?; // (B, N, D)
-        let t = self.time[0].forward(&sinusoid(t)?)?;
-        let t = self.time[1].forward(&Activation::Silu.apply(&t)?)?;
+        let tokens = self.x_embedder.forward(&x.reshape((b, l / token, token))?)?;
+        let mut x = tokens.broadcast_add(&self.pos_embed)?; // (B, N, D)
+        let t = self.t_embedder[0].forward(&sinusoid(t)?)?;
+        let t = self.t_embedder[1].forward(&Activation::Silu.apply(&t)?)?;
         let c = Activation::Silu.apply(&(t + condition)?)?; // (B, D)
         for block in &self.blocks {
             x = block.forward(&x, &c)?;
         }
-        let [shift, scale] = parts(&self.modulation.forward(&c)?)?;
-        let x = modulate(&layer_norm_plain(&x, EPS)?, &shift, &scale)?;
-        self.output.forward(&x)?.reshape((b, l))
+        self.final_layer.forward(&x, &c)?.reshape((b, l))
     }
 }
 
@@ -186,7 +185,7 @@ fn sinusoid(t: &Tensor) -> Result<Tensor> {
 }
 
 /// sin and cos of n · 10000^(−i/(D/2)) for n = 0 … N−1 (N, D); DiT `get_1d_sincos_pos_embed_from_grid`.
-fn places(tokens: usize, width: usize, device: &Device) -> Result<Tensor> {
+fn sincos_pos_embed(tokens: usize, width: usize, device: &Device) -> Result<Tensor> {
     let half = width / 2;
     let angle = |n: usize, i: usize| n as f64 / 10_000f64.powf(i as f64 / half as f64);
     let row = |n: usize| {
@@ -199,39 +198,62 @@ fn places(tokens: usize, width: usize, device: &Device) -> Result<Tensor> {
 #[derive(Clone, Debug)]
 struct Block {
     qkv: Linear,
-    attended: Linear,
+    proj: Linear,
     mlp: [Linear; 2],
-    modulation: Linear,
+    ada_ln_modulation: Linear,
     heads: usize,
 }
 
 impl Block {
     fn new(width: usize, heads: usize, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
-            qkv: Linear::new(width, 3 * width, vb.pp("qkv"))?,
-            attended: Linear::new(width, width, vb.pp("attended"))?,
+            qkv: Linear::new(width, 3 * width, vb.pp("attn").pp("qkv"))?,
+            proj: Linear::new(width, width, vb.pp("attn").pp("proj"))?,
             mlp: [
-                Linear::new(width, 4 * width, vb.pp("mlp").pp(0))?,
-                Linear::new(4 * width, width, vb.pp("mlp").pp(1))?,
+                Linear::new(width, 4 * width, vb.pp("mlp").pp("fc1"))?,
+                Linear::new(4 * width, width, vb.pp("mlp").pp("fc2"))?,
             ],
             // Zero, so that each block starts as the identity (adaLN-Zero).
-            modulation: Linear::zeros(width, 6 * width, vb.pp("modulation"))?,
+            ada_ln_modulation: Linear::zeros(width, 6 * width, vb.pp("adaLN_modulation").pp(1))?,
             heads,
         })
     }
 
     /// `x` (B, N, D), `c` (B, D) after SiLU → (B, N, D).
     fn forward(&self, x: &Tensor, c: &Tensor) -> Result<Tensor> {
-        let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] = parts(&self.modulation.forward(c)?)?;
+        let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] =
+            parts(&self.ada_ln_modulation.forward(c)?)?;
         let h = modulate(&layer_norm_plain(x, EPS)?, &shift, &scale)?;
         let d = h.dim(2)?;
         let qkv = self.qkv.forward(&h)?; // (B, N, 3D)
         let part = |i| qkv.narrow(2, i * d, d);
-        let h = self.attended.forward(&attention(&part(0)?, &part(1)?, &part(2)?, self.heads, false)?)?;
+        let h = self.proj.forward(&attention(&part(0)?, &part(1)?, &part(2)?, self.heads, false)?)?;
         let x = (x + h.broadcast_mul(&gate)?)?;
         let h = modulate(&layer_norm_plain(&x, EPS)?, &mlp_shift, &mlp_scale)?;
         let h = self.mlp[1].forward(&Activation::GeluTanh.apply(&self.mlp[0].forward(&h)?)?)?;
         x + h.broadcast_mul(&mlp_gate)?
+    }
+}
+
+/// Layer norm, shifted and scaled by the condition, and the projection to tokens.
+#[derive(Clone, Debug)]
+struct FinalLayer {
+    ada_ln_modulation: Linear,
+    linear: Linear,
+}
+
+impl FinalLayer {
+    fn new(width: usize, token: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            ada_ln_modulation: Linear::zeros(width, 2 * width, vb.pp("adaLN_modulation").pp(1))?,
+            linear: Linear::zeros(width, token, vb.pp("linear"))?,
+        })
+    }
+
+    /// `x` (B, N, D), `c` (B, D) after SiLU → (B, N, token).
+    fn forward(&self, x: &Tensor, c: &Tensor) -> Result<Tensor> {
+        let [shift, scale] = parts(&self.ada_ln_modulation.forward(c)?)?;
+        self.linear.forward(&modulate(&layer_norm_plain(x, EPS)?, &shift, &scale)?)
     }
 }
 
@@ -274,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn an_untrained_transformer_answers_zero() {
+    fn an_untrained_transformer_outputs_zero() {
         let dit = Dit::new(&sizes(), Trainable::new(1).builder(&Device::Cpu)).unwrap();
         let x = random(0, &[3, 12]);
         let condition = random(1, &[3, 16]);
@@ -326,7 +348,7 @@ mod tests {
         let config = DitConfig { clusters: 3, position: Position::Sinusoidal, ..sizes() };
         let trainable = Trainable::new(1);
         let dit = Dit::new(&config, trainable.builder(&Device::Cpu)).unwrap();
-        assert!(!trainable.vars().contains_key("position"));
+        assert!(!trainable.vars().contains_key("pos_embed"));
         trainable.vars()["cluster"].set(&random(4, &[3, 16])).unwrap();
         let condition = random(1, &[2, 16]);
         let index = Tensor::new(&[2u32, 0], &Device::Cpu).unwrap();

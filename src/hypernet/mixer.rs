@@ -1,10 +1,10 @@
-//! Mixture of face and image features (MIF): what the diffusion transformer is told about a person.
+//! Mixture of face and image features (MIF): the condition of the diffusion transformer.
 //!
 //! Wu et al. 2024 (arXiv 2408.06740): F = S_img · MLP(E_img) + S_face · MLP(E_face), with
 //! (S_img, S_face) = softmax(f([E_img; E_face])) and f linear. Embeddings are standardised first.
 //!
-//! Ours on top: a learned vector that stands for "nobody in particular", for guidance, and three simpler mixers
-//! that tell what the gate is worth ([`MixerKind`]).
+//! Our additions: a learned null condition for classifier-free guidance, and three mixers without a gate as baselines
+//! ([`MixerKind`]).
 
 use candle_core::{D, Module, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -19,9 +19,9 @@ pub enum MixerKind {
     /// A mixture of two experts with a soft gate, the paper's.
     #[default]
     Moe,
-    /// MLP(E_face): images as such are not looked at.
+    /// MLP(E_face); ignores the image embedding.
     FaceOnly,
-    /// MLP(E_img): faces as such are not looked at.
+    /// MLP(E_img); ignores the face embedding.
     ImageOnly,
     /// MLP([E_img; E_face]) without a gate.
     Concat,
@@ -38,7 +38,7 @@ impl MixerKind {
         self != Self::FaceOnly
     }
 
-    /// What it is not allowed to see is left out: [E_face; E_img] (B, …) for other predictors of the same people.
+    /// [E_face; E_img] (B, …) without the embedding that this kind ignores, for baselines on the same input.
     pub fn seen(self, face: &Tensor, image: &Tensor) -> Result<Tensor> {
         match self {
             Self::FaceOnly => Ok(face.clone()),
@@ -68,7 +68,7 @@ pub struct MixerConfig {
 }
 
 impl MixerConfig {
-    /// Values of a person that the mixer looks at: the width of [`MixerKind::seen`].
+    /// Number of values that the mixer reads: the width of [`MixerKind::seen`].
     pub fn input(&self) -> usize {
         let width = |sees: bool, width: usize| if sees { width } else { 0 };
         width(self.kind.sees_face(), self.face) + width(self.kind.sees_image(), self.image)
@@ -79,8 +79,8 @@ impl MixerConfig {
 #[derive(Clone, Debug)]
 pub struct Mixer {
     net: Net,
-    /// (D): the condition of a dropped person.
-    nobody: Tensor,
+    /// (D): replaces the condition when it is dropped.
+    null_condition: Tensor,
 }
 
 #[derive(Clone, Debug)]
@@ -96,7 +96,7 @@ enum Net {
 pub struct Mixed {
     /// F (B, D)
     pub condition: Tensor,
-    /// (B, 2): S_img and S_face, where there is a gate. At 0 or 1 for everybody it has collapsed; worth a look.
+    /// (B, 2): S_img and S_face, where there is a gate. At 0 or 1 for all people it has collapsed.
     pub gates: Option<Tensor>,
 }
 
@@ -136,7 +136,7 @@ impl Mixer {
             MixerKind::Concat => Net::Concat(mlp(image + face, "both")?),
         };
         let init = candle_nn::Init::Randn { mean: 0.0, stdev: 0.02 };
-        Ok(Self { net, nobody: vb.get_with_hints(width, "nobody", init)? })
+        Ok(Self { net, null_condition: vb.get_with_hints(width, "null_condition", init)? })
     }
 
     /// `face` (B, F), `image` (B, I) → F (B, D) and the gates.
@@ -157,16 +157,16 @@ impl Mixer {
         Ok(Mixed { condition, gates: None })
     }
 
-    /// The condition of nobody in particular, for `count` samples (B, D).
-    pub fn nobody(&self, count: usize) -> Result<Tensor> {
-        self.nobody.unsqueeze(0)?.broadcast_as((count, self.nobody.elem_count()))
+    /// The learned null condition for `count` samples (B, D).
+    pub fn null_condition(&self, count: usize) -> Result<Tensor> {
+        self.null_condition.unsqueeze(0)?.broadcast_as((count, self.null_condition.elem_count()))
     }
 
-    /// Replaces the conditions of dropped samples by nobody. `condition` (B, D), `keep` (B) of ones and zeros.
+    /// Replaces the conditions of dropped samples by the null condition. `condition` (B, D), `keep` (B) of ones and zeros.
     pub fn drop(&self, condition: &Tensor, keep: &Tensor) -> Result<Tensor> {
         let keep = keep.unsqueeze(1)?; // (B, 1)
-        let nobody = self.nobody(condition.dim(0)?)?.broadcast_mul(&(1.0 - &keep)?)?;
-        condition.broadcast_mul(&keep)? + nobody
+        let null = self.null_condition(condition.dim(0)?)?.broadcast_mul(&(1.0 - &keep)?)?;
+        condition.broadcast_mul(&keep)? + null
     }
 }
 
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn gates_sum_to_one_and_dropping_gives_nobody() {
+    fn gates_sum_to_one_and_dropping_gives_the_null_condition() {
         let mixer = mixer(MixerKind::Moe);
         let (face, image) = people();
         let mixed = mixer.forward(&face, &image).unwrap();
@@ -215,7 +215,7 @@ mod tests {
         let keep = Tensor::new(&[1f32, 0.], &Device::Cpu).unwrap();
         let dropped = mixer.drop(&mixed.condition, &keep).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(dropped[0], mixed.condition.to_vec2::<f32>().unwrap()[0]);
-        assert_eq!(dropped[1], mixer.nobody(1).unwrap().to_vec2::<f32>().unwrap()[0]);
+        assert_eq!(dropped[1], mixer.null_condition(1).unwrap().to_vec2::<f32>().unwrap()[0]);
         assert_ne!(dropped[1], mixed.condition.to_vec2::<f32>().unwrap()[1]);
     }
 

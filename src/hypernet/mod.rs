@@ -1,4 +1,4 @@
-//! Who → LoRA.
+//! Hypernetwork: a person's embeddings → their LoRA.
 //!
 //! ```text
 //! face, image embedding ──► mixer: condition F ──► dit: noise → x_0 ──► lae: latent → vector ──► LoRA
@@ -21,6 +21,7 @@ pub mod prior;
 pub mod ridge;
 pub mod rows;
 pub mod stats;
+pub mod tensor_names;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -43,7 +44,7 @@ use crate::lora::canonical::Canonical;
 use crate::lora::layout::LoraLayout;
 use crate::weights::model_folder::{ModelFiles, save_json};
 
-/// The whole of it: a person goes in, a LoRA comes out.
+/// A trained hypernetwork.
 #[derive(Clone, Debug)]
 pub struct Hypernet {
     /// LoRA ↔ latent.
@@ -456,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn guidance_moves_away_from_nobody() {
+    fn guidance_moves_away_from_the_null_condition() {
         let hypernet = shaken();
         let z = |guidance| {
             let options = SampleOptions { guidance, steps: 1, ..hypernet.options() };

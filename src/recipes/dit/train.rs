@@ -14,7 +14,7 @@ use crate::diffusion::shifted::Shift;
 use crate::failure::Failure;
 use crate::hypernet::dit::Dit;
 use crate::hypernet::mixer::{GateFigures, Mixer};
-use crate::hypernet::{Denoiser, DenoiserConfig, LoraCodec, ModelId, SampleOptions};
+use crate::hypernet::{Denoiser, DenoiserConfig, LoraCodec, ModelId, SampleOptions, tensor_names};
 use crate::recipes::dit::best_checkpoint::BestCheckpoint;
 use crate::recipes::dit::config::{DitTrainConfig, LossWeights};
 use crate::recipes::dit::image_loss::ImageLoss;
@@ -65,7 +65,8 @@ pub fn train(
     let networks_config = config.config(widths, set)?;
     let trainable = Trainable::new(config.seed);
     let device = data.device();
-    let vb = trainable.builder(device);
+    // The initial values depend on the names; see `tensor_names`.
+    let vb = trainable.builder(device).rename_f(tensor_names::to_old);
     let trainer = DitTrainer {
         config,
         data,
