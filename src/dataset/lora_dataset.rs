@@ -285,7 +285,7 @@ impl Split {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeMap;
 
     use candle_core::{DType, Device};
