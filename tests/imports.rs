@@ -11,11 +11,11 @@ const ORDER: [&[&str]; 9] = [
     &["commands", "diagnostics"],
     &["eval"],
     &["recipes"],
-    &["dataset", "registry"],
+    &["dataset", "registry", "output"],
     &["sdxl", "hypernet", "lora", "identity", "synthetic"],
     &["train", "weights", "image"],
     &["diffusion", "layers"],
-    &["device", "threads", "statistics", "files", "progress", "output", "failure"],
+    &["device", "threads", "statistics", "files", "progress", "failure"],
 ];
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
