@@ -94,7 +94,11 @@ fn animations_and_kinds_that_are_not_read_are_said() {
         ("animated.webp", 3, "is animated"),
         ("animated.png", 3, "is animated"),
         ("plain.gif", 3, "no face found"),
-        ("image.avif", 4, "it is an AVIF image, which is not read here; save it as JPEG"),
+        (
+            "image.avif",
+            4,
+            "it is an AVIF image, which difflora does not read; convert it to JPEG or PNG first",
+        ),
     ] {
         let run = difflora(&["face", "detect", &format!("tests/data/odd/{file}")]);
         assert_eq!(run.code, code, "{file}: {}", run.stderr);
