@@ -22,11 +22,11 @@ use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder, Identity, cosine};
 use crate::image::{Image, contact_sheet};
 use crate::lora::Lora;
+use crate::lora::adapter::AdapterFile;
 use crate::lora::apply::{Originals, Unmatched, merge};
-use crate::lora::change::Changes;
+use crate::lora::block_weights::BlockWeights;
 use crate::lora::file;
 use crate::lora::keys::BlockLayout;
-use crate::lora::strength::Strength;
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
@@ -532,7 +532,7 @@ impl Bench {
     fn draw(&self, stage: &Stage, lora: Option<&Lora>) -> Result<Drawn> {
         let mut model = self.model.clone();
         if let Some(lora) = lora {
-            let loras = [(&Changes::from(lora), Strength::all(1.0))];
+            let loras = [(&AdapterFile::from(lora), BlockWeights::all(1.0))];
             merge(|visit| model.unet.visit_layers(visit), &loras, Unmatched::Refuse, Originals::Drop)?;
         }
         let Stage { seed, grains, noise, prompts, negative, params } = stage;

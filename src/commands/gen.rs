@@ -18,7 +18,7 @@ use crate::commands::r#gen::images::{Plan, generate};
 use crate::commands::r#gen::outputs::Outputs;
 use crate::commands::r#gen::person::make_lora;
 use crate::device::{self, Precision};
-use crate::lora::strength::Strength;
+use crate::lora::block_weights::BlockWeights;
 use crate::lora::{Lora, file};
 use crate::output::Output;
 use crate::output::print_line;
@@ -96,7 +96,7 @@ fn lora_stack(args: &Args, person: Option<&Lora>, base: &Base) -> Result<LoraSta
         stack.push(lora, &name, args.lora_scale, args.lora_format, &base.block_layout)?;
     }
     for text in &args.lora {
-        let (path, strength) = Strength::split(text)?;
+        let (path, strength) = BlockWeights::split(text)?;
         stack.push_file(&path, strength, &base.block_layout)?;
     }
     Ok(stack)

@@ -12,12 +12,12 @@ use serde_json::{Value, json};
 
 use crate::failure::Failure;
 use crate::files::{self, check_writable, refuse_inputs};
-use crate::lora::change::Changes;
-use crate::lora::edit::{self, Disturbance, Keep, Kept, Which};
+use crate::lora::adapter::AdapterFile;
+use crate::lora::arithmetic::{self, Keep, Kept, Replacement, Which};
+use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Format};
 use crate::lora::keys::BlockLayout;
-use crate::lora::report::Report;
-use crate::lora::strength::Strength;
+use crate::lora::summary::Summary;
 use crate::lora::{LoraError, listed};
 use crate::output::Output;
 use crate::output::print_line;
@@ -137,7 +137,7 @@ enum Action {
         which: Which,
         /// Replacement.
         #[arg(long, value_enum, default_value = "zero")]
-        with: Disturbance,
+        with: Replacement,
         /// Share of all weights to replace.
         #[arg(long, default_value_t = 0.25)]
         share: f64,
@@ -193,7 +193,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         Action::Convert { input, output: out, format } => {
             refuse_inputs(&[&out], std::slice::from_ref(&input))?;
             check_writable(&out)?;
-            write(&out, &file::read_changes(&input, &layout)?, format, &layout, output, json!({}))
+            write(&out, &file::read_adapters(&input, &layout)?, format, &layout, output, json!({}))
         }
         Action::Merge { lora, out, length, format } => match base {
             Some(base) => {
@@ -229,11 +229,11 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             refuse_inputs(&[&out], &paths_of(&lora)?)?;
             check_writable(&out)?;
             let loras = read_all(&lora, &layout)?;
-            let total: f64 = loras.iter().map(|lora| lora.strength.everywhere()).sum();
+            let total: f64 = loras.iter().map(|lora| lora.weights.everywhere()).sum();
             if total == 0.0 {
                 return Err(Failure::Usage("the weights add up to zero, so there is no mean".into()).into());
             }
-            let share = |lora: Given| Given { strength: lora.strength.times(1.0 / total), ..lora };
+            let share = |lora: Given| Given { weights: lora.weights.times(1.0 / total), ..lora };
             let loras: Vec<Given> = loras.into_iter().map(share).collect();
             write_sum(&loras, length.keep()?, &out, format, &layout, output)
         }
@@ -247,10 +247,10 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             refuse_inputs(&[&out], std::slice::from_ref(&input))?;
             check_writable(&out)?;
             let share = a_share(share, "--share")?;
-            let mut changes = file::read_changes(&input, &layout)?;
-            let count = edit::perturb(&mut changes, which, share, with, seed)
+            let mut adapters = file::read_adapters(&input, &layout)?;
+            let count = arithmetic::perturb(&mut adapters, which, share, with, seed)
                 .map_err(|error| Failure::unusable(&input, error))?;
-            write(&out, &changes, Format::Kohya, &layout, output, json!({ "replaced": count }))
+            write(&out, &adapters, Format::Kohya, &layout, output, json!({ "replaced": count }))
         }
         Action::Diff { one, two } => diff(&one, &two, &layout, output),
     }
@@ -258,13 +258,13 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 
 /// The files of arguments like FILE:WEIGHT.
 fn paths_of(loras: &[String]) -> Result<Vec<PathBuf>> {
-    loras.iter().map(|lora| Ok(Strength::split(lora)?.0)).collect()
+    loras.iter().map(|lora| Ok(BlockWeights::split(lora)?.0)).collect()
 }
 
 fn inspect(path: &Path, layout: &BlockLayout, output: &Output) -> Result<()> {
     let mut file = file::open(path)?;
     let report =
-        Report::read(&mut file, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
+        Summary::read(&mut file, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
     let bytes = file.metadata()?.len();
     if output.json {
         let mut value = serde_json::to_value(&report)?;
@@ -322,18 +322,18 @@ fn open_base(name: &str, config: Option<&Path>) -> Result<ModelFiles> {
 /// A file of the command line.
 struct Given {
     path: PathBuf,
-    changes: Changes,
-    strength: Strength,
+    adapters: AdapterFile,
+    weights: BlockWeights,
     /// The weight as it was given; `1` where none was.
     weight: String,
 }
 
 fn read_all(arguments: &[String], layout: &BlockLayout) -> Result<Vec<Given>> {
     let read = |argument: &String| {
-        let (path, strength) = Strength::split(argument)?;
-        let changes = file::read_changes(&path, layout)?;
+        let (path, weights) = BlockWeights::split(argument)?;
+        let adapters = file::read_adapters(&path, layout)?;
         let weight = argument.strip_prefix(&format!("{}:", path.display())).unwrap_or("1").to_string();
-        Ok(Given { path, changes, strength, weight })
+        Ok(Given { path, adapters, weights, weight })
     };
     arguments.iter().map(read).collect()
 }
@@ -346,10 +346,10 @@ fn write_sum(
     layout: &BlockLayout,
     output: &Output,
 ) -> Result<()> {
-    let files: Vec<(&Changes, Strength)> =
-        loras.iter().map(|lora| (&lora.changes, lora.strength.clone())).collect();
+    let files: Vec<(&AdapterFile, BlockWeights)> =
+        loras.iter().map(|lora| (&lora.adapters, lora.weights.clone())).collect();
     let names: Vec<String> = loras.iter().map(|lora| lora.path.display().to_string()).collect();
-    let (sum, kept) = edit::sum(&files, keep)
+    let (sum, kept) = arithmetic::sum(&files, keep)
         .map_err(|error| Failure::Unusable(format!("cannot use {}: {error}", listed(&names))))?;
     write(out, &sum, format, layout, output, summary(&kept))
 }
@@ -365,20 +365,20 @@ fn summary(kept: &BTreeMap<String, Kept>) -> Value {
 
 fn write(
     path: &Path,
-    changes: &Changes,
+    adapters: &AdapterFile,
     format: Format,
     layout: &BlockLayout,
     output: &Output,
     mut told: Value,
 ) -> Result<()> {
-    let bytes = file::changes_to_bytes(changes, format, layout).map_err(|error| {
+    let bytes = file::adapters_to_bytes(adapters, format, layout).map_err(|error| {
         let known = error.downcast_ref::<LoraError>().is_some();
         let why = format!("cannot write `{}`: {error:#}", path.display());
         if known { Failure::Unusable(why).into() } else { error }
     })?;
     files::write_whole(path, &bytes)?;
     told["file"] = json!(path.display().to_string());
-    told["modules"] = json!(changes.modules.len());
+    told["modules"] = json!(adapters.modules.len());
     tell(&told, output)
 }
 
@@ -393,9 +393,9 @@ fn tell(told: &Value, output: &Output) -> Result<()> {
 }
 
 fn diff(one: &Path, two: &Path, layout: &BlockLayout, output: &Output) -> Result<()> {
-    let (a, b) = (file::read_changes(one, layout)?, file::read_changes(two, layout)?);
-    let (modules, all) = edit::compare(&a, &b).map_err(|error| Failure::unusable(two, error))?;
-    let only = |a: &Changes, b: &Changes| -> Vec<String> {
+    let (a, b) = (file::read_adapters(one, layout)?, file::read_adapters(two, layout)?);
+    let (modules, all) = arithmetic::compare(&a, &b).map_err(|error| Failure::unusable(two, error))?;
+    let only = |a: &AdapterFile, b: &AdapterFile| -> Vec<String> {
         a.modules.keys().filter(|module| !b.modules.contains_key(*module)).cloned().collect()
     };
     let (only_one, only_two) = (only(&a, &b), only(&b, &a));
@@ -407,13 +407,13 @@ fn diff(one: &Path, two: &Path, layout: &BlockLayout, output: &Output) -> Result
         return Ok(());
     }
     print_line!("{:>8} {:>8} {:>8}  module", "cosine", "norm", "distance")?;
-    let together = all.iter().map(|likeness| ("all of these together", likeness));
-    for (module, likeness) in modules.iter().map(|(module, l)| (module.as_str(), l)).chain(together) {
+    let together = all.iter().map(|similarity| ("all of these together", similarity));
+    for (module, similarity) in modules.iter().map(|(module, l)| (module.as_str(), l)).chain(together) {
         print_line!(
             "{:8.4} {:8.4} {:8.4}  {module}",
-            likeness.cosine,
-            likeness.norm_ratio,
-            likeness.distance
+            similarity.cosine,
+            similarity.norm_ratio,
+            similarity.distance
         )?;
     }
     for (path, only) in [(one, only_one), (two, only_two)] {

@@ -13,9 +13,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{DType, Tensor};
 
 use super::LoraError;
-use super::change::{Change, Changes};
-use super::strength::Strength;
-use crate::layers::{Adapter, Layer, Visit, add_low_rank, compute_dtype};
+use super::adapter::{Adapter, AdapterFile};
+use super::block_weights::BlockWeights;
+use crate::layers::{self, Layer, Visit, add_low_rank, compute_dtype};
 
 /// What to do with layers for which the model has no place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,13 +74,13 @@ impl Applied {
 /// [`LoraError::NoPlace`] and [`LoraError::Size`]; the model is then unchanged.
 pub fn merge(
     mut visit: impl FnMut(&mut Visit),
-    loras: &[(&Changes, Strength)],
+    loras: &[(&AdapterFile, BlockWeights)],
     unmatched: Unmatched,
     originals: Originals,
 ) -> Result<Applied, LoraError> {
     let mut applied = Applied { unmatched: check(&mut visit, loras, unmatched)?, ..Applied::default() };
-    each_layer(&mut visit, loras, |path, mut layer, changes| {
-        let before = add(&mut layer, changes)?;
+    each_layer(&mut visit, loras, |path, mut layer, adapters| {
+        let before = add(&mut layer, adapters)?;
         if originals == Originals::Keep {
             applied.originals.insert(path.to_string(), before);
         }
@@ -98,15 +98,15 @@ pub fn merge(
 /// that cannot stand beside a weight; the model is then unchanged.
 pub fn attach(
     mut visit: impl FnMut(&mut Visit),
-    loras: &[(&Changes, Strength)],
+    loras: &[(&AdapterFile, BlockWeights)],
     unmatched: Unmatched,
     branch: Branch,
 ) -> Result<Applied, LoraError> {
     if branch == Branch::Positive {
-        let modules = loras.iter().flat_map(|(changes, _)| &changes.modules);
-        for (module, change) in modules {
-            if !stands_beside(change) {
-                return Err(LoraError::Kind { key: module.clone(), kind: change.kind() });
+        let modules = loras.iter().flat_map(|(adapters, _)| &adapters.modules);
+        for (module, adapter) in modules {
+            if !is_low_rank(adapter) {
+                return Err(LoraError::Kind { key: module.clone(), kind: adapter.kind_name() });
             }
         }
     }
@@ -115,14 +115,14 @@ pub fn attach(
         applied.unmatched = check(&mut visit, loras, unmatched)?;
     }
     visit(&mut |_, mut layer| layer.set_adapter(None));
-    each_layer(&mut visit, loras, |path, mut layer, changes| {
+    each_layer(&mut visit, loras, |path, mut layer, adapters| {
         let (beside, inside): (Vec<_>, Vec<_>) =
-            changes.iter().partition(|(change, _)| stands_beside(change));
+            adapters.iter().partition(|(adapter, _)| is_low_rank(adapter));
         if !inside.is_empty() {
             applied.originals.insert(path.to_string(), add(&mut layer, &inside)?);
         }
         if !beside.is_empty() {
-            let adapter = adapter(layer.weight(), &beside, branch)?;
+            let adapter = low_rank_branch(layer.weight(), &beside, branch)?;
             layer.set_adapter(Some(adapter));
         }
         applied.matched.push(path.to_string());
@@ -135,7 +135,10 @@ pub fn attach(
 ///
 /// # Errors
 /// [`LoraError::Tensor`] where there is no memory for them.
-pub fn widen(mut visit: impl FnMut(&mut Visit), loras: &[(&Changes, Strength)]) -> Result<(), LoraError> {
+pub fn widen(
+    mut visit: impl FnMut(&mut Visit),
+    loras: &[(&AdapterFile, BlockWeights)],
+) -> Result<(), LoraError> {
     each_layer(&mut visit, loras, |_, mut layer, _| {
         let weight = layer.weight().to_dtype(DType::F32)?;
         let bias = layer.bias().map(|bias| bias.to_dtype(DType::F32)).transpose()?;
@@ -145,26 +148,26 @@ pub fn widen(mut visit: impl FnMut(&mut Visit), loras: &[(&Changes, Strength)]) 
 }
 
 /// Adds ΔW and the change of the bias; gives back what was there.
-fn add(layer: &mut Layer, changes: &[(&Change, f64)]) -> Result<(Tensor, Option<Tensor>), LoraError> {
+fn add(layer: &mut Layer, adapters: &[(&Adapter, f64)]) -> Result<(Tensor, Option<Tensor>), LoraError> {
     let (weight, bias) = (layer.weight().clone(), layer.bias().cloned());
-    let after = changed(&weight, changes)?;
-    let change = bias_change(changes)?;
-    let bias_after = match (change, &bias) {
+    let after = merged_weight(&weight, adapters)?;
+    let adapter = bias_delta(adapters)?;
+    let bias_after = match (adapter, &bias) {
         (None, bias) => bias.clone(),
-        (Some(change), Some(bias)) => Some(biased(bias, &change)?),
-        (Some(change), None) => Some(change.to_device(weight.device())?.to_dtype(weight.dtype())?),
+        (Some(adapter), Some(bias)) => Some(merged_bias(bias, &adapter)?),
+        (Some(adapter), None) => Some(adapter.to_device(weight.device())?.to_dtype(weight.dtype())?),
     };
     layer.set(after, bias_after);
     Ok((weight, bias))
 }
 
 /// W + Σ times · ΔW, summed in f32 from the original weight and rounded once to its type.
-pub fn changed(weight: &Tensor, changes: &[(&Change, f64)]) -> Result<Tensor, LoraError> {
+pub fn merged_weight(weight: &Tensor, adapters: &[(&Adapter, f64)]) -> Result<Tensor, LoraError> {
     let (mut downs, mut ups) = (Vec::new(), Vec::new());
     let mut sum = weight.clone();
     let mut original = None;
-    for (change, times) in changes {
-        if let Some((down, up)) = change.factors()? {
+    for (adapter, times) in adapters {
+        if let Some((down, up)) = adapter.factors()? {
             downs.push(down);
             ups.push((up * *times)?);
             continue;
@@ -173,7 +176,7 @@ pub fn changed(weight: &Tensor, changes: &[(&Change, f64)]) -> Result<Tensor, Lo
             sum = weight.to_dtype(DType::F32)?;
         }
         let original: &Tensor = original.get_or_insert_with(|| sum.clone());
-        sum = (sum + change.delta(original, *times)?)?;
+        sum = (sum + adapter.delta(original, *times)?)?;
     }
     if !downs.is_empty() {
         sum = add_low_rank(&sum, &Tensor::cat(&ups, 1)?, &Tensor::cat(&downs, 0)?)?;
@@ -182,10 +185,10 @@ pub fn changed(weight: &Tensor, changes: &[(&Change, f64)]) -> Result<Tensor, Lo
 }
 
 /// Σ times · Δbias (out) in f32, where one of the changes has a bias.
-pub fn bias_change(changes: &[(&Change, f64)]) -> Result<Option<Tensor>, LoraError> {
+pub fn bias_delta(adapters: &[(&Adapter, f64)]) -> Result<Option<Tensor>, LoraError> {
     let mut sum: Option<Tensor> = None;
-    for (change, times) in changes {
-        let Some(bias) = &change.bias else { continue };
+    for (adapter, times) in adapters {
+        let Some(bias) = &adapter.bias else { continue };
         let bias = (bias.to_dtype(DType::F32)?.flatten_all()? * *times)?;
         sum = Some(match sum {
             Some(sum) => (sum + bias)?,
@@ -196,24 +199,28 @@ pub fn bias_change(changes: &[(&Change, f64)]) -> Result<Option<Tensor>, LoraErr
 }
 
 /// A bias with its change, in its own type.
-pub fn biased(bias: &Tensor, change: &Tensor) -> Result<Tensor, LoraError> {
-    let sum = (bias.to_dtype(DType::F32)? + change.to_device(bias.device())?)?;
+pub fn merged_bias(bias: &Tensor, adapter: &Tensor) -> Result<Tensor, LoraError> {
+    let sum = (bias.to_dtype(DType::F32)? + adapter.to_device(bias.device())?)?;
     Ok(sum.to_dtype(bias.dtype())?)
 }
 
 /// Whether it is a product of two thin factors and nothing else.
-fn stands_beside(change: &Change) -> bool {
-    matches!(change.kind(), "LoRA" | "LoCon" | "LoCon (Tucker)") && change.bias.is_none()
+fn is_low_rank(adapter: &Adapter) -> bool {
+    matches!(adapter.kind_name(), "LoRA" | "LoCon" | "LoCon (Tucker)") && adapter.bias.is_none()
 }
 
 /// One adapter for all changes: their downs above each other, their scaled ups beside each other.
-fn adapter(weight: &Tensor, changes: &[(&Change, f64)], branch: Branch) -> Result<Adapter, LoraError> {
+fn low_rank_branch(
+    weight: &Tensor,
+    adapters: &[(&Adapter, f64)],
+    branch: Branch,
+) -> Result<layers::Adapter, LoraError> {
     let dtype = compute_dtype(weight.dtype(), weight.device());
     let place = |tensor: &Tensor| tensor.to_device(weight.device())?.to_dtype(dtype);
     let mut downs = Vec::new();
     let mut ups = Vec::new();
-    for (change, times) in changes {
-        let (Some(kernel), Some((_, up))) = (change.kernel()?, change.factors()?) else { continue };
+    for (adapter, times) in adapters {
+        let (Some(kernel), Some((_, up))) = (adapter.kernel()?, adapter.factors()?) else { continue };
         let kernel = match *weight.dims() {
             [_, input, k, _] => kernel.reshape((kernel.dim(0)?, input, k, k))?,
             _ => kernel.reshape((kernel.dim(0)?, ()))?,
@@ -227,7 +234,7 @@ fn adapter(weight: &Tensor, changes: &[(&Change, f64)], branch: Branch) -> Resul
         // Two people in the batch, the first of whom has no LoRA.
         Branch::Positive => Tensor::stack(&[&up.zeros_like()?, &up], 0)?,
     };
-    Ok(Adapter { down, up, scale: 1.0 })
+    Ok(layers::Adapter { down, up, scale: 1.0 })
 }
 
 /// Makes sure that everything fits before anything is changed; returns the modules without a place.
@@ -236,17 +243,17 @@ fn adapter(weight: &Tensor, changes: &[(&Change, f64)], branch: Branch) -> Resul
 /// [`LoraError::NoPlace`] and [`LoraError::Size`].
 pub fn check(
     mut visit: impl FnMut(&mut Visit),
-    loras: &[(&Changes, Strength)],
+    loras: &[(&AdapterFile, BlockWeights)],
     unmatched: Unmatched,
 ) -> Result<Vec<String>, LoraError> {
-    let wanted: BTreeSet<&String> = loras.iter().flat_map(|(changes, _)| changes.modules.keys()).collect();
+    let wanted: BTreeSet<&String> = loras.iter().flat_map(|(adapters, _)| adapters.modules.keys()).collect();
     let mut found: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     visit(&mut |path, layer| {
         found.insert(path.to_string(), layer.weight().dims().to_vec());
     });
     let missing: Vec<String> =
         wanted.iter().filter(|module| !found.contains_key(**module)).map(|m| m.to_string()).collect();
-    let guess = || loras.iter().find_map(|(changes, _)| made_for(changes, &found));
+    let guess = || loras.iter().find_map(|(adapters, _)| made_for(adapters, &found));
     let refuse = match unmatched {
         Unmatched::Refuse => !missing.is_empty(),
         Unmatched::Allow => missing.len() == wanted.len(),
@@ -255,9 +262,9 @@ pub fn check(
     if refuse {
         return Err(LoraError::NoPlace { count: wanted.len(), modules: missing, guess: guess() });
     }
-    for (module, change) in loras.iter().flat_map(|(changes, _)| &changes.modules) {
-        if let Some(model) = found.get(module).filter(|shape| !change.fits(shape)) {
-            let (module, model, lora) = (module.clone(), model.clone(), change.target());
+    for (module, adapter) in loras.iter().flat_map(|(adapters, _)| &adapters.modules) {
+        if let Some(model) = found.get(module).filter(|shape| !adapter.fits(shape)) {
+            let (module, model, lora) = (module.clone(), model.clone(), adapter.target());
             return Err(LoraError::Size { module, lora, model, guess: guess() });
         }
     }
@@ -265,11 +272,11 @@ pub fn check(
 }
 
 /// A sentence about the model that a file seems to be made for, by the width of the text that it listens to.
-fn made_for(changes: &Changes, model: &BTreeMap<String, Vec<usize>>) -> Option<String> {
+fn made_for(adapters: &AdapterFile, model: &BTreeMap<String, Vec<usize>>) -> Option<String> {
     const LISTENS: &str = ".attn2.to_k";
     let ours = model.iter().find(|(path, _)| path.ends_with(LISTENS))?.1[1];
-    let (_, change) = changes.modules.iter().find(|(path, _)| path.ends_with(LISTENS))?;
-    let theirs = *change.target().get(1)?;
+    let (_, adapter) = adapters.modules.iter().find(|(path, _)| path.ends_with(LISTENS))?;
+    let theirs = *adapter.target().get(1)?;
     let name = match theirs {
         0 => return None,
         768 => "SD 1.5",
@@ -286,17 +293,17 @@ fn made_for(changes: &Changes, model: &BTreeMap<String, Vec<usize>>) -> Option<S
 /// Calls `with` for every layer that a LoRA changes.
 fn each_layer(
     visit: &mut impl FnMut(&mut Visit),
-    loras: &[(&Changes, Strength)],
-    mut with: impl FnMut(&str, Layer, &[(&Change, f64)]) -> Result<(), LoraError>,
+    loras: &[(&AdapterFile, BlockWeights)],
+    mut with: impl FnMut(&str, Layer, &[(&Adapter, f64)]) -> Result<(), LoraError>,
 ) -> Result<(), LoraError> {
     let mut outcome = Ok(());
     visit(&mut |path, layer| {
-        let changes: Vec<(&Change, f64)> = loras
+        let adapters: Vec<(&Adapter, f64)> = loras
             .iter()
-            .filter_map(|(changes, strength)| Some((changes.modules.get(path)?, strength.of(path))))
+            .filter_map(|(adapters, weights)| Some((adapters.modules.get(path)?, weights.of(path))))
             .collect();
-        if outcome.is_ok() && !changes.is_empty() {
-            outcome = with(path, layer, &changes);
+        if outcome.is_ok() && !adapters.is_empty() {
+            outcome = with(path, layer, &adapters);
         }
     });
     outcome
@@ -307,7 +314,7 @@ mod tests {
     use super::*;
     use crate::diffusion::noise::normal;
     use crate::layers::{Conv2d, Linear};
-    use crate::lora::change::{Form, Magnitude};
+    use crate::lora::adapter::{AdapterKind, Magnitude};
     use crate::lora::{Lora, LoraLayer};
     use candle_core::{Device, Module};
 
@@ -329,23 +336,23 @@ mod tests {
         }
     }
 
-    fn lora(stream: u64, rank: usize, alpha: f32) -> Changes {
-        Changes::from(&plain(stream, rank, alpha))
+    fn lora(stream: u64, rank: usize, alpha: f32) -> AdapterFile {
+        AdapterFile::from(&plain(stream, rank, alpha))
     }
 
     fn merge_all(
         model: &mut [Linear],
-        loras: &[(&Changes, f64)],
+        loras: &[(&AdapterFile, f64)],
         unmatched: Unmatched,
     ) -> Result<Applied, LoraError> {
         let loras: Vec<_> =
-            loras.iter().map(|(changes, weight)| (*changes, Strength::all(*weight))).collect();
+            loras.iter().map(|(adapters, weight)| (*adapters, BlockWeights::all(*weight))).collect();
         merge(walk(model), &loras, unmatched, Originals::Keep)
     }
 
-    fn attach_all(model: &mut [Linear], loras: &[(&Changes, f64)]) -> Result<Applied, LoraError> {
+    fn attach_all(model: &mut [Linear], loras: &[(&AdapterFile, f64)]) -> Result<Applied, LoraError> {
         let loras: Vec<_> =
-            loras.iter().map(|(changes, weight)| (*changes, Strength::all(*weight))).collect();
+            loras.iter().map(|(adapters, weight)| (*adapters, BlockWeights::all(*weight))).collect();
         attach(walk(model), &loras, Unmatched::Refuse, Branch::Both)
     }
 
@@ -412,8 +419,8 @@ mod tests {
     fn widened_weights_keep_what_is_merged_into_them() -> anyhow::Result<()> {
         let mut half = model();
         half.iter_mut().for_each(|linear| linear.weight = linear.weight.to_dtype(DType::F16).unwrap());
-        let changes = lora(20, 4, 1.0);
-        let loras = [(&changes, Strength::all(1.0))];
+        let adapters = lora(20, 4, 1.0);
+        let loras = [(&adapters, BlockWeights::all(1.0))];
         let original = half[0].weight.to_dtype(DType::F32)?;
         widen(walk(&mut half), &loras)?;
         merge(walk(&mut half), &loras, Unmatched::Refuse, Originals::Drop)?;
@@ -464,9 +471,9 @@ mod tests {
     #[test]
     fn a_dora_is_merged_in_both_modes_and_taken_out_again() -> anyhow::Result<()> {
         let mut dora = lora(20, 4, 1.0);
-        for change in dora.modules.values_mut() {
-            change.magnitude = Some(Magnitude { values: random(77, (6, 1)).abs()?, on_input: false });
-            change.bias = Some(random(78, 6));
+        for adapter in dora.modules.values_mut() {
+            adapter.magnitude = Some(Magnitude { values: random(77, (6, 1)).abs()?, on_input: false });
+            adapter.bias = Some(random(78, 6));
         }
         let (mut merged, mut attached) = (model(), model());
         merge_all(&mut merged, &[(&dora, 0.7)], Unmatched::Refuse)?;
@@ -477,7 +484,7 @@ mod tests {
         assert!(distance(&merged[0].forward(&x)?, &model()[0].forward(&x)?) > 0.1);
         applied.undo(walk(&mut attached));
         assert_eq!(distance(&attached[0].forward(&x)?, &model()[0].forward(&x)?), 0.0);
-        let loras = [(&dora, Strength::all(1.0))];
+        let loras = [(&dora, BlockWeights::all(1.0))];
         let error = attach(walk(&mut attached), &loras, Unmatched::Refuse, Branch::Positive).unwrap_err();
         assert!(matches!(error, LoraError::Kind { kind: "DoRA", .. }), "{error}");
         Ok(())
@@ -485,8 +492,8 @@ mod tests {
 
     #[test]
     fn on_the_positive_branch_only_the_second_half_of_the_batch_changes() -> anyhow::Result<()> {
-        let changes = lora(20, 4, 1.0);
-        let loras = [(&changes, Strength::all(1.0))];
+        let adapters = lora(20, 4, 1.0);
+        let loras = [(&adapters, BlockWeights::all(1.0))];
         let (mut half, mut whole) = (model(), model());
         attach(walk(&mut half), &loras, Unmatched::Refuse, Branch::Positive)?;
         attach(walk(&mut whole), &loras, Unmatched::Refuse, Branch::Both)?;
@@ -503,15 +510,15 @@ mod tests {
         let vars = crate::weights::Trainable::new(5);
         let geometry = crate::layers::ConvGeometry { stride: 2, ..crate::layers::ConvGeometry::same(3) };
         let conv = Conv2d::new(4, 6, geometry, vars.builder(&Device::Cpu))?;
-        let form = Form::LowRank {
+        let kind = AdapterKind::LowRank {
             down: random(1, (2, 4, 1, 1)),
             up: random(2, (6, 2, 1, 1)),
             mid: Some(random(3, (2, 2, 3, 3))),
             alpha: 1.0,
         };
-        let modules = [("conv_in".to_string(), Change { form, magnitude: None, bias: None })].into();
-        let changes = Changes { modules, ..Changes::default() };
-        let loras = [(&changes, Strength::all(0.5))];
+        let modules = [("conv_in".to_string(), Adapter { kind, magnitude: None, bias: None })].into();
+        let adapters = AdapterFile { modules, ..AdapterFile::default() };
+        let loras = [(&adapters, BlockWeights::all(0.5))];
         let (mut merged, mut attached, mut half) = (conv.clone(), conv.clone(), conv.clone());
         merge(|v| v("conv_in", Layer::Conv(&mut merged)), &loras, Unmatched::Refuse, Originals::Drop)?;
         attach(|v| v("conv_in", Layer::Conv(&mut attached)), &loras, Unmatched::Refuse, Branch::Both)?;
@@ -531,10 +538,10 @@ mod tests {
         let mut linear = Linear { weight: random(1, (6, 12)), bias: None, adapter: None };
         let layer = LoraLayer::new("", random(1, (4, 768)), random(2, (6, 4)), 4.0).unwrap();
         for path in [TO_K, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"] {
-            let modules = [(path.to_string(), Change::from(&layer))].into();
-            let changes = Changes { modules, ..Changes::default() };
+            let modules = [(path.to_string(), Adapter::from(&layer))].into();
+            let adapters = AdapterFile { modules, ..AdapterFile::default() };
             let walk = |visit: &mut Visit| visit(TO_K, Layer::Linear(&mut linear));
-            let loras = [(&changes, Strength::all(1.0))];
+            let loras = [(&adapters, BlockWeights::all(1.0))];
             let error = merge(walk, &loras, Unmatched::Allow, Originals::Drop).unwrap_err().to_string();
             assert!(error.contains("SD 1.5: 768-wide text context, this base's is 12 wide"), "{error}");
         }

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::thin::{Thin, small_svd};
+use super::low_rank::{LowRank, small_svd};
 use super::{Lora, LoraError, LoraLayer};
 
 /// Which form the factors of a LoRA are brought to before they become a vector.
@@ -52,7 +52,7 @@ impl Form {
         Ok(Self { kind, reference })
     }
 
-    /// What [`Form::reference`] gave, as it was: balanced again, near singular values might change places.
+    /// What [`AdapterKind::reference`] gave, as it was: balanced again, near singular values might change places.
     pub fn restored(kind: Canonical, reference: Lora) -> Self {
         Self { kind, reference: reference.layers }
     }
@@ -96,8 +96,8 @@ impl Form {
 
 /// B = U√S, A = √S·Vᵀ, signs fixed.
 fn balanced(layer: &LoraLayer) -> Result<LoraLayer, LoraError> {
-    let Thin { down, up } =
-        Thin { down: f32(&layer.down)?, up: f32(&layer.up)? }.svd()?.truncate(layer.rank())?;
+    let LowRank { down, up } =
+        LowRank { down: f32(&layer.down)?, up: f32(&layer.up)? }.svd()?.truncate(layer.rank())?;
     let signs: Vec<f32> = up.t()?.to_vec2::<f32>()?.iter().map(|column| sign(column)).collect();
     let signs = Tensor::from_vec(signs, layer.rank(), &Device::Cpu)?;
     let (up, down) = (up.broadcast_mul(&signs)?, down.broadcast_mul(&signs.unsqueeze(1)?)?);

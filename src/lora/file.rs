@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use candle_core::{CpuStorage, DType, Tensor};
 use safetensors::tensor::View;
 
-use super::change::{Change, Changes, Form, Magnitude, Matrix};
+use super::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude, Matrix};
 use super::keys::{self, BlockLayout, Key, Part};
 use super::{Lora, LoraError, listed_for_user};
 use crate::failure::Failure;
@@ -40,17 +40,17 @@ pub enum Format {
 /// # Errors
 /// [`Failure::Unusable`] with a [`LoraError`] that tells what is wrong with the file.
 pub fn read(path: &Path, layout: &BlockLayout) -> Result<Lora> {
-    let changes = read_changes(path, layout)?;
-    changes.into_lora().map_err(|error| Failure::unusable(path, error))
+    let adapters = read_adapters(path, layout)?;
+    adapters.into_lora().map_err(|error| Failure::unusable(path, error))
 }
 
 /// Reads a file of any kind and spelling. Keys that belong to no layer are named in a warning.
 ///
 /// # Errors
 /// As [`read`].
-pub fn read_changes(path: &Path, layout: &BlockLayout) -> Result<Changes> {
+pub fn read_adapters(path: &Path, layout: &BlockLayout) -> Result<AdapterFile> {
     let mut file = open(path)?;
-    let (changes, unknown) =
+    let (adapters, unknown) =
         from_reader(&mut file, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
     if !unknown.is_empty() {
         progress::warn(format!(
@@ -60,7 +60,7 @@ pub fn read_changes(path: &Path, layout: &BlockLayout) -> Result<Changes> {
             listed_for_user(&unknown)
         ));
     }
-    Ok(changes)
+    Ok(adapters)
 }
 
 /// Opens a file for reading.
@@ -76,20 +76,20 @@ pub fn open(path: &Path) -> Result<File> {
 
 /// Reads a LoRA of linear layers from memory; returns it with the keys that belong to no known layer.
 pub fn from_bytes(bytes: &[u8], layout: &BlockLayout) -> Result<(Lora, Vec<String>)> {
-    let (changes, unknown) = changes_from_bytes(bytes, layout)?;
-    Ok((changes.into_lora()?, unknown))
+    let (adapters, unknown) = adapters_from_bytes(bytes, layout)?;
+    Ok((adapters.into_lora()?, unknown))
 }
 
 /// Reads a file of any kind from memory; returns it with the keys that belong to no known layer.
-pub fn changes_from_bytes(bytes: &[u8], layout: &BlockLayout) -> Result<(Changes, Vec<String>)> {
+pub fn adapters_from_bytes(bytes: &[u8], layout: &BlockLayout) -> Result<(AdapterFile, Vec<String>)> {
     from_reader(&mut std::io::Cursor::new(bytes), layout)
 }
 
-fn from_reader(file: &mut (impl Read + Seek), layout: &BlockLayout) -> Result<(Changes, Vec<String>)> {
+fn from_reader(file: &mut (impl Read + Seek), layout: &BlockLayout) -> Result<(AdapterFile, Vec<String>)> {
     let header = Header::read(file)?;
     let (modules, unknown) = sorted(&header, layout)?;
     let alphas = AdapterAlphas::of(&header.metadata);
-    let mut changes = BTreeMap::new();
+    let mut adapters = BTreeMap::new();
     for (module, entries) in modules {
         let mut parts = BTreeMap::new();
         for (part, entry) in entries {
@@ -103,10 +103,10 @@ fn from_reader(file: &mut (impl Read + Seek), layout: &BlockLayout) -> Result<(C
             }
             parts.insert(part, tensor);
         }
-        let change = Parts { module: &module, parts }.into_change(&alphas)?;
-        changes.insert(module, change);
+        let adapter = Parts { module: &module, parts }.into_adapter(&alphas)?;
+        adapters.insert(module, adapter);
     }
-    Ok((Changes { modules: changes, metadata: header.metadata }, unknown))
+    Ok((AdapterFile { modules: adapters, metadata: header.metadata }, unknown))
 }
 
 /// The entries of a file by module and part.
@@ -146,20 +146,20 @@ struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    fn into_change(mut self, alphas: &AdapterAlphas) -> Result<Change, LoraError> {
+    fn into_adapter(mut self, alphas: &AdapterAlphas) -> Result<Adapter, LoraError> {
         let stored = self.alpha()?;
         let bias = self.take(Part::DiffB).or_else(|| self.take(Part::BNorm));
         let bias = bias.map(|bias| bias.flatten_all()).transpose()?;
         let magnitude = self.magnitude()?;
         // sd-scripts: without alpha, or with alpha 0, ΔW is not scaled.
         let alpha = |rank: usize| stored.filter(|alpha| *alpha != 0.0).unwrap_or(rank as f32);
-        let form = if self.has(&[Part::Down, Part::Up, Part::Mid]) {
+        let kind = if self.has(&[Part::Down, Part::Up, Part::Mid]) {
             let (down, up) = (self.factor(Part::Down, "down")?, self.factor(Part::Up, "up")?);
             let mid = self.take(Part::Mid);
             let rank = down.dims()[0];
             let alpha = stored.or_else(|| alphas.get(self.module, rank)).filter(|alpha| *alpha != 0.0);
             self.check_low_rank(&down, &up, mid.as_ref())?;
-            Form::LowRank { alpha: alpha.unwrap_or(rank as f32), down, up, mid }
+            AdapterKind::LowRank { alpha: alpha.unwrap_or(rank as f32), down, up, mid }
         } else if self.has(&[Part::HadaW1A, Part::HadaW1B, Part::HadaW2A, Part::HadaW2B]) {
             let first = [self.factor(Part::HadaW1A, "hada_w1_a")?, self.factor(Part::HadaW1B, "hada_w1_b")?];
             let second = [self.factor(Part::HadaW2A, "hada_w2_a")?, self.factor(Part::HadaW2B, "hada_w2_b")?];
@@ -176,7 +176,7 @@ impl Parts<'_> {
             if !alike || cores.as_ref().is_some_and(|[a, b]| a.dims() != b.dims()) {
                 return Err(self.shape("hada_w2_a or hada_w2_b", &second[0]));
             }
-            Form::Hadamard { alpha: alpha(first[1].dims()[0]), first, second, cores }
+            AdapterKind::Hadamard { alpha: alpha(first[1].dims()[0]), first, second, cores }
         } else if self.has(&[Part::LokrW1, Part::LokrW1A, Part::LokrW2, Part::LokrW2A]) {
             let first = self.matrix([Part::LokrW1, Part::LokrW1A, Part::LokrW1B], "lokr_w1", false)?;
             let core = self.take(Part::LokrT2);
@@ -199,21 +199,21 @@ impl Parts<'_> {
             });
             // With both matrices whole, LyCORIS takes the scale 1 whatever alpha says.
             let alpha = rank.map_or(stored.unwrap_or(1.0), alpha);
-            Form::Kronecker { first, second, core, alpha }
+            AdapterKind::Kronecker { first, second, core, alpha }
         } else if let Some(norm) = self.take(Part::WNorm) {
             if norm.rank() != 1 {
                 return Err(self.shape("w_norm", &norm));
             }
-            Form::Full(norm)
+            AdapterKind::Full(norm)
         } else if let Some(diff) = self.take(Part::Diff) {
             if diff.rank() == 0 {
                 return Err(self.shape("diff", &diff));
             }
-            Form::Full(diff)
+            AdapterKind::Full(diff)
         } else if self.has(&[Part::Ia3, Part::OnInput]) {
             let factor = self.factor(Part::Ia3, "weight")?;
             let on_input = self.number(Part::OnInput)?.ok_or_else(|| self.half("on_input"))?;
-            Form::Scaled { factor, on_input: on_input != 0.0 }
+            AdapterKind::Scaled { factor, on_input: on_input != 0.0 }
         } else if self.has(&[Part::OftBlocks]) {
             let blocks = self.factor(Part::OftBlocks, "oft_blocks")?;
             match *blocks.dims() {
@@ -221,23 +221,23 @@ impl Parts<'_> {
                 _ => return Err(self.shape("oft_blocks", &blocks)),
             }
             let rescale = self.take(Part::Rescale);
-            Form::Orthogonal { blocks, rescale, constraint: stored.unwrap_or(0.0) }
+            AdapterKind::Orthogonal { blocks, rescale, constraint: stored.unwrap_or(0.0) }
         } else if self.has(&[Part::A1, Part::A2, Part::B1, Part::B2]) {
             let a = [self.factor(Part::A1, "a1")?, self.factor(Part::A2, "a2")?];
             let b = [self.factor(Part::B1, "b1")?, self.factor(Part::B2, "b2")?];
             for pair in [&a, &b] {
                 self.check_low_rank(&pair[1], &pair[0], None)?;
             }
-            Form::Generalised { alpha: alpha(a[1].dims()[0]), a, b }
+            AdapterKind::Generalised { alpha: alpha(a[1].dims()[0]), a, b }
         } else if bias.is_some() {
-            Form::BiasOnly
+            AdapterKind::BiasOnly
         } else {
             return Err(self.half(if magnitude.is_some() { "down" } else { "up" }));
         };
         if let Some((part, tensor)) = self.parts.first_key_value() {
             return Err(self.shape(&format!("{} beside a layer of another kind", part.suffix()), tensor));
         }
-        Ok(Change { form, magnitude, bias })
+        Ok(Adapter { kind, magnitude, bias })
     }
 
     fn has(&self, parts: &[Part]) -> bool {
@@ -403,37 +403,42 @@ impl AdapterAlphas {
 ///
 /// `layout` is that of the model that the LoRA is for; LDM paths depend on it.
 pub fn write(path: &Path, lora: &Lora, format: Format, layout: &BlockLayout) -> Result<()> {
-    write_changes(path, &lora.into(), format, layout)
+    write_adapters(path, &lora.into(), format, layout)
 }
 
 /// Writes changes of any kind whole or not at all.
-pub fn write_changes(path: &Path, changes: &Changes, format: Format, layout: &BlockLayout) -> Result<()> {
-    let bytes = changes_to_bytes(changes, format, layout)
+pub fn write_adapters(
+    path: &Path,
+    adapters: &AdapterFile,
+    format: Format,
+    layout: &BlockLayout,
+) -> Result<()> {
+    let bytes = adapters_to_bytes(adapters, format, layout)
         .with_context(|| format!("cannot write `{}`", path.display()))?;
     crate::files::write_whole(path, &bytes)
 }
 
 /// The bytes of a LoRA file. Factors keep their number type.
 pub fn to_bytes(lora: &Lora, format: Format, layout: &BlockLayout) -> Result<Vec<u8>> {
-    changes_to_bytes(&lora.into(), format, layout)
+    adapters_to_bytes(&lora.into(), format, layout)
 }
 
 /// The bytes of a file of any kind. Tensors keep their number type.
 ///
 /// # Errors
 /// [`LoraError::NoName`] for a module, [`LoraError::Kind`] for a kind, that the format has no name for.
-pub fn changes_to_bytes(changes: &Changes, format: Format, layout: &BlockLayout) -> Result<Vec<u8>> {
+pub fn adapters_to_bytes(adapters: &AdapterFile, format: Format, layout: &BlockLayout) -> Result<Vec<u8>> {
     let mut tensors = BTreeMap::new();
-    for (module, change) in &changes.modules {
+    for (module, adapter) in &adapters.modules {
         if format == Format::Peft {
-            tensors.extend(peft_tensors(module, change)?);
+            tensors.extend(peft_tensors(module, adapter)?);
             continue;
         }
         let stem = match format {
             Format::Kohya => keys::kohya(module, layout)?,
             _ => keys::kohya_diffusers(module),
         };
-        for (part, tensor) in change.parts()? {
+        for (part, tensor) in adapter.parts()? {
             tensors.insert(format!("{stem}.{}", part.suffix()), tensor);
         }
     }
@@ -449,7 +454,7 @@ pub fn changes_to_bytes(changes: &Changes, format: Format, layout: &BlockLayout)
         entries.push((key.as_str(), storage, tensor.dims()));
         data.extend_from_slice(&View::data(tensor));
     }
-    let mut metadata = described(changes, format);
+    let mut metadata = described(adapters, format);
     metadata.insert("modelspec.hash_sha256".to_string(), format!("0x{}", sha256::of_bytes(&data)));
     let mut bytes = Header::of(metadata, entries).to_bytes();
     bytes.extend(data);
@@ -457,15 +462,15 @@ pub fn changes_to_bytes(changes: &Changes, format: Format, layout: &BlockLayout)
 }
 
 /// PEFT has names for LoRA of linear layers and convolutions and for DoRA's magnitudes.
-fn peft_tensors(module: &str, change: &Change) -> Result<Vec<(String, Tensor)>, LoraError> {
+fn peft_tensors(module: &str, adapter: &Adapter) -> Result<Vec<(String, Tensor)>, LoraError> {
     let stem = keys::peft(module);
-    let kind = || LoraError::Kind { key: module.to_string(), kind: change.kind() };
-    let Form::LowRank { down, up, mid: None, alpha } = &change.form else { return Err(kind()) };
+    let kind = || LoraError::Kind { key: module.to_string(), kind: adapter.kind_name() };
+    let AdapterKind::LowRank { down, up, mid: None, alpha } = &adapter.kind else { return Err(kind()) };
     let scale = f64::from(*alpha) / down.dims()[0] as f64;
     let up = if scale == 1.0 { up.clone() } else { (up * scale)? };
     let mut tensors =
         vec![(format!("{stem}.lora_A.weight"), down.clone()), (format!("{stem}.lora_B.weight"), up)];
-    match &change.magnitude {
+    match &adapter.magnitude {
         None => {}
         Some(Magnitude { on_input: true, .. }) => return Err(kind()),
         Some(Magnitude { values, .. }) => {
@@ -474,23 +479,23 @@ fn peft_tensors(module: &str, change: &Change) -> Result<Vec<(String, Tensor)>, 
             tensors.push((format!("{stem}.lora_magnitude_vector"), values));
         }
     }
-    if change.bias.is_some() {
+    if adapter.bias.is_some() {
         return Err(kind());
     }
     Ok(tensors)
 }
 
 /// The LoRA's own metadata, over what every file says.
-fn described(changes: &Changes, format: Format) -> BTreeMap<String, String> {
+fn described(adapters: &AdapterFile, format: Format) -> BTreeMap<String, String> {
     let one = |values: Vec<String>| {
         let same = values.windows(2).all(|pair| pair[0] == pair[1]);
         if same { values.into_iter().next().unwrap_or_default() } else { "Dynamic".to_string() }
     };
-    let numbers: Vec<(usize, f32)> = changes.modules.values().filter_map(Change::rank_and_alpha).collect();
+    let numbers: Vec<(usize, f32)> = adapters.modules.values().filter_map(Adapter::rank_and_alpha).collect();
     let rank = one(numbers.iter().map(|(rank, _)| rank.to_string()).collect());
     let alpha = one(numbers.iter().map(|(_, alpha)| alpha.to_string()).collect());
     let alpha = if format == Format::Peft { rank.clone() } else { alpha };
-    let plain = changes.modules.values().all(|change| ["LoRA", "LoCon"].contains(&change.kind()));
+    let plain = adapters.modules.values().all(|adapter| ["LoRA", "LoCon"].contains(&adapter.kind_name()));
     let standard = [
         ("format", "pt".to_string()),
         ("ss_network_module", if plain { "networks.lora" } else { "lycoris.kohya" }.to_string()),
@@ -507,7 +512,7 @@ fn described(changes: &Changes, format: Format) -> BTreeMap<String, String> {
     ];
     let mut metadata: BTreeMap<String, String> =
         standard.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
-    for (key, value) in &changes.metadata {
+    for (key, value) in &adapters.metadata {
         // What follows from the tensors is said anew; diffusers' own note is about the file that was read.
         let told = ["ss_network_dim", "ss_network_alpha", "lora_adapter_metadata"];
         if !told.contains(&key.as_str()) {

@@ -1,8 +1,8 @@
 //! LoRA: a small change ΔW = (alpha / R) · up · down to the linear layers of a model (Hu et al. 2021).
 //!
-//! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`change`]
+//! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`adapter`]
 //! every kind of adapter that they hold, [`canonical`] brings its factors to one form, [`layout`] turns a
-//! LoRA into the flat vector that the hypernetwork learns and back, [`apply`] puts all of them into a model, [`edit`] adds, shortens and compares them.
+//! LoRA into the flat vector that the hypernetwork learns and back, [`apply`] puts all of them into a model, [`arithmetic`] adds, shortens and compares them.
 //!
 #![doc = include_str!("../docs/lora-files.md")]
 
@@ -13,17 +13,17 @@ use candle_core::{DType, Device, Tensor};
 pub mod file;
 pub mod keys;
 
-pub mod change;
+pub mod adapter;
 
 pub mod canonical;
 pub mod layout;
 
 pub mod apply;
-pub mod strength;
+pub mod block_weights;
 
-pub mod edit;
-pub mod report;
-pub mod thin;
+pub mod arithmetic;
+pub mod low_rank;
+pub mod summary;
 
 /// A LoRA: changes to linear layers, and what is known about their origin.
 #[derive(Clone, Debug, Default)]

@@ -90,14 +90,15 @@ fn quoted(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lora::change::Changes;
-    use crate::lora::report::Report;
-    use crate::lora::strength::Strength;
+    use crate::lora::adapter::AdapterFile;
+    use crate::lora::block_weights::BlockWeights;
+    use crate::lora::summary::Summary;
 
     #[test]
     fn settings_are_spelt_as_a1111_spells_them() {
         let base = ModelId { name: "my: model".into(), sha256: "0123456789abcdef".into() };
-        let (strength, changes, report) = (Strength::all(0.8), Changes::default(), Report::default());
+        let (strength, changes, report) =
+            (BlockWeights::all(0.8), AdapterFile::default(), Summary::default());
         let loras =
             [StackedLora { name: "anna".into(), strength, hash: "fedcba9876543210".into(), changes, report }];
         let settings = Settings {

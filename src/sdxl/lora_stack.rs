@@ -11,12 +11,12 @@ use super::text::TextEncoders;
 use super::unet::UNet;
 use crate::failure::Failure;
 use crate::layers::Visit;
+use crate::lora::adapter::AdapterFile;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
-use crate::lora::change::Changes;
+use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Format};
 use crate::lora::keys::BlockLayout;
-use crate::lora::report::Report;
-use crate::lora::strength::Strength;
+use crate::lora::summary::Summary;
 use crate::lora::{Lora, LoraError, listed_for_user};
 use crate::progress;
 use crate::weights::sha256;
@@ -26,13 +26,13 @@ pub struct StackedLora {
     /// File name without extension.
     pub name: String,
     /// Weight, by part of the model.
-    pub strength: Strength,
+    pub strength: BlockWeights,
     /// A1111's hash of the file.
     pub hash: String,
     /// Its layers.
-    pub changes: Changes,
+    pub changes: AdapterFile,
     /// Kind, rank and origin of the file.
-    pub report: Report,
+    pub report: Summary,
 }
 
 /// How LoRAs change the base.
@@ -69,8 +69,8 @@ impl LoraStack {
         layout: &BlockLayout,
     ) -> Result<()> {
         let bytes = file::to_bytes(lora, format, layout)?;
-        let report = Report::read(&mut Cursor::new(&bytes), layout)?;
-        let (strength, hash) = (Strength::all(weight), lora_hash(&bytes));
+        let report = Summary::read(&mut Cursor::new(&bytes), layout)?;
+        let (strength, hash) = (BlockWeights::all(weight), lora_hash(&bytes));
         self.loras.push(StackedLora { name: name.into(), strength, hash, changes: lora.into(), report });
         Ok(())
     }
@@ -79,10 +79,10 @@ impl LoraStack {
     ///
     /// # Errors
     /// [`LoraError`] for a file that is no LoRA.
-    pub fn push_file(&mut self, path: &Path, strength: Strength, layout: &BlockLayout) -> Result<()> {
-        let changes = file::read_changes(path, layout)?;
+    pub fn push_file(&mut self, path: &Path, strength: BlockWeights, layout: &BlockLayout) -> Result<()> {
+        let changes = file::read_adapters(path, layout)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let report = Report::read(&mut file::open(path)?, layout)?;
+        let report = Summary::read(&mut file::open(path)?, layout)?;
         let hash = lora_hash(&std::fs::read(path)?);
         self.loras.push(StackedLora { name, strength, hash, changes, report });
         Ok(())
@@ -174,7 +174,7 @@ impl LoraStack {
     }
 
     /// By hash: f32 sums depend on their order, and results must not depend on that of the command line.
-    fn in_order(&self) -> Vec<(&Changes, Strength)> {
+    fn in_order(&self) -> Vec<(&AdapterFile, BlockWeights)> {
         let mut order: Vec<&StackedLora> = self.loras.iter().collect();
         let weight = |lora: &StackedLora| lora.strength.everywhere();
         order.sort_by(|a, b| a.hash.cmp(&b.hash).then(weight(a).total_cmp(&weight(b))));

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::noise::normal;
-use difflora::lora::change::{Change, Changes, Form, Magnitude};
+use difflora::lora::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude};
 use difflora::lora::file::{self, Format};
 use difflora::registry;
 use difflora::sdxl::pipeline::Sdxl;
@@ -48,26 +48,26 @@ fn small(stream: u64, shape: &[usize]) -> Tensor {
 }
 
 /// A plain LoRA of `rank` on the layers whose path contains `part`.
-fn low_rank(part: &str, rank: usize) -> Changes {
+fn low_rank(part: &str, rank: usize) -> AdapterFile {
     let layer = |(stream, (path, shape)): (u64, (String, Vec<usize>))| {
         let mut down = shape.clone();
         down[0] = rank;
         let up = if shape.len() == 4 { vec![shape[0], rank, 1, 1] } else { vec![shape[0], rank] };
-        let form = Form::LowRank {
+        let kind = AdapterKind::LowRank {
             down: small(2 * stream, &down),
             up: small(2 * stream + 1, &up),
             mid: None,
             alpha: 2.0 * rank as f32,
         };
-        (path, Change { form, magnitude: None, bias: None })
+        (path, Adapter { kind, magnitude: None, bias: None })
     };
     let chosen = shapes().into_iter().filter(|(path, shape)| path.contains(part) && shape.len() > 1);
-    Changes { modules: (0..).zip(chosen).map(layer).collect(), ..Changes::default() }
+    AdapterFile { modules: (0..).zip(chosen).map(layer).collect(), ..AdapterFile::default() }
 }
 
-fn write(path: &Path, changes: &Changes) {
+fn write(path: &Path, changes: &AdapterFile) {
     let layout = registry::block_layout(&registry::built_in("base").unwrap()).unwrap();
-    file::write_changes(path, changes, Format::Kohya, &layout).unwrap();
+    file::write_adapters(path, changes, Format::Kohya, &layout).unwrap();
 }
 
 fn draw(folder: &Path, more: &[&str]) -> Vec<u8> {
@@ -102,10 +102,10 @@ fn every_part_of_the_model_takes_a_lora_in_both_modes() {
         change.magnitude = Some(Magnitude { values, on_input: false });
     }
     let norm = shapes()["conv_norm_out"].clone();
-    let form = Form::Full(small(5, &norm));
+    let kind = AdapterKind::Full(small(5, &norm));
     strange
         .modules
-        .insert("conv_norm_out".into(), Change { form, magnitude: None, bias: Some(small(6, &norm)) });
+        .insert("conv_norm_out".into(), Adapter { kind, magnitude: None, bias: Some(small(6, &norm)) });
     write(&at("strange"), &strange);
     let merged = draw(folder.path(), &["--lora", text(&at("strange"))]);
     let beside = draw(folder.path(), &["--lora", text(&at("strange")), "--lora-mode", "runtime"]);
@@ -300,7 +300,7 @@ fn unusable_files_end_with_4_and_say_what_is_wrong() {
     // Another base: SD 1.5 listens to 768 numbers a word.
     let mut foreign = low_rank("attn2.to_k", 2);
     for change in foreign.modules.values_mut() {
-        let Form::LowRank { down, .. } = &mut change.form else { panic!() };
+        let AdapterKind::LowRank { down, .. } = &mut change.kind else { panic!() };
         *down = small(3, &[2, 768]);
     }
     write(&at("foreign"), &foreign);
@@ -361,7 +361,7 @@ fn far(a: &Tensor, b: &Tensor) -> f32 {
 }
 
 /// A LoRA on a layer of every sort: of the UNet, of both text encoders, a convolution, a norm, with biases.
-fn on_every_sort(weights: &BTreeMap<String, Tensor>) -> Changes {
+fn on_every_sort(weights: &BTreeMap<String, Tensor>) -> AdapterFile {
     let bias = |name: &str| small(900, weights[name].dims());
     let mut modules = BTreeMap::new();
     for (stream, (name, module)) in (0..).zip([
@@ -381,23 +381,23 @@ fn on_every_sort(weights: &BTreeMap<String, Tensor>) -> Changes {
         let (mut down, mut up) = (shape.to_vec(), vec![shape[0], 2]);
         down[0] = 2;
         up.resize(shape.len(), 1);
-        let form = Form::LowRank {
+        let kind = AdapterKind::LowRank {
             down: small(2 * stream, &down),
             up: small(2 * stream + 1, &up),
             mid: None,
             alpha: 8.0,
         };
         let bias = (stream == 3).then(|| bias(&format!("{name}.bias")));
-        modules.insert(module.to_string(), Change { form, magnitude: None, bias });
+        modules.insert(module.to_string(), Adapter { kind, magnitude: None, bias });
     }
-    let form = Form::Full(small(800, weights["unet/conv_norm_out.weight"].dims()));
-    let norm = Change { form, magnitude: None, bias: Some(bias("unet/conv_norm_out.bias")) };
+    let kind = AdapterKind::Full(small(800, weights["unet/conv_norm_out.weight"].dims()));
+    let norm = Adapter { kind, magnitude: None, bias: Some(bias("unet/conv_norm_out.bias")) };
     modules.insert("conv_norm_out".into(), norm);
     modules.insert(
         "conv_out".into(),
-        Change { form: Form::BiasOnly, magnitude: None, bias: Some(bias("unet/conv_out.bias")) },
+        Adapter { kind: AdapterKind::BiasOnly, magnitude: None, bias: Some(bias("unet/conv_out.bias")) },
     );
-    Changes { modules, ..Changes::default() }
+    AdapterFile { modules, ..AdapterFile::default() }
 }
 
 #[test]
@@ -410,7 +410,7 @@ fn one_file_and_a_folder_are_merged_alike_and_compared_with_each_other() {
     let changes = on_every_sort(&before);
     let layout = registry::block_layout(&ModelFiles::folder(folder).unwrap()).unwrap();
     let lora = at("lora.safetensors");
-    file::write_changes(&lora, &changes, Format::Kohya, &layout).unwrap();
+    file::write_adapters(&lora, &changes, Format::Kohya, &layout).unwrap();
 
     let (file_out, folder_out) = (at("merged.safetensors"), at("merged"));
     let weighted = format!("{}:0.5", text(&lora));
@@ -503,7 +503,7 @@ fn one_file_and_a_folder_are_merged_alike_and_compared_with_each_other() {
     let mut strange = changes.clone();
     let module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q";
     strange.modules.get_mut(module).unwrap().bias = Some(small(7, &[8]));
-    file::write_changes(&at("strange"), &strange, Format::Kohya, &layout).unwrap();
+    file::write_adapters(&at("strange"), &strange, Format::Kohya, &layout).unwrap();
     for (base, lora, out, code, said) in [
         (one, "strange", "new.safetensors", 4, "has none to add it to"),
         (folder, "strange", "new", 4, "has none to add it to"),

@@ -7,7 +7,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use difflora::image::Image;
-use difflora::lora::change::{Changes, Form};
+use difflora::lora::adapter::{AdapterFile, AdapterKind};
 use difflora::lora::file;
 use difflora::lora::keys::BlockLayout;
 use tempfile::TempDir;
@@ -65,9 +65,9 @@ impl World {
         difflora_with(environment, &arguments)
     }
 
-    fn lora(&self, name: &str) -> Changes {
+    fn lora(&self, name: &str) -> AdapterFile {
         // The built-in base has three levels of one layer.
-        file::read_changes(&self.at(&format!("{name}.safetensors")), &BlockLayout::uniform(3, 1)).unwrap()
+        file::read_adapters(&self.at(&format!("{name}.safetensors")), &BlockLayout::uniform(3, 1)).unwrap()
     }
 }
 
@@ -76,11 +76,11 @@ fn text(path: &Path) -> &str {
 }
 
 /// The largest difference of two LoRAs' factors, as a part of the largest factor.
-fn apart(a: &Changes, b: &Changes) -> f32 {
+fn apart(a: &AdapterFile, b: &AdapterFile) -> f32 {
     assert_eq!(a.modules.keys().collect::<Vec<_>>(), b.modules.keys().collect::<Vec<_>>());
-    let values = |changes: &Changes| -> Vec<f32> {
-        let factors = changes.modules.values().map(|change| match &change.form {
-            Form::LowRank { down, up, .. } => {
+    let values = |changes: &AdapterFile| -> Vec<f32> {
+        let factors = changes.modules.values().map(|change| match &change.kind {
+            AdapterKind::LowRank { down, up, .. } => {
                 [down, up].map(|x| x.flatten_all().unwrap().to_vec1().unwrap()).concat()
             }
             _ => panic!("a LoRA has two factors"),
@@ -226,7 +226,7 @@ fn many_people_at_once_are_as_each_alone() {
         let mut arguments = vec!["train-lora", text(&images), "--out", text(&alone)];
         arguments.extend(options);
         assert_eq!(difflora(&arguments).code, 0);
-        let together = file::read_changes(
+        let together = file::read_adapters(
             &out.join(format!("person-{number:04}.safetensors")),
             &BlockLayout::uniform(3, 1),
         );
@@ -265,7 +265,7 @@ fn who_fails_does_not_stop_the_others_and_everybody_has_steps_of_its_own() {
     assert!(run.stderr.contains("person-0001") && run.stderr.contains("UTF-8"), "{}", run.stderr);
     for (person, steps) in [("person-0002", "6"), ("person-0003", "4")] {
         let lora =
-            file::read_changes(&out.join(format!("{person}.safetensors")), &BlockLayout::uniform(3, 1));
+            file::read_adapters(&out.join(format!("{person}.safetensors")), &BlockLayout::uniform(3, 1));
         assert_eq!(lora.unwrap().metadata["ss_steps"], steps);
     }
 }
@@ -393,8 +393,8 @@ fn text_encoders_and_convolutions_are_written_with_all_that_other_programs_read(
     );
     assert_eq!(run.code, 0, "{}", run.stderr);
     let lora = world.lora("all");
-    let kernels = |change: &difflora::lora::change::Change| matches!(&change.form, Form::LowRank { down, .. } if down.rank() == 4);
-    assert!(lora.modules["down_blocks.0.resnets.0.conv1"].kind() == "LoCon");
+    let kernels = |change: &difflora::lora::adapter::Adapter| matches!(&change.kind, AdapterKind::LowRank { down, .. } if down.rank() == 4);
+    assert!(lora.modules["down_blocks.0.resnets.0.conv1"].kind_name() == "LoCon");
     assert!(lora.modules.values().any(kernels));
     for part in ["text_encoder.", "text_encoder_2."] {
         assert!(lora.modules.keys().any(|path| path.starts_with(part)), "{part}");
@@ -437,8 +437,8 @@ fn text_encoders_and_convolutions_are_written_with_all_that_other_programs_read(
         0
     );
     let other = world.lora("other");
-    let down = |changes: &Changes, path: &str| match &changes.modules[path].form {
-        Form::LowRank { down, .. } => down.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+    let down = |changes: &AdapterFile, path: &str| match &changes.modules[path].kind {
+        AdapterKind::LowRank { down, .. } => down.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
         _ => panic!("a LoRA has two factors"),
     };
     for path in other.modules.keys() {

@@ -7,11 +7,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
+use difflora::lora::adapter::AdapterFile;
 use difflora::lora::apply::{Branch, Originals, Unmatched, attach, merge};
-use difflora::lora::change::Changes;
+use difflora::lora::block_weights::BlockWeights;
 use difflora::lora::file::{self, Format};
 use difflora::lora::keys::BlockLayout;
-use difflora::lora::strength::Strength;
 use difflora::lora::{Lora, layout::LoraLayout};
 use difflora::sdxl::unet::{UNet, UNetConfig};
 use difflora::weights::{self, Trainable};
@@ -81,7 +81,7 @@ fn merging_changes_our_unet_as_diffusers_changes_its_own() -> Result<()> {
     });
     let merged = merge(
         |visit| unet.visit_layers(visit),
-        &[(&Changes::from(&lora()?), Strength::all(1.0))],
+        &[(&AdapterFile::from(&lora()?), BlockWeights::all(1.0))],
         Unmatched::Refuse,
         Originals::Drop,
     )?;
@@ -114,7 +114,7 @@ fn a_merged_and_an_attached_lora_predict_the_same() -> Result<()> {
     };
     let (lora, plain) = (lora()?, unet()?);
     let (mut merged, mut attached) = (plain.clone(), plain.clone());
-    let loras = [(&Changes::from(&lora), Strength::all(0.7))];
+    let loras = [(&AdapterFile::from(&lora), BlockWeights::all(0.7))];
     merge(|visit| merged.visit_layers(visit), &loras, Unmatched::Refuse, Originals::Drop)?;
     attach(|visit| attached.visit_layers(visit), &loras, Unmatched::Refuse, Branch::Both)?;
     let (merged, attached) = (predict(&merged)?, predict(&attached)?);

@@ -6,29 +6,29 @@
 use candle_core::{DType, Device, Tensor};
 use difflora::lora::file::{self, Format};
 use difflora::lora::keys::BlockLayout;
-use difflora::lora::report::Report;
+use difflora::lora::summary::Summary;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Reads `bytes`; whatever is read must be written and read again, and make its ΔW. Tells whether it was read.
 fn read(bytes: &[u8], layout: &BlockLayout) -> bool {
-    let report = Report::read(&mut std::io::Cursor::new(bytes), layout);
-    let Ok((changes, _)) = file::changes_from_bytes(bytes, layout) else { return false };
+    let report = Summary::read(&mut std::io::Cursor::new(bytes), layout);
+    let Ok((changes, _)) = file::adapters_from_bytes(bytes, layout) else { return false };
     let report = report.expect("a file that can be read can be reported on");
     assert_eq!(report.kinds.values().sum::<usize>(), changes.modules.len());
     let written =
-        file::changes_to_bytes(&changes, Format::KohyaDiffusers, layout).expect("what is read is written");
-    let (again, _) = file::changes_from_bytes(&written, layout).expect("what is written is read");
+        file::adapters_to_bytes(&changes, Format::KohyaDiffusers, layout).expect("what is read is written");
+    let (again, _) = file::adapters_from_bytes(&written, layout).expect("what is written is read");
     assert_eq!(changes.modules.len(), again.modules.len());
     for (module, change) in &changes.modules {
-        assert!(report.kinds.contains_key(change.kind()), "{module}: {}", change.kind());
+        assert!(report.kinds.contains_key(change.kind_name()), "{module}: {}", change.kind_name());
         let target = change.target();
         let small = target.iter().product::<usize>() < 20_000 && !target.contains(&0);
         if small && change.fits(&target) {
             let weight = Tensor::ones(target.as_slice(), DType::F32, &Device::Cpu).unwrap();
             let delta = change
                 .delta(&weight, 0.5)
-                .unwrap_or_else(|error| panic!("{module}, {}: {error}", change.kind()));
+                .unwrap_or_else(|error| panic!("{module}, {}: {error}", change.kind_name()));
             assert_eq!(delta.dims(), target);
         }
     }
@@ -107,7 +107,7 @@ fn no_damage_makes_the_reader_panic() {
     for _ in 0..count {
         let mut bytes = seeds[rng.random_range(0..seeds.len())].clone();
         for _ in 0..rng.random_range(1..4) {
-            if rng.random_bool(0.7) && Report::read(&mut std::io::Cursor::new(&bytes), &layout).is_ok() {
+            if rng.random_bool(0.7) && Summary::read(&mut std::io::Cursor::new(&bytes), &layout).is_ok() {
                 bytes = change_header(&bytes, &mut rng);
             } else if !bytes.is_empty() && bytes.len() >= 8 {
                 change_bytes(&mut bytes, &mut rng);

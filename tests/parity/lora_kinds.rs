@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
-use difflora::lora::change::{Change, Changes};
+use difflora::lora::adapter::{Adapter, AdapterFile};
 use difflora::lora::file::{self, Format};
 use difflora::lora::keys::BlockLayout;
 use difflora::weights;
@@ -49,8 +49,8 @@ fn blocks() -> BlockLayout {
     BlockLayout::uniform(2, 2)
 }
 
-fn read(kind: &str) -> Result<Changes> {
-    file::read_changes(&path(kind), &blocks()).with_context(|| kind.to_string())
+fn read(kind: &str) -> Result<AdapterFile> {
+    file::read_adapters(&path(kind), &blocks()).with_context(|| kind.to_string())
 }
 
 /// ‖a − b‖ / ‖b‖.
@@ -68,7 +68,7 @@ fn every_kind_changes_weights_as_the_library_that_wrote_it_does() -> Result<()> 
     for (kind, kinds) in KINDS {
         let changes = read(kind)?;
         let mut found: BTreeMap<&str, usize> = BTreeMap::new();
-        changes.modules.values().for_each(|change| *found.entry(change.kind()).or_default() += 1);
+        changes.modules.values().for_each(|change| *found.entry(change.kind_name()).or_default() += 1);
         assert_eq!(found, kinds.iter().copied().collect(), "{kind}");
         for (name, wanted) in &expected {
             let Some(rest) = name.strip_prefix(&format!("{kind}.")) else { continue };
@@ -94,7 +94,7 @@ fn every_kind_changes_weights_as_the_library_that_wrote_it_does() -> Result<()> 
     Ok(())
 }
 
-fn same(a: &Change, b: &Change) -> Result<bool> {
+fn same(a: &Adapter, b: &Adapter) -> Result<bool> {
     let (a, b) = (a.parts()?, b.parts()?);
     let equal = |a: &Tensor, b: &Tensor| -> Result<bool> {
         Ok(a.dims() == b.dims()
@@ -113,14 +113,14 @@ fn every_kind_is_written_in_both_kohya_spellings_and_read_again_bit_for_bit() ->
     for (kind, _) in KINDS {
         let changes = read(kind)?;
         for format in [Format::Kohya, Format::KohyaDiffusers] {
-            let bytes = file::changes_to_bytes(&changes, format, &blocks())?;
-            let (again, unknown) = file::changes_from_bytes(&bytes, &blocks())?;
+            let bytes = file::adapters_to_bytes(&changes, format, &blocks())?;
+            let (again, unknown) = file::adapters_from_bytes(&bytes, &blocks())?;
             assert!(unknown.is_empty(), "{kind}: {unknown:?}");
             assert_eq!(changes.modules.len(), again.modules.len());
             for (module, change) in &changes.modules {
                 assert!(same(change, &again.modules[module])?, "{kind}: {module}");
             }
-            assert!(bytes == file::changes_to_bytes(&again, format, &blocks())?, "{kind}");
+            assert!(bytes == file::adapters_to_bytes(&again, format, &blocks())?, "{kind}");
         }
     }
     Ok(())
@@ -130,8 +130,8 @@ fn every_kind_is_written_in_both_kohya_spellings_and_read_again_bit_for_bit() ->
 fn peft_files_hold_what_peft_knows_and_other_kinds_are_refused_by_name() -> Result<()> {
     let expected = weights::read_file(&path("expected"))?;
     for kind in ["locon", "peft_patterns", "peft_dora", "dora_out"] {
-        let bytes = file::changes_to_bytes(&read(kind)?, Format::Peft, &blocks())?;
-        let (again, _) = file::changes_from_bytes(&bytes, &blocks())?;
+        let bytes = file::adapters_to_bytes(&read(kind)?, Format::Peft, &blocks())?;
+        let (again, _) = file::adapters_from_bytes(&bytes, &blocks())?;
         for (module, change) in &again.modules {
             let delta = change.delta(&expected[&format!("original.{module}")], 1.0)?;
             let far = far(&delta, &expected[&format!("{kind}.1.0.weight.{module}")])?;
@@ -139,7 +139,7 @@ fn peft_files_hold_what_peft_knows_and_other_kinds_are_refused_by_name() -> Resu
         }
     }
     for (kind, said) in [("loha", "LoHa"), ("lokr", "LoKr"), ("dora_in", "DoRA"), ("boft", "BOFT")] {
-        let error = file::changes_to_bytes(&read(kind)?, Format::Peft, &blocks()).unwrap_err().to_string();
+        let error = file::adapters_to_bytes(&read(kind)?, Format::Peft, &blocks()).unwrap_err().to_string();
         assert!(error.contains(&format!("{said} is not supported")), "{error}");
     }
     Ok(())

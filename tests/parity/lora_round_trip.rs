@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::noise::normal;
-use difflora::lora::change::{Change, Changes, Form, Magnitude, Matrix};
+use difflora::lora::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude, Matrix};
 use difflora::lora::file::{self, Format};
 use difflora::lora::keys::BlockLayout;
-use difflora::lora::report::Report;
+use difflora::lora::summary::Summary;
 use proptest::prelude::*;
 use safetensors::tensor::View;
 
@@ -59,7 +59,7 @@ impl Draw {
     }
 
     /// The change of a linear layer, or of a 3×3 convolution.
-    fn layer(&self, convolution: bool) -> Change {
+    fn layer(&self, convolution: bool) -> Adapter {
         let Self { out, input, rank, alpha, .. } = *self;
         let inner = |first: usize, last: usize| -> Vec<usize> {
             if convolution { vec![first, last, 3, 3] } else { vec![first, last] }
@@ -69,94 +69,100 @@ impl Draw {
         };
         let width = if convolution { 9 * input } else { input };
         let core = |stream| self.tensor(stream, &[rank, rank, 3, 3]);
-        let form = match self.kind {
-            1 if convolution => Form::LowRank {
+        let kind = match self.kind {
+            1 if convolution => AdapterKind::LowRank {
                 down: self.tensor(1, &thin(rank, input)),
                 up: self.tensor(2, &thin(out, rank)),
                 mid: Some(core(3)),
                 alpha,
             },
-            2 => Form::Hadamard {
+            2 => AdapterKind::Hadamard {
                 first: [self.tensor(1, &[out, rank]), self.tensor(2, &[rank, width])],
                 second: [self.tensor(3, &[out, rank]), self.tensor(4, &[rank, width])],
                 cores: None,
                 alpha,
             },
-            3 if convolution => Form::Hadamard {
+            3 if convolution => AdapterKind::Hadamard {
                 first: [self.tensor(1, &[rank, out]), self.tensor(2, &[rank, input])],
                 second: [self.tensor(3, &[rank, out]), self.tensor(4, &[rank, input])],
                 cores: Some([core(5), core(6)]),
                 alpha,
             },
-            4 => Form::Kronecker {
+            4 => AdapterKind::Kronecker {
                 first: Matrix::Whole(self.tensor(1, &[2, 3])),
                 second: Matrix::Whole(self.tensor(2, &inner(out, input))),
                 core: None,
                 alpha,
             },
-            5 => Form::Kronecker {
+            5 => AdapterKind::Kronecker {
                 first: Matrix::Product(self.tensor(1, &[2, rank]), self.tensor(2, &[rank, 3])),
                 second: Matrix::Product(self.tensor(3, &[out, rank]), self.tensor(4, &[rank, width])),
                 core: None,
                 alpha,
             },
-            6 if convolution => Form::Kronecker {
+            6 if convolution => AdapterKind::Kronecker {
                 first: Matrix::Whole(self.tensor(1, &[2, 3])),
                 second: Matrix::Product(self.tensor(3, &[rank, out]), self.tensor(4, &[rank, input])),
                 core: Some(core(5)),
                 alpha,
             },
-            7 => Form::Full(self.tensor(1, &inner(out, input))),
+            7 => AdapterKind::Full(self.tensor(1, &inner(out, input))),
             8 => {
                 let on_input = self.dora == 2;
-                Form::Scaled { factor: self.tensor(1, &[if on_input { input } else { out }]), on_input }
+                AdapterKind::Scaled {
+                    factor: self.tensor(1, &[if on_input { input } else { out }]),
+                    on_input,
+                }
             }
-            9 => Form::Orthogonal {
+            9 => AdapterKind::Orthogonal {
                 blocks: self.tensor(1, &[rank, out, out]),
                 rescale: self.bias.then(|| self.tensor(2, &[rank * out, 1])),
                 constraint: if self.dora == 0 { 0.0 } else { alpha },
             },
-            10 => Form::Orthogonal {
+            10 => AdapterKind::Orthogonal {
                 blocks: self.tensor(1, &[2, rank, 2, 2]),
                 rescale: self.bias.then(|| self.tensor(2, &[2 * rank, 1])),
                 constraint: 0.0,
             },
-            11 if !convolution => Form::Generalised {
+            11 if !convolution => AdapterKind::Generalised {
                 a: [self.tensor(1, &[input, rank]), self.tensor(2, &[rank, input])],
                 b: [self.tensor(3, &[out, rank]), self.tensor(4, &[rank, input])],
                 alpha,
             },
-            _ => Form::LowRank {
+            _ => AdapterKind::LowRank {
                 down: self.tensor(1, &inner(rank, input)),
                 up: self.tensor(2, &thin(out, rank)),
                 mid: None,
                 alpha,
             },
         };
-        let takes_dora =
-            matches!(form, Form::LowRank { .. } | Form::Hadamard { .. } | Form::Kronecker { .. });
+        let takes_dora = matches!(
+            kind,
+            AdapterKind::LowRank { .. } | AdapterKind::Hadamard { .. } | AdapterKind::Kronecker { .. }
+        );
         let magnitude = (takes_dora && self.dora > 0).then(|| {
             let on_input = self.dora == 2;
             let mut shape = vec![1; if convolution { 4 } else { 2 }];
             shape[usize::from(on_input)] = if on_input { input } else { out };
             Magnitude { values: self.tensor(7, &shape), on_input }
         });
-        let bias = (self.bias && !matches!(form, Form::Orthogonal { .. })).then(|| self.tensor(8, &[out]));
-        Change { form, magnitude, bias }
+        let bias =
+            (self.bias && !matches!(kind, AdapterKind::Orthogonal { .. })).then(|| self.tensor(8, &[out]));
+        Adapter { kind, magnitude, bias }
     }
 
-    fn norm(&self) -> Change {
+    fn norm(&self) -> Adapter {
         let bias = self.bias.then(|| self.tensor(2, &[self.out]));
-        let form = if self.kind == 0 && bias.is_some() {
-            Form::BiasOnly
+        let kind = if self.kind == 0 && bias.is_some() {
+            AdapterKind::BiasOnly
         } else {
-            Form::Full(self.tensor(1, &[self.out]))
+            AdapterKind::Full(self.tensor(1, &[self.out]))
         };
-        Change { form, magnitude: None, bias }
+        Adapter { kind, magnitude: None, bias }
     }
 }
 
-fn files() -> impl Strategy<Value = Changes> {
+fn files() -> impl Strategy<Value = AdapterFile> {
     let some = |names: &'static [&'static str]| {
         proptest::collection::btree_map(proptest::sample::select(names), draw(), 0..=names.len())
     };
@@ -167,7 +173,7 @@ fn files() -> impl Strategy<Value = Changes> {
             let convolutions = convolutions.into_iter().map(|(module, draw)| (module, draw.layer(true)));
             let norms = norms.into_iter().map(|(module, draw)| (module, draw.norm()));
             let modules = linear.chain(convolutions).chain(norms);
-            Changes {
+            AdapterFile {
                 modules: modules.map(|(module, change)| (module.to_string(), change)).collect(),
                 metadata,
             }
@@ -176,7 +182,7 @@ fn files() -> impl Strategy<Value = Changes> {
 }
 
 /// Name, type, shape and bytes of all parts.
-fn parts(change: &Change) -> BTreeMap<&'static str, (DType, Vec<usize>, Vec<u8>)> {
+fn parts(change: &Adapter) -> BTreeMap<&'static str, (DType, Vec<usize>, Vec<u8>)> {
     let parts = change.parts().unwrap();
     let part = |(part, tensor): (difflora::lora::keys::Part, Tensor)| {
         (part.suffix(), (tensor.dtype(), tensor.dims().to_vec(), View::data(&&tensor).to_vec()))
@@ -191,22 +197,22 @@ proptest! {
     fn files_of_every_kind_come_back_bit_for_bit(changes in files()) {
         let layout = BlockLayout::default();
         for format in [Format::Kohya, Format::KohyaDiffusers] {
-            let bytes = file::changes_to_bytes(&changes, format, &layout).unwrap();
-            let (again, unknown) = file::changes_from_bytes(&bytes, &layout).unwrap();
+            let bytes = file::adapters_to_bytes(&changes, format, &layout).unwrap();
+            let (again, unknown) = file::adapters_from_bytes(&bytes, &layout).unwrap();
             prop_assert!(unknown.is_empty(), "{unknown:?}");
             prop_assert_eq!(changes.modules.keys().collect::<Vec<_>>(), again.modules.keys().collect::<Vec<_>>());
             for (module, change) in &changes.modules {
-                prop_assert_eq!(change.kind(), again.modules[module].kind());
+                prop_assert_eq!(change.kind_name(), again.modules[module].kind_name());
                 prop_assert_eq!(parts(change), parts(&again.modules[module]), "{}", module);
             }
             for (key, value) in &changes.metadata {
                 prop_assert_eq!(again.metadata.get(key), Some(value));
             }
-            prop_assert_eq!(&bytes, &file::changes_to_bytes(&again, format, &layout).unwrap());
+            prop_assert_eq!(&bytes, &file::adapters_to_bytes(&again, format, &layout).unwrap());
             // The header alone tells the same kinds.
-            let report = Report::read(&mut std::io::Cursor::new(&bytes), &layout).unwrap();
+            let report = Summary::read(&mut std::io::Cursor::new(&bytes), &layout).unwrap();
             for change in changes.modules.values() {
-                prop_assert!(report.kinds.contains_key(change.kind()), "{}", change.kind());
+                prop_assert!(report.kinds.contains_key(change.kind_name()), "{}", change.kind_name());
             }
             prop_assert_eq!(report.kinds.values().sum::<usize>(), changes.modules.len());
         }
@@ -220,9 +226,9 @@ proptest! {
             let plain = Draw { kind: 0, alpha: draw.rank as f32, bias: false, dora: draw.dora % 2, ..draw };
             (name.to_string(), plain.layer(convolution))
         });
-        let changes = Changes { modules: modules.collect(), ..Changes::default() };
-        let bytes = file::changes_to_bytes(&changes, Format::Peft, &layout).unwrap();
-        let (again, unknown) = file::changes_from_bytes(&bytes, &layout).unwrap();
+        let changes = AdapterFile { modules: modules.collect(), ..AdapterFile::default() };
+        let bytes = file::adapters_to_bytes(&changes, Format::Peft, &layout).unwrap();
+        let (again, unknown) = file::adapters_from_bytes(&bytes, &layout).unwrap();
         prop_assert!(unknown.is_empty(), "{unknown:?}");
         prop_assert_eq!(again.modules.len(), changes.modules.len());
         for (module, change) in &changes.modules {

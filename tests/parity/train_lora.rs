@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
-use difflora::lora::change::Form;
+use difflora::lora::adapter::AdapterKind;
 use difflora::recipes::dreambooth::lockstep::{Networks, Targets, TrainableLora};
 use difflora::recipes::dreambooth::loss::{Batch, Captions, Objective, gradients};
 use difflora::recipes::dreambooth::targets::target_modules;
@@ -141,10 +141,10 @@ fn check(case: &str, people: usize) {
             "{case}: loss of step {step} is {ours}, wanted {theirs}"
         );
     }
-    let changes = lora.changes().unwrap();
+    let changes = lora.adapters().unwrap();
     for (name, theirs) in golden.under(&format!("{case}.end.")) {
         let (kind, path) = name.split_once('.').unwrap();
-        let Form::LowRank { down, up, .. } = &changes.modules[path].form else { panic!("{path}") };
+        let AdapterKind::LowRank { down, up, .. } = &changes.modules[path].kind else { panic!("{path}") };
         let ours = if kind == "down" { down } else { up };
         let ours = ours.reshape(theirs.shape()).unwrap();
         assert_close(&ours, &theirs, 10.0 * TOLERANCE, &format!("{case}: {name} after ten steps"));

@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use crate::files;
 use crate::identity::photos::Photos;
 use crate::image::FileFormat;
-use crate::lora::strength::Strength;
+use crate::lora::block_weights::BlockWeights;
 use crate::sdxl::lora_stack::LoraMode;
 
 /// The output paths, checked before the work begins.
@@ -80,7 +80,7 @@ fn inputs(args: &Args) -> Result<Vec<PathBuf>> {
         inputs.extend(Photos::find(&args.reference)?.paths().map(Path::to_path_buf));
     }
     for lora in &args.lora {
-        inputs.push(Strength::split(lora)?.0);
+        inputs.push(BlockWeights::split(lora)?.0);
     }
     Ok(inputs)
 }

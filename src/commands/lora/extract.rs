@@ -8,8 +8,8 @@ use candle_core::{DType, Tensor};
 use serde_json::json;
 
 use crate::commands::lora::{COMPONENTS, module_of, summary, write};
-use crate::lora::change::{Change, Changes, Form};
-use crate::lora::edit;
+use crate::lora::adapter::{Adapter, AdapterFile, AdapterKind};
+use crate::lora::arithmetic;
 use crate::lora::file::Format;
 use crate::lora::{listed, listed_for_user};
 use crate::output::Output;
@@ -36,7 +36,7 @@ pub(super) fn run(
     output: &Output,
 ) -> Result<()> {
     let layout = registry::block_layout(before)?;
-    let mut changes = Changes::default();
+    let mut adapters = AdapterFile::default();
     let mut kept = BTreeMap::new();
     let mut left_out = Vec::new();
     for (folder, stem, prefix) in COMPONENTS {
@@ -73,13 +73,13 @@ pub(super) fn run(
             }
             match module_of(prefix, name) {
                 Some((module, true)) if one.rank() >= 2 && !name.contains("embedding.weight") => {
-                    let (change, share) = edit::extract(&one, &two, wanted.rank, DType::F32)?;
+                    let (adapter, share) = arithmetic::extract(&one, &two, wanted.rank, DType::F32)?;
                     kept.insert(module.clone(), share);
-                    changes.modules.insert(module, change);
+                    adapters.modules.insert(module, adapter);
                 }
                 Some((module, true)) if one.rank() == 1 && !wanted.layers_only => {
-                    let form = Form::Full(difference);
-                    changes.modules.insert(module, Change { form, magnitude: None, bias: None });
+                    let kind = AdapterKind::Full(difference);
+                    adapters.modules.insert(module, Adapter { kind, magnitude: None, bias: None });
                 }
                 Some((module, false)) if one.rank() == 1 && !wanted.layers_only => {
                     biases.push((module, difference))
@@ -88,9 +88,9 @@ pub(super) fn run(
             }
         }
         bar.finish_and_clear();
-        add_biases(&mut changes, biases);
+        add_biases(&mut adapters, biases);
     }
-    if changes.modules.is_empty() {
+    if adapters.modules.is_empty() {
         let why = if left_out.is_empty() {
             "its weights are the same as before: there is nothing to extract".to_string()
         } else {
@@ -105,7 +105,7 @@ pub(super) fn run(
             listed_for_user(&left_out)
         ));
     }
-    let whole = changes.modules.values().filter(|change| is_no_lora(change)).count();
+    let whole = adapters.modules.values().filter(|adapter| is_no_lora(adapter)).count();
     if whole > 0 {
         progress::note(format_args!(
             "{whole} modules have changes of biases or norms, stored as they are (`diff_b`, `w_norm`, `b_norm`); \
@@ -113,12 +113,12 @@ pub(super) fn run(
         ));
     }
     let size = registry::native_size(before)?;
-    changes.metadata.insert("modelspec.resolution".into(), format!("{size}x{size}"));
-    changes.metadata.insert("modelspec.title".into(), "the difference of two models, by difflora".into());
+    adapters.metadata.insert("modelspec.resolution".into(), format!("{size}x{size}"));
+    adapters.metadata.insert("modelspec.title".into(), "the difference of two models, by difflora".into());
     let mut told = summary(&kept);
     told["biases_and_norms"] = json!(whole);
     told["left_out"] = json!(left_out);
-    write(out, &changes, wanted.format, &layout, output, told)
+    write(out, &adapters, wanted.format, &layout, output, told)
 }
 
 /// A name under which two models agree.
@@ -126,14 +126,15 @@ fn canonical(prefix: &str, name: &str) -> String {
     module_of(prefix, name).map_or(name.to_string(), |(module, is_weight)| format!("{module}.{is_weight}"))
 }
 
-fn add_biases(changes: &mut Changes, biases: Vec<(String, Tensor)>) {
+fn add_biases(adapters: &mut AdapterFile, biases: Vec<(String, Tensor)>) {
     for (module, bias) in biases {
-        let change = changes.modules.entry(module);
-        change.or_insert(Change { form: Form::BiasOnly, magnitude: None, bias: None }).bias = Some(bias);
+        let adapter = adapters.modules.entry(module);
+        adapter.or_insert(Adapter { kind: AdapterKind::BiasOnly, magnitude: None, bias: None }).bias =
+            Some(bias);
     }
 }
 
 /// Whether it holds more than two factors.
-fn is_no_lora(change: &Change) -> bool {
-    change.bias.is_some() || !matches!(change.form, Form::LowRank { .. })
+fn is_no_lora(adapter: &Adapter) -> bool {
+    adapter.bias.is_some() || !matches!(adapter.kind, AdapterKind::LowRank { .. })
 }

@@ -17,8 +17,8 @@ use serde_json::json;
 use crate::commands::lora::{COMPONENTS, Given, module_of, tell};
 use crate::failure::Failure;
 use crate::files;
+use crate::lora::adapter::Adapter;
 use crate::lora::apply;
-use crate::lora::change::Change;
 use crate::lora::{LoraError, listed_for_user};
 use crate::output::Output;
 use crate::progress;
@@ -61,7 +61,7 @@ pub(super) fn run(
     let kind = if matches!(base, ModelFiles::Assembled(_)) { "file" } else { "folder" };
     let mut told = json!({ kind: out.display().to_string(), "modules": matched });
     if output.json {
-        let lora = |lora: &Given| json!({ "file": lora.path.display().to_string(), "weight": lora.weight, "modules": lora.changes.modules.len() });
+        let lora = |lora: &Given| json!({ "file": lora.path.display().to_string(), "weight": lora.weight, "modules": lora.adapters.modules.len() });
         told["loras"] = loras.iter().map(lora).collect();
         // Reading the LoRAs, adding them up in memory, and all of it with reading and writing of the model.
         let [loras, merging, all] = [read, spent, begin.elapsed()].map(|time| time.as_secs_f64());
@@ -182,16 +182,16 @@ fn check(files: &[WeightFile], loras: &[Given]) -> Result<usize> {
     for lora in loras {
         let refuse = |error: LoraError| Err(Failure::unusable(&lora.path, error));
         let mut missing = Vec::new();
-        for (module, change) in &lora.changes.modules {
+        for (module, adapter) in &lora.adapters.modules {
             let Some((shape, file, entry)) = shapes.get(module) else {
                 missing.push(module.clone());
                 continue;
             };
-            if !change.fits(shape) {
-                let (lora, model) = (change.target(), shape.clone());
+            if !adapter.fits(shape) {
+                let (lora, model) = (adapter.target(), shape.clone());
                 return refuse(LoraError::Size { module: module.clone(), lora, model, guess: None });
             }
-            if change.bias.is_some() && !biased.contains(module) {
+            if adapter.bias.is_some() && !biased.contains(module) {
                 let why = format!(
                     "it changes the bias of `{module}`, and the base has none to add it to; draw with it by \
                      `difflora gen --lora` instead"
@@ -212,7 +212,7 @@ fn check(files: &[WeightFile], loras: &[Given]) -> Result<usize> {
             }
             matched.insert(module);
         }
-        if missing.len() == lora.changes.modules.len() {
+        if missing.len() == lora.adapters.modules.len() {
             return refuse(LoraError::NoPlace { count: missing.len(), modules: missing, guess: None });
         }
         if !missing.is_empty() {
@@ -236,9 +236,9 @@ struct Merge<'a> {
 
 impl<'a> Merge<'a> {
     /// What the LoRAs change of a layer, each with its weight there.
-    fn of(&self, module: &str) -> Vec<(&'a Change, f64)> {
-        let change = |lora: &'a Given| Some((lora.changes.modules.get(module)?, lora.strength.of(module)));
-        self.loras.iter().filter_map(change).collect()
+    fn of(&self, module: &str) -> Vec<(&'a Adapter, f64)> {
+        let adapter = |lora: &'a Given| Some((lora.adapters.modules.get(module)?, lora.weights.of(module)));
+        self.loras.iter().filter_map(adapter).collect()
     }
 
     /// Writes a weight file with all changes of it.
@@ -257,7 +257,7 @@ impl<'a> Merge<'a> {
         let mut from = file.bytes.open()?;
         for entry in &file.header.tensors {
             progress::check()?;
-            match self.changed(file, entry, &mut from, spent)? {
+            match self.merged_weight(file, entry, &mut from, spent)? {
                 Some(tensor) => to.write_all(&View::data(&&tensor))?,
                 None => {
                     let place = file.header.place(entry);
@@ -271,7 +271,7 @@ impl<'a> Merge<'a> {
     }
 
     /// A tensor with all changes of the layers that lie in it, where there are some.
-    fn changed(
+    fn merged_weight(
         &self,
         file: &WeightFile,
         entry: &Entry,
@@ -280,9 +280,9 @@ impl<'a> Merge<'a> {
     ) -> Result<Option<Tensor>> {
         let mut changed: Option<Tensor> = None;
         for target in file.places.get(&entry.key).into_iter().flatten() {
-            let changes = self.of(&target.module);
-            if changes.is_empty()
-                || (!target.is_weight && changes.iter().all(|(change, _)| change.bias.is_none()))
+            let adapters = self.of(&target.module);
+            if adapters.is_empty()
+                || (!target.is_weight && adapters.iter().all(|(adapter, _)| adapter.bias.is_none()))
             {
                 continue;
             }
@@ -292,9 +292,9 @@ impl<'a> Merge<'a> {
             };
             let begin = Instant::now();
             let part = target.form.take(stored.clone())?;
-            let part = match apply::bias_change(&changes)? {
-                _ if target.is_weight => apply::changed(&part, &changes)?,
-                Some(change) => apply::biased(&part, &change)?,
+            let part = match apply::bias_delta(&adapters)? {
+                _ if target.is_weight => apply::merged_weight(&part, &adapters)?,
+                Some(adapter) => apply::merged_bias(&part, &adapter)?,
                 None => part,
             };
             changed = Some(target.form.put(&stored, part)?);

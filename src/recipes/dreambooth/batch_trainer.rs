@@ -306,9 +306,9 @@ impl BatchTrainer {
     }
 
     fn write(&self, trainer: &LoraTrainer) -> Result<()> {
-        let mut changes = trainer.result().changes()?;
+        let mut changes = trainer.result().adapters()?;
         changes.metadata = metadata::of(self, trainer);
-        file::write_changes(&trainer.out, &changes, Format::Kohya, &self.layout)?;
+        file::write_adapters(&trainer.out, &changes, Format::Kohya, &self.layout)?;
         if let Err(error) = trainer.save() {
             progress::warn(format_args!(
                 "{}: the LoRA is written, but not its state: {error:#}",

@@ -308,9 +308,9 @@ pub fn refine(
 mod tests {
     use super::*;
     use crate::diffusion::noise::normal;
+    use crate::lora::adapter::AdapterFile;
     use crate::lora::apply::{Originals, Unmatched, merge};
-    use crate::lora::change::Changes;
-    use crate::lora::strength::Strength;
+    use crate::lora::block_weights::BlockWeights;
     use crate::registry;
 
     const MODULES: [(&str, usize, usize); 2] = [
@@ -362,8 +362,8 @@ mod tests {
         let mut alone = 0.0;
         for person in 0..2 {
             let mut unet = base.unet.clone();
-            let changes: Changes = (&lora(1 + person as u64, 0.6)).into();
-            let loras = [(&changes, Strength::all(1.0))];
+            let changes: AdapterFile = (&lora(1 + person as u64, 0.6)).into();
+            let loras = [(&changes, BlockWeights::all(1.0))];
             merge(|visit| unet.visit_layers(visit), &loras, Unmatched::Refuse, Originals::Drop).unwrap();
             let of_one = FunctionalBatch {
                 latents: data.latents.narrow(0, person, 1).unwrap(),

@@ -92,7 +92,7 @@ pub fn train(
         .enumerate()
         .map(|(person, lora)| {
             let own = under(&learnt, &format!("{person}/"));
-            Ok(lora.at(&own).changes()?.into_lora()?)
+            Ok(lora.at(&own).adapters()?.into_lora()?)
         })
         .collect()
 }

@@ -8,8 +8,8 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::diffusion::noise;
-use crate::layers::{Adapter, Layer, Visit};
-use crate::lora::change::{Change, Changes, Form};
+use crate::layers::{self, Layer, Visit};
+use crate::lora::adapter::{Adapter, AdapterFile, AdapterKind};
 use crate::sdxl::text::TextEncoders;
 use crate::sdxl::unet::UNet;
 
@@ -85,14 +85,14 @@ impl Networks {
 }
 
 /// The adapter of all loras for one layer.
-fn joint(path: &str, loras: &[&TrainableLora]) -> candle_core::Result<Option<Adapter>> {
+fn joint(path: &str, loras: &[&TrainableLora]) -> candle_core::Result<Option<layers::Adapter>> {
     let Some(one) = loras.first().filter(|lora| lora.downs.contains_key(path)) else {
         return Ok(None);
     };
     let downs: Vec<&Tensor> = loras.iter().map(|lora| &lora.downs[path]).collect();
     let ups: Vec<&Tensor> = loras.iter().map(|lora| &lora.ups[path]).collect();
     let shared = downs.iter().all(|down| down.id() == downs[0].id());
-    Ok(Some(Adapter {
+    Ok(Some(layers::Adapter {
         down: if shared { downs[0].clone() } else { Tensor::stack(&downs, 0)? },
         up: if ups.len() == 1 { ups[0].clone() } else { Tensor::stack(&ups, 0)? },
         scale: one.alpha / one.rank as f64,
@@ -268,14 +268,14 @@ impl TrainableLora {
     }
 
     /// The LoRA file that it stands for, with its present values, on the CPU.
-    pub fn changes(&self) -> Result<Changes> {
-        let mut changes = Changes::default();
+    pub fn adapters(&self) -> Result<AdapterFile> {
+        let mut changes = AdapterFile::default();
         for (path, up) in &self.ups {
             let down = self.downs[path].detach().to_device(&Device::Cpu)?.copy()?;
             let up = up.detach().to_device(&Device::Cpu)?.copy()?;
             let up = if down.rank() == 4 { up.unsqueeze(2)?.unsqueeze(3)? } else { up };
-            let form = Form::LowRank { down, up, mid: None, alpha: self.alpha as f32 };
-            changes.modules.insert(path.clone(), Change { form, magnitude: None, bias: None });
+            let kind = AdapterKind::LowRank { down, up, mid: None, alpha: self.alpha as f32 };
+            changes.modules.insert(path.clone(), Adapter { kind, magnitude: None, bias: None });
         }
         Ok(changes)
     }

@@ -4,13 +4,13 @@
 
 use difflora::lora::file::{self, Format};
 use difflora::lora::keys::BlockLayout;
-use difflora::lora::report::Report;
+use difflora::lora::summary::Summary;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let layout = BlockLayout::uniform(2, 2);
-    let _ = Report::read(&mut std::io::Cursor::new(bytes), &layout);
-    if let Ok((changes, _)) = file::changes_from_bytes(bytes, &layout) {
-        let written = file::changes_to_bytes(&changes, Format::KohyaDiffusers, &layout).expect("it is written");
-        file::changes_from_bytes(&written, &layout).expect("it is read again");
+    let _ = Summary::read(&mut std::io::Cursor::new(bytes), &layout);
+    if let Ok((changes, _)) = file::adapters_from_bytes(bytes, &layout) {
+        let written = file::adapters_to_bytes(&changes, Format::KohyaDiffusers, &layout).expect("it is written");
+        file::adapters_from_bytes(&written, &layout).expect("it is read again");
     }
 });

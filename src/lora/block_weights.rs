@@ -6,13 +6,13 @@ use crate::failure::Failure;
 
 /// Weights of a LoRA for the parts of a model; the most special one counts.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Strength {
+pub struct BlockWeights {
     everywhere: f64,
     /// Path prefix without a final dot, and weight.
     parts: Vec<(String, f64)>,
 }
 
-impl Strength {
+impl BlockWeights {
     /// The same everywhere.
     pub fn all(weight: f64) -> Self {
         Self { everywhere: weight, parts: Vec::new() }
@@ -47,9 +47,9 @@ impl Strength {
     pub fn split(argument: &str) -> Result<(PathBuf, Self), Failure> {
         match argument.rsplit_once(':') {
             Some((path, text)) if !path.is_empty() && looks_like_weights(text) => {
-                let strength = Self::parse(text)
+                let weights = Self::parse(text)
                     .map_err(|why| Failure::Usage(format!("the weight `{text}` of `{path}`: {why}")))?;
-                Ok((path.into(), strength))
+                Ok((path.into(), weights))
             }
             _ => Ok((argument.into(), Self::all(1.0))),
         }
@@ -60,20 +60,20 @@ impl Strength {
             Ok(number) if number.is_finite() => Ok(number),
             _ => Err(format!("`{text}` is no number")),
         };
-        let mut strength = Self::all(1.0);
+        let mut weights = Self::all(1.0);
         for item in text.split(',') {
             let Some((name, weight)) = item.split_once('=') else {
-                strength.everywhere = number(item)?;
+                weights.everywhere = number(item)?;
                 continue;
             };
             let weight = number(weight)?;
             for prefix in prefixes(name).ok_or_else(|| {
                 format!("`{name}` is no part of a model; parts are unet, te, te1, te2, down, down.N, mid, up, up.N")
             })? {
-                strength.parts.push((prefix, weight));
+                weights.parts.push((prefix, weight));
             }
         }
-        Ok(strength)
+        Ok(weights)
     }
 }
 
@@ -108,8 +108,8 @@ mod tests {
 
     #[test]
     fn the_most_special_part_counts() {
-        let (path, strength) =
-            Strength::split("a/b.safetensors:0.9,unet=0.8,te=0.4,te2=0.3,down.1=-0.5").unwrap();
+        let (path, weights) =
+            BlockWeights::split("a/b.safetensors:0.9,unet=0.8,te=0.4,te2=0.3,down.1=-0.5").unwrap();
         assert_eq!(path, PathBuf::from("a/b.safetensors"));
         for (module, weight) in [
             ("down_blocks.1.attentions.0.proj_in", -0.5),
@@ -118,9 +118,9 @@ mod tests {
             ("text_encoder.text_model.encoder.layers.0.mlp.fc1", 0.4),
             ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1", 0.3),
         ] {
-            assert_eq!(strength.of(module), weight, "{module}");
+            assert_eq!(weights.of(module), weight, "{module}");
         }
-        let (_, blocks) = Strength::split("x:0.5,up=2").unwrap();
+        let (_, blocks) = BlockWeights::split("x:0.5,up=2").unwrap();
         assert_eq!((blocks.of("up_blocks.0.x"), blocks.of("mid_block.x")), (2.0, 0.5));
         assert_eq!(blocks.of("text_encoder.x"), 0.5);
     }
@@ -128,9 +128,9 @@ mod tests {
     #[test]
     fn what_is_no_weight_belongs_to_the_name_or_is_refused() {
         for name in ["file", "C:\\lora.safetensors", "a:b", ":0.5", "2024-01-01T10:00.safetensors"] {
-            assert_eq!(Strength::split(name).unwrap(), (name.into(), Strength::all(1.0)), "{name}");
+            assert_eq!(BlockWeights::split(name).unwrap(), (name.into(), BlockWeights::all(1.0)), "{name}");
         }
-        assert_eq!(Strength::split("x:-1.5").unwrap(), ("x".into(), Strength::all(-1.5)));
+        assert_eq!(BlockWeights::split("x:-1.5").unwrap(), ("x".into(), BlockWeights::all(-1.5)));
         for (argument, words) in [
             ("x:nan", "`nan` is no number"),
             ("x:inf", "`inf` is no number"),
@@ -140,7 +140,7 @@ mod tests {
             ("x:mid.0=1", "`mid.0` is no part"),
             ("x:unet=1,", "`` is no number"),
         ] {
-            let error = Strength::split(argument).unwrap_err();
+            let error = BlockWeights::split(argument).unwrap_err();
             assert!(matches!(&error, Failure::Usage(why) if why.contains(words)), "{argument}: {error}");
         }
     }

@@ -11,9 +11,9 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
 use super::LoraError;
-use super::change::{Change, Changes, Form};
-use super::strength::Strength;
-use super::thin::Thin;
+use super::adapter::{Adapter, AdapterFile, AdapterKind};
+use super::block_weights::BlockWeights;
+use super::low_rank::LowRank;
 
 /// How short a LoRA becomes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,7 +39,7 @@ pub struct Kept {
 
 /// How alike two files are in one module.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct Likeness {
+pub struct Similarity {
     /// ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖).
     pub cosine: f64,
     /// ‖ΔW'‖ / ‖ΔW‖.
@@ -59,7 +59,7 @@ pub enum Which {
 
 /// What [`perturb`] puts in their place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Disturbance {
+pub enum Replacement {
     /// Zero.
     Zero,
     /// Normal noise of the same root mean square.
@@ -68,42 +68,42 @@ pub enum Disturbance {
 
 /// A module's ΔW and what it needs to be stored again.
 struct Delta {
-    thin: Thin,
+    thin: LowRank,
     target: Vec<usize>,
     dtype: DType,
     bias: Option<Tensor>,
 }
 
 impl Delta {
-    fn of(module: &str, change: &Change) -> Result<Self, LoraError> {
-        let kind = || LoraError::Kind { key: module.to_string(), kind: change.kind() };
-        let (target, bias) = (change.target(), change.bias.clone());
-        if let Some((down, up)) = change.factors()? {
-            let Form::LowRank { down: stored, .. } = &change.form else { return Err(kind()) };
-            return Ok(Self { thin: Thin { down, up }, target, dtype: stored.dtype(), bias });
+    fn of(module: &str, adapter: &Adapter) -> Result<Self, LoraError> {
+        let kind = || LoraError::Kind { key: module.to_string(), kind: adapter.kind_name() };
+        let (target, bias) = (adapter.target(), adapter.bias.clone());
+        if let Some((down, up)) = adapter.factors()? {
+            let AdapterKind::LowRank { down: stored, .. } = &adapter.kind else { return Err(kind()) };
+            return Ok(Self { thin: LowRank { down, up }, target, dtype: stored.dtype(), bias });
         }
-        let dtype = match &change.form {
-            _ if change.magnitude.is_some() => return Err(kind()),
-            Form::Hadamard { first, .. } => first[0].dtype(),
-            Form::Kronecker { .. } => DType::F32,
-            Form::Full(diff) if diff.rank() > 1 => diff.dtype(),
+        let dtype = match &adapter.kind {
+            _ if adapter.magnitude.is_some() => return Err(kind()),
+            AdapterKind::Hadamard { first, .. } => first[0].dtype(),
+            AdapterKind::Kronecker { .. } => DType::F32,
+            AdapterKind::Full(diff) if diff.rank() > 1 => diff.dtype(),
             _ => return Err(kind()),
         };
         // These make ΔW without the weight; its shape is all they look at.
-        let whole = change.delta(&Tensor::zeros(target.as_slice(), DType::F32, &Device::Cpu)?, 1.0)?;
+        let whole = adapter.delta(&Tensor::zeros(target.as_slice(), DType::F32, &Device::Cpu)?, 1.0)?;
         let whole = whole.reshape((target[0], ()))?;
         let (out, input) = whole.dims2()?;
         let eye = |n| Tensor::eye(n, DType::F32, &Device::Cpu);
         let thin = if out <= input {
-            Thin { up: eye(out)?, down: whole }
+            LowRank { up: eye(out)?, down: whole }
         } else {
-            Thin { up: whole, down: eye(input)? }
+            LowRank { up: whole, down: eye(input)? }
         };
         Ok(Self { thin, target, dtype, bias })
     }
 
     /// As a LoRA whose alpha is its rank.
-    fn store(&self, thin: &Thin) -> Result<Change, LoraError> {
+    fn store(&self, thin: &LowRank) -> Result<Adapter, LoraError> {
         let rank = thin.down.dim(0)?;
         let (mut down, mut up) = (thin.down.to_dtype(self.dtype)?, thin.up.to_dtype(self.dtype)?);
         if let [_, inner @ ..] = self.target.as_slice()
@@ -112,8 +112,8 @@ impl Delta {
             down = down.reshape([&[rank], inner].concat())?;
             up = up.reshape((up.dim(0)?, rank, 1, 1))?;
         }
-        let form = Form::LowRank { down, up, mid: None, alpha: rank as f32 };
-        Ok(Change { form, magnitude: None, bias: self.bias.clone() })
+        let kind = AdapterKind::LowRank { down, up, mid: None, alpha: rank as f32 };
+        Ok(Adapter { kind, magnitude: None, bias: self.bias.clone() })
     }
 }
 
@@ -124,26 +124,26 @@ impl Delta {
 /// # Errors
 /// [`LoraError::Kind`] for a module whose ΔW needs the base, [`LoraError::Size`] for one that is of two shapes.
 pub fn sum(
-    files: &[(&Changes, Strength)],
+    files: &[(&AdapterFile, BlockWeights)],
     keep: Keep,
-) -> Result<(Changes, BTreeMap<String, Kept>), LoraError> {
-    let mut sum = Changes {
-        metadata: files.first().map(|(changes, _)| changes.metadata.clone()).unwrap_or_default(),
-        ..Changes::default()
+) -> Result<(AdapterFile, BTreeMap<String, Kept>), LoraError> {
+    let mut sum = AdapterFile {
+        metadata: files.first().map(|(adapters, _)| adapters.metadata.clone()).unwrap_or_default(),
+        ..AdapterFile::default()
     };
     let mut told = BTreeMap::new();
-    let modules: BTreeSet<&String> = files.iter().flat_map(|(changes, _)| changes.modules.keys()).collect();
+    let modules: BTreeSet<&String> = files.iter().flat_map(|(adapters, _)| adapters.modules.keys()).collect();
     for module in modules {
         let mut deltas: Vec<(Delta, f64)> = Vec::new();
         let mut bias: Option<Tensor> = None;
-        for (changes, strength) in files {
-            let Some(change) = changes.modules.get(module) else { continue };
-            let times = strength.of(module);
-            if let Some(own) = &change.bias {
+        for (adapters, weights) in files {
+            let Some(adapter) = adapters.modules.get(module) else { continue };
+            let times = weights.of(module);
+            if let Some(own) = &adapter.bias {
                 let own = (own.to_dtype(DType::F32)? * times)?;
                 bias = Some(bias.map_or(Ok(own.clone()), |bias| bias + own)?);
             }
-            deltas.push((Delta::of(module, change)?, times));
+            deltas.push((Delta::of(module, adapter)?, times));
         }
         let Some((first, _)) = deltas.first() else { continue };
         let target = first.target.clone();
@@ -152,22 +152,25 @@ pub fn sum(
             return Err(LoraError::Size { module: module.clone(), lora, model, guess: None });
         }
         let dtype = deltas.iter().map(|(delta, _)| delta.dtype).max_by_key(DType::size_in_bytes);
-        let terms: Vec<(&Thin, f64)> = deltas.iter().map(|(delta, times)| (&delta.thin, *times)).collect();
-        let thin = Thin::sum(&terms)?;
+        let terms: Vec<(&LowRank, f64)> = deltas.iter().map(|(delta, times)| (&delta.thin, *times)).collect();
+        let thin = LowRank::sum(&terms)?;
         let whole = Delta { thin, target, dtype: dtype.unwrap_or(DType::F32), bias };
-        let (change, kept) = shorten(&whole, keep)?;
-        sum.modules.insert(module.clone(), change);
+        let (adapter, kept) = shorten(&whole, keep)?;
+        sum.modules.insert(module.clone(), adapter);
         told.insert(module.clone(), kept);
     }
     Ok((sum, told))
 }
 
 /// Shortens every module; see [`sum`].
-pub fn resize(changes: &Changes, keep: Keep) -> Result<(Changes, BTreeMap<String, Kept>), LoraError> {
-    sum(&[(changes, Strength::all(1.0))], keep)
+pub fn resize(
+    adapters: &AdapterFile,
+    keep: Keep,
+) -> Result<(AdapterFile, BTreeMap<String, Kept>), LoraError> {
+    sum(&[(adapters, BlockWeights::all(1.0))], keep)
 }
 
-fn shorten(delta: &Delta, keep: Keep) -> Result<(Change, Kept), LoraError> {
+fn shorten(delta: &Delta, keep: Keep) -> Result<(Adapter, Kept), LoraError> {
     let before = delta.thin.down.dim(0)?;
     if keep == Keep::All {
         return Ok((delta.store(&delta.thin)?, Kept { before, after: before, share: 1.0 }));
@@ -188,12 +191,12 @@ pub fn extract(
     after: &Tensor,
     rank: usize,
     dtype: DType,
-) -> Result<(Change, Kept), LoraError> {
+) -> Result<(Adapter, Kept), LoraError> {
     let delta = (after.to_dtype(DType::F32)? - before.to_dtype(DType::F32)?)?;
     let whole = delta.reshape((delta.dim(0)?, ()))?;
     let (out, input) = whole.dims2()?;
     let rank = rank.min(out).min(input);
-    let svd = Thin::project(&whole, rank)?.svd()?;
+    let svd = LowRank::project(&whole, rank)?.svd()?;
     let energy = whole.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
     let kept: f64 = svd.values.iter().take(rank).map(|value| value * value).sum();
     let thin = svd.truncate(rank)?;
@@ -204,30 +207,30 @@ pub fn extract(
 
 /// How alike two files are, module by module, for the modules that both change; and over all of those together.
 pub fn compare(
-    one: &Changes,
-    two: &Changes,
-) -> Result<(BTreeMap<String, Likeness>, Option<Likeness>), LoraError> {
+    one: &AdapterFile,
+    two: &AdapterFile,
+) -> Result<(BTreeMap<String, Similarity>, Option<Similarity>), LoraError> {
     let mut modules = BTreeMap::new();
     let mut all = [0.0; 3];
-    for (module, change) in &one.modules {
+    for (module, adapter) in &one.modules {
         let Some(other) = two.modules.get(module) else { continue };
-        let (a, b) = (Delta::of(module, change)?, Delta::of(module, other)?);
+        let (a, b) = (Delta::of(module, adapter)?, Delta::of(module, other)?);
         if a.target[0] != b.target[0] || a.thin.down.dim(1)? != b.thin.down.dim(1)? {
             let (lora, model) = (b.target, a.target);
             return Err(LoraError::Size { module: module.clone(), lora, model, guess: None });
         }
         let products = [a.thin.dot(&a.thin)?, b.thin.dot(&b.thin)?, a.thin.dot(&b.thin)?];
         all.iter_mut().zip(products).for_each(|(all, product)| *all += product);
-        modules.insert(module.clone(), likeness(products));
+        modules.insert(module.clone(), similarity(products));
     }
-    let together = (!modules.is_empty()).then(|| likeness(all));
+    let together = (!modules.is_empty()).then(|| similarity(all));
     Ok((modules, together))
 }
 
 /// From ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩. Nothing is like a ΔW of zeros.
-fn likeness([aa, bb, ab]: [f64; 3]) -> Likeness {
+fn similarity([aa, bb, ab]: [f64; 3]) -> Similarity {
     let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
-    Likeness {
+    Similarity {
         cosine: ratio(ab, (aa * bb).sqrt()),
         norm_ratio: ratio(bb, aa).sqrt(),
         distance: ratio((aa + bb - 2.0 * ab).max(0.0), aa).sqrt(),
@@ -240,16 +243,16 @@ fn likeness([aa, bb, ab]: [f64; 3]) -> Likeness {
 /// # Errors
 /// [`LoraError::Kind`] for a module that is no LoRA.
 pub fn perturb(
-    changes: &mut Changes,
+    adapters: &mut AdapterFile,
     which: Which,
     share: f64,
-    disturbance: Disturbance,
+    replacement: Replacement,
     seed: u64,
 ) -> Result<usize, LoraError> {
     let mut tensors: Vec<&mut Tensor> = Vec::new();
-    for (module, change) in &mut changes.modules {
-        let kind = change.kind();
-        let Form::LowRank { down, up, mid, .. } = &mut change.form else {
+    for (module, adapter) in &mut adapters.modules {
+        let kind = adapter.kind_name();
+        let AdapterKind::LowRank { down, up, mid, .. } = &mut adapter.kind else {
             return Err(LoraError::Kind { key: module.clone(), kind });
         };
         tensors.extend([down, up].into_iter().chain(mid));
@@ -269,9 +272,9 @@ pub fn perturb(
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     order.sort_unstable(); // so that the noise of a weight does not depend on its rank
     for i in &order {
-        values[*i] = match disturbance {
-            Disturbance::Zero => 0.0,
-            Disturbance::Noise => (size * rng.sample::<f64, _>(StandardNormal)) as f32,
+        values[*i] = match replacement {
+            Replacement::Zero => 0.0,
+            Replacement::Noise => (size * rng.sample::<f64, _>(StandardNormal)) as f32,
         };
     }
     let mut rest = values.as_slice();
@@ -287,40 +290,44 @@ pub fn perturb(
 mod tests {
     use super::*;
     use crate::diffusion::noise::normal;
-    use crate::lora::change::Matrix;
+    use crate::lora::adapter::Matrix;
 
     fn random(stream: u64, shape: &[usize]) -> Tensor {
         normal(8, stream, shape, &Device::Cpu).unwrap()
     }
 
-    fn low_rank(stream: u64, rank: usize, alpha: f32) -> Change {
+    fn low_rank(stream: u64, rank: usize, alpha: f32) -> Adapter {
         let (down, up) = (random(stream, &[rank, 7]), random(stream + 1, &[5, rank]));
-        Change { form: Form::LowRank { down, up, mid: None, alpha }, magnitude: None, bias: None }
+        Adapter { kind: AdapterKind::LowRank { down, up, mid: None, alpha }, magnitude: None, bias: None }
     }
 
-    fn convolution(stream: u64, rank: usize) -> Change {
+    fn convolution(stream: u64, rank: usize) -> Adapter {
         let (down, up) = (random(stream, &[rank, 4, 3, 3]), random(stream + 1, &[6, rank, 1, 1]));
-        Change { form: Form::LowRank { down, up, mid: None, alpha: 1.0 }, magnitude: None, bias: None }
+        Adapter {
+            kind: AdapterKind::LowRank { down, up, mid: None, alpha: 1.0 },
+            magnitude: None,
+            bias: None,
+        }
     }
 
-    fn kronecker(stream: u64) -> Change {
+    fn kronecker(stream: u64) -> Adapter {
         let (first, second) = (random(stream, &[2, 2]), random(stream + 1, &[3, 2, 3, 3]));
-        let form = Form::Kronecker {
+        let kind = AdapterKind::Kronecker {
             first: Matrix::Whole(first),
             second: Matrix::Whole(second),
             core: None,
             alpha: 1.0,
         };
-        Change { form, magnitude: None, bias: None }
+        Adapter { kind, magnitude: None, bias: None }
     }
 
-    fn file(modules: &[(&str, Change)]) -> Changes {
-        let modules = modules.iter().map(|(module, change)| (module.to_string(), change.clone())).collect();
-        Changes { modules, metadata: BTreeMap::from([("ss_seed".to_string(), "1".to_string())]) }
+    fn file(modules: &[(&str, Adapter)]) -> AdapterFile {
+        let modules = modules.iter().map(|(module, adapter)| (module.to_string(), adapter.clone())).collect();
+        AdapterFile { modules, metadata: BTreeMap::from([("ss_seed".to_string(), "1".to_string())]) }
     }
 
-    fn delta(change: &Change, shape: &[usize]) -> Tensor {
-        change.delta(&Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap(), 1.0).unwrap()
+    fn delta(adapter: &Adapter, shape: &[usize]) -> Tensor {
+        adapter.delta(&Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap(), 1.0).unwrap()
     }
 
     fn far(a: &Tensor, b: &Tensor) -> f32 {
@@ -331,13 +338,14 @@ mod tests {
     fn files_are_added_exactly_in_the_order_of_their_ranks() {
         let one = file(&[("a", low_rank(1, 3, 2.0)), ("c", convolution(10, 2))]);
         let two = file(&[("a", low_rank(5, 2, 1.0)), ("c", kronecker(20)), ("b", low_rank(7, 1, 1.0))]);
-        let (sum, kept) = sum(&[(&one, Strength::all(0.5)), (&two, Strength::all(-2.0))], Keep::All).unwrap();
+        let (sum, kept) =
+            sum(&[(&one, BlockWeights::all(0.5)), (&two, BlockWeights::all(-2.0))], Keep::All).unwrap();
         assert_eq!(kept["a"], Kept { before: 5, after: 5, share: 1.0 });
         assert_eq!(sum.metadata["ss_seed"], "1");
         for (module, shape) in [("a", &[5, 7][..]), ("b", &[5, 7]), ("c", &[6, 4, 3, 3])] {
-            let part = |file: &Changes, factor: f64| {
+            let part = |file: &AdapterFile, factor: f64| {
                 let zero = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-                file.modules.get(module).map_or(zero, |change| (delta(change, shape) * factor).unwrap())
+                file.modules.get(module).map_or(zero, |adapter| (delta(adapter, shape) * factor).unwrap())
             };
             let by_hand = (part(&one, 0.5) + part(&two, -2.0)).unwrap();
             assert!(far(&delta(&sum.modules[module], shape), &by_hand) < 1e-5, "{module}");
@@ -348,7 +356,8 @@ mod tests {
     #[test]
     fn shortening_to_the_true_rank_loses_nothing_and_says_what_else_it_loses() {
         let one = file(&[("a", low_rank(1, 2, 1.0))]);
-        let twice = sum(&[(&one, Strength::all(1.0)), (&one, Strength::all(1.0))], Keep::All).unwrap().0;
+        let twice =
+            sum(&[(&one, BlockWeights::all(1.0)), (&one, BlockWeights::all(1.0))], Keep::All).unwrap().0;
         let (short, kept) = resize(&twice, Keep::Rank(2)).unwrap();
         assert_eq!((kept["a"].before, kept["a"].after), (4, 2));
         let doubled = (delta(&one.modules["a"], &[5, 7]) * 2.0).unwrap();
@@ -364,21 +373,21 @@ mod tests {
 
     #[test]
     fn the_difference_of_two_weights_is_extracted() {
-        let (before, change) = (random(30, &[6, 4, 3, 3]), convolution(10, 2));
-        let after = (&before + delta(&change, &[6, 4, 3, 3])).unwrap();
+        let (before, adapter) = (random(30, &[6, 4, 3, 3]), convolution(10, 2));
+        let after = (&before + delta(&adapter, &[6, 4, 3, 3])).unwrap();
         let (found, kept) = extract(&before, &after, 2, DType::F32).unwrap();
         assert!((kept.share - 1.0).abs() < 1e-5, "{kept:?}");
-        assert!(far(&delta(&found, &[6, 4, 3, 3]), &delta(&change, &[6, 4, 3, 3])) < 1e-4);
+        assert!(far(&delta(&found, &[6, 4, 3, 3]), &delta(&adapter, &[6, 4, 3, 3])) < 1e-4);
     }
 
     #[test]
     fn likeness_is_that_of_the_whole_matrices() {
         let one = file(&[("a", low_rank(1, 3, 2.0)), ("only", low_rank(2, 1, 1.0))]);
-        let twice = sum(&[(&one, Strength::all(-2.0))], Keep::All).unwrap().0;
+        let twice = sum(&[(&one, BlockWeights::all(-2.0))], Keep::All).unwrap().0;
         let (modules, all) = compare(&one, &twice).unwrap();
-        for likeness in modules.values().chain(&all) {
-            assert!((likeness.cosine + 1.0).abs() < 1e-6 && (likeness.norm_ratio - 2.0).abs() < 1e-6);
-            assert!((likeness.distance - 3.0).abs() < 1e-6);
+        for similarity in modules.values().chain(&all) {
+            assert!((similarity.cosine + 1.0).abs() < 1e-6 && (similarity.norm_ratio - 2.0).abs() < 1e-6);
+            assert!((similarity.distance - 3.0).abs() < 1e-6);
         }
         let other = file(&[("a", low_rank(9, 3, 2.0))]);
         let (modules, _) = compare(&one, &other).unwrap();
@@ -391,17 +400,17 @@ mod tests {
 
     #[test]
     fn the_chosen_quarter_is_disturbed_and_nothing_else() {
-        let values = |changes: &Changes| -> Vec<f32> {
-            let Form::LowRank { down, up, .. } = &changes.modules["a"].form else { panic!() };
+        let values = |adapters: &AdapterFile| -> Vec<f32> {
+            let AdapterKind::LowRank { down, up, .. } = &adapters.modules["a"].kind else { panic!() };
             [down, up].iter().flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect()
         };
         let whole = file(&[("a", low_rank(1, 4, 1.0))]);
         let before = values(&whole);
         for which in [Which::Largest, Which::Smallest] {
-            for disturbance in [Disturbance::Zero, Disturbance::Noise] {
-                let mut changes = whole.clone();
-                assert_eq!(perturb(&mut changes, which, 0.25, disturbance, 3).unwrap(), 12);
-                let after = values(&changes);
+            for replacement in [Replacement::Zero, Replacement::Noise] {
+                let mut adapters = whole.clone();
+                assert_eq!(perturb(&mut adapters, which, 0.25, replacement, 3).unwrap(), 12);
+                let after = values(&adapters);
                 let touched: Vec<usize> = (0..48).filter(|i| before[*i] != after[*i]).collect();
                 assert_eq!(touched.len(), 12);
                 let magnitude = |i: &usize| before[*i].abs();
@@ -410,9 +419,9 @@ mod tests {
                     if which == Which::Largest { (inside, outside) } else { (outside, inside) };
                 let lowest = most.iter().map(magnitude).fold(f32::MAX, f32::min);
                 assert!(least.iter().map(magnitude).all(|value| value <= lowest));
-                assert_eq!(disturbance == Disturbance::Zero, touched.iter().all(|i| after[*i] == 0.0));
+                assert_eq!(replacement == Replacement::Zero, touched.iter().all(|i| after[*i] == 0.0));
                 let mut again = whole.clone();
-                perturb(&mut again, which, 0.25, disturbance, 3).unwrap();
+                perturb(&mut again, which, 0.25, replacement, 3).unwrap();
                 assert_eq!(values(&again), after);
             }
         }
@@ -420,10 +429,10 @@ mod tests {
 
     #[test]
     fn kinds_that_need_the_base_are_refused_by_name() {
-        let form = Form::Scaled { factor: random(1, &[5]), on_input: false };
-        let ia3 = file(&[("a", Change { form, magnitude: None, bias: None })]);
+        let kind = AdapterKind::Scaled { factor: random(1, &[5]), on_input: false };
+        let ia3 = file(&[("a", Adapter { kind, magnitude: None, bias: None })]);
         let error = resize(&ia3, Keep::Rank(1)).unwrap_err().to_string();
         assert!(error.contains("`a`: IA3 is not supported here"), "{error}");
-        assert!(perturb(&mut ia3.clone(), Which::Largest, 0.5, Disturbance::Zero, 0).is_err());
+        assert!(perturb(&mut ia3.clone(), Which::Largest, 0.5, Replacement::Zero, 0).is_err());
     }
 }

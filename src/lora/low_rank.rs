@@ -12,7 +12,7 @@ use rand_distr::StandardNormal;
 
 /// ΔW (out, in) as a product.
 #[derive(Clone, Debug)]
-pub struct Thin {
+pub struct LowRank {
     /// (R, in) f32.
     pub down: Tensor,
     /// (out, R) f32.
@@ -29,7 +29,7 @@ pub struct Svd {
     right: Vec<Vec<f64>>,
 }
 
-impl Thin {
+impl LowRank {
     /// Σ factor · ΔW, exactly: the factors of all beside each other.
     pub fn sum(terms: &[(&Self, f64)]) -> Result<Self> {
         let downs: Vec<&Tensor> = terms.iter().map(|(thin, _)| &thin.down).collect();
@@ -104,7 +104,7 @@ impl Svd {
     }
 
     /// The nearest ΔW of `rank`, its singular values shared equally between the factors. Ranks beyond K are zeros.
-    pub fn truncate(&self, rank: usize) -> Result<Thin> {
+    pub fn truncate(&self, rank: usize) -> Result<LowRank> {
         let scaled = |rows: &[Vec<f64>]| -> Result<Tensor> {
             let width = rows.first().map_or(0, Vec::len);
             let mut flat = Vec::with_capacity(rank * width);
@@ -114,7 +114,7 @@ impl Svd {
             flat.resize(rank * width, 0.0);
             Tensor::from_vec(flat, (rank, width), &Device::Cpu)
         };
-        Ok(Thin { down: scaled(&self.right)?, up: scaled(&self.left)?.t()?.contiguous()? })
+        Ok(LowRank { down: scaled(&self.right)?, up: scaled(&self.left)?.t()?.contiguous()? })
     }
 }
 
@@ -208,12 +208,12 @@ mod tests {
     use super::*;
     use crate::diffusion::noise::normal;
 
-    fn random(stream: u64, out: usize, rank: usize, input: usize) -> Thin {
+    fn random(stream: u64, out: usize, rank: usize, input: usize) -> LowRank {
         let normal = |stream, shape: (usize, usize)| normal(4, stream, shape, &Device::Cpu).unwrap();
-        Thin { down: normal(stream, (rank, input)), up: normal(stream + 1, (out, rank)) }
+        LowRank { down: normal(stream, (rank, input)), up: normal(stream + 1, (out, rank)) }
     }
 
-    fn whole(thin: &Thin) -> Tensor {
+    fn whole(thin: &LowRank) -> Tensor {
         thin.up.matmul(&thin.down).unwrap()
     }
 
@@ -260,12 +260,12 @@ mod tests {
     #[test]
     fn factors_that_say_the_same_twice_have_singular_values_of_zero() {
         let thin = random(9, 20, 3, 30);
-        let twice = Thin::sum(&[(&thin, 1.0), (&thin, 0.5)]).unwrap();
+        let twice = LowRank::sum(&[(&thin, 1.0), (&thin, 0.5)]).unwrap();
         let svd = twice.svd().unwrap();
         assert!(svd.values[2] > 1.0 && svd.values[3] < 1e-9, "{:?}", svd.values);
         let back = svd.truncate(3).unwrap();
         assert!(norm(&(whole(&back) - (whole(&thin) * 1.5).unwrap()).unwrap()) < 1e-5 * norm(&whole(&thin)));
-        let zero = Thin { down: thin.down.clone(), up: thin.up.zeros_like().unwrap() };
+        let zero = LowRank { down: thin.down.clone(), up: thin.up.zeros_like().unwrap() };
         assert_eq!(norm(&whole(&zero.svd().unwrap().truncate(2).unwrap())), 0.0);
     }
 
@@ -280,12 +280,12 @@ mod tests {
     #[test]
     fn a_matrix_without_factors_is_projected_on_its_largest_directions() {
         let exact = random(3, 60, 4, 50);
-        let found = Thin::project(&whole(&exact), 4).unwrap();
+        let found = LowRank::project(&whole(&exact), 4).unwrap();
         assert!(norm(&(whole(&found) - whole(&exact)).unwrap()) < 1e-5 * norm(&whole(&exact)));
         // A flat spectrum, where the projection is worst: nearly as good as the best of that rank.
         let full = random(11, 60, 50, 50);
         let best = full.svd().unwrap();
-        let found = Thin::project(&whole(&full), 4).unwrap().svd().unwrap();
+        let found = LowRank::project(&whole(&full), 4).unwrap().svd().unwrap();
         assert!(found.kept(4) > 0.0 && found.values[0] > 0.999 * best.values[0], "{:?}", &found.values[..4]);
         assert!(found.values[3] > 0.99 * best.values[3], "{:?} {:?}", &found.values[..4], &best.values[..4]);
     }

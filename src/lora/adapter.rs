@@ -15,18 +15,18 @@ use super::{Lora, LoraError, LoraLayer};
 
 /// What a file changes, by module path as in [`Lora`].
 #[derive(Clone, Debug, Default)]
-pub struct Changes {
+pub struct AdapterFile {
     /// By module path as diffusers spells it.
-    pub modules: BTreeMap<String, Change>,
+    pub modules: BTreeMap<String, Adapter>,
     /// The file's metadata.
     pub metadata: BTreeMap<String, String>,
 }
 
 /// The change of one layer.
 #[derive(Clone, Debug)]
-pub struct Change {
+pub struct Adapter {
     /// What is added to the weight.
-    pub form: Form,
+    pub kind: AdapterKind,
     /// DoRA: the sizes that rows or columns of the changed weight are brought to.
     pub magnitude: Option<Magnitude>,
     /// What is added to the bias (out).
@@ -44,7 +44,7 @@ pub struct Magnitude {
 
 /// How ΔW is made. R is the rank, `scale` = alpha / R.
 #[derive(Clone, Debug)]
-pub enum Form {
+pub enum AdapterKind {
     /// LoRA, LoCon: scale · up · down, or up · mid · down. Factors of convolutions keep their kernel's axes:
     /// `down` (R, in, k, k), or (R, in, 1, 1) before a `mid` (R, R, k, k); `up` (out, R, 1, 1).
     LowRank {
@@ -122,42 +122,45 @@ pub enum Matrix {
 /// Added to DoRA's norms by LyCORIS: ε of f32.
 const NORM_EPS: f64 = f32::EPSILON as f64;
 
-impl Change {
+impl Adapter {
     /// What a user calls the kind.
-    pub fn kind(&self) -> &'static str {
+    pub fn kind_name(&self) -> &'static str {
         let dora = self.magnitude.is_some();
-        match &self.form {
-            Form::LowRank { .. } if dora => "DoRA",
-            Form::LowRank { mid: Some(_), .. } => "LoCon (Tucker)",
-            Form::LowRank { down, .. } if down.rank() == 4 => "LoCon",
-            Form::LowRank { .. } => "LoRA",
-            Form::Hadamard { .. } if dora => "LoHa with DoRA",
-            Form::Hadamard { .. } => "LoHa",
-            Form::Kronecker { .. } if dora => "LoKr with DoRA",
-            Form::Kronecker { .. } => "LoKr",
-            Form::Full(diff) if diff.rank() == 1 => "norm",
-            Form::Full(_) => "full",
-            Form::BiasOnly => "bias",
-            Form::Scaled { .. } => "IA3",
-            Form::Orthogonal { blocks, .. } if blocks.rank() == 4 => "BOFT",
-            Form::Orthogonal { .. } => "OFT",
-            Form::Generalised { .. } => "GLoRA",
+        match &self.kind {
+            AdapterKind::LowRank { .. } if dora => "DoRA",
+            AdapterKind::LowRank { mid: Some(_), .. } => "LoCon (Tucker)",
+            AdapterKind::LowRank { down, .. } if down.rank() == 4 => "LoCon",
+            AdapterKind::LowRank { .. } => "LoRA",
+            AdapterKind::Hadamard { .. } if dora => "LoHa with DoRA",
+            AdapterKind::Hadamard { .. } => "LoHa",
+            AdapterKind::Kronecker { .. } if dora => "LoKr with DoRA",
+            AdapterKind::Kronecker { .. } => "LoKr",
+            AdapterKind::Full(diff) if diff.rank() == 1 => "norm",
+            AdapterKind::Full(_) => "full",
+            AdapterKind::BiasOnly => "bias",
+            AdapterKind::Scaled { .. } => "IA3",
+            AdapterKind::Orthogonal { blocks, .. } if blocks.rank() == 4 => "BOFT",
+            AdapterKind::Orthogonal { .. } => "OFT",
+            AdapterKind::Generalised { .. } => "GLoRA",
         }
     }
 
     /// R and alpha, for kinds that have them.
     pub fn rank_and_alpha(&self) -> Option<(usize, f32)> {
-        match &self.form {
-            Form::LowRank { down, alpha, .. } => Some((down.dims()[0], *alpha)),
-            Form::Hadamard { first, alpha, .. } => Some((first[1].dims()[0], *alpha)),
-            Form::Kronecker { first, second, alpha, .. } => {
+        match &self.kind {
+            AdapterKind::LowRank { down, alpha, .. } => Some((down.dims()[0], *alpha)),
+            AdapterKind::Hadamard { first, alpha, .. } => Some((first[1].dims()[0], *alpha)),
+            AdapterKind::Kronecker { first, second, alpha, .. } => {
                 [second, first].into_iter().find_map(|matrix| match matrix {
                     Matrix::Product(_, b) => Some((b.dims()[0], *alpha)),
                     Matrix::Whole(_) => None,
                 })
             }
-            Form::Generalised { a, alpha, .. } => Some((a[1].dims()[0], *alpha)),
-            Form::Full(_) | Form::BiasOnly | Form::Scaled { .. } | Form::Orthogonal { .. } => None,
+            AdapterKind::Generalised { a, alpha, .. } => Some((a[1].dims()[0], *alpha)),
+            AdapterKind::Full(_)
+            | AdapterKind::BiasOnly
+            | AdapterKind::Scaled { .. }
+            | AdapterKind::Orthogonal { .. } => None,
         }
     }
 
@@ -167,7 +170,7 @@ impl Change {
 
     /// ΔW as two thin factors, `down` (R, in·k²) and `up` (out, R) in f32 with the scale in `up`, where it is one.
     pub fn factors(&self) -> Result<Option<(Tensor, Tensor)>> {
-        let Form::LowRank { up, .. } = &self.form else { return Ok(None) };
+        let AdapterKind::LowRank { up, .. } = &self.kind else { return Ok(None) };
         if self.magnitude.is_some() {
             return Ok(None);
         }
@@ -178,7 +181,7 @@ impl Change {
 
     /// `down` of a low rank with its core multiplied in, as the first of two layers: (R, in) or (R, in, k, k), f32.
     pub fn kernel(&self) -> Result<Option<Tensor>> {
-        let Form::LowRank { down, mid, .. } = &self.form else { return Ok(None) };
+        let AdapterKind::LowRank { down, mid, .. } = &self.kind else { return Ok(None) };
         let down = f32(down)?;
         let Some(mid) = mid else { return Ok(Some(down)) };
         let (rows, columns, kh, kw) = mid.dims4()?;
@@ -197,14 +200,14 @@ impl Change {
         let device = weight.device();
         let on = |tensor: &Tensor| tensor.to_device(device)?.to_dtype(DType::F32);
         let shape = weight.shape();
-        let delta = match &self.form {
-            Form::BiasOnly => Tensor::zeros(shape, DType::F32, device)?,
-            Form::Full(diff) => on(diff)?.reshape(shape)?,
-            Form::LowRank { .. } => {
+        let delta = match &self.kind {
+            AdapterKind::BiasOnly => Tensor::zeros(shape, DType::F32, device)?,
+            AdapterKind::Full(diff) => on(diff)?.reshape(shape)?,
+            AdapterKind::LowRank { .. } => {
                 let Some((down, up)) = self.plain().factors()? else { candle_core::bail!("no factors") };
                 on(&up)?.matmul(&on(&down)?)?.reshape(shape)?
             }
-            Form::Hadamard { first, second, cores, .. } => {
+            AdapterKind::Hadamard { first, second, cores, .. } => {
                 let product = |[a, b]: &[Tensor; 2], core: Option<&Tensor>| match core {
                     None => on(a)?.matmul(&on(b)?)?.reshape(shape),
                     Some(core) => tucker(&on(a)?, &on(b)?, &on(core)?)?.reshape(shape),
@@ -212,7 +215,7 @@ impl Change {
                 let (t1, t2) = (cores.as_ref().map(|t| &t[0]), cores.as_ref().map(|t| &t[1]));
                 ((product(first, t1)? * product(second, t2)?)? * self.scale())?
             }
-            Form::Kronecker { first, second, core, .. } => {
+            AdapterKind::Kronecker { first, second, core, .. } => {
                 let whole = |matrix: &Matrix, core: Option<&Tensor>| match (matrix, core) {
                     (Matrix::Whole(matrix), _) => flat(&on(matrix)?),
                     (Matrix::Product(a, b), None) => on(a)?.matmul(&flat(&on(b)?)?),
@@ -221,14 +224,14 @@ impl Change {
                 (kronecker(&whole(first, None)?, &whole(second, core.as_ref())?)?.reshape(shape)?
                     * self.scale())?
             }
-            Form::Scaled { factor, on_input } => {
+            AdapterKind::Scaled { factor, on_input } => {
                 on(weight)?.broadcast_mul(&along(&on(factor)?, *on_input, weight.rank())?)?
             }
-            Form::Orthogonal { blocks, rescale, constraint } => {
+            AdapterKind::Orthogonal { blocks, rescale, constraint } => {
                 let rescale = rescale.as_ref().map(|r| along(&on(r)?, false, weight.rank())).transpose()?;
                 return turned(&on(weight)?, blocks, rescale.as_ref(), *constraint, times);
             }
-            Form::Generalised { a, b, .. } => {
+            AdapterKind::Generalised { a, b, .. } => {
                 let (w, [a1, a2]) = (on(weight)?, a);
                 let (out, input) = (w.dim(0)?, w.dim(1)?);
                 let inner = flat(&on(a1)?)?.matmul(&flat(&on(a2)?)?)?; // (in, in)
@@ -263,11 +266,11 @@ impl Change {
         let (out, input) = (weight[0], weight.get(1).copied().unwrap_or(1));
         let rest: usize = weight[1..].iter().product();
         let axis = |on_input: bool| if on_input { input } else { out };
-        let form = match &self.form {
-            Form::BiasOnly => true,
-            Form::Scaled { on_input: true, .. } if weight.len() < 2 => false,
-            Form::Scaled { factor, on_input } => factor.elem_count() == axis(*on_input),
-            Form::Orthogonal { blocks, rescale, .. } => {
+        let kind = match &self.kind {
+            AdapterKind::BiasOnly => true,
+            AdapterKind::Scaled { on_input: true, .. } if weight.len() < 2 => false,
+            AdapterKind::Scaled { factor, on_input } => factor.elem_count() == axis(*on_input),
+            AdapterKind::Orthogonal { blocks, rescale, .. } => {
                 let [.., count, size, _] = *blocks.dims() else { return false };
                 // Each stage of BOFT lets outputs meet that lie twice as far apart.
                 let stages = if blocks.rank() == 4 { blocks.dims()[0] } else { 0 };
@@ -275,7 +278,7 @@ impl Change {
                     (0..stages).all(|stage| stage < 32 && size % 2 == 0 && out % ((1 << stage) * size) == 0);
                 meet && count * size == out && rescale.as_ref().is_none_or(|r| r.elem_count() == out)
             }
-            Form::Generalised { a, .. } => {
+            AdapterKind::Generalised { a, .. } => {
                 a[0].dims()[0] == input
                     && a[1].elem_count() == a[1].dims()[0] * input
                     && self.same_size(weight)
@@ -285,7 +288,7 @@ impl Change {
         let magnitude = self.magnitude.as_ref().is_none_or(|m| m.values.elem_count() == axis(m.on_input));
         let bias = self.bias.as_ref().is_none_or(|bias| bias.elem_count() == out);
         let has_inputs = weight.len() > 1 || self.magnitude.is_none();
-        form && magnitude && bias && has_inputs && rest > 0
+        kind && magnitude && bias && has_inputs && rest > 0
     }
 
     fn same_size(&self, weight: &[usize]) -> bool {
@@ -302,16 +305,16 @@ impl Change {
     /// The shape of the weight that it is made for, as far as it tells; 0 for an axis that it does not tell.
     pub fn target(&self) -> Vec<usize> {
         let kernel = |core: &Tensor| core.dims()[2..].to_vec();
-        match &self.form {
-            Form::LowRank { down, up, mid: None, .. } => [&up.dims()[..1], &down.dims()[1..]].concat(),
-            Form::LowRank { down, up, mid: Some(mid), .. } => {
+        match &self.kind {
+            AdapterKind::LowRank { down, up, mid: None, .. } => [&up.dims()[..1], &down.dims()[1..]].concat(),
+            AdapterKind::LowRank { down, up, mid: Some(mid), .. } => {
                 [vec![up.dims()[0], down.dims()[1]], kernel(mid)].concat()
             }
-            Form::Hadamard { first: [a, b], cores: None, .. } => vec![a.dims()[0], b.dims()[1]],
-            Form::Hadamard { first: [a, b], cores: Some([core, _]), .. } => {
+            AdapterKind::Hadamard { first: [a, b], cores: None, .. } => vec![a.dims()[0], b.dims()[1]],
+            AdapterKind::Hadamard { first: [a, b], cores: Some([core, _]), .. } => {
                 [vec![a.dims()[1], b.dims()[1]], kernel(core)].concat()
             }
-            Form::Kronecker { first, second, core, .. } => {
+            AdapterKind::Kronecker { first, second, core, .. } => {
                 let (a, c) = match first {
                     Matrix::Whole(w) => (w.dims()[0], w.dims()[1]),
                     Matrix::Product(a, b) => (a.dims()[0], b.dims()[1]),
@@ -325,14 +328,14 @@ impl Change {
                 };
                 [&[a * second[0], c * second[1]], &second[2..]].concat()
             }
-            Form::Full(diff) => diff.dims().to_vec(),
-            Form::BiasOnly => self.bias.iter().map(Tensor::elem_count).collect(),
-            Form::Scaled { factor, on_input: true } => vec![0, factor.elem_count()],
-            Form::Scaled { factor, on_input: false } => vec![factor.elem_count()],
-            Form::Orthogonal { blocks, .. } => {
+            AdapterKind::Full(diff) => diff.dims().to_vec(),
+            AdapterKind::BiasOnly => self.bias.iter().map(Tensor::elem_count).collect(),
+            AdapterKind::Scaled { factor, on_input: true } => vec![0, factor.elem_count()],
+            AdapterKind::Scaled { factor, on_input: false } => vec![factor.elem_count()],
+            AdapterKind::Orthogonal { blocks, .. } => {
                 vec![blocks.dims().iter().rev().skip(1).take(2).product()]
             }
-            Form::Generalised { b, .. } => [&b[0].dims()[..1], &b[1].dims()[1..]].concat(),
+            AdapterKind::Generalised { b, .. } => [&b[0].dims()[..1], &b[1].dims()[1..]].concat(),
         }
     }
 
@@ -340,12 +343,12 @@ impl Change {
     pub fn parts(&self) -> Result<Vec<(Part, Tensor)>> {
         let alpha = |alpha: &f32| Tensor::new(*alpha, &Device::Cpu).map(|alpha| (Part::Alpha, alpha));
         let mut parts = Vec::new();
-        match &self.form {
-            Form::LowRank { down, up, mid, alpha: a } => {
+        match &self.kind {
+            AdapterKind::LowRank { down, up, mid, alpha: a } => {
                 parts.extend([(Part::Down, down.clone()), (Part::Up, up.clone()), alpha(a)?]);
                 parts.extend(mid.iter().map(|mid| (Part::Mid, mid.clone())));
             }
-            Form::Hadamard { first: [a1, b1], second: [a2, b2], cores, alpha: a } => {
+            AdapterKind::Hadamard { first: [a1, b1], second: [a2, b2], cores, alpha: a } => {
                 let factors =
                     [(Part::HadaW1A, a1), (Part::HadaW1B, b1), (Part::HadaW2A, a2), (Part::HadaW2B, b2)];
                 parts.extend(factors.map(|(part, tensor)| (part, tensor.clone())));
@@ -354,7 +357,7 @@ impl Change {
                 }
                 parts.push(alpha(a)?);
             }
-            Form::Kronecker { first, second, core, alpha: a } => {
+            AdapterKind::Kronecker { first, second, core, alpha: a } => {
                 let names = [
                     (first, Part::LokrW1, Part::LokrW1A, Part::LokrW1B),
                     (second, Part::LokrW2, Part::LokrW2A, Part::LokrW2B),
@@ -368,18 +371,18 @@ impl Change {
                 parts.extend(core.iter().map(|core| (Part::LokrT2, core.clone())));
                 parts.push(alpha(a)?);
             }
-            Form::Full(diff) if diff.rank() == 1 => parts.push((Part::WNorm, diff.clone())),
-            Form::Full(diff) => parts.push((Part::Diff, diff.clone())),
-            Form::BiasOnly => {}
-            Form::Scaled { factor, on_input } => {
+            AdapterKind::Full(diff) if diff.rank() == 1 => parts.push((Part::WNorm, diff.clone())),
+            AdapterKind::Full(diff) => parts.push((Part::Diff, diff.clone())),
+            AdapterKind::BiasOnly => {}
+            AdapterKind::Scaled { factor, on_input } => {
                 let on_input = Tensor::new(i64::from(*on_input), &Device::Cpu)?;
                 parts.extend([(Part::Ia3, factor.clone()), (Part::OnInput, on_input)]);
             }
-            Form::Orthogonal { blocks, rescale, constraint } => {
+            AdapterKind::Orthogonal { blocks, rescale, constraint } => {
                 parts.extend([(Part::OftBlocks, blocks.clone()), alpha(constraint)?]);
                 parts.extend(rescale.iter().map(|rescale| (Part::Rescale, rescale.clone())));
             }
-            Form::Generalised { a: [a1, a2], b: [b1, b2], alpha: a } => {
+            AdapterKind::Generalised { a: [a1, a2], b: [b1, b2], alpha: a } => {
                 let factors = [(Part::A1, a1), (Part::A2, a2), (Part::B1, b1), (Part::B2, b2)];
                 parts.extend(factors.map(|(part, tensor)| (part, tensor.clone())));
                 parts.push(alpha(a)?);
@@ -390,7 +393,7 @@ impl Change {
             let axes = if values.rank() > 1 { values.rank() } else { self.target().len().max(2) };
             parts.push((Part::DoraScale, along(values, magnitude.on_input, axes)?));
         }
-        let bias = if matches!(&self.form, Form::Full(diff) if diff.rank() == 1) {
+        let bias = if matches!(&self.kind, AdapterKind::Full(diff) if diff.rank() == 1) {
             Part::BNorm
         } else {
             Part::DiffB
@@ -400,30 +403,34 @@ impl Change {
     }
 }
 
-impl From<&LoraLayer> for Change {
+impl From<&LoraLayer> for Adapter {
     fn from(layer: &LoraLayer) -> Self {
         let (down, up) = (layer.down.clone(), layer.up.clone());
-        Self { form: Form::LowRank { down, up, mid: None, alpha: layer.alpha }, magnitude: None, bias: None }
+        Self {
+            kind: AdapterKind::LowRank { down, up, mid: None, alpha: layer.alpha },
+            magnitude: None,
+            bias: None,
+        }
     }
 }
 
-impl From<&Lora> for Changes {
+impl From<&Lora> for AdapterFile {
     fn from(lora: &Lora) -> Self {
         let modules = lora.layers.iter().map(|(module, layer)| (module.clone(), layer.into())).collect();
         Self { modules, metadata: lora.metadata.clone() }
     }
 }
 
-impl Changes {
+impl AdapterFile {
     /// The same as a LoRA of linear layers.
     ///
     /// # Errors
     /// [`LoraError::Kind`] with the first module of another kind.
     pub fn into_lora(self) -> std::result::Result<Lora, LoraError> {
         let mut layers = BTreeMap::new();
-        for (module, change) in self.modules {
-            let layer = change.linear_layer()?;
-            let kind = change.kind();
+        for (module, adapter) in self.modules {
+            let layer = adapter.linear_layer()?;
+            let kind = adapter.kind_name();
             let layer = layer.ok_or(LoraError::Kind { key: module.clone(), kind })?;
             layers.insert(module, layer);
         }
@@ -431,10 +438,10 @@ impl Changes {
     }
 }
 
-impl Change {
+impl Adapter {
     /// The same as a LoRA of a linear layer, where it is one; factors of 1×1 convolutions become matrices.
     fn linear_layer(&self) -> Result<Option<LoraLayer>> {
-        let Form::LowRank { down, up, mid: None, alpha } = &self.form else { return Ok(None) };
+        let AdapterKind::LowRank { down, up, mid: None, alpha } = &self.kind else { return Ok(None) };
         if self.magnitude.is_some() || self.bias.is_some() || down.dims()[2..].iter().any(|side| *side != 1) {
             return Ok(None);
         }

@@ -13,7 +13,7 @@ use crate::weights::header::{Entry, Header};
 
 /// The facts about a file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Report {
+pub struct Summary {
     /// Modules of each kind.
     pub kinds: BTreeMap<String, usize>,
     /// Modules of each rank, where a kind has one.
@@ -38,11 +38,11 @@ pub struct Report {
     pub metadata: BTreeMap<String, String>,
 }
 
-impl Report {
+impl Summary {
     /// Reads the header and the alphas of a file.
     ///
     /// # Errors
-    /// As [`file::read_changes`], as far as the header shows it.
+    /// As [`file::read_adapters`], as far as the header shows it.
     pub fn read(file: &mut (impl Read + Seek), layout: &BlockLayout) -> Result<Self> {
         let header = Header::read(file)?;
         let (modules, unmatched) = file::sorted(&header, layout)?;
@@ -122,7 +122,7 @@ fn block(module: &str) -> String {
 
 type Parts<'a> = BTreeMap<Part, &'a Entry>;
 
-/// As [`Change::kind`](super::change::Change::kind), from the shapes alone.
+/// As [`Adapter::kind_name`](super::adapter::Adapter::kind_name), from the shapes alone.
 fn kind(parts: &Parts) -> &'static str {
     let has = |part: Part| parts.contains_key(&part);
     let dora = has(Part::DoraScale) || has(Part::Magnitude);
