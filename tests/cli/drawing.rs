@@ -128,6 +128,22 @@ fn what_cannot_be_is_refused_before_the_work_with_its_exit_code() {
 }
 
 #[test]
+fn a_name_that_ends_in_a_separator_is_a_folder_and_a_useless_negative_prompt_is_noted() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("new/deep/");
+    let prompts = ["gen", "--prompt", "a photo of a person", "a sketch of a person", "--steps", "1"];
+    let more = ["--guidance", "1", "--negative-prompt", "hat", "--seed", "-1", "--out", text(&out)];
+    let run = difflora(&[&prompts[..], &more].concat());
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(run.stderr.contains("the negative prompt has no effect"), "{}", run.stderr);
+    let images = ["0001.png", "0002.png"].map(|name| fs::read(out.join(name)).unwrap());
+    // The seed that -1 stands for is in the image, so that it can be generated again.
+    let words = String::from_utf8_lossy(&images[0]);
+    let seed = words.split("Seed: ").nth(1).and_then(|rest| rest.split(',').next()).unwrap();
+    assert!(seed.parse::<u32>().is_ok(), "{seed}");
+}
+
+#[test]
 fn verbose_tells_how_long_each_stage_took() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("x.png");

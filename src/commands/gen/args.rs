@@ -98,8 +98,8 @@ pub struct Args {
     /// Images per prompt.
     #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_NUM_IMAGES")]
     pub(super) num_images: u32,
-    /// Seed of the images' noise; image k of the command uses seed + k.
-    #[arg(help_heading = "Sampling", long, default_value_t = 0, env = "DIFFLORA_SEED")]
+    /// Seed of the images' noise; image k of the command uses seed + k. -1 takes a random one.
+    #[arg(help_heading = "Sampling", long, default_value_t = 0, allow_negative_numbers = true, value_parser = seed, env = "DIFFLORA_SEED")]
     pub(super) seed: u64,
     /// Initial noise instead of the seed's: tensor `latents` (1, C, height/8, width/8) of a safetensors file, unit
     /// normal.
@@ -159,6 +159,14 @@ fn top_and_left(text: &str) -> std::result::Result<[usize; 2], String> {
 fn two_numbers(text: &str, between: char) -> Option<[usize; 2]> {
     let (first, second) = text.split_once(between)?;
     Some([first.trim().parse().ok()?, second.trim().parse().ok()?])
+}
+
+/// A seed; -1 is a random one of 32 bits, which A1111's interfaces show whole.
+fn seed(text: &str) -> Result<u64, String> {
+    match text {
+        "-1" => Ok(rand::random::<u32>().into()),
+        _ => text.parse().map_err(|_| "a seed is a whole number from 0, or -1 for a random one".to_string()),
+    }
 }
 
 #[cfg(test)]

@@ -167,7 +167,14 @@ fn encode(
     let clock = Stage::begin("encoding the prompts");
     let negative = match model.unet.takes_two_passes(args.guidance) {
         true => model.negative(&text, args.negative_prompt.as_deref())?,
-        false => text.zeros()?, // not used by a single pass
+        false => {
+            if args.negative_prompt.is_some() {
+                progress::note(
+                    "the negative prompt has no effect: guidance is disabled (--guidance 1 or less)",
+                );
+            }
+            text.zeros()? // not used by a single pass
+        }
     };
     let prompts = args.prompt.iter().map(|prompt| text.encode_prompts(&[prompt]));
     let prompts = prompts.collect::<Result<_>>()?;

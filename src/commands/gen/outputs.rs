@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::commands::r#gen::Args;
 use crate::failure::Failure;
@@ -47,7 +47,8 @@ impl Outputs {
         };
         let count = args.prompt.len() * args.num_images as usize;
         let out = args.out.clone().unwrap_or_else(|| PathBuf::from("difflora.png"));
-        let images: Vec<PathBuf> = if out.is_dir() {
+        let folder = ends_in_separator(&out);
+        let images: Vec<PathBuf> = if folder || out.is_dir() {
             (1..=count).map(|i| out.join(format!("{i:04}.png"))).collect()
         } else if count == 1 {
             vec![out]
@@ -63,6 +64,10 @@ impl Outputs {
         };
         let outputs: Vec<&Path> = images.iter().chain(&lora).map(PathBuf::as_path).collect();
         files::refuse_inputs(&outputs, &inputs(args)?)?;
+        if let Some(folder) = args.out.as_deref().filter(|_| folder) {
+            let why = || format!("cannot make the folder `{}`", folder.display());
+            std::fs::create_dir_all(folder).with_context(why)?;
+        }
         for path in outputs {
             files::check_writable(path)?;
         }
@@ -71,6 +76,11 @@ impl Outputs {
         }
         Ok(Self { lora, images })
     }
+}
+
+/// Whether the path is written as a folder, `images/`, which need not exist yet.
+fn ends_in_separator(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().last().is_some_and(|last| std::path::is_separator(char::from(*last)))
 }
 
 /// The files that the command reads: photos and LoRAs.
