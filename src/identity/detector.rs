@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_image_without_a_face_gives_advice_and_what_was_tried() {
+    fn an_image_without_a_face_gives_advice_and_what_was_tried() {
         let detector = Detector::yunet().unwrap();
         let search = detector.search(&Image::filled(300, 200, [90, 120, 60])).unwrap();
         assert_eq!(search.tried, [640, 320, 160, 512, 384, 256, 128, 96]);

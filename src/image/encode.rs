@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_image_survives_png() {
+    fn an_image_survives_png() {
         let image = gradient(7, 5);
         assert_eq!(Image::decode(&image.to_png(None).unwrap()).unwrap(), image);
     }

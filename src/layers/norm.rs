@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_image_in_parts_is_normalised_as_the_whole() -> Result<()> {
+    fn an_image_in_parts_is_normalised_as_the_whole() -> Result<()> {
         let x = ((normal(1, 0, (2, 4, 7, 5), &Device::Cpu)? * 3.0)? + 10.0)?;
         let norm = GroupNorm::new(2, 4, 1e-5, crate::weights::Trainable::new(1).builder(&Device::Cpu))?;
         let parts = [x.narrow(2, 0, 2)?, x.narrow(2, 2, 5)?].map(|part| part.contiguous());

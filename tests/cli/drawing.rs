@@ -186,7 +186,7 @@ fn largest_difference(a: &[u8], b: &[u8]) -> u8 {
 }
 
 #[test]
-fn a_image_of_several_is_the_one_drawn_alone_with_its_seed() {
+fn an_image_of_several_is_the_one_drawn_alone_with_its_seed() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     for sampler in ["euler-a", "lcm", "dpmpp-2m-karras"] {

@@ -180,7 +180,7 @@ fn strips_decode_the_image_without_seams() {
 }
 
 #[test]
-fn a_image_is_the_same_alone_and_in_a_batch() {
+fn an_image_is_the_same_alone_and_in_a_batch() {
     let model = open("three", DType::F32);
     let prompts = ["a photo of a person", UNICODE];
     let shape = [1, 4, 8, 6];
