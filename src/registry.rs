@@ -6,13 +6,13 @@ use anyhow::{Result, bail};
 use include_dir::{Dir, include_dir};
 
 use crate::failure::Failure;
-use crate::hypernet::ModelId;
-use crate::lora::keys::BlockLayout;
+use crate::lora::ldm_keys::BlockLayout;
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::VaeConfig;
 use crate::sdxl::{architecture, single_file};
 use crate::weights::hub::Repository;
 use crate::weights::model_folder::ModelFiles;
+use crate::weights::model_id::ModelId;
 
 /// The bundle that this program carries: a small SDXL and a hypernetwork for it, made by `scripts/make-tiny.sh`.
 static TINY: Dir = include_dir!("$CARGO_MANIFEST_DIR/src/assets/tiny");

@@ -10,7 +10,7 @@ use crate::device;
 use crate::failure::Failure;
 use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
-use crate::lora::keys::BlockLayout;
+use crate::lora::ldm_keys::BlockLayout;
 use crate::output::Output;
 use crate::output::print_line;
 use crate::recipes::lora_dataset::{DatasetBuilder, DatasetSettings, FolderLock, settings_hash};

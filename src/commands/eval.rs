@@ -17,7 +17,7 @@ use crate::eval::metrics::{Attributes, Figures, Obedience, Seen, Target, asked, 
 use crate::eval::tables::{interval, obeyed, plain, table};
 use crate::failure::Failure;
 use crate::files;
-use crate::hypernet::{Hypernet, ModelId, SampleOptions};
+use crate::hypernet::{Hypernet, SampleOptions};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder, Identity, cosine};
 use crate::image::{Image, contact_sheet};
@@ -26,7 +26,7 @@ use crate::lora::adapter::AdapterFile;
 use crate::lora::apply::{Originals, Unmatched, merge};
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::file;
-use crate::lora::keys::BlockLayout;
+use crate::lora::ldm_keys::BlockLayout;
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
@@ -39,6 +39,7 @@ use crate::synthetic::attribute_classifier::{AttributeClassifier, Record};
 use crate::synthetic::scenes::{paint_image, reference_scene};
 use crate::synthetic::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
 use crate::train::shards::in_threads_or_turn;
+use crate::weights::model_id::ModelId;
 
 /// Arguments of `difflora eval`.
 ///

@@ -16,7 +16,7 @@ use crate::lora::adapter::AdapterFile;
 use crate::lora::arithmetic::{self, Keep, Kept, Replacement, Which};
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Format};
-use crate::lora::keys::BlockLayout;
+use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::summary::Summary;
 use crate::lora::{LoraError, listed};
 use crate::output::Output;

@@ -292,13 +292,13 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::diffusion::noise::normal;
-    use crate::hypernet::ModelId;
     use crate::hypernet::delta::DeltaSpace;
     use crate::hypernet::pca::Pca;
     use crate::hypernet::rows::Rows;
     use crate::lora::file::Format;
-    use crate::lora::keys::BlockLayout;
+    use crate::lora::ldm_keys::BlockLayout;
     use crate::lora::{Lora, LoraLayer};
+    use crate::weights::model_id::ModelId;
 
     const MODULES: [&str; 2] = [
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",

@@ -6,10 +6,10 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
-use crate::hypernet::ModelId;
 use crate::identity::clip::ImageInput;
 use crate::lora::layout::LoraLayout;
 use crate::weights::model_folder::ModelFiles;
+use crate::weights::model_id::ModelId;
 
 /// File name of the rows.
 pub const MANIFEST: &str = "manifest.jsonl";

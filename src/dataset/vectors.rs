@@ -12,8 +12,8 @@ use crate::failure::Failure;
 use crate::hypernet::rows::Rows;
 use crate::lora::canonical::{Canonical, Form};
 use crate::lora::file;
-use crate::lora::keys::BlockLayout;
 use crate::lora::layout::LoraLayout;
+use crate::lora::ldm_keys::BlockLayout;
 
 /// LoRA vectors on the disk.
 pub struct Vectors {

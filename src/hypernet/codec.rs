@@ -9,12 +9,13 @@ use candle_core::{DType, Device, Tensor};
 use super::lae::{Lae, LaeConfig};
 use super::rows::Rows;
 use super::stats::Standardise;
-use super::{Config, FORMAT, ModelId, Weights, write_tensors};
+use super::{Config, FORMAT, Weights, write_tensors};
 use crate::lora::Lora;
 use crate::lora::canonical::{Canonical, Form};
 use crate::lora::layout::LoraLayout;
 use crate::weights::frozen;
 use crate::weights::model_folder::{ModelFiles, save_json};
+use crate::weights::model_id::ModelId;
 
 /// A trained autoencoder with what its vectors mean. `train-lae` writes one, a hypernetwork contains one.
 #[derive(Clone, Debug)]

@@ -17,13 +17,14 @@ use super::mixer::{Mixer, MixerConfig, MixerKind};
 use super::prior::{Prior, PriorConfig};
 use super::ridge::Ridge;
 use super::stats::Standardise;
-use super::{ModelId, Weights, tensor_names};
+use super::{Weights, tensor_names};
 use crate::diffusion::noise;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule, Prediction, SchedulerConfig, Spacing};
 use crate::diffusion::shifted::Shift;
 use crate::identity::Identity;
 use crate::identity::clip::ImageInput;
 use crate::weights::frozen;
+use crate::weights::model_id::ModelId;
 
 /// Sizes and settings of the networks between a person and a latent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

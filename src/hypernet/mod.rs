@@ -36,13 +36,13 @@ pub use denoiser::{Choice, Denoiser, DenoiserConfig, DenoiserStats, SampleOption
 use lae::LaeConfig;
 
 use crate::diffusion::noise;
-use crate::failure::Failure;
 use crate::files::write_whole;
 use crate::identity::Identity;
 use crate::lora::Lora;
 use crate::lora::canonical::Canonical;
 use crate::lora::layout::LoraLayout;
 use crate::weights::model_folder::{ModelFiles, save_json};
+use crate::weights::model_id::ModelId;
 
 /// A trained hypernetwork.
 #[derive(Clone, Debug)]
@@ -75,37 +75,6 @@ pub struct Config {
 
 /// The format that this program writes. Format 1, which it reads too, had other keys for `conv1d` autoencoders.
 pub const FORMAT: u32 = 2;
-
-/// Another model that this one was made with.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModelId {
-    /// As a user would write it.
-    pub name: String,
-    /// Of its weights, in hexadecimal.
-    pub sha256: String,
-}
-
-impl ModelId {
-    /// Refuses `found` in the place of `self`; `what` is the role, for example `base model`.
-    ///
-    /// # Errors
-    /// [`Failure::Usage`] with both names.
-    pub fn demand(&self, found: &Self, what: &str) -> Result<()> {
-        if self.sha256 == found.sha256 {
-            return Ok(());
-        }
-        let short = |id: &Self| id.sha256.chars().take(12).collect::<String>();
-        Err(Failure::Usage(format!(
-            "the hypernetwork was made for the {what} `{}` (SHA-256 {}…), not for `{}` ({}…)",
-            self.name,
-            short(self),
-            found.name,
-            short(found)
-        ))
-        .into())
-    }
-}
 
 impl Config {
     fn read(files: &ModelFiles) -> Result<Self> {

@@ -14,7 +14,9 @@ use candle_core::{CpuStorage, DType, Tensor};
 use safetensors::tensor::View;
 
 use super::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude, Matrix};
-use super::keys::{self, BlockLayout, Key, Part};
+use super::keys::{self, Key, Part};
+use super::ldm_keys::BlockLayout;
+use super::metadata;
 use super::{Lora, LoraError, listed_for_user};
 use crate::failure::Failure;
 use crate::progress;
@@ -454,8 +456,8 @@ pub fn adapters_to_bytes(adapters: &AdapterFile, format: Format, layout: &BlockL
         entries.push((key.as_str(), storage, tensor.dims()));
         data.extend_from_slice(&View::data(tensor));
     }
-    let mut metadata = described(adapters, format);
-    metadata.insert("modelspec.hash_sha256".to_string(), format!("0x{}", sha256::of_bytes(&data)));
+    let mut metadata = metadata::of(adapters, format == Format::Peft);
+    metadata.insert(metadata::DATA_HASH.to_string(), format!("0x{}", sha256::of_bytes(&data)));
     let mut bytes = Header::of(metadata, entries).to_bytes();
     bytes.extend(data);
     Ok(bytes)
@@ -483,43 +485,6 @@ fn peft_tensors(module: &str, adapter: &Adapter) -> Result<Vec<(String, Tensor)>
         return Err(kind());
     }
     Ok(tensors)
-}
-
-/// The LoRA's own metadata, over what every file says.
-fn described(adapters: &AdapterFile, format: Format) -> BTreeMap<String, String> {
-    let one = |values: Vec<String>| {
-        let same = values.windows(2).all(|pair| pair[0] == pair[1]);
-        if same { values.into_iter().next().unwrap_or_default() } else { "Dynamic".to_string() }
-    };
-    let numbers: Vec<(usize, f32)> = adapters.modules.values().filter_map(Adapter::rank_and_alpha).collect();
-    let rank = one(numbers.iter().map(|(rank, _)| rank.to_string()).collect());
-    let alpha = one(numbers.iter().map(|(_, alpha)| alpha.to_string()).collect());
-    let alpha = if format == Format::Peft { rank.clone() } else { alpha };
-    let plain = adapters.modules.values().all(|adapter| ["LoRA", "LoCon"].contains(&adapter.kind_name()));
-    let standard = [
-        ("format", "pt".to_string()),
-        ("ss_network_module", if plain { "networks.lora" } else { "lycoris.kohya" }.to_string()),
-        ("ss_network_dim", rank),
-        ("ss_network_alpha", alpha),
-        ("ss_base_model_version", "sdxl_base_v1-0".to_string()),
-        ("ss_v2", "False".to_string()),
-        ("modelspec.sai_model_spec", "1.0.1".to_string()),
-        ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora".to_string()),
-        ("modelspec.implementation", "https://github.com/Stability-AI/generative-models".to_string()),
-        ("modelspec.title", "difflora LoRA".to_string()),
-        ("difflora.version", env!("CARGO_PKG_VERSION").to_string()),
-        ("modelspec.resolution", "1024x1024".to_string()),
-    ];
-    let mut metadata: BTreeMap<String, String> =
-        standard.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
-    for (key, value) in &adapters.metadata {
-        // What follows from the tensors is said anew; diffusers' own note is about the file that was read.
-        let told = ["ss_network_dim", "ss_network_alpha", "lora_adapter_metadata"];
-        if !told.contains(&key.as_str()) {
-            metadata.insert(key.clone(), value.clone());
-        }
-    }
-    metadata
 }
 
 #[cfg(test)]
@@ -663,7 +628,7 @@ mod tests {
         let header = u64::from_le_bytes(bytes[..8].try_into()?) as usize;
         let (again, _) = from_bytes(&bytes, &BlockLayout::default())?;
         let hash = format!("0x{}", sha256::of_bytes(&bytes[8 + header..]));
-        assert_eq!(again.metadata["modelspec.hash_sha256"], hash);
+        assert_eq!(again.metadata[metadata::DATA_HASH], hash);
         assert_eq!(again.metadata["ss_network_dim"], "2");
         Ok(())
     }

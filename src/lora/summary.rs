@@ -8,7 +8,8 @@ use candle_core::DType;
 use serde::Serialize;
 
 use super::file::{self, AdapterAlphas};
-use super::keys::{BlockLayout, Part};
+use super::keys::Part;
+use super::ldm_keys::BlockLayout;
 use crate::weights::header::{Entry, Header};
 
 /// The facts about a file.

@@ -17,20 +17,20 @@ use serde::{Deserialize, Serialize};
 use crate::dataset::manifest::{HEADER, Header, ImageSettings, MANIFEST, Row, SETTINGS, read_manifest};
 use crate::failure::Failure;
 use crate::files;
-use crate::hypernet::ModelId;
 use crate::identity::FaceEncoder;
 use crate::identity::clip::{ImageEncoder, ImageInput};
 use crate::image::Image;
 use crate::lora::Lora;
 use crate::lora::file::{self, Format};
-use crate::lora::keys::BlockLayout;
 use crate::lora::layout::LoraLayout;
+use crate::lora::ldm_keys::BlockLayout;
 use crate::progress;
 use crate::recipes::dreambooth::lockstep::{self, Frozen, LockstepConfig, LockstepDataset, SharedDown};
 use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::Person;
 use crate::synthetic::scenes::{paint_image, reference_scene, training_captions, training_scenes};
 use crate::train::shards::in_threads_or_turn;
+use crate::weights::model_id::ModelId;
 use crate::weights::sha256;
 
 /// File name of the shared `down`s.
@@ -400,10 +400,7 @@ impl DatasetBuilder {
                 "the LoRA holds NaN or infinity"
             );
         }
-        lora.metadata.insert("ss_network_module".into(), "networks.lora".into());
-        lora.metadata.insert("ss_network_dim".into(), self.settings.recipe.rank.to_string());
-        lora.metadata.insert("ss_network_alpha".into(), self.settings.recipe.alpha.to_string());
-        lora.metadata.insert(crate::lora::TRIGGER_PHRASE.into(), "person".into());
+        lora.metadata.insert(crate::lora::metadata::TRIGGER_PHRASE.into(), "person".into());
         let references = self.references(&person);
         let embeddings = self.embed(&references, &row.id)?;
         references[0].save(&self.out.join(format!("portraits/{}.png", row.id)), None)?;

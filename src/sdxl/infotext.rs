@@ -4,8 +4,8 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use super::lora_stack::StackedLora;
-use crate::hypernet::ModelId;
 use crate::sdxl::pipeline::Sampler;
+use crate::weights::model_id::ModelId;
 
 /// Everything that an image depends on.
 pub struct Settings<'a> {

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::lora::keys::{self, BlockLayout};
+use crate::lora::ldm_keys::{self, BlockLayout};
 use crate::weights::model_folder::Form;
 
 /// The diffusers names of a stored tensor, and the form in which each lies in it.
@@ -21,7 +21,7 @@ pub(super) fn unet_name(name: &str, layout: &BlockLayout, rank: usize) -> Names 
     let layer = moved.map_or(Cow::Borrowed(layer), |block| Cow::Owned(format!("{block}.2.conv")));
     let matrix = layer.ends_with(".proj_in") || layer.ends_with(".proj_out");
     let form = if matrix && rank == 4 { Form::Pointwise } else { Form::Whole };
-    Some(vec![(format!("{}.{kind}", keys::from_ldm(&layer, layout)?), form)])
+    Some(vec![(format!("{}.{kind}", ldm_keys::from_ldm(&layer, layout)?), form)])
 }
 
 /// LDM name ↔ diffusers name of what lies in the VAE's middle.

@@ -15,7 +15,7 @@ use crate::lora::adapter::AdapterFile;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Format};
-use crate::lora::keys::BlockLayout;
+use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::summary::Summary;
 use crate::lora::{Lora, LoraError, listed_for_user};
 use crate::progress;

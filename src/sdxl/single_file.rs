@@ -26,7 +26,7 @@ use super::architecture::{self, Shapes};
 use super::ldm_names::{open_clip_name, unet_name, vae_name};
 use super::tokenizer::clip_vocabulary;
 use crate::failure::Failure;
-use crate::lora::keys::BlockLayout;
+use crate::lora::ldm_keys::BlockLayout;
 use crate::progress;
 use crate::weights::header::Header;
 use crate::weights::model_folder::{Assembled, Form, ModelFiles, Place};
@@ -516,7 +516,7 @@ mod tests {
     use super::super::ldm_names::layer_and_kind;
     use super::super::unet::{UNet, UNetConfig};
     use super::*;
-    use crate::lora::keys;
+    use crate::lora::ldm_keys;
 
     /// Names and shapes of a UNet's weights in LDM layout, and what else its config is read from.
     fn ldm(config: &UNetConfig) -> Shapes {
@@ -524,7 +524,8 @@ mod tests {
         let (_, weights) = counts::recorded(|vb| UNet::new(config, vb)).unwrap();
         let stored = |(name, shape): (String, Vec<u64>)| {
             let (layer, kind) = layer_and_kind(&name).unwrap();
-            let layer = keys::to_ldm(layer, &layout).unwrap_or_else(|| panic!("`{name}` has no LDM name"));
+            let layer =
+                ldm_keys::to_ldm(layer, &layout).unwrap_or_else(|| panic!("`{name}` has no LDM name"));
             (format!("{UNET}{layer}.{kind}"), shape.into_iter().map(|size| size as usize).collect())
         };
         let mut shapes: Shapes = weights.into_iter().map(stored).collect();

@@ -6,6 +6,7 @@
 pub mod header;
 pub mod hub;
 pub mod model_folder;
+pub mod model_id;
 mod safetensors;
 pub mod sha256;
 

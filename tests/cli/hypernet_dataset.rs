@@ -7,12 +7,12 @@ use candle_core::{Device, Tensor};
 use difflora::commands::train_lae;
 use difflora::dataset::manifest::{Header, Row};
 use difflora::diffusion::noise::normal;
-use difflora::hypernet::ModelId;
 use difflora::lora::file::{self, Format};
-use difflora::lora::keys::BlockLayout;
 use difflora::lora::layout::LoraLayout;
+use difflora::lora::ldm_keys::BlockLayout;
 use difflora::lora::{Lora, LoraLayer};
 use difflora::output::Output;
+use difflora::weights::model_id::ModelId;
 
 const MODULES: [&str; 2] = [
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use difflora::image::Image;
 use difflora::lora::adapter::{AdapterFile, AdapterKind};
 use difflora::lora::file;
-use difflora::lora::keys::BlockLayout;
+use difflora::lora::ldm_keys::BlockLayout;
 use tempfile::TempDir;
 
 use crate::difflora;

@@ -11,7 +11,7 @@ use difflora::lora::adapter::AdapterFile;
 use difflora::lora::apply::{Branch, Originals, Unmatched, attach, merge};
 use difflora::lora::block_weights::BlockWeights;
 use difflora::lora::file::{self, Format};
-use difflora::lora::keys::BlockLayout;
+use difflora::lora::ldm_keys::BlockLayout;
 use difflora::lora::{Lora, layout::LoraLayout};
 use difflora::sdxl::unet::{UNet, UNetConfig};
 use difflora::weights::{self, Trainable};
@@ -129,8 +129,10 @@ fn files_are_written_as_diffusers_was_shown_to_read_them() -> Result<()> {
     for (format, name) in WRITTEN {
         let mut lora = lora()?;
         // A version that no release has, so that the golden files outlive each.
-        let metadata =
-            [(difflora::lora::TRIGGER_PHRASE, "photo of sks person"), ("difflora.version", "0.0.0")];
+        let metadata = [
+            (difflora::lora::metadata::TRIGGER_PHRASE, "photo of sks person"),
+            ("difflora.version", "0.0.0"),
+        ];
         lora.metadata = metadata.map(|(key, value)| (key.to_string(), value.to_string())).into();
         let bytes = file::to_bytes(&lora, format, &blocks())?;
         // After a wanted change of the format: set it, run this test, then `scripts/golden_lora.py --check`.

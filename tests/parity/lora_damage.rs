@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use difflora::lora::file::{self, Format};
-use difflora::lora::keys::BlockLayout;
+use difflora::lora::ldm_keys::BlockLayout;
 use difflora::lora::summary::Summary;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

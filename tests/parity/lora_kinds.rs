@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Tensor};
 use difflora::lora::adapter::{Adapter, AdapterFile};
 use difflora::lora::file::{self, Format};
-use difflora::lora::keys::BlockLayout;
+use difflora::lora::ldm_keys::BlockLayout;
 use difflora::weights;
 
 /// File, what its changes are called, and how often each occurs.

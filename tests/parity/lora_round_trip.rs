@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::noise::normal;
 use difflora::lora::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude, Matrix};
 use difflora::lora::file::{self, Format};
-use difflora::lora::keys::BlockLayout;
+use difflora::lora::ldm_keys::BlockLayout;
 use difflora::lora::summary::Summary;
 use proptest::prelude::*;
 use safetensors::tensor::View;

@@ -10,7 +10,6 @@ use crate::commands::r#gen::Args;
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::files;
-use crate::hypernet::ModelId;
 use crate::image::Image;
 use crate::output::Output;
 use crate::output::print_line;
@@ -24,6 +23,7 @@ use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
 use crate::sdxl::vae::Vae;
 use crate::weights;
+use crate::weights::model_id::ModelId;
 
 /// Sampling settings and start of the images, checked before any weight is loaded.
 pub(super) struct Plan {

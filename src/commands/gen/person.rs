@@ -10,15 +10,16 @@ use sha2::{Digest, Sha256};
 use crate::commands::r#gen::Args;
 use crate::commands::r#gen::references::{References, look_at};
 use crate::failure::Failure;
-use crate::hypernet::{Config, DenoiserConfig, Hypernet, ModelId, SampleOptions, mixture};
+use crate::hypernet::{Config, DenoiserConfig, Hypernet, SampleOptions, mixture};
 use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
-use crate::lora::{Lora, TRIGGER_PHRASE};
+use crate::lora::{Lora, metadata};
 use crate::progress::{self, Stage};
 use crate::recipes::dreambooth::functional_loss::{Refinement, refine};
 use crate::registry::{self, Base};
 use crate::sdxl::pipeline::Sdxl;
 use crate::weights::model_folder::ModelFiles;
+use crate::weights::model_id::ModelId;
 use crate::weights::sha256;
 
 /// Photos → identities → latent → LoRA, and a report for `--json`.
@@ -60,27 +61,23 @@ pub(super) fn make_lora(
         ensure!(sum.is_finite(), "the hypernetwork made NaN or infinity for `{module}`; nothing is written");
     }
     let rank = lora.layers.values().next().map_or(0, crate::lora::LoraLayer::rank);
-    let alpha = lora.layers.values().next().map_or(0.0, |layer| layer.alpha);
-    let base_version = if args.base == registry::BUILT_IN { "difflora_tiny" } else { "sdxl_base_v1-0" };
+    let base_version = if args.base == registry::BUILT_IN { "difflora_tiny" } else { metadata::SDXL_VERSION };
     for (key, value) in [
-        ("ss_network_module", "networks.lora".to_string()),
-        ("ss_network_dim", rank.to_string()),
-        ("ss_network_alpha", alpha.to_string()),
-        ("ss_base_model_version", base_version.to_string()),
-        (TRIGGER_PHRASE, "person".to_string()),
-        ("modelspec.title", "a person, by difflora".to_string()),
-        ("difflora.version", env!("CARGO_PKG_VERSION").to_string()),
-        ("modelspec.resolution", format!("{0}x{0}", base.native_size)),
+        (metadata::BASE_VERSION, base_version.to_string()),
+        (metadata::TRIGGER_PHRASE, "person".to_string()),
+        (metadata::TITLE, "a person, by difflora".to_string()),
+        (metadata::RESOLUTION, metadata::resolution(base.native_size)),
         ("difflora.hypernet", args.hypernet.clone()),
         ("difflora.hypernet_sha256", hypernet_sha256(&hypernet_files)?),
-        ("difflora.base", base_id.name.clone()),
-        ("difflora.base_sha256", base_id.sha256.clone()),
         ("difflora.face_encoder", config.face_encoder.name.clone()),
         ("difflora.face_encoder_sha256", config.face_encoder.sha256.clone()),
         ("difflora.reference_sha256", hashes.join(",")),
         ("difflora.identity_seed", options.seed.to_string()),
         ("difflora.identity_steps", options.steps.to_string()),
-    ] {
+    ]
+    .into_iter()
+    .chain(metadata::of_base(base_id))
+    {
         lora.metadata.insert(key.into(), value);
     }
     if people.len() > 1 {

@@ -11,6 +11,7 @@ use crate::commands::lora::{COMPONENTS, module_of, summary, write};
 use crate::lora::adapter::{Adapter, AdapterFile, AdapterKind};
 use crate::lora::arithmetic;
 use crate::lora::file::Format;
+use crate::lora::metadata;
 use crate::lora::{listed, listed_for_user};
 use crate::output::Output;
 use crate::progress;
@@ -113,8 +114,8 @@ pub(super) fn run(
         ));
     }
     let size = registry::native_size(before)?;
-    adapters.metadata.insert("modelspec.resolution".into(), format!("{size}x{size}"));
-    adapters.metadata.insert("modelspec.title".into(), "the difference of two models, by difflora".into());
+    adapters.metadata.insert(metadata::RESOLUTION.into(), metadata::resolution(size));
+    adapters.metadata.insert(metadata::TITLE.into(), "the difference of two models, by difflora".into());
     let mut told = summary(&kept);
     told["biases_and_norms"] = json!(whole);
     told["left_out"] = json!(left_out);

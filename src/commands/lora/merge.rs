@@ -19,6 +19,7 @@ use crate::failure::Failure;
 use crate::files;
 use crate::lora::adapter::Adapter;
 use crate::lora::apply;
+use crate::lora::metadata;
 use crate::lora::{LoraError, listed_for_user};
 use crate::output::Output;
 use crate::progress;
@@ -251,8 +252,8 @@ impl<'a> Merge<'a> {
     ) -> Result<()> {
         let mut header = file.header.clone();
         // The hash is that of other bytes now.
-        header.metadata.remove("modelspec.hash_sha256");
-        header.metadata.insert("difflora.merged".into(), self.recipe.clone());
+        header.metadata.remove(metadata::DATA_HASH);
+        header.metadata.insert(metadata::MERGED.into(), self.recipe.clone());
         to.write_all(&header.to_bytes())?;
         let mut from = file.bytes.open()?;
         for entry in &file.header.tensors {

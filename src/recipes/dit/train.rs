@@ -14,7 +14,7 @@ use crate::diffusion::shifted::Shift;
 use crate::failure::Failure;
 use crate::hypernet::dit::Dit;
 use crate::hypernet::mixer::{GateFigures, Mixer};
-use crate::hypernet::{Denoiser, DenoiserConfig, LoraCodec, ModelId, SampleOptions, tensor_names};
+use crate::hypernet::{Denoiser, DenoiserConfig, LoraCodec, SampleOptions, tensor_names};
 use crate::recipes::dit::best_checkpoint::BestCheckpoint;
 use crate::recipes::dit::config::{DitTrainConfig, LossWeights};
 use crate::recipes::dit::image_loss::ImageLoss;
@@ -25,6 +25,7 @@ use crate::train::distributed;
 use crate::train::shards::Loss;
 use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
+use crate::weights::model_id::ModelId;
 
 /// Checks that the autoencoder was trained on LoRAs of the dataset's base model and layout.
 ///

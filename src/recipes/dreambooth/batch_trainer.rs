@@ -13,10 +13,9 @@ use serde_json::{Value, json};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::failure::Failure;
 use crate::files;
-use crate::hypernet::ModelId;
 use crate::identity::FaceEncoder;
 use crate::lora::file::{self, Format};
-use crate::lora::keys::BlockLayout;
+use crate::lora::ldm_keys::BlockLayout;
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::image_dataset::{self, Encoders, ImageDataset, Scaling};
@@ -27,6 +26,7 @@ use crate::recipes::dreambooth::metadata::{self, SETTINGS_STAMP};
 use crate::recipes::dreambooth::previews::Previewer;
 use crate::sdxl::text::TextConditioning;
 use crate::weights::header::Header;
+use crate::weights::model_id::ModelId;
 
 /// What all LoRAs of a run share.
 pub struct BatchTrainer {

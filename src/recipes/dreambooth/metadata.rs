@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::device::Precision;
 use crate::diffusion::schedule::Prediction;
-use crate::lora::TRIGGER_PHRASE;
+use crate::lora::metadata;
 use crate::recipes::dreambooth::batch_trainer::BatchTrainer;
 use crate::recipes::dreambooth::config::Crop;
 use crate::recipes::dreambooth::lockstep::Targets;
@@ -115,18 +115,20 @@ pub fn of(room: &BatchTrainer, trainer: &LoraTrainer) -> BTreeMap<String, String
         ),
         ("ss_tag_frequency", json!({ &trainer.name: trainer.dataset.caption_counts() }).to_string()),
         ("ss_training_comment", "None".into()),
-        ("modelspec.title", name),
-        ("modelspec.resolution", format!("{side}x{side}", side = room.side)),
+        (metadata::TITLE, name),
+        (metadata::RESOLUTION, metadata::resolution(room.side)),
         ("modelspec.prediction_type", prediction.into()),
-        (TRIGGER_PHRASE, settings.called()),
-        ("difflora.base", room.base.name.clone()),
-        ("difflora.base_sha256", room.base.sha256.clone()),
-        ("difflora.version", env!("CARGO_PKG_VERSION").into()),
+        (metadata::TRIGGER_PHRASE, settings.called()),
         // LoRAs of one seed start from the same `down`s; where these are frozen, the LoRAs can be compared by `up` alone.
         ("difflora.down_seed", settings.seed.to_string()),
         ("difflora.down", if lora.freeze_a { "frozen" } else { "trained" }.into()),
         ("difflora.targets", json!(lora.targets).as_str().unwrap_or_default().to_string()),
     ];
     let stamp = room.stamp_of(trainer).map(|stamp| (SETTINGS_STAMP, stamp));
-    entries.into_iter().chain(stamp).map(|(key, value)| (key.to_string(), value)).collect()
+    entries
+        .into_iter()
+        .chain(metadata::of_base(&room.base))
+        .chain(stamp)
+        .map(|(key, value)| (key.to_string(), value))
+        .collect()
 }

@@ -3,7 +3,7 @@
 #![no_main]
 
 use difflora::lora::file::{self, Format};
-use difflora::lora::keys::BlockLayout;
+use difflora::lora::ldm_keys::BlockLayout;
 use difflora::lora::summary::Summary;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
