@@ -213,7 +213,7 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let [_, (name, sha256)] = bench.faces.provenance();
     let face_id = ModelId { name: name.into(), sha256 };
     hypernet.denoiser.config.face_encoder.demand(&face_id, "face encoder")?;
-    let ImageSettings { size, seed, references, .. } = ImageSettings::read(dataset)?;
+    let ImageSettings { world, size, seed, references, .. } = ImageSettings::read(dataset)?;
     ensure!(
         references > 1,
         "`{}` has {references} reference images a person; one is the condition, so two are needed",
@@ -243,7 +243,7 @@ fn judge_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let sitters = in_threads_or_turn(bench.model.device(), count, |i| {
         let row = &held_out[i];
         let who = || format!("`{}`", row.id);
-        let scenes = (0..references).map(|i| reference_scene(seed, i));
+        let scenes = (0..references).map(|i| reference_scene(world, seed, i));
         let person = Person::new(row.person.0, row.person.1);
         let photos: Vec<Image> = scenes.map(|scene| paint_image(&person, &scene, size)).collect();
         let sitter = bench.sitter(&person, &photos, &image_encoder).with_context(who)?;

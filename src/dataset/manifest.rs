@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::failure::Failure;
 use crate::identity::clip::ImageInput;
 use crate::lora::layout::LoraLayout;
+use crate::synthetic::World;
 use crate::weights::model_folder::ModelFiles;
 use crate::weights::model_id::ModelId;
 
@@ -70,6 +71,10 @@ impl Header {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageSettings {
+    /// How scenes vary and what captions say.
+    // Left out where it is the first world: the hash of settings in existing datasets knows none.
+    #[serde(default, skip_serializing_if = "World::is_varied")]
+    pub world: World,
     /// Side in pixels.
     pub size: usize,
     /// Training images of each LoRA.
@@ -127,7 +132,7 @@ mod tests {
             let text =
                 format!("[{name}]\nsize = 64\nscenes = 16\nseed = 7\nreferences = 4\n[people]\nseed = 1\n");
             std::fs::write(folder.path().join(SETTINGS), text).unwrap();
-            let wanted = ImageSettings { size: 64, scenes: 16, seed: 7, references: 4 };
+            let wanted = ImageSettings { world: World::Varied, size: 64, scenes: 16, seed: 7, references: 4 };
             assert_eq!(ImageSettings::read(folder.path()).unwrap(), wanted);
         }
     }

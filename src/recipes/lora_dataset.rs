@@ -128,9 +128,9 @@ impl DatasetBuilder {
 
     /// Latents of `people` in the training scenes of `seed`, with the captions.
     fn lessons(&self, people: &[Person], seed: u64) -> Result<LockstepDataset> {
-        let ImageSettings { size, scenes, .. } = self.settings.images;
-        let scenes = training_scenes(seed, scenes);
-        let captions = training_captions(&scenes, seed);
+        let ImageSettings { world, size, scenes, .. } = self.settings.images;
+        let scenes = training_scenes(world, seed, scenes);
+        let captions = training_captions(world, &scenes, seed);
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         let mut latents = Vec::new();
         for person in people {
@@ -411,8 +411,9 @@ impl DatasetBuilder {
 
     /// Plain photos of a person, in scenes that no LoRA is trained on.
     fn references(&self, person: &Person) -> Vec<Image> {
-        let ImageSettings { size, references, seed, .. } = self.settings.images;
-        (0..references.max(1)).map(|i| paint_image(person, &reference_scene(seed, i), size)).collect()
+        let ImageSettings { world, size, references, seed, .. } = self.settings.images;
+        let scenes = (0..references.max(1)).map(|i| reference_scene(world, seed, i));
+        scenes.map(|scene| paint_image(person, &scene, size)).collect()
     }
 
     /// `face` (references, 512) and `image` (references, D).

@@ -23,6 +23,8 @@ pub enum Detail {
     All,
     /// Style, subject and what must not be left out.
     Short,
+    /// Everything about the scene and nothing about the person, in the fixed order.
+    Scene,
     /// A random part, in random order and phrasing.
     Random,
 }
@@ -50,7 +52,10 @@ pub fn describe(person: &Person, scene: &Scene, subject: &str, detail: Detail, r
         if keep(rng) {
             parts.push(clothing(scene, varied, rng));
         }
-        let mut identity = graded_words(&person.identity);
+        let mut identity = match detail {
+            Detail::Scene => Vec::new(),
+            _ => graded_words(&person.identity),
+        };
         if varied {
             // A quarter of the captions say nothing of the person, nearly half say all.
             let share = [0.0, 1.0, 1.0, rng.random::<f64>()].choose(rng).copied().unwrap_or(1.0);

@@ -12,7 +12,8 @@ use crate::synthetic::{self, FaceMap, Person, Scene, World};
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// How scenes vary and what captions say.
-    #[serde(default, skip_serializing_if = "is_varied")]
+    // Checkpoints hold the settings that they were made with, and older ones know no world.
+    #[serde(default, skip_serializing_if = "World::is_varied")]
     pub world: World,
     /// Seed of the population.
     pub seed: u64,
@@ -31,11 +32,6 @@ pub struct Settings {
     /// Probability of leaving out each of expression, direction and background. Only in the varied world.
     #[serde(default)]
     pub drop: f32,
-}
-
-// Checkpoints hold the settings that they were made with, and older ones know no world.
-fn is_varied(world: &World) -> bool {
-    *world == World::Varied
 }
 
 /// A numbered set of painted images with captions.

@@ -302,6 +302,9 @@ impl Scene {
     /// How many classes [`Scene::classes`] has.
     pub const CLASSES: usize = 6;
 
+    /// Size of the head in the aligned world, against that of the varied one, where no word names the framing.
+    pub const NORMAL_SCALE: f32 = 0.9;
+
     /// Scene number `image` of a list that all people share.
     pub fn draw(seed: u64, image: u64) -> Self {
         Self::from_rng(&mut stream(seed, *b"scenes..", 0, image))
@@ -390,7 +393,7 @@ impl Scene {
             // The shoulders and a hat have room.
             shift: [0.0, -0.06],
             scale: match framing {
-                Framing::Normal => 0.9,
+                Framing::Normal => Self::NORMAL_SCALE,
                 Framing::Far => 0.68,
                 Framing::Close => 1.2,
             },

@@ -25,6 +25,11 @@ pub enum World {
 pub type Attribute = (&'static str, Vec<&'static str>);
 
 impl World {
+    /// Whether it is the default, which settings files leave out.
+    pub fn is_varied(&self) -> bool {
+        *self == Self::Varied
+    }
+
     /// Scene number `image` of one person's own list.
     pub fn scene(self, person: &Person, image: u64) -> Scene {
         match self {

@@ -145,15 +145,15 @@ impl FunctionalLoss {
     /// # Errors
     /// [`Failure::Unusable`] when the dataset does not say how its images were made.
     pub fn open(folder: &Path, base: Sdxl, people: usize) -> Result<Self> {
-        let ImageSettings { size, scenes, seed, .. } = ImageSettings::read(folder)?;
+        let ImageSettings { world, size, scenes, seed, .. } = ImageSettings::read(folder)?;
         let rows = read_manifest(folder)?.into_iter().filter(|row| row.split == "train");
         let known: Vec<Person> = rows.map(|row| Person::new(row.person.0, row.person.1)).collect();
         if known.len() != people {
             let why = format!("it has {} people to learn from, {people} were read", known.len());
             return Err(Failure::unusable(&folder.join(MANIFEST), why));
         }
-        let scenes = training_scenes(seed, scenes);
-        let captions = training_captions(&scenes, seed);
+        let scenes = training_scenes(world, seed, scenes);
+        let captions = training_captions(world, &scenes, seed);
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
         let captions = base.text.encode_prompts(&captions)?;
         let Sdxl { unet, vae, schedule, .. } = base;
