@@ -55,4 +55,5 @@ pub mod image;
 pub mod output;
 pub mod progress;
 pub mod statistics;
+pub mod threads;
 pub mod weights;

@@ -38,7 +38,7 @@ use crate::statistics::Mean;
 use crate::synthetic::attribute_classifier::{AttributeClassifier, Record};
 use crate::synthetic::scenes::{paint_image, reference_scene};
 use crate::synthetic::{CaptionOptions, Colour, Expression, Glasses, Hat, Person, Scene, Style, caption};
-use crate::train::shards::in_threads_or_turn;
+use crate::threads::in_threads_or_turn;
 use crate::weights::model_id::ModelId;
 
 /// Arguments of `difflora eval`.

@@ -25,8 +25,8 @@ use crate::recipes::dreambooth::{class_images, image_dataset, targets};
 use crate::registry;
 use crate::sdxl::pipeline::SdxlLoader;
 use crate::sdxl::unet::UNetConfig;
+use crate::threads::in_threads;
 use crate::train::lr_schedule::Decay;
-use crate::train::shards::in_threads;
 
 /// Arguments of `difflora train-lora`.
 ///

@@ -16,7 +16,7 @@ use crate::lora::canonical::{Canonical, Form};
 use crate::lora::file;
 use crate::lora::layout::LoraLayout;
 use crate::progress;
-use crate::train::shards::in_threads;
+use crate::threads::in_threads;
 use crate::weights::model_folder::ModelFiles;
 
 /// What `build-dataset` wrote.
@@ -292,9 +292,9 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::diffusion::noise::normal;
-    use crate::hypernet::delta::DeltaSpace;
+    use crate::hypernet::delta_metrics::DeltaSpace;
     use crate::hypernet::pca::Pca;
-    use crate::hypernet::rows::Rows;
+    use crate::hypernet::row_source::RowSource;
     use crate::lora::file::Format;
     use crate::lora::ldm_keys::BlockLayout;
     use crate::lora::{Lora, LoraLayer};

@@ -9,7 +9,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 
 use crate::failure::Failure;
-use crate::hypernet::rows::Rows;
+use crate::hypernet::row_source::RowSource;
 use crate::lora::canonical::{Canonical, Form};
 use crate::lora::file;
 use crate::lora::layout::LoraLayout;
@@ -32,7 +32,7 @@ pub(super) struct Reader {
     pub form: Form,
 }
 
-impl Rows for Vectors {
+impl RowSource for Vectors {
     fn count(&self) -> usize {
         self.files.len()
     }

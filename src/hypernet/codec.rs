@@ -6,10 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
+use super::config::{Config, FORMAT};
 use super::lae::{Lae, LaeConfig};
-use super::rows::Rows;
-use super::stats::Standardise;
-use super::{Config, FORMAT, Weights, write_tensors};
+use super::row_source::RowSource;
+use super::scaler::StandardScaler;
+use super::tensors::{Weights, write_tensors};
 use crate::lora::Lora;
 use crate::lora::canonical::{Canonical, Form};
 use crate::lora::layout::LoraLayout;
@@ -27,7 +28,7 @@ pub struct LoraCodec {
     /// The form that a LoRA's factors are brought to before they become a vector.
     pub form: Form,
     /// Of vectors (B, P).
-    pub standardise: Standardise,
+    pub standardise: StandardScaler,
     /// The network.
     pub lae: Lae,
     weights: Weights,
@@ -39,7 +40,7 @@ impl LoraCodec {
         base: ModelId,
         layout: LoraLayout,
         form: Form,
-        standardise: Standardise,
+        standardise: StandardScaler,
         config: &LaeConfig,
         weights: BTreeMap<String, Tensor>,
         device: &Device,
@@ -62,7 +63,7 @@ impl LoraCodec {
         let dtype = files.narrow_dtype("lae", "basis", device);
         let lae = files.load("", "lae", dtype, device, |vb| Lae::new(&config.lae, vb))?;
         let stats = files.tensors("", "stats")?;
-        let standardise = Standardise::load(&stats, "vector", device)
+        let standardise = StandardScaler::load(&stats, "vector", device)
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
         let layout = with_shared_down(&config.layout, &stats)
             .map_err(|error| files.unusable("stats.safetensors", format!("{error:#}")))?;
@@ -139,7 +140,7 @@ impl LoraCodec {
     }
 
     /// All LoRA vectors of a dataset, read a few at a time → z (M, L).
-    pub fn encode_all(&self, vectors: &dyn Rows) -> Result<Tensor> {
+    pub fn encode_all(&self, vectors: &dyn RowSource) -> Result<Tensor> {
         let mut latents = Vec::new();
         vectors.each(&mut |_, batch| {
             latents.push(self.encode(batch)?);
@@ -199,7 +200,7 @@ fn with_shared_down(layout: &LoraLayout, stats: &HashMap<String, Tensor>) -> Res
     Ok(layout.clone().with_shared_down(down.collect())?)
 }
 
-/// Lengths of the tensors in a vector: each gets a scale of its own in [`Standardise::fit`].
+/// Lengths of the tensors in a vector: each gets a scale of its own in [`StandardScaler::fit`].
 pub fn blocks(layout: &LoraLayout) -> Vec<usize> {
     layout.segments().iter().map(|segment| segment.range.len()).collect()
 }

@@ -16,8 +16,9 @@ use super::dit::{Dit, DitConfig};
 use super::mixer::{Mixer, MixerConfig, MixerKind};
 use super::prior::{Prior, PriorConfig};
 use super::ridge::Ridge;
-use super::stats::Standardise;
-use super::{Weights, tensor_names};
+use super::scaler::StandardScaler;
+use super::tensor_names;
+use super::tensors::Weights;
 use crate::diffusion::noise;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule, Prediction, SchedulerConfig, Spacing};
 use crate::diffusion::shifted::Shift;
@@ -115,7 +116,7 @@ pub struct Denoiser {
     pub mixer: Mixer,
     /// x_t, t, condition → x_0.
     pub dit: Dit,
-    /// Standardised [face; image] (B, F + I) → z (B, L).
+    /// ScaledRows [face; image] (B, F + I) → z (B, L).
     pub guess: Option<Ridge>,
     /// What has to be known about embeddings and latents.
     pub stats: DenoiserStats,
@@ -127,10 +128,10 @@ pub struct Denoiser {
 #[derive(Clone, Debug)]
 pub struct DenoiserStats {
     /// Of face embeddings.
-    pub face: Standardise,
+    pub face: StandardScaler,
     /// Of image embeddings.
-    pub image: Standardise,
-    /// x_0 = (z − guess) · scale; [`super::stats::unit_power`] of the training set.
+    pub image: StandardScaler,
+    /// x_0 = (z − guess) · scale; [`super::scaler::unit_power`] of the training set.
     pub scale: f64,
     /// Of x_0, where the config has a prior.
     pub prior: Option<Prior>,
@@ -172,8 +173,8 @@ impl DenoiserStats {
         Ok(Self {
             prior: prior.transpose()?,
             spread: tensors.get(SPREAD).map(on_device).transpose()?,
-            face: Standardise::load(tensors, "face", device)?,
-            image: Standardise::load(tensors, "image", device)?,
+            face: StandardScaler::load(tensors, "face", device)?,
+            image: StandardScaler::load(tensors, "image", device)?,
             scale: scale.to_dtype(DType::F64)?.flatten_all()?.get(0)?.to_scalar()?,
         })
     }

@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
-use super::rows::Rows;
+use super::row_source::RowSource;
 
 /// The first principal components of centred rows, of the whole or of each patch by itself.
 #[derive(Clone, Debug)]
@@ -33,7 +33,7 @@ impl Pca {
     ///
     /// # Errors
     /// Rows that span fewer dimensions than asked for.
-    pub fn fit(rows: &dyn Rows, components: usize) -> Result<Self> {
+    pub fn fit(rows: &dyn RowSource, components: usize) -> Result<Self> {
         Self::fit_patches(rows, rows.width(), components, EXACT)
     }
 
@@ -45,7 +45,7 @@ impl Pca {
     ///
     /// # Errors
     /// As [`Pca::fit`], for a patch.
-    pub fn fit_patches(rows: &dyn Rows, patch: usize, components: usize, exact: usize) -> Result<Self> {
+    pub fn fit_patches(rows: &dyn RowSource, patch: usize, components: usize, exact: usize) -> Result<Self> {
         let (count, width) = (rows.count(), rows.width());
         ensure!(
             components >= 1 && components <= count && components <= patch,
@@ -150,7 +150,7 @@ impl Span {
 }
 
 /// Of all patches at once, from rows that are read round after round.
-fn by_iteration(rows: &dyn Rows, patches: &[Span]) -> Result<Vec<Found>> {
+fn by_iteration(rows: &dyn RowSource, patches: &[Span]) -> Result<Vec<Found>> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     // A few directions more than wanted: the error falls by λ_block/λ_k a round.
     let mut bases: Vec<Vec<Vec<f64>>> = patches

@@ -29,7 +29,7 @@ use crate::recipes::dreambooth::lockstep::{self, Frozen, LockstepConfig, Lockste
 use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::Person;
 use crate::synthetic::scenes::{paint_image, reference_scene, training_captions, training_scenes};
-use crate::train::shards::in_threads_or_turn;
+use crate::threads::in_threads_or_turn;
 use crate::weights::model_id::ModelId;
 use crate::weights::sha256;
 

@@ -15,8 +15,8 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp2, Layout, Sto
 use serde::{Deserialize, Serialize};
 
 use crate::layers::vectorised;
+use crate::train::gradients::Gradients;
 use crate::train::muon::MuonOptions;
-use crate::train::shards::Gradients;
 
 /// AdamW over named variables, with clipping of the gradient's norm.
 ///

@@ -32,7 +32,7 @@ const KEY: &str = "training";
 
 /// Writes the state after `step` steps; `parts` are groups of tensors, each with a name of its own.
 ///
-/// The old file stays readable until the new one is whole. Of a [`parallel`](crate::train::distributed) group only the first
+/// The old file stays readable until the new one is whole. Of a process(crate::train::distributed) group only the first
 /// process writes; all read.
 pub fn save<S: Serialize>(
     path: &Path,

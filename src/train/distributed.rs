@@ -23,9 +23,9 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 
 use crate::failure::Failure;
+use crate::train::gradients::Sum;
 #[cfg(feature = "nccl")]
 use crate::train::nccl::{self, Gpus};
-use crate::train::shards::Sum;
 
 /// Processes that train together.
 pub struct ProcessGroup {

@@ -8,12 +8,14 @@ pub mod adamw;
 pub mod checkpoint;
 pub mod distributed;
 pub mod ema;
+pub mod gradients;
 pub mod log;
 pub mod lr_schedule;
 pub mod muon;
 #[cfg(feature = "nccl")]
 mod nccl;
 pub mod shards;
+pub mod state;
 pub mod trainer;
 
 use candle_core::{Device, Shape, Tensor};

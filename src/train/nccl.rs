@@ -10,7 +10,7 @@ use candle_core::cuda_backend::cudarc::nccl::result::NcclError;
 use candle_core::cuda_backend::cudarc::nccl::safe::{Comm, Id, ReduceOp};
 use candle_core::{CpuStorage, CudaDevice, CudaStorage, DType, Device, InplaceOp1, Layout, Tensor};
 
-use crate::train::shards::Gradients;
+use crate::train::gradients::Gradients;
 
 /// The GPU on which `gradients` are, if they are on one.
 pub fn gpu(gradients: &Gradients) -> Option<CudaDevice> {

@@ -5,46 +5,19 @@
 //! setting and the sums run in their order, so that the result does not depend on the machine's cores.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, anyhow};
-use candle_core::{Device, Tensor, Var};
+use candle_core::Var;
 
 use crate::layers::backward;
+use crate::threads::in_threads_with;
 use crate::train::adamw::blend;
 use crate::train::distributed;
-
-/// Gradients by the name of their variable.
-pub type Gradients = BTreeMap<String, Tensor>;
-
-/// What one shard found.
-pub struct Loss {
-    /// Mean over the samples of the shard, a scalar with its graph.
-    pub value: Tensor,
-    /// Figures for the log, likewise means.
-    pub parts: Vec<(&'static str, f64)>,
-}
-
-impl From<Tensor> for Loss {
-    fn from(value: Tensor) -> Self {
-        Self { value, parts: Vec::new() }
-    }
-}
-
-/// Means over the shards.
-pub struct Sum {
-    /// The loss.
-    pub loss: f64,
-    /// The figures of [`Loss::parts`].
-    pub parts: Vec<(&'static str, f64)>,
-    /// Of every variable that the loss depends on.
-    pub gradients: Gradients,
-}
+use crate::train::gradients::{Loss, Sum};
 
 /// Runs `loss(shard)` for `shard` in `0..shards` on as many threads as there are cores, or one after the other on a GPU,
 /// and averages losses and gradients in the order of the shards. All shards must hold equally many samples. In a
-/// [`parallel`] group each process runs its part of the shards, and all get the same means.
+/// process group each process runs its part of the shards, and all get the same means.
 pub fn gradients(
     vars: &BTreeMap<String, Var>,
     shards: usize,
@@ -105,70 +78,4 @@ fn add(total: &mut Option<Sum>, sum: Sum) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// [`in_threads`] where `device` is the CPU; one after the other on a GPU, which is busy with one.
-pub fn in_threads_or_turn<T: Send>(
-    device: &Device,
-    count: usize,
-    work: impl Fn(usize) -> Result<T> + Sync,
-) -> Result<Vec<T>> {
-    if device.is_cpu() { in_threads(count, work) } else { (0..count).map(work).collect() }
-}
-
-/// `work(0)`, `work(1)`, … `work(count − 1)` on as many threads as there are cores; results in order.
-///
-/// # Errors
-/// The first error in that order.
-pub fn in_threads<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
-    let mut results = Vec::with_capacity(count);
-    in_threads_with(count, work, |result| {
-        results.push(result);
-        Ok(())
-    })?;
-    Ok(results)
-}
-
-/// The same, with results that are handed on in order as soon as all before them are there, so that large ones need not
-/// be kept.
-fn in_threads_with<T: Send>(
-    count: usize,
-    work: impl Fn(usize) -> Result<T> + Sync,
-    mut take: impl FnMut(T) -> Result<()> + Send,
-) -> Result<()> {
-    if count == 1 {
-        return take(work(0)?);
-    }
-    struct Waiting<T> {
-        results: BTreeMap<usize, Result<T>>,
-        /// How many have been handed on, and how that went.
-        taken: usize,
-        outcome: Result<()>,
-    }
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(count);
-    let next = AtomicUsize::new(0);
-    let waiting = Mutex::new((Waiting { results: BTreeMap::new(), taken: 0, outcome: Ok(()) }, &mut take));
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    if i >= count {
-                        return;
-                    }
-                    let result = work(i);
-                    let (waiting, take) =
-                        &mut *waiting.lock().expect("nothing panics while it holds the results");
-                    waiting.results.insert(i, result);
-                    while let Some(result) = waiting.results.remove(&waiting.taken) {
-                        waiting.taken += 1;
-                        if waiting.outcome.is_ok() {
-                            waiting.outcome = result.and_then(&mut **take);
-                        }
-                    }
-                }
-            });
-        }
-    });
-    waiting.into_inner().expect("nothing panics while it holds the results").0.outcome
 }

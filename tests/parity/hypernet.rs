@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 use difflora::hypernet::dit::{Dit, DitConfig, Position};
-use difflora::hypernet::lae::{self, CorrectionConfig, Distance, Lae, LaeConfig, Nonlinearity, Norm, Stage};
+use difflora::hypernet::lae::{CorrectionConfig, Lae, LaeConfig};
+use difflora::hypernet::lae_conv::{Nonlinearity, Norm, Stage};
 use difflora::hypernet::mixer::{Mixer, MixerConfig, MixerKind};
 use difflora::hypernet::ridge::Ridge;
+use difflora::hypernet::weight_preserved_loss::{self, Distance};
 use difflora::train::adamw::{AdamW, AdamWOptions};
 use difflora::train::shards::gradients;
 use difflora::weights::Trainable;
@@ -69,7 +71,7 @@ fn autoencoder_trains_alike(topic: &str, config: &LaeConfig, distance: Distance)
     assert_near(&golden, "x_hat", &lae.decode(&z).unwrap());
     assert_trains_alike(&golden, &trainable, || {
         let x_hat = lae.decode(&lae.encode(x).unwrap()).unwrap();
-        lae::loss(x, &x_hat, distance, 0.5).unwrap().total
+        weight_preserved_loss::loss(x, &x_hat, distance, 0.5).unwrap().total
     });
 }
 

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use difflora::layers::Adapter;
 use difflora::sdxl::unet::{UNet, UNetConfig};
 use difflora::train::adamw::{AdamW, AdamWOptions};
-use difflora::train::shards::Gradients;
+use difflora::train::gradients::Gradients;
 use difflora::weights;
 
 use crate::golden::{Golden, assert_close};

@@ -14,7 +14,7 @@ use difflora::sdxl::text::{ClipTextConfig, ClipTextModel, TextEncoders};
 use difflora::sdxl::tokenizer::ClipTokenizer;
 use difflora::sdxl::unet::UNet;
 use difflora::train::adamw::AdamWOptions;
-use difflora::train::trainer::State;
+use difflora::train::state::State;
 use difflora::weights;
 use serde_json::Value;
 

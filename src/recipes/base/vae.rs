@@ -17,7 +17,7 @@ use crate::recipes::base::patch_pca::Patches;
 use crate::sdxl::vae::{Vae, VaeConfig};
 use crate::synthetic::image_set::{self, PaintedImages};
 use crate::train;
-use crate::train::shards::Loss;
+use crate::train::gradients::Loss;
 use crate::train::trainer::{self, Outcome, RunOptions, TrainerConfig};
 use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, save_component};
 use crate::weights::{self, Trainable};

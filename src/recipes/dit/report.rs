@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::dataset::latents::CHUNK;
 use crate::dataset::lora_dataset::{LoraDataset, Split};
 use crate::hypernet::mixer::GateFigures;
-use crate::hypernet::rows::Rows;
+use crate::hypernet::row_source::RowSource;
 use crate::hypernet::{Hypernet, LoraCodec, SampleOptions};
 use crate::recipes::dit::training_set::LatentTrainingSet;
 use crate::statistics::Mean;

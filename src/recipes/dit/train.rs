@@ -22,7 +22,7 @@ use crate::recipes::dit::learned_prior::LearnedPrior;
 use crate::recipes::dit::training_set::LatentTrainingSet;
 use crate::train;
 use crate::train::distributed;
-use crate::train::shards::Loss;
+use crate::train::gradients::Loss;
 use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_id::ModelId;

@@ -12,8 +12,8 @@ use crate::failure::Failure;
 use crate::hypernet::mixer::MixerKind;
 use crate::hypernet::prior::Prior;
 use crate::hypernet::ridge::{CrossFit, Ridge};
-use crate::hypernet::rows::Rows;
-use crate::hypernet::stats::Standardise;
+use crate::hypernet::row_source::RowSource;
+use crate::hypernet::scaler::StandardScaler;
 use crate::hypernet::{DenoiserStats, LoraCodec};
 use crate::recipes::dit::config::DitTrainConfig;
 
@@ -22,9 +22,9 @@ use crate::recipes::dit::config::DitTrainConfig;
 pub struct LatentTrainingSet {
     /// Standardisation, scale, prior and spread.
     pub stats: DenoiserStats,
-    /// Standardised face embeddings (R, F).
+    /// ScaledRows face embeddings (R, F).
     pub face: Tensor,
-    /// Standardised image embeddings (R, I).
+    /// ScaledRows image embeddings (R, I).
     pub image: Tensor,
     /// The Gaussian of each photo (R); empty without a prior.
     pub clusters: Vec<u32>,
@@ -63,8 +63,8 @@ impl LatentTrainingSet {
                 codec.encode(&train.vectors.batch(&(from..from + count).collect::<Vec<_>>())?)
             })?;
         let stats = DenoiserStats {
-            face: Standardise::fit_whole(&train.faces)?,
-            image: Standardise::fit_whole(&train.images)?,
+            face: StandardScaler::fit_whole(&train.faces)?,
+            image: StandardScaler::fit_whole(&train.images)?,
             scale: 1.0,
             prior: None,
             spread: Some(spread(&latents, people)?),
@@ -130,7 +130,7 @@ impl LatentTrainingSet {
         rows.iter().map(|row| self.owners[*row as usize]).collect()
     }
 
-    /// Standardised embeddings (B, F) and (B, I) of `rows`.
+    /// ScaledRows embeddings (B, F) and (B, I) of `rows`.
     pub fn embeddings(&self, rows: &[u32]) -> Result<(Tensor, Tensor)> {
         let index = Tensor::new(rows, &Device::Cpu)?;
         let of = |x: &Tensor| x.index_select(&index, 0)?.to_device(&self.device);
@@ -174,7 +174,7 @@ impl LatentTrainingSet {
         starts.map(move |from| self.x0(&rows[from..rows.len().min(from + ROWS)]))
     }
 
-    /// [`crate::hypernet::stats::unit_power`] of x_0, in chunks.
+    /// [`crate::hypernet::scaler::unit_power`] of x_0, in chunks.
     fn unit_power(&self) -> Result<f64> {
         let (mut sum, mut count) = (0.0, 0);
         for x0 in self.all() {

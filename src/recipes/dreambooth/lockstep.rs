@@ -25,8 +25,8 @@ use crate::sdxl::pipeline::time_ids;
 use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
 use crate::train::adamw::{AdamW, AdamWOptions};
+use crate::train::gradients::Gradients;
 use crate::train::lr_schedule::Schedule;
-use crate::train::shards::Gradients;
 
 /// How a LoRA is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -15,9 +15,9 @@ use crate::recipes::dreambooth::image_dataset::{ImageDataset, Scaling};
 use crate::recipes::dreambooth::lockstep::{SharedDown, TargetModule, TrainableLora};
 use crate::recipes::dreambooth::loss::{Batch, Captions};
 use crate::sdxl::text::TextConditioning;
+use crate::train::gradients::Gradients;
 use crate::train::log::Log;
-use crate::train::shards::Gradients;
-use crate::train::trainer::State;
+use crate::train::state::State;
 
 /// One person in training.
 pub struct LoraTrainer {

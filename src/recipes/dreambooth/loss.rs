@@ -11,7 +11,7 @@ use candle_core::{DType, Tensor};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::recipes::dreambooth::targets::{Networks, TrainableLora};
 use crate::sdxl::text::TextConditioning;
-use crate::train::shards::Gradients;
+use crate::train::gradients::Gradients;
 
 /// How samples are weighted.
 #[derive(Clone, Copy, Debug, PartialEq)]

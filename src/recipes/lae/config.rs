@@ -4,8 +4,10 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
-use crate::hypernet::lae::{CorrectionConfig, Distance, LaeConfig, Stage};
-use crate::hypernet::stats::Scaling;
+use crate::hypernet::lae::{CorrectionConfig, LaeConfig};
+use crate::hypernet::lae_conv::Stage;
+use crate::hypernet::scaler::Scaling;
+use crate::hypernet::weight_preserved_loss::Distance;
 use crate::lora::canonical::Canonical;
 use crate::train::trainer::TrainerConfig;
 

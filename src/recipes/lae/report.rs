@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 
 use crate::dataset::lora_dataset::LoraDataset;
 use crate::hypernet::codec::LoraCodec;
-use crate::hypernet::delta::{Alike, DeltaSpace};
-use crate::hypernet::rows::Rows;
-use crate::hypernet::stats::{Scaling, Standardise};
+use crate::hypernet::delta_metrics::{Alike, DeltaSpace};
+use crate::hypernet::row_source::RowSource;
+use crate::hypernet::scaler::{Scaling, StandardScaler};
 use crate::statistics::Mean;
 use crate::train::trainer::Outcome;
 
@@ -52,7 +52,7 @@ pub fn report(codec: &LoraCodec, set: &LoraDataset, end: Outcome, seconds: f64) 
 
 /// The mean training LoRA (1, P), for every [`Scaling`].
 fn mean_row(codec: &LoraCodec, set: &LoraDataset) -> Result<Tensor> {
-    let whole = Standardise::of(&set.train.vectors, &[codec.lae.config().input()], Scaling::Element)?;
+    let whole = StandardScaler::of(&set.train.vectors, &[codec.lae.config().input()], Scaling::Element)?;
     Ok(whole.mean().unsqueeze(0)?)
 }
 

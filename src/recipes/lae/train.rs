@@ -12,17 +12,18 @@ use serde_json::{Value, json};
 use crate::dataset::lora_dataset::LoraDataset;
 use crate::failure::Failure;
 use crate::hypernet::codec::{LoraCodec, blocks};
-use crate::hypernet::delta::DeltaSpace;
-use crate::hypernet::lae::{self, Lae, LaeConfig};
+use crate::hypernet::delta_metrics::DeltaSpace;
+use crate::hypernet::lae::{Lae, LaeConfig};
 use crate::hypernet::pca::{EXACT, Pca};
-use crate::hypernet::rows::{Rows, Standardised};
-use crate::hypernet::stats::Standardise;
+use crate::hypernet::row_source::RowSource;
+use crate::hypernet::scaler::{ScaledRows, StandardScaler};
+use crate::hypernet::weight_preserved_loss;
 use crate::progress;
 use crate::recipes::lae::config::LaeTrainConfig;
 use crate::recipes::lae::report::report;
 use crate::train;
 use crate::train::distributed;
-use crate::train::shards::Loss;
+use crate::train::gradients::Loss;
 use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_folder::save_json;
@@ -88,8 +89,8 @@ pub fn train(
     let vectors = &set.train.vectors;
     let lae = config.network.config(vectors.width());
     check_people(config, &lae, vectors.count())?;
-    let standardise = Standardise::of(vectors, &blocks(&set.layout), config.scaling)?;
-    let rows = Standardised { rows: vectors, standardise: &standardise };
+    let standardise = StandardScaler::of(vectors, &blocks(&set.layout), config.scaling)?;
+    let rows = ScaledRows { rows: vectors, standardise: &standardise };
     progress::note(format_args!(
         "{} values in {}: {:.0} times smaller",
         lae.input(),
@@ -136,7 +137,7 @@ struct LaeTrainer<'a> {
     config: &'a LaeTrainConfig,
     lae: &'a LaeConfig,
     set: &'a LoraDataset,
-    rows: &'a Standardised<'a>,
+    rows: &'a ScaledRows<'a>,
     device: &'a Device,
 }
 
@@ -171,7 +172,7 @@ impl LaeTrainer<'_> {
             let z = lae.encode(&noisy(&x0, config.input_noise)?)?;
             let size = f64::from(z.detach().sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
             let guess = lae.decode(&noisy(&z, config.latent_noise * size)?)?;
-            let loss = lae::loss(&x0, &guess, config.distance, config.weight_preserved)?;
+            let loss = weight_preserved_loss::loss(&x0, &guess, config.distance, config.weight_preserved)?;
             let part = |x: &Tensor| -> Result<f64> { Ok(f64::from(x.to_scalar::<f32>()?)) };
             let mut parts = vec![
                 ("reconstruction", part(&loss.reconstruction)?),

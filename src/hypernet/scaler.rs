@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::rows::Rows;
+use super::row_source::RowSource;
 
 /// What is taken off and what is divided by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,7 +27,7 @@ pub enum Scaling {
 
 /// Mean of every element and one scale a block. Applied to rows (…, D).
 #[derive(Clone, Debug)]
-pub struct Standardise {
+pub struct StandardScaler {
     /// (D)
     mean: Tensor,
     /// (D), equal within a block.
@@ -36,7 +36,7 @@ pub struct Standardise {
     blocks: Vec<usize>,
 }
 
-impl Standardise {
+impl StandardScaler {
     /// The mean of each element of `rows` (M, D), and the deviation over each block of `blocks` elements.
     ///
     /// A block that never varies gets scale 1.
@@ -46,7 +46,7 @@ impl Standardise {
 
     /// The same from rows that are read a few at a time, once, with any [`Scaling`]. Sums are kept in f64, of
     /// differences from the first row, so that what all rows share does not eat the digits.
-    pub fn of(rows: &dyn Rows, blocks: &[usize], scaling: Scaling) -> Result<Self> {
+    pub fn of(rows: &dyn RowSource, blocks: &[usize], scaling: Scaling) -> Result<Self> {
         let (count, width) = (rows.count(), rows.width());
         ensure!(count > 0, "no rows to take statistics of");
         ensure!(
@@ -112,7 +112,7 @@ impl Standardise {
         Ok(Self { mean, scale, blocks: blocks.to_vec() })
     }
 
-    /// The same on `device`; [`Standardise::of`] gives it on the CPU.
+    /// The same on `device`; [`StandardScaler::of`] gives it on the CPU.
     pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
         let (mean, scale) = (self.mean.to_device(device)?, self.scale.to_device(device)?);
         Ok(Self { mean, scale, blocks: self.blocks.clone() })
@@ -156,7 +156,7 @@ impl Standardise {
         ]))
     }
 
-    /// Reads what [`Standardise::tensors`] made.
+    /// Reads what [`StandardScaler::tensors`] made.
     pub fn load(tensors: &HashMap<String, Tensor>, prefix: &str, device: &Device) -> Result<Self> {
         let get = |name: &str, dtype| -> Result<Tensor> {
             let name = format!("{prefix}.{name}");
@@ -172,6 +172,28 @@ impl Standardise {
             "`{prefix}`: mean, scale and blocks differ in length"
         );
         Self::new(mean.to_device(device)?, &scales, &blocks)
+    }
+}
+
+/// Rows as the networks see them.
+pub struct ScaledRows<'a> {
+    /// As they are stored.
+    pub rows: &'a dyn RowSource,
+    /// What is done to each.
+    pub standardise: &'a StandardScaler,
+}
+
+impl RowSource for ScaledRows<'_> {
+    fn count(&self) -> usize {
+        self.rows.count()
+    }
+
+    fn width(&self) -> usize {
+        self.rows.width()
+    }
+
+    fn batch(&self, places: &[usize]) -> Result<Tensor> {
+        Ok(self.standardise.apply(&self.rows.batch(places)?)?)
     }
 }
 
@@ -197,7 +219,7 @@ mod tests {
     #[test]
     fn every_block_has_mean_zero_and_unit_power() {
         let rows = rows();
-        let s = Standardise::fit(&rows, &[1, 3]).unwrap();
+        let s = StandardScaler::fit(&rows, &[1, 3]).unwrap();
         let x = s.apply(&rows).unwrap();
         for mean in x.mean(0).unwrap().to_vec1::<f32>().unwrap() {
             assert!(mean.abs() < 1e-6);
@@ -214,7 +236,7 @@ mod tests {
         let first_two = rows.narrow(1, 0, 2).unwrap();
         let number = |x: Tensor| x.to_scalar::<f32>().unwrap();
         let block = |scaling| {
-            let x = Standardise::of(&rows, &[2, 2], scaling).unwrap().apply(&rows).unwrap();
+            let x = StandardScaler::of(&rows, &[2, 2], scaling).unwrap().apply(&rows).unwrap();
             let x = x.narrow(1, 0, 2).unwrap();
             (number(x.mean_all().unwrap()), number(x.sqr().unwrap().mean_all().unwrap()))
         };
@@ -231,7 +253,7 @@ mod tests {
         // The common start of all LoRAs is a thousand times what people change.
         let noise = crate::diffusion::noise::normal(3, 0, (50, 8), &Device::Cpu).unwrap();
         let rows = ((&noise * 1e-3).unwrap() + 1000.0 / 1024.0).unwrap();
-        let scale = Standardise::fit(&rows, &[8]).unwrap().scale.to_vec1::<f32>().unwrap()[0];
+        let scale = StandardScaler::fit(&rows, &[8]).unwrap().scale.to_vec1::<f32>().unwrap()[0];
         let centred = noise.broadcast_sub(&noise.mean(0).unwrap()).unwrap();
         let wanted = centred.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt() * 1e-3;
         assert!((scale / wanted - 1.0).abs() < 1e-4, "{scale} {wanted}");
@@ -240,8 +262,8 @@ mod tests {
     #[test]
     fn undoing_restores_the_rows_also_through_a_file() {
         let rows = rows();
-        let s = Standardise::fit(&rows, &[2, 2]).unwrap();
-        let s = Standardise::load(&s.tensors("vector").unwrap(), "vector", &Device::Cpu).unwrap();
+        let s = StandardScaler::fit(&rows, &[2, 2]).unwrap();
+        let s = StandardScaler::load(&s.tensors("vector").unwrap(), "vector", &Device::Cpu).unwrap();
         let back = s.undo(&s.apply(&rows).unwrap()).unwrap();
         let worst = (back - rows).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(worst < 1e-5, "{worst}");
@@ -250,7 +272,7 @@ mod tests {
     #[test]
     fn a_block_that_never_varies_stays_finite() {
         let rows = Tensor::ones((3, 2), DType::F32, &Device::Cpu).unwrap();
-        let x = Standardise::fit_whole(&rows).unwrap().apply(&rows).unwrap();
+        let x = StandardScaler::fit_whole(&rows).unwrap().apply(&rows).unwrap();
         assert_eq!(x.sum_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
     }
 }

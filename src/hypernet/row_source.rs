@@ -6,10 +6,8 @@
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
-use super::stats::Standardise;
-
 /// M vectors of P values, which lie on a disk or in memory.
-pub trait Rows: Sync {
+pub trait RowSource: Sync {
     /// M
     fn count(&self) -> usize;
 
@@ -35,7 +33,7 @@ pub trait Rows: Sync {
     }
 }
 
-impl Rows for Tensor {
+impl RowSource for Tensor {
     fn count(&self) -> usize {
         self.dims().first().copied().unwrap_or(0)
     }
@@ -47,27 +45,5 @@ impl Rows for Tensor {
     fn batch(&self, places: &[usize]) -> Result<Tensor> {
         let places: Vec<u32> = places.iter().map(|place| *place as u32).collect();
         Ok(self.index_select(&Tensor::new(places, &Device::Cpu)?, 0)?)
-    }
-}
-
-/// Rows as the networks see them.
-pub struct Standardised<'a> {
-    /// As they are stored.
-    pub rows: &'a dyn Rows,
-    /// What is done to each.
-    pub standardise: &'a Standardise,
-}
-
-impl Rows for Standardised<'_> {
-    fn count(&self) -> usize {
-        self.rows.count()
-    }
-
-    fn width(&self) -> usize {
-        self.rows.width()
-    }
-
-    fn batch(&self, places: &[usize]) -> Result<Tensor> {
-        Ok(self.standardise.apply(&self.rows.batch(places)?)?)
     }
 }
