@@ -1,7 +1,7 @@
 //! Files that are never half-written: beside the target first, then renamed over it.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -240,6 +240,47 @@ pub fn check_writable(path: &Path) -> Result<()> {
     }
 }
 
+/// An exclusive lock on a folder: the file `.lock` in it, which holds the process id.
+///
+/// It does not outlive its process, however that ends; the file stays.
+#[derive(Debug)]
+pub struct FolderLock {
+    _file: File,
+}
+
+impl FolderLock {
+    /// Locks the folder, which is made if it is missing.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] with the process id when another process holds it.
+    pub fn acquire(folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+        let path = folder.join(".lock");
+        let cannot = || format!("cannot lock `{}`", path.display());
+        let options = File::options().create(true).read(true).write(true).truncate(false).clone();
+        let mut file = options.open(&path).with_context(cannot)?;
+        match file.try_lock() {
+            // A full disk is no reason to refuse: the id only makes the message of another process better.
+            Ok(()) => drop(file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()))),
+            Err(TryLockError::WouldBlock) => {
+                let owner = std::fs::read_to_string(&path).unwrap_or_default();
+                let owner = match owner.trim() {
+                    "" => "another process".to_string(),
+                    id => format!("process {id}"),
+                };
+                let folder = folder.display();
+                let why =
+                    format!("cannot use `{folder}`: {owner} is writing to it; wait, or choose another --out");
+                return Err(Failure::Usage(why).into());
+            }
+            // Some network file systems have no locks.
+            Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => {}
+            Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
+        }
+        Ok(Self { _file: file })
+    }
+}
+
 /// The folder that holds `path`; `.` for a bare file name.
 pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {
@@ -253,6 +294,17 @@ mod tests {
     use std::io::{Error, ErrorKind};
 
     use super::*;
+
+    #[test]
+    fn a_folder_is_locked_until_the_lock_is_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let inside = folder.path().join("new");
+        let held = FolderLock::acquire(&inside).unwrap();
+        let error = FolderLock::acquire(&inside).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        drop(held);
+        FolderLock::acquire(&inside).unwrap();
+    }
 
     #[test]
     fn a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it() {

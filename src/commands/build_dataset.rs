@@ -8,12 +8,13 @@ use candle_core::DType;
 use crate::dataset::manifest::Header;
 use crate::device;
 use crate::failure::Failure;
+use crate::files::FolderLock;
 use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
 use crate::lora::ldm_keys::BlockLayout;
 use crate::output::Output;
 use crate::output::print_line;
-use crate::recipes::lora_dataset::{DatasetBuilder, DatasetSettings, FolderLock, settings_hash};
+use crate::recipes::lora_dataset::{DatasetBuilder, DatasetSettings, settings_hash};
 use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 

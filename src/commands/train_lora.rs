@@ -9,9 +9,8 @@ use serde_json::json;
 
 use crate::device::{self, Precision};
 use crate::failure::Failure;
-use crate::files;
+use crate::files::{self, FolderLock};
 use crate::identity::FaceEncoder;
-use crate::image::images_in;
 use crate::output::Output;
 use crate::output::print_line;
 use crate::progress;
@@ -20,7 +19,9 @@ use crate::recipes::dreambooth::config::{Crop, LossScale, Settings};
 use crate::recipes::dreambooth::data_order::Timesteps;
 use crate::recipes::dreambooth::image_dataset::{Encoders, ImageDataset, Scaling};
 use crate::recipes::dreambooth::lockstep::{Networks, Targets};
+use crate::recipes::dreambooth::lora_trainer::CHECKPOINT;
 use crate::recipes::dreambooth::previews::Previewer;
+use crate::recipes::dreambooth::training_folder::TrainingFolder;
 use crate::recipes::dreambooth::{class_images, image_dataset, targets};
 use crate::registry;
 use crate::sdxl::pipeline::SdxlLoader;
@@ -232,6 +233,12 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     settings.check()?;
     let people = people(&args)?;
     let alone = args.many.is_none();
+    if args.resume {
+        check_resumable(&people, !alone)?;
+    }
+    let _lock = FolderLock::acquire(if alone { &people[0].folder } else { &args.out })?;
+    let folders = people.iter().map(|person| TrainingFolder::read(&person.images));
+    let folders = folders.collect::<Result<Vec<_>>>()?;
     let usage = |why: String| -> anyhow::Error { Failure::Usage(why).into() };
     if settings.images.crop == Crop::Buckets && !alone && args.people_per_batch > 1 {
         return Err(usage(
@@ -270,7 +277,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         class_images::complete(folder, &model, &text, previewer, &settings)?;
     }
     let sample_prompts = match &settings.samples.prompts[..] {
-        [] => vec![settings.caption()],
+        [] => vec![settings.caption(folders.first().filter(|_| alone).and_then(TrainingFolder::called))],
         prompts => prompts.to_vec(),
     };
     let prompts: Vec<&str> = sample_prompts.iter().map(String::as_str).collect();
@@ -279,16 +286,13 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let encoders = Encoders { vae, text, device: device.clone() };
     let class = match class_folder.filter(|_| prior) {
         Some(folder) => {
-            let mut images = image_dataset::read_images(folder, &settings.class_prompt())?;
+            let mut images = image_dataset::read_images(folder, |_| settings.class_prompt())?;
             images.truncate(settings.objective.class_images as usize);
             Some(ImageDataset::new(images, &settings, side, &encoders)?)
         }
         None => None,
     };
-    let mut steps = 0;
-    for person in &people {
-        steps += settings.steps(images_in(&person.images)?.len());
-    }
+    let steps = folders.iter().map(|folder| settings.steps(folder.images.len())).sum();
     let mut queue = JobQueue::new(VecDeque::from(people), encoders, FaceEncoder::builtin()?);
     if alone {
         queue.encode_first(&settings, side)?; // 3.6 GB of encoders in f32 SDXL go before 10 GB of UNet come
@@ -333,9 +337,6 @@ pub const SMALL_LATENTS: usize = 32;
 
 /// Who is to be learnt, and where each LoRA goes.
 pub fn people(args: &Args) -> Result<Vec<Job>> {
-    let make = |folder: &Path| {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))
-    };
     let person = |images: &Path, out: PathBuf| Job {
         name: images.file_name().map_or("images".into(), |name| name.to_string_lossy().into()),
         images: images.to_path_buf(),
@@ -345,7 +346,8 @@ pub fn people(args: &Args) -> Result<Vec<Job>> {
     let people = match (&args.many, &args.images) {
         (Some(folder), _) => {
             let folders = image_dataset::people_in(folder)?;
-            make(&args.out)?;
+            std::fs::create_dir_all(&args.out)
+                .with_context(|| format!("cannot make `{}`", args.out.display()))?;
             let out = |folder: &Path| {
                 let mut name = folder.file_name().unwrap_or_default().to_os_string();
                 name.push(".safetensors");
@@ -356,13 +358,23 @@ pub fn people(args: &Args) -> Result<Vec<Job>> {
         (None, Some(images)) => vec![person(images, args.out.clone())],
         (None, None) => Vec::new(),
     };
-    for Job { out, folder, .. } in &people {
+    for Job { out, .. } in &people {
         files::check_writable(out)?;
-        if args.many.is_none() {
-            make(folder)?;
-        }
     }
     Ok(people)
+}
+
+/// Refuses `--resume` where nothing was begun: a wrong `--out`, say.
+fn check_resumable(people: &[Job], many: bool) -> Result<()> {
+    let begun = |job: &Job| job.folder.join(CHECKPOINT).exists() || (many && job.out.exists());
+    match people.first() {
+        Some(first) if !people.iter().any(begun) => Err(Failure::Usage(format!(
+            "--resume: there is no state `{}`; check --out, or start anew without --resume",
+            first.folder.join(CHECKPOINT).display()
+        ))
+        .into()),
+        _ => Ok(()),
+    }
 }
 
 /// Says what was made; with failures among many people, the error that names them.

@@ -1,5 +1,6 @@
 //! Image files in folders.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -27,10 +28,7 @@ pub fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
     for entry in entries {
         let entry = entry.map_err(|error| Failure::unusable(folder, error))?;
         let path = entry.path();
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        // What is hidden, what archives and systems put beside images, and folders of training states.
-        if name.starts_with('.') || SYSTEM_FILES.contains(&&*name) || name.ends_with(".training") {
+        if is_skipped(&entry.file_name()) {
             continue;
         }
         if path.is_dir() {
@@ -44,6 +42,13 @@ pub fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     found.sort();
     Ok(found)
+}
+
+/// Whether files and folders of this name are never read as images: what is hidden, what archives and systems put
+/// beside images, and the folders of training states.
+pub fn is_skipped(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    name.starts_with('.') || SYSTEM_FILES.contains(&&*name) || name.ends_with(".training")
 }
 
 /// Whether a file is an image by its extension.

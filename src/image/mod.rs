@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use decode::{MAX_MEGAPIXELS, set_max_megapixels};
 pub use encode::FileFormat;
-pub use folder::{files_in, has_image_name, images_in};
+pub use folder::{files_in, has_image_name, images_in, is_skipped};
 pub use resize::Filter;
 
 /// An upright RGB image with 8 bits a channel.

@@ -5,7 +5,7 @@
 //! and rows whose files are missing are built again.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dataset::manifest::{HEADER, Header, ImageSettings, MANIFEST, Row, SETTINGS, read_manifest};
 use crate::failure::Failure;
-use crate::files;
+use crate::files::{self, FolderLock};
 use crate::identity::FaceEncoder;
 use crate::identity::clip::{ImageEncoder, ImageInput};
 use crate::image::Image;
@@ -449,47 +449,6 @@ fn truncate_to_whole_lines(path: &Path) -> Result<()> {
         file.sync_all().with_context(cannot)?;
     }
     Ok(())
-}
-
-/// An exclusive lock on a folder: the file `.lock` in it, which holds the process id.
-#[derive(Debug)]
-pub struct FolderLock {
-    _file: File,
-}
-
-impl FolderLock {
-    /// Locks the folder. A lock does not outlive its process, however that ends.
-    ///
-    /// # Errors
-    /// [`Failure::Unusable`] with the process id when another process holds it.
-    pub fn acquire(folder: &Path) -> Result<Self> {
-        let path = folder.join(".lock");
-        let cannot = || format!("cannot lock `{}`", path.display());
-        let mut file = OpenOptions::new()
-            .create(true)
-            .read(true)
-            .write(true)
-            .truncate(false)
-            .open(&path)
-            .with_context(cannot)?;
-        match file.try_lock() {
-            Ok(()) => {
-                file.set_len(0).with_context(cannot)?;
-                write!(file, "{}", std::process::id()).with_context(cannot)?;
-                Ok(Self { _file: file })
-            }
-            Err(TryLockError::WouldBlock) => {
-                let owner = std::fs::read_to_string(&path).unwrap_or_default();
-                let why = format!("process {} is writing to it; wait, or choose another --out", owner.trim());
-                Err(Failure::unusable(folder, why))
-            }
-            // Some network file systems have no locks.
-            Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => {
-                Ok(Self { _file: file })
-            }
-            Err(TryLockError::Error(error)) => Err(error).with_context(cannot),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -156,7 +156,7 @@ pub fn run_until<S: Serialize>(
             let mut figures = vec![("rate", rate), ("samples_a_second", a_second * plan.batch as f64)];
             figures.extend(recent.means());
             bar.set_message(format!("loss {:.4} {a_second:.2} it/s", recent.loss()));
-            log.write(step, &figures)?;
+            log.write(step, &figures);
             recent = Recent::default();
         }
         if after(step, state.ema.as_ref().context("this run keeps an average")?)?.is_break() {
@@ -165,13 +165,20 @@ pub fn run_until<S: Serialize>(
             return Ok((Outcome::Stopped { step }, state.into_ema()?));
         }
         if saved_at.elapsed() >= run_options.save_every {
-            state.save(&path, settings)?;
+            keep_going(state.save(&path, settings));
             saved_at = Instant::now();
         }
     }
-    state.save(&path, settings)?;
+    keep_going(state.save(&path, settings));
     bar.finish_and_clear();
     Ok((Outcome::Finished, state.into_ema()?))
+}
+
+/// Warns of a checkpoint that was not written: the one before it is whole, and the next may fit the disk.
+fn keep_going(saved: Result<()>) {
+    if let Err(error) = saved {
+        progress::warn(format_args!("{error:#}; the checkpoint before it is kept"));
+    }
 }
 
 /// Steps between lines of the log.

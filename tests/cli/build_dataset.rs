@@ -112,7 +112,7 @@ fn a_second_process_is_refused_with_the_id_of_the_first() {
     let run = build(&out, &config, &[]);
     first.kill().unwrap();
     first.wait().unwrap();
-    assert_eq!(run.code, 4, "{}", run.stderr);
+    assert_eq!(run.code, 2, "{}", run.stderr);
     assert!(run.stderr.contains(&format!("process {id}")), "{}", run.stderr);
     // A killed process leaves no lock behind.
     assert_eq!(build(&out, &config, &["--quiet"]).code, 0);

@@ -465,3 +465,48 @@ fn images_of_any_proportions_are_trained_on() {
     let buckets = &world.lora("buckets").metadata["ss_bucket_info"];
     assert!(buckets.contains("[72,56]") || buckets.contains("[76,52]"), "{buckets}");
 }
+
+#[test]
+fn a_folder_in_the_layout_of_sd_scripts_gives_trigger_and_captions() {
+    let world = World::new(1);
+    let images = world.at("images");
+    let inside = images.join("10_sks woman");
+    fs::create_dir_all(&inside).unwrap();
+    for (name, number) in [("a", 1), ("b", 2), ("b-masklabel", 3)] {
+        let from = world.person(1).join(format!("{number:04}.png"));
+        fs::copy(from, inside.join(format!("{name}.png"))).unwrap();
+    }
+    fs::write(inside.join("b.caption"), "one line\nanother line\n").unwrap();
+    // Written among the images, as users do: the second run must not train on the first one's sheets.
+    let out = images.join("me.safetensors");
+    let options = ["--steps", "2", "--batch", "1", "--rank", "1", "--sample-every", "2"];
+    for _ in 0..2 {
+        let run = difflora(&[&["train-lora", text(&images), "--out", text(&out)][..], &options].concat());
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert!(run.stderr.contains("2 used") && run.stderr.contains("skipped 1 masks"), "{}", run.stderr);
+    }
+    let metadata = file::read_adapters(&out, &BlockLayout::uniform(3, 1)).unwrap().metadata;
+    assert_eq!(metadata["ss_num_train_images"], "2");
+    assert_eq!(metadata["modelspec.trigger_phrase"], "sks woman");
+    for caption in ["a photo of a sks woman", "one line", "another line"] {
+        assert!(metadata["ss_tag_frequency"].contains(caption), "{}", metadata["ss_tag_frequency"]);
+    }
+}
+
+#[test]
+fn resuming_what_was_never_begun_and_an_output_in_use_are_refused() {
+    let world = World::new(1);
+    let run = world.train("new", &["--resume"]);
+    assert_eq!(run.code, 2, "{}", run.stderr);
+    assert!(
+        run.stderr.contains("there is no state") && run.stderr.contains("new.training"),
+        "{}",
+        run.stderr
+    );
+    let lock = difflora::files::FolderLock::acquire(&world.at("new.training")).unwrap();
+    let run = world.train("new", &[]);
+    assert_eq!(run.code, 2, "{}", run.stderr);
+    assert!(run.stderr.contains(&format!("process {}", std::process::id())), "{}", run.stderr);
+    drop(lock);
+    assert_eq!(world.train("new", &[]).code, 0);
+}

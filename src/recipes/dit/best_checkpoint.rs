@@ -65,7 +65,7 @@ impl<'a> BestCheckpoint<'a> {
         };
         let error = error()?;
         if let Some(log) = &mut self.log {
-            log.write(step, &[("error", error)])?;
+            log.write(step, &[("error", error)]);
         }
         if self.best.is_none_or(|(_, least)| error < least) {
             let figure = BTreeMap::from([("error".to_string(), Tensor::new(error, &Device::Cpu)?)]);

@@ -151,7 +151,7 @@ fn encode(
     side: usize,
     (encoders, faces): &(Encoders, FaceEncoder),
 ) -> Result<ImageDataset> {
-    let images = image_dataset::read_images(&person.images, &settings.caption())?;
+    let images = image_dataset::read_images(&person.images, |folder| settings.caption(folder))?;
     image_dataset::warn_of_poor_images(&person.name, &images, faces)?;
     ImageDataset::new(images, settings, side, encoders)
 }

@@ -266,14 +266,17 @@ impl Settings {
         self.lora.alpha.unwrap_or(self.lora.rank as f64)
     }
 
-    /// Trigger and class word, as captions call the person.
-    pub fn called(&self) -> String {
-        format!("{} {}", self.images.trigger, self.images.class_word).trim().to_string()
+    /// Trigger and class word, as captions call the person; those of the folder's name where no trigger is set.
+    pub fn called(&self, folder: Option<&str>) -> String {
+        match folder.filter(|_| self.images.trigger.is_empty()) {
+            Some(named) => named.to_string(),
+            None => format!("{} {}", self.images.trigger, self.images.class_word).trim().to_string(),
+        }
     }
 
-    /// The caption of an image without a text of its own.
-    pub fn caption(&self) -> String {
-        self.images.template.replace("{}", &self.called())
+    /// The caption of an image without a text of its own; `folder` as in [`Settings::called`].
+    pub fn caption(&self, folder: Option<&str>) -> String {
+        self.images.template.replace("{}", &self.called(folder))
     }
 
     /// What class images show.

@@ -151,14 +151,14 @@ impl LoraTrainer {
         let pass = self.state.step * training.accumulate + part;
         let chosen = self.dataset.choose(pass, training.batch);
         let (mut x0, mut time_ids) = self.dataset.latents(&chosen, pass, scaling)?;
-        let mut captions = self.dataset.captions(&chosen)?;
+        let mut captions = self.dataset.captions(&chosen, pass)?;
         let mut class_images = 0;
         if let Some(class) = class {
             let chosen = class.choose(pass, training.batch);
             let (latents, sizes) = class.latents(&chosen, pass, scaling)?;
             x0 = Tensor::cat(&[&x0, &latents], 0)?;
             time_ids = Tensor::cat(&[&time_ids, &sizes], 0)?;
-            captions = joined(captions, class.captions(&chosen)?)?;
+            captions = joined(captions, class.captions(&chosen, pass)?)?;
             class_images = chosen.len();
         }
         let (n, c, h, w) = x0.dims4()?;
@@ -227,7 +227,7 @@ impl LoraTrainer {
         if step.is_multiple_of(REPORT) || step == self.steps {
             let [loss, norm, count] = self.recent;
             let figures = [("rate", rate), ("loss", loss / count), ("gradient_norm", norm / count)];
-            self.log.write(step, &figures)?;
+            self.log.write(step, &figures);
             self.recent = [0.0; 3];
         }
         let keep = step.is_multiple_of(settings.training.checkpoint_every);

@@ -118,7 +118,7 @@ pub fn of(room: &BatchTrainer, trainer: &LoraTrainer) -> BTreeMap<String, String
         (metadata::TITLE, name),
         (metadata::RESOLUTION, metadata::resolution(room.side)),
         ("modelspec.prediction_type", prediction.into()),
-        (metadata::TRIGGER_PHRASE, settings.called()),
+        (metadata::TRIGGER_PHRASE, settings.called(trainer.dataset.called.as_deref())),
         // LoRAs of one seed start from the same `down`s; where these are frozen, the LoRAs can be compared by `up` alone.
         ("difflora.down_seed", settings.seed.to_string()),
         ("difflora.down", if lora.freeze_a { "frozen" } else { "trained" }.into()),

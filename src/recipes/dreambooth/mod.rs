@@ -15,3 +15,4 @@ pub mod loss;
 pub mod metadata;
 pub mod previews;
 pub mod targets;
+pub mod training_folder;
