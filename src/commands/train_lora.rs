@@ -237,7 +237,11 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         check_resumable(&people, !alone)?;
     }
     let _lock = FolderLock::acquire(if alone { &people[0].folder } else { &args.out })?;
-    let folders = people.iter().map(|person| TrainingFolder::read(&person.images));
+    let folders = people.iter().map(|person| match TrainingFolder::read(&person.images) {
+        // Of many people, one who fails is reported when the turn comes.
+        Err(_) if !alone => Ok(TrainingFolder::default()),
+        read => read,
+    });
     let folders = folders.collect::<Result<Vec<_>>>()?;
     let usage = |why: String| -> anyhow::Error { Failure::Usage(why).into() };
     if settings.images.crop == Crop::Buckets && !alone && args.people_per_batch > 1 {
