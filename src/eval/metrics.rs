@@ -1,4 +1,4 @@
-//! From what was seen in drawn images to the numbers of the table. An image in which no face is found has no
+//! From observations of generated images to the numbers of the table. An image in which no face is found has no
 //! similarity: it counts as a miss.
 
 use serde::Serialize;
@@ -7,16 +7,16 @@ use crate::identity::cosine;
 use crate::statistics::{Mean, correlation, rank};
 use crate::synthetic::{Facing, Identity, Scene};
 
-/// What was seen in one drawn image.
+/// Measurements of one image.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct Observation {
     /// The recogniser's vector of the largest face, where one was found.
     pub face: Option<Vec<f32>>,
-    /// What the judge of attributes saw, where there is one.
+    /// Of the attribute classifier, where there is one.
     pub attributes: Option<Attributes>,
 }
 
-/// What the judge of attributes saw.
+/// Predictions of the attribute classifier.
 #[derive(Clone, Debug)]
 pub struct Attributes {
     /// As [`Scene::classes`].
@@ -25,18 +25,18 @@ pub struct Attributes {
     pub factors: [f32; Identity::COUNT],
 }
 
-/// Who the images should show.
+/// The person that images should show.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// The recogniser's mean vector of the photos that were not the condition.
+    /// The recogniser's mean vector of the photos that are not the condition.
     pub face: Vec<f32>,
-    /// How the person was made.
-    pub factors: [f32; Identity::COUNT],
+    /// True factors of a painted person.
+    pub factors: Option<[f32; Identity::COUNT]>,
 }
 
-/// How one way of drawing did. Means and intervals are over people.
+/// Metrics of one method. Means and intervals are over people.
 #[derive(Clone, Debug, Serialize)]
-pub struct Figures {
+pub struct Metrics {
     /// Cosine to the person, over the images with a face.
     pub similarity: Option<Mean>,
     /// The same with 0 for every image without a face.
@@ -51,124 +51,137 @@ pub struct Figures {
     pub rank_1: Option<Mean>,
     /// Mean place of the person among all people, over the images with a face.
     pub mean_rank: Option<f64>,
-    /// Correlation over people of the factors that the judge sees in the images with the true ones, mean over
-    /// the factors that it can see.
+    /// Correlation over people of the factors that the classifier predicts for the images with the true ones, mean over
+    /// the factors that it predicts well.
     pub factor_correlation: Option<f64>,
-    /// How often the prompt was obeyed, per attribute.
-    pub obedience: Vec<Obedience>,
+    /// Of each attribute that the prompts ask for.
+    #[serde(rename = "obedience")]
+    pub prompt_accuracy: Vec<PromptAccuracy>,
     /// Similarity of each person, in order; for paired differences.
     #[serde(skip)]
     pub per_person: Vec<Option<f64>>,
 }
 
-/// How often prompts were obeyed in one attribute.
+/// Share of images that show the attribute that their prompt asks for.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Obedience {
+pub struct PromptAccuracy {
     /// As in [`Scene::class_words`].
     pub attribute: &'static str,
-    /// Part of the images that show what was asked for.
-    pub right: f64,
-    /// Images whose prompt says something about it.
-    pub asked: usize,
+    /// Share of [`Self::images`].
+    #[serde(rename = "right")]
+    pub accuracy: f64,
+    /// Images whose prompt asks for it.
+    #[serde(rename = "asked")]
+    pub images: usize,
 }
 
-/// Measures images: `shown[i]` are those that should show `people[i]`, drawn from `asked`. `visible` are the
-/// numbers of the factors that the judge can see.
-pub fn measure(
-    shown: &[&[Seen]],
-    people: &[Target],
-    asked: &[[Option<usize>; Scene::CLASSES]],
-    visible: &[usize],
-) -> Figures {
-    let mut figures: [Vec<f64>; 6] = Default::default();
-    let [similarity, with_misses, detection, others, gap, first] = &mut figures;
-    let (mut ranks, mut per_person) = (Vec::new(), Vec::new());
-    for (i, images) in shown.iter().enumerate() {
-        let mut own = Vec::new();
-        let (mut different, mut hits) = (Vec::new(), 0);
-        for face in images.iter().filter_map(|seen| seen.face.as_ref()) {
-            let cosines: Vec<f64> =
-                people.iter().map(|person| f64::from(cosine(face, &person.face))).collect();
-            own.push(cosines[i]);
-            different.extend(cosines.iter().enumerate().filter(|(other, _)| *other != i).map(|(_, c)| *c));
-            let place = rank(&cosines, i);
-            ranks.push(place as f64);
-            hits += usize::from(place == 1);
+impl Metrics {
+    /// `observations[i]` are of the images that should show `targets[i]`, generated from prompts that ask for
+    /// `requested`. `visible` are the indices of the factors that the classifier predicts well.
+    pub fn compute(
+        observations: &[&[Observation]],
+        targets: &[Target],
+        requested: &[[Option<usize>; Scene::CLASSES]],
+        visible: &[usize],
+    ) -> Self {
+        let mut values: [Vec<f64>; 6] = Default::default();
+        let [similarity, with_misses, detection, others, gap, first] = &mut values;
+        let (mut ranks, mut per_person) = (Vec::new(), Vec::new());
+        for (i, images) in observations.iter().enumerate() {
+            let mut own = Vec::new();
+            let (mut different, mut hits) = (Vec::new(), 0);
+            for face in images.iter().filter_map(|image| image.face.as_ref()) {
+                let cosines: Vec<f64> =
+                    targets.iter().map(|target| f64::from(cosine(face, &target.face))).collect();
+                own.push(cosines[i]);
+                different
+                    .extend(cosines.iter().enumerate().filter(|(other, _)| *other != i).map(|(_, c)| *c));
+                let place = rank(&cosines, i);
+                ranks.push(place as f64);
+                hits += usize::from(place == 1);
+            }
+            let count = images.len().max(1) as f64;
+            // The sum of nothing is −0, which would be printed so.
+            with_misses.push((own.iter().sum::<f64>() + 0.0) / count);
+            detection.push(own.len() as f64 / count);
+            first.push(hits as f64 / count);
+            let (same, different) = (mean(&own), mean(&different));
+            similarity.extend(same);
+            others.extend(different);
+            gap.extend(same.zip(different).map(|(same, different)| same - different));
+            per_person.push(same);
         }
-        let count = images.len().max(1) as f64;
-        // The sum of nothing is −0, which would be printed so.
-        with_misses.push((own.iter().sum::<f64>() + 0.0) / count);
-        detection.push(own.len() as f64 / count);
-        first.push(hits as f64 / count);
-        let (same, different) = (mean(&own), mean(&different));
-        similarity.extend(same);
-        others.extend(different);
-        gap.extend(same.zip(different).map(|(same, different)| same - different));
-        per_person.push(same);
-    }
-    let [similarity, similarity_misses_zero, detection, similarity_to_others, same_minus_different, rank_1] =
-        figures.map(|values| Mean::of(&values));
-    let images = shown.iter().flat_map(|images| images.iter().zip(asked));
-    Figures {
-        similarity,
-        similarity_misses_zero,
-        detection,
-        similarity_to_others,
-        same_minus_different,
-        rank_1,
-        mean_rank: mean(&ranks),
-        factor_correlation: factor_correlation(shown, people, visible),
-        obedience: obedience(images.filter_map(|(seen, asked)| Some((seen.attributes.as_ref()?, asked)))),
-        per_person,
+        let [
+            similarity,
+            similarity_misses_zero,
+            detection,
+            similarity_to_others,
+            same_minus_different,
+            rank_1,
+        ] = values.map(|values| Mean::of(&values));
+        let images = observations.iter().flat_map(|images| images.iter().zip(requested));
+        let images = images.filter_map(|(image, requested)| Some((image.attributes.as_ref()?, requested)));
+        Self {
+            similarity,
+            similarity_misses_zero,
+            detection,
+            similarity_to_others,
+            same_minus_different,
+            rank_1,
+            mean_rank: mean(&ranks),
+            factor_correlation: factor_correlation(observations, targets, visible),
+            prompt_accuracy: prompt_accuracy(images),
+            per_person,
+        }
     }
 }
 
-/// How often each attribute that was asked for is there.
-pub fn obedience<'a>(
+/// Accuracy of each attribute over the images whose prompts ask for it.
+pub fn prompt_accuracy<'a>(
     images: impl Iterator<Item = (&'a Attributes, &'a [Option<usize>; Scene::CLASSES])>,
-) -> Vec<Obedience> {
+) -> Vec<PromptAccuracy> {
     let mut counts = [(0, 0); Scene::CLASSES];
-    for (seen, asked) in images {
-        for ((right, all), (seen, asked)) in counts.iter_mut().zip(seen.classes.iter().zip(asked)) {
-            *right += usize::from(Some(*seen) == *asked);
-            *all += usize::from(asked.is_some());
+    for (predicted, requested) in images {
+        let classes = predicted.classes.iter().zip(requested);
+        for ((right, all), (predicted, requested)) in counts.iter_mut().zip(classes) {
+            *right += usize::from(Some(*predicted) == *requested);
+            *all += usize::from(requested.is_some());
         }
     }
-    let words = Scene::class_words().into_iter().zip(counts).filter(|(_, (_, asked))| *asked > 0);
-    words
-        .map(|((attribute, _), (right, asked))| Obedience {
-            attribute,
-            right: right as f64 / asked as f64,
-            asked,
-        })
-        .collect()
+    let rows = Scene::class_words().into_iter().zip(counts).filter(|(_, (_, images))| *images > 0);
+    rows.map(|((attribute, _), (right, images))| PromptAccuracy {
+        attribute,
+        accuracy: right as f64 / images as f64,
+        images,
+    })
+    .collect()
 }
 
-/// What the caption of `scene` asks for. Nothing is said of a face that looks ahead.
-pub fn asked(scene: &Scene) -> [Option<usize>; Scene::CLASSES] {
+/// The classes that the caption of `scene` asks for. It says nothing of a face that looks ahead.
+pub fn requested_classes(scene: &Scene) -> [Option<usize>; Scene::CLASSES] {
     let (words, classes) = (Scene::class_words(), scene.classes());
     let said = |i: usize| words[i].0 != "facing" || classes[i] != Facing::Ahead as usize;
     std::array::from_fn(|i| said(i).then_some(classes[i]))
 }
 
-/// The mean difference between two ways of drawing the same people: the interval is of the differences.
-pub fn paired(of: &Figures, over: &Figures) -> Option<Mean> {
+/// The mean difference in similarity between two methods over the same people; the interval is of the differences.
+pub fn paired_difference(of: &Metrics, over: &Metrics) -> Option<Mean> {
     let pairs = of.per_person.iter().zip(&over.per_person);
     Mean::of(&pairs.filter_map(|(of, over)| Some((*of)? - (*over)?)).collect::<Vec<_>>())
 }
 
-fn factor_correlation(shown: &[&[Seen]], people: &[Target], visible: &[usize]) -> Option<f64> {
+fn factor_correlation(observations: &[&[Observation]], targets: &[Target], visible: &[usize]) -> Option<f64> {
     let of_factor = |factor: &usize| {
-        let judged = |images: &[Seen]| {
+        let predicted = |images: &[Observation]| {
             let values: Option<Vec<f64>> = images
                 .iter()
-                .map(|seen| Some(f64::from(seen.attributes.as_ref()?.factors[*factor])))
+                .map(|image| Some(f64::from(image.attributes.as_ref()?.factors[*factor])))
                 .collect();
             mean(&values?)
         };
-        let pairs = shown.iter().zip(people);
+        let pairs = observations.iter().zip(targets);
         let pairs: Option<Vec<(f64, f64)>> = pairs
-            .map(|(images, person)| Some((judged(images)?, f64::from(person.factors[*factor]))))
+            .map(|(images, target)| Some((predicted(images)?, f64::from(target.factors?[*factor]))))
             .collect();
         Some(correlation(&pairs?))
     };
@@ -184,62 +197,70 @@ mod tests {
     use super::*;
 
     /// Two people whose faces are at right angles.
-    fn people() -> Vec<Target> {
+    fn targets() -> Vec<Target> {
         [[1.0, 0.0], [0.0, 1.0]]
-            .map(|face| Target { face: face.into(), factors: [face[0]; Identity::COUNT] })
+            .map(|face| Target { face: face.into(), factors: Some([face[0]; Identity::COUNT]) })
             .into()
     }
 
-    fn seen(face: Option<[f32; 2]>, factor: f32) -> Seen {
+    fn observation(face: Option<[f32; 2]>, factor: f32) -> Observation {
         let classes = Scene::draw(1, 1).classes();
         let attributes = Some(Attributes { classes, factors: [factor; Identity::COUNT] });
-        Seen { face: face.map(Vec::from), attributes }
+        Observation { face: face.map(Vec::from), attributes }
     }
 
     #[test]
     fn a_face_that_is_not_found_is_a_miss() {
-        let (first, second) =
-            ([seen(Some([1.0, 0.0]), 0.9), seen(None, 0.9)], [seen(Some([0.6, 0.8]), 0.2), seen(None, 0.2)]);
-        let asked = [asked(&Scene::draw(1, 1)); 2];
-        let figures = measure(&[&first, &second], &people(), &asked, &[0, 3]);
-        let mean = |mean: Option<Mean>| (mean.unwrap().mean * 1e4).round() / 1e4;
-        assert_eq!(mean(figures.similarity), 0.9);
-        assert_eq!(mean(figures.similarity_misses_zero), 0.45);
-        assert_eq!(mean(figures.detection), 0.5);
-        assert_eq!(mean(figures.similarity_to_others), 0.3);
-        assert_eq!(mean(figures.same_minus_different), 0.6);
-        assert_eq!(mean(figures.rank_1), 0.5);
-        assert_eq!(figures.mean_rank, Some(1.0));
-        let nobody = measure(&[&[seen(None, 0.0)], &[seen(None, 0.0)]], &people(), &asked, &[]);
-        assert!(
-            nobody.similarity.is_none() && nobody.similarity_misses_zero.unwrap().mean.is_sign_positive()
+        let (first, second) = (
+            [observation(Some([1.0, 0.0]), 0.9), observation(None, 0.9)],
+            [observation(Some([0.6, 0.8]), 0.2), observation(None, 0.2)],
         );
-        assert!((figures.factor_correlation.unwrap() - 1.0).abs() < 1e-9);
-        assert!(figures.obedience.iter().all(|attribute| attribute.right == 1.0));
+        let requested = [requested_classes(&Scene::draw(1, 1)); 2];
+        let metrics = Metrics::compute(&[&first, &second], &targets(), &requested, &[0, 3]);
+        let mean = |mean: Option<Mean>| (mean.unwrap().mean * 1e4).round() / 1e4;
+        assert_eq!(mean(metrics.similarity), 0.9);
+        assert_eq!(mean(metrics.similarity_misses_zero), 0.45);
+        assert_eq!(mean(metrics.detection), 0.5);
+        assert_eq!(mean(metrics.similarity_to_others), 0.3);
+        assert_eq!(mean(metrics.same_minus_different), 0.6);
+        assert_eq!(mean(metrics.rank_1), 0.5);
+        assert_eq!(metrics.mean_rank, Some(1.0));
+        let missed = Metrics::compute(
+            &[&[observation(None, 0.0)], &[observation(None, 0.0)]],
+            &targets(),
+            &requested,
+            &[],
+        );
+        assert!(
+            missed.similarity.is_none() && missed.similarity_misses_zero.unwrap().mean.is_sign_positive()
+        );
+        assert!((metrics.factor_correlation.unwrap() - 1.0).abs() < 1e-9);
+        assert!(metrics.prompt_accuracy.iter().all(|attribute| attribute.accuracy == 1.0));
     }
 
     #[test]
-    fn the_same_images_for_everybody_show_nobody() {
-        let same = [seen(Some([0.6, 0.8]), 0.5)];
-        let figures = measure(&[&same, &same], &people(), &[asked(&Scene::draw(1, 1))], &[0]);
-        assert!(figures.same_minus_different.unwrap().mean.abs() < 1e-6);
-        assert_eq!(figures.rank_1.unwrap().mean, 0.5);
-        assert_eq!(figures.factor_correlation, Some(0.0));
-        assert!(paired(&figures, &figures).unwrap().mean.abs() < 1e-12);
+    fn the_same_images_for_everyone_identify_no_one() {
+        let same = [observation(Some([0.6, 0.8]), 0.5)];
+        let metrics =
+            Metrics::compute(&[&same, &same], &targets(), &[requested_classes(&Scene::draw(1, 1))], &[0]);
+        assert!(metrics.same_minus_different.unwrap().mean.abs() < 1e-6);
+        assert_eq!(metrics.rank_1.unwrap().mean, 0.5);
+        assert_eq!(metrics.factor_correlation, Some(0.0));
+        assert!(paired_difference(&metrics, &metrics).unwrap().mean.abs() < 1e-12);
     }
 
     #[test]
-    fn obedience_counts_only_what_the_caption_says() {
+    fn prompt_accuracy_counts_only_what_the_caption_says() {
         let scene = Scene { yaw: 0.0, ..Scene::draw(1, 1) };
-        assert_eq!(asked(&scene)[1], None);
-        assert_eq!(asked(&Scene { yaw: 0.3, ..scene.clone() })[1], Some(2));
-        let mut wrong = seen(None, 0.0).attributes.unwrap();
+        assert_eq!(requested_classes(&scene)[1], None);
+        assert_eq!(requested_classes(&Scene { yaw: 0.3, ..scene.clone() })[1], Some(2));
+        let mut wrong = observation(None, 0.0).attributes.unwrap();
         wrong.classes = scene.classes();
         wrong.classes[5] = (wrong.classes[5] + 1) % 8;
-        let told = obedience([(&wrong, &asked(&scene))].into_iter());
-        assert_eq!(told.len(), Scene::CLASSES - 1);
-        for attribute in told {
-            assert_eq!(attribute.right, if attribute.attribute == "background" { 0.0 } else { 1.0 });
+        let rows = prompt_accuracy([(&wrong, &requested_classes(&scene))].into_iter());
+        assert_eq!(rows.len(), Scene::CLASSES - 1);
+        for attribute in rows {
+            assert_eq!(attribute.accuracy, if attribute.attribute == "background" { 0.0 } else { 1.0 });
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The tables of `difflora eval`, in Markdown that is also aligned for a terminal.
 
-use crate::eval::metrics::Obedience;
+use crate::eval::metrics::PromptAccuracy;
 use crate::statistics::Mean;
 
 /// Columns as wide as their widest cell; the first to the left, the others to the right.
@@ -40,9 +40,9 @@ pub fn plain(value: Option<f64>) -> String {
 }
 
 /// `0.96` for an attribute, or `–`.
-pub fn obeyed(list: &[Obedience], attribute: &str) -> String {
-    let found = list.iter().find(|obedience| obedience.attribute == attribute);
-    found.map_or("–".into(), |obedience| format!("{:.2}", obedience.right))
+pub fn accuracy_of(list: &[PromptAccuracy], attribute: &str) -> String {
+    let found = list.iter().find(|row| row.attribute == attribute);
+    found.map_or("–".into(), |row| format!("{:.2}", row.accuracy))
 }
 
 #[cfg(test)]

@@ -1,0 +1,108 @@
+//! How good a base model is alone: detection rate and prompt accuracy over random captions.
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::eval::metrics::{PromptAccuracy, prompt_accuracy, requested_classes};
+use crate::eval::renderer::{Renderer, Rendering, Sampling};
+use crate::eval::report::{Findings, sheet};
+use crate::eval::tables::{accuracy_of, plain, table};
+use crate::image::Image;
+use crate::progress;
+use crate::statistics::Mean;
+use crate::synthetic::attribute_classifier::Record;
+use crate::synthetic::{CaptionOptions, Person, Scene, Style, caption};
+use crate::threads::in_threads_or_turn;
+
+/// Images of a batch.
+const BATCH: usize = 4;
+
+/// Generates and measures `count` images of random scenes.
+pub fn evaluate(renderer: &Renderer, count: u64, sampling: &Sampling) -> Result<Findings> {
+    let scenes: Vec<Scene> = (0..count).map(|i| Scene::draw(sampling.seed, i)).collect();
+    let captions: Vec<String> =
+        scenes.iter().enumerate().map(|(i, scene)| caption_of(i, scene, sampling.seed)).collect();
+    let rendered = render(renderer, &scenes, &captions, sampling)?;
+
+    let observations = || rendered.iter().flat_map(|rendering| &rendering.observations);
+    let detection = |wanted: &dyn Fn(&Scene) -> bool| {
+        let chosen = scenes.iter().zip(observations()).filter(|(scene, _)| wanted(scene));
+        let found: Vec<f64> =
+            chosen.map(|(_, observation)| f64::from(u8::from(observation.face.is_some()))).collect();
+        Mean::of(&found)
+    };
+    let mut detections = vec![("all", detection(&|_| true))];
+    detections
+        .extend(Style::ALL.iter().map(|style| (style.word(), detection(&|scene| scene.style == *style))));
+    let requested: Vec<_> = scenes.iter().map(requested_classes).collect();
+    let pairs = observations().zip(&requested);
+    let accuracy = prompt_accuracy(
+        pairs.filter_map(|(observation, requested)| Some((observation.attributes.as_ref()?, requested))),
+    );
+
+    let record = renderer.judges.record();
+    let mut text = detection_table(&detections);
+    if let Some(record) = record {
+        text += &format!("\n{}", accuracy_table(&accuracy, record));
+    }
+    let detections: serde_json::Map<String, serde_json::Value> =
+        detections.into_iter().map(|(style, mean)| (style.into(), json!(mean))).collect();
+    let report = json!({
+        "pictures": count,
+        "base": renderer.base,
+        "drawing": sampling.to_json(),
+        "detection": detections,
+        "obedience": accuracy,
+        "judge": record,
+    });
+    let images: Vec<&Image> = rendered.iter().flat_map(|rendering| &rendering.images).take(100).collect();
+    let rows: Vec<Vec<&Image>> = images.chunks(10).map(<[_]>::to_vec).collect();
+    Ok(Findings { report, text, sheet: sheet(&rows) })
+}
+
+/// Zero to five words about the person in turn, as in training.
+fn caption_of(i: usize, scene: &Scene, seed: u64) -> String {
+    let options = CaptionOptions { attributes: i % 6, ..CaptionOptions::default() };
+    caption(&Person::new(seed, i as u64), scene, options, seed)
+}
+
+fn render(
+    renderer: &Renderer,
+    scenes: &[Scene],
+    captions: &[String],
+    sampling: &Sampling,
+) -> Result<Vec<Rendering>> {
+    let bar = progress::bar(scenes.len() as u64, "generating");
+    let batches: Vec<usize> = (0..scenes.len()).step_by(BATCH).collect();
+    let rendered = in_threads_or_turn(renderer.model.device(), batches.len(), |batch| {
+        let range = batches[batch]..scenes.len().min(batches[batch] + BATCH);
+        let batch = renderer.batch(&scenes[range.clone()], &captions[range.clone()], sampling)?;
+        let rendering = renderer.render(&batch, None)?;
+        bar.inc(range.len() as u64);
+        Ok(rendering)
+    })?;
+    bar.finish_and_clear();
+    Ok(rendered)
+}
+
+fn detection_table(detections: &[(&str, Option<Mean>)]) -> String {
+    let head = ["", "images", "face found"].map(String::from);
+    let row = |(style, mean): &(&str, Option<Mean>)| {
+        Some(vec![(*style).into(), mean.as_ref()?.n.to_string(), plain(mean.map(|mean| mean.mean))])
+    };
+    table(&head, &detections.iter().filter_map(row).collect::<Vec<_>>())
+}
+
+fn accuracy_table(list: &[PromptAccuracy], record: &Record) -> String {
+    let head = ["attribute", "images", "prompt accuracy", "classifier on paintings"].map(String::from);
+    let row = |PromptAccuracy { attribute, images, .. }: &PromptAccuracy| {
+        let known = record.attributes.iter().find(|known| known.name == *attribute);
+        vec![
+            (*attribute).to_string(),
+            images.to_string(),
+            accuracy_of(list, attribute),
+            known.map_or("–".into(), |known| format!("{:.2}", known.accuracy)),
+        ]
+    };
+    table(&head, &list.iter().map(row).collect::<Vec<_>>())
+}
