@@ -1,4 +1,4 @@
-//! What the user types. Doc comments here and in [`crate::commands`] are the help text.
+//! The command line. Doc comments here and in [`crate::commands`] are the help text.
 
 use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};

@@ -1,4 +1,4 @@
-//! What can be known about this build and this machine: features, CPU kernels, threads, GPUs, folders.
+//! Diagnostics of this build and this machine: features, CPU kernels, threads, GPUs, folders.
 
 use std::path::Path;
 use std::process::Command;
@@ -25,11 +25,11 @@ pub enum Status {
 pub struct Check {
     /// How good it is.
     pub status: Status,
-    /// What it is about, in a word.
+    /// Subject, one word.
     pub area: &'static str,
-    /// What was found.
+    /// Finding.
     pub text: String,
-    /// What to do about it.
+    /// Remedy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
     /// The same for programs.

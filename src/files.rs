@@ -157,7 +157,7 @@ pub fn refuse_inputs(outputs: &[&Path], inputs: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// What makes two names one file: device and inode.
+/// Identity of a file: device and inode.
 #[cfg(unix)]
 type FileId = (u64, u64);
 #[cfg(unix)]
@@ -167,7 +167,7 @@ fn file_id(path: &Path) -> Option<FileId> {
     Some((data.dev(), data.ino()))
 }
 
-/// What makes two names one file: the path without links.
+/// Identity of a file: the path without links.
 #[cfg(not(unix))]
 type FileId = PathBuf;
 #[cfg(not(unix))]

@@ -1,4 +1,4 @@
-//! What a command prints on standard output.
+//! Standard output of the commands.
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};

@@ -31,7 +31,7 @@ pub fn licence(id: &str) -> Option<&'static str> {
     (id == SDXL).then_some("CreativeML Open RAIL++-M")
 }
 
-/// What a hypernetwork's folder holds.
+/// Contents of a hypernetwork folder.
 const HYPERNET_FILES: [&str; 4] = ["config.json", "dit.safetensors", "lae.safetensors", "stats.safetensors"];
 
 /// The file whose hash stands for a base model.

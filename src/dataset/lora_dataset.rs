@@ -19,7 +19,7 @@ use crate::progress;
 use crate::threads::in_threads;
 use crate::weights::model_folder::ModelFiles;
 
-/// What `build-dataset` wrote.
+/// A dataset folder of `build-dataset`.
 pub struct LoraDataset {
     /// Base, encoders, layout without its `down`s.
     pub header: Header,

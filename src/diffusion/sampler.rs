@@ -113,7 +113,7 @@ impl Sampler {
     /// Whether the sampler and the schedule can do this many steps.
     ///
     /// # Errors
-    /// What [`Sampler::sample`] would say.
+    /// The errors of [`Sampler::sample`], before any work.
     pub fn check(self, schedule: &NoiseSchedule, steps: usize) -> Result<()> {
         match self {
             Self::Ddim => schedule.ddim_steps(steps).map(drop),

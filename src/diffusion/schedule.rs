@@ -1,7 +1,7 @@
 //! How much noise there is at each timestep, and which timesteps a sampler visits.
 //!
 //! Read from a model's `scheduler/scheduler_config.json`; tables are equal to those of diffusers' schedulers (0.42.1).
-//! What is not implemented is refused by its name, because a schedule that is a little wrong still draws images.
+//! Options that are not implemented are errors, because a slightly wrong schedule still generates images.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
@@ -11,13 +11,13 @@ use serde_json::json;
 /// ᾱ_t for t = 0 … T−1, and the formulas that need them.
 #[derive(Clone, Debug)]
 pub struct NoiseSchedule {
-    /// What the table was made from.
+    /// The config of the table.
     pub config: SchedulerConfig,
     /// ᾱ_t = Π (1 − β_i), i ≤ t.
     pub alphas_bar: Vec<f64>,
 }
 
-/// What a network's output means.
+/// Prediction type of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Prediction {
     /// The noise ε in x_t.
@@ -62,7 +62,7 @@ impl NoiseSchedule {
         Ok((scaled(eps, &alphas_bar, f64::sqrt)? - scaled(x0, &alphas_bar, noise_share)?)?)
     }
 
-    /// What the network should have answered. `x0`, `eps` (B, …), `t` (B) → (B, …).
+    /// Training target of the network. `x0`, `eps` (B, …), `t` (B) → (B, …).
     pub fn target(&self, x0: &Tensor, eps: &Tensor, t: &[usize]) -> Result<Tensor> {
         match self.config.prediction_type {
             Prediction::Epsilon => Ok(eps.clone()),
@@ -192,7 +192,7 @@ pub struct SchedulerConfig {
     pub beta_end: f64,
     /// How β grows from the first to the last.
     pub beta_schedule: BetaSchedule,
-    /// What the network's output means.
+    /// Prediction type of the network.
     pub prediction_type: Prediction,
     /// Which of the T timesteps a sampler visits; each sampler has its own default, as in diffusers.
     pub timestep_spacing: Option<Spacing>,

@@ -171,7 +171,7 @@ mod tests {
         let (schedule, shift) = (schedule(), shift(1));
         let noise = normal(6, 0, (4, L), &Device::Cpu).unwrap();
         let fresh = |i: usize| Ok(normal(6, 1 + i as u64, (4, L), &Device::Cpu)?);
-        // The same network, told of z by way of standardised latents.
+        // The same network, which sees z as standardised latents.
         let of_z = |z: &Tensor, t: f64| Ok(shift.colour(&network(&shift.whiten(z)?, t)?)?);
         for eta in [0.0, 0.5, 1.0] {
             let standardised = sampler::ddim(network, noise.clone(), &schedule, 9, eta, fresh).unwrap();

@@ -38,7 +38,7 @@ impl Sigmas {
 /// ρ of the Karras levels; 7 in the paper (table 1).
 const RHO: f64 = 7.0;
 
-/// What diffusers puts in the place of ᾱ = 0, where σ would be infinite: the smallest half-precision number.
+/// diffusers' substitute for ᾱ = 0, where σ would be infinite: the smallest half-precision number.
 const ALMOST_NO_SIGNAL: f64 = 1.0 / 16_777_216.0;
 
 impl NoiseSchedule {

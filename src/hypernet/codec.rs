@@ -167,7 +167,7 @@ impl LoraCodec {
         Ok(self.layout.from_vector(&vector)?)
     }
 
-    /// The mean of all LoRAs that it was trained on: what is known about nobody in particular.
+    /// The mean of all LoRAs that it was trained on: the prediction without a condition.
     pub fn mean_lora(&self) -> Result<Lora> {
         Ok(self.layout.from_vector(&self.standardise.mean().to_device(&Device::Cpu)?.to_vec1::<f32>()?)?)
     }

@@ -1,6 +1,6 @@
 //! Person → latent: mixer and diffusion transformer, sampled with DDIM.
 //!
-//! What is diffused is x_0 = (z − guess) · scale: the latent, less the linear guess where there is one, brought
+//! The diffused variable is x_0 = (z − guess) · scale: the latent, less the linear guess where there is one, brought
 //! to unit power by one factor. In a prototype the transformer on what ridge regression leaves over kept a little
 //! more of a person than one on the whole latent (factor correlation 0.37 against 0.34, within its noise) at a
 //! larger error of the weights; so the guess is optional.
@@ -46,11 +46,11 @@ pub struct DenoiserConfig {
     /// Where the diffusion ends; N(0, I) without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prior: Option<PriorConfig>,
-    /// What made the face embeddings.
+    /// Model of the face embeddings.
     pub face_encoder: ModelId,
-    /// What made the image embeddings.
+    /// Model of the image embeddings.
     pub image_encoder: ModelId,
-    /// What the image encoder is shown and which output is taken.
+    /// Input of the image encoder, and which output is taken.
     #[serde(default, skip_serializing_if = "ImageInput::is_default")]
     pub image_input: ImageInput,
 }
@@ -71,7 +71,7 @@ pub fn diffusion_of_latents() -> SchedulerConfig {
     }
 }
 
-/// What becomes of several samples.
+/// Combination of several samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Choice {
     /// Their mean: nearest to all samples, with less detail than each.
@@ -94,7 +94,7 @@ pub struct SampleOptions {
     pub seed: u64,
     /// Latents that are sampled.
     pub samples: usize,
-    /// What becomes of them.
+    /// How samples are combined.
     pub choice: Choice,
     /// Factor on the latent: how far from the mean LoRA. Regression shrinks towards the mean; more than 1 undoes it.
     pub strength: f64,
@@ -118,7 +118,7 @@ pub struct Denoiser {
     pub dit: Dit,
     /// ScaledRows [face; image] (B, F + I) → z (B, L).
     pub guess: Option<Ridge>,
-    /// What has to be known about embeddings and latents.
+    /// Statistics of embeddings and latents.
     pub stats: DenoiserStats,
     schedule: NoiseSchedule,
     weights: Weights,

@@ -139,7 +139,7 @@ impl Dit {
         })
     }
 
-    /// What it was made from.
+    /// The config of the network.
     pub fn config(&self) -> &DitConfig {
         &self.config
     }

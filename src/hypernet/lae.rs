@@ -274,7 +274,7 @@ impl Lae {
         HashMap::from([("basis".to_string(), pca.basis.clone())])
     }
 
-    /// What it was made from.
+    /// The config of the network.
     pub fn config(&self) -> &LaeConfig {
         &self.config
     }

@@ -32,7 +32,7 @@ pub struct Stage {
     pub fold: usize,
 }
 
-/// What a stage normalises.
+/// Normalisation of a stage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Norm {
@@ -45,7 +45,7 @@ pub enum Norm {
     Layer,
 }
 
-/// What a stage bends.
+/// Activation of a stage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Nonlinearity {

@@ -53,7 +53,7 @@ pub struct Hypernet {
 }
 
 impl Hypernet {
-    /// What a hypernetwork folder says about itself, without its weights: the whole, and the part between a person and a
+    /// The config of a hypernetwork folder, without its weights: the whole, and the part between a person and a
     /// latent.
     ///
     /// # Errors
@@ -121,7 +121,7 @@ impl Hypernet {
         Ok(gates.map(|gates| gates.get(0)?.get(1)?.to_scalar::<f32>()).transpose()?)
     }
 
-    /// Somebody near the person of `z` (1, L): √(1 − a²)·z + a·σ·ε, with σ the deviation of people learnt from. `amount`
+    /// Another person near that of `z` (1, L): √(1 − a²)·z + a·σ·ε, with σ the deviation of people learnt from. `amount`
     /// a from 0, the person, to 1, anybody; both ends are as far from the mean person as people are.
     ///
     /// # Errors
@@ -140,7 +140,7 @@ impl Hypernet {
 
 /// The weighted sum of latents (1, L): a person between people.
 pub fn mixture(parts: &[(Tensor, f64)]) -> Result<Tensor> {
-    let [(first, weight), rest @ ..] = parts else { anyhow::bail!("nobody to mix") };
+    let [(first, weight), rest @ ..] = parts else { anyhow::bail!("no person to mix") };
     // One person alone keeps every bit.
     let first = if *weight == 1.0 { first.clone() } else { (first * *weight)? };
     rest.iter().try_fold(first, |sum, (z, weight)| Ok((sum + (z * *weight)?)?))

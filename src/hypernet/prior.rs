@@ -4,7 +4,7 @@
 //! condition, so that sampling starts close to its end ([`crate::diffusion::shifted`]). Its condition and its samples
 //! share CLIP's space; a face and a LoRA latent do not. So the faces of the training set are clustered, and each
 //! cluster has the mean and the deviation of its members' latents. The same rule, the largest cosine of face and
-//! centroid, chooses in training and in sampling; the transformer is told which Gaussian it is.
+//! centroid, chooses in training and in sampling; the index of the Gaussian is an input of the transformer.
 
 use std::collections::HashMap;
 
@@ -108,7 +108,7 @@ impl Prior {
         Ok(Shift { mean: self.mean.index_select(cluster, 0)?, std })
     }
 
-    /// What a file stores.
+    /// Tensors of a file.
     pub fn tensors(&self) -> HashMap<String, Tensor> {
         HashMap::from([
             ("prior.centroid".to_string(), self.centroids.clone()),

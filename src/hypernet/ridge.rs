@@ -156,7 +156,7 @@ impl Ridge {
         crate::layers::linear(x, &self.weight, Some(&self.bias))
     }
 
-    /// What a file stores: `weight` (out, in) and `bias` (out), each after `prefix` and a dot.
+    /// Tensors of a file: `weight` (out, in) and `bias` (out), each after `prefix` and a dot.
     pub fn tensors(&self, prefix: &str) -> HashMap<String, Tensor> {
         HashMap::from([
             (format!("{prefix}.weight"), self.weight.clone()),

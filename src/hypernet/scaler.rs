@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::row_source::RowSource;
 
-/// What is taken off and what is divided by.
+/// Statistics that are subtracted and divided by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scaling {
@@ -138,7 +138,7 @@ impl StandardScaler {
         &self.mean
     }
 
-    /// What a file stores: `mean` (D), `scale` (blocks), `blocks` (blocks), each after `prefix` and a dot.
+    /// Tensors of a file: `mean` (D), `scale` (blocks), `blocks` (blocks), each after `prefix` and a dot.
     pub fn tensors(&self, prefix: &str) -> Result<HashMap<String, Tensor>> {
         let expanded = self.scale.to_vec1::<f32>()?;
         let mut at = 0;
@@ -179,7 +179,7 @@ impl StandardScaler {
 pub struct ScaledRows<'a> {
     /// As they are stored.
     pub rows: &'a dyn RowSource,
-    /// What is done to each.
+    /// Applied to each row.
     pub standardise: &'a StandardScaler,
 }
 

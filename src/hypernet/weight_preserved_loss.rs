@@ -17,7 +17,7 @@ pub struct LaeLoss {
     pub weight_preserved: Tensor,
 }
 
-/// What the reconstruction pays for.
+/// Distance of the reconstruction term.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Distance {

@@ -20,9 +20,9 @@ use crate::weights::sha256;
 /// A face encoder that is not built in.
 #[derive(Debug)]
 pub struct FaceModel {
-    /// What `--face-encoder` calls it.
+    /// Name for `--face-encoder`.
     pub name: &'static str,
-    /// What it is, in a few words.
+    /// Short description.
     pub about: &'static str,
     /// Under which licence the weights come, as their publisher says.
     pub licence: &'static str,
@@ -104,7 +104,7 @@ pub const BUILT_IN: &str = "mobilefacenet";
 /// The names that `--face-encoder` knows.
 pub const NAMES: &str = "mobilefacenet, sface, antelopev2, buffalo_l, auraface";
 
-/// What is known about a name that is not built in.
+/// A face encoder that is not built in.
 pub fn find(name: &str) -> Option<&'static FaceModel> {
     FACE_MODELS.iter().find(|model| model.name == name)
 }
@@ -197,7 +197,7 @@ fn check(file: &ModelFile, path: &Path, sha256: &str, model: &FaceModel) -> Resu
     Err(Failure::unusable(path, why))
 }
 
-/// The ONNX files of a folder, told apart by their inputs and outputs: one that embeds faces, and SCRFD or, where
+/// The ONNX files of a folder, recognised by their inputs and outputs: one that embeds faces, and SCRFD or, where
 /// there is none, YuNet. Files for other purposes (age, dense landmarks) are passed over.
 fn folder(folder: &Path) -> Result<(Detector, Recogniser)> {
     let entries = std::fs::read_dir(folder).map_err(|error| Failure::unusable(folder, error))?;
@@ -238,7 +238,7 @@ fn folder(folder: &Path) -> Result<(Detector, Recogniser)> {
     Ok((detector, Recogniser::arcface(&name, &recogniser)?))
 }
 
-/// What a network is for, as far as its header tells.
+/// Task of a network, as far as its header shows.
 enum Purpose {
     Detects,
     Recognises,

@@ -54,7 +54,7 @@ impl ImageEncoder {
         self.embed_whole(&self.shown(image, face))
     }
 
-    /// What of an image the network is shown: the [`portrait_crop`], its background blanked where it should be.
+    /// Input of the network: the [`portrait_crop`], with a blank background if configured.
     pub fn shown(&self, image: &Image, face: &Face) -> Image {
         let mut crop = portrait_crop(image, face, self.preprocessor.shortest_edge);
         if self.input.blank_background {
@@ -86,7 +86,7 @@ impl ImageEncoder {
     }
 }
 
-/// What the image encoder is shown, and which of its outputs is the condition.
+/// Input of the image encoder, and the output that is the condition.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageInput {
@@ -270,13 +270,13 @@ impl ClipVision {
         Ok(self.visual_projection.forward(&pooled)?)
     }
 
-    /// What the last layer is given, transformers' `hidden_states[-2]`: `pixels` (B, 3, S, S) → (B, N, D), the class
+    /// Input of the last layer, transformers' `hidden_states[-2]`: `pixels` (B, 3, S, S) → (B, N, D), the class
     /// token first.
     pub fn penultimate(&self, pixels: &Tensor) -> Result<Tensor> {
         Ok(self.hidden(pixels)?.0)
     }
 
-    /// What the last layer is given and what it gives, two of (B, N, D).
+    /// Input and output of the last layer, each (B, N, D).
     fn hidden(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
         let (b, _, h, w) = pixels.dims4()?;
         let side = self.image_size;

@@ -19,7 +19,7 @@ use super::yunet::{PER_CELL, Yunet};
 use crate::failure::Failure;
 use crate::image::{Filter, Image};
 
-/// What was found in an image, and how it was looked for.
+/// Faces found in an image, and the search that found them.
 #[derive(Clone, Debug)]
 pub struct Search {
     /// The faces, the largest first.

@@ -1,4 +1,4 @@
-//! What an ONNX file says about itself before it is run: inputs, outputs and the names of its first nodes.
+//! Header of an ONNX file, read before it is run: inputs, outputs and the names of its first nodes.
 //!
 //! The file is one protobuf message (`onnx.proto3`): ModelProto.graph = 7; GraphProto.node = 1, initializer = 5,
 //! input = 11, output = 12; NodeProto.input = 1, name = 3, op_type = 4; TensorProto.data_type = 2, name = 8,
@@ -15,9 +15,9 @@ const FIRST_NODES: usize = 8;
 /// Inputs, outputs and first nodes of a graph.
 #[derive(Clone, Debug, Default)]
 pub struct Header {
-    /// What has to be given to the network; weights that old files list among the inputs are left out.
+    /// Inputs of the network, without weights that old files list among them.
     pub inputs: Vec<Port>,
-    /// What the network gives.
+    /// Outputs of the network.
     pub outputs: Vec<Port>,
     /// Names of the first eight nodes.
     pub first_nodes: Vec<String>,

@@ -1,11 +1,11 @@
-//! Several photos of one person → one direction, without the photos that show somebody else.
+//! Several photos of one person → one direction, without the photos that show another person.
 //!
 //! Each photo is held against the mean of the others. Of the recognisers here, photos of one person taken years apart
 //! have cosines of 0.53 and more, of two people 0.23 and less; [`SAME_PERSON`] lies between.
 
 use super::cosine;
 
-/// A photo whose cosine to the mean of the others is lower shows somebody else.
+/// A photo whose cosine to the mean of the others is lower shows another person.
 pub const SAME_PERSON: f32 = 0.3;
 
 /// A photo that was left out.
@@ -17,7 +17,7 @@ pub struct Outlier {
     pub cosine: f32,
 }
 
-/// The photos that show somebody else, in the order in which they are left out: the least like the others first,
+/// The photos that show another person, in the order in which they are left out: the least like the others first,
 /// until all that remain are alike. Two photos cannot tell which of them is wrong, so two always remain.
 pub fn outliers(faces: &[Vec<f32>]) -> Vec<Outlier> {
     let mut kept: Vec<usize> = (0..faces.len()).collect();

@@ -29,7 +29,7 @@ struct Photo {
     named: bool,
 }
 
-/// What was seen in the photos.
+/// Result of reading the photos.
 #[derive(Debug)]
 pub struct Seen<T> {
     /// In the order of the photos.
@@ -73,7 +73,7 @@ impl Photos {
     fn add(&mut self, files: Vec<PathBuf>) -> bool {
         let mut any = false;
         for path in files {
-            // Images of kinds that are not read are tried, so that the reason is told.
+            // Images of kinds that are not read are tried, so that the error gives the reason.
             let other = ["avif", "heic", "heif", "jxl"];
             let candidate = has_image_name(&path)
                 || path.extension().is_some_and(|e| other.iter().any(|other| e.eq_ignore_ascii_case(other)));
@@ -127,7 +127,7 @@ impl Photos {
     /// at the end.
     ///
     /// # Errors
-    /// What is wrong with the first named file that will not do, or with all files when none will.
+    /// The error of the first named file that cannot be used, or of all files when none can.
     pub fn look<T: Send>(&self, look: impl Fn(usize, &Path, &Image) -> Result<T> + Sync) -> Result<Seen<T>> {
         let bar = progress::bar(self.photos.len() as u64, "faces");
         let one = |(at, photo): (usize, &Photo)| -> Result<T> {

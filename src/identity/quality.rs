@@ -1,4 +1,4 @@
-//! How good a photo is as a reference of somebody's face, and what to do about it.
+//! How good a photo is as a reference of a face, and what to do about it.
 
 use serde::Serialize;
 
@@ -6,7 +6,7 @@ use super::Face;
 use super::align::{SIDE, TEMPLATE, align};
 use crate::image::Image;
 
-/// What can be seen of a face without knowing whose it is.
+/// Quality of a face, independent of identity.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Quality {
     /// Width of the face's box in pixels of the image.
@@ -63,7 +63,7 @@ impl Quality {
         }
     }
 
-    /// What will make the likeness suffer, each with what helps; empty for a good photo.
+    /// Problems that reduce the likeness, each with a remedy; empty for a good photo.
     pub fn hints(&self) -> Vec<String> {
         let mut hints = Vec::new();
         if self.width < SMALL {

@@ -19,7 +19,7 @@ use crate::image::Image;
 /// A face recogniser.
 pub struct Recogniser {
     network: Network,
-    /// What is taken from a byte, and what the rest is divided by, before it enters the network.
+    /// Mean and scale of the input: a byte b enters the network as (b − mean) / scale.
     shift_and_scale: (f32, f32),
     /// See [`Recogniser::same_person`].
     same_person: f32,
@@ -61,7 +61,7 @@ impl Recogniser {
             check_ports(&header)?;
             let shift_and_scale = shift_and_scale(&header);
             let recogniser = Self { network, shift_and_scale, same_person: SAME_BY_ARCFACE };
-            // One run, so that an output of another shape is told before the work.
+            // One run, so that an output of another shape is an error before the work.
             let width = recogniser.embed_aligned(&Image::filled(SIDE, SIDE, [127; 3]))?.len();
             ensure!(
                 (64..=4096).contains(&width),

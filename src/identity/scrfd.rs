@@ -25,7 +25,7 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// What the number of outputs tells, as in insightface.
+    /// Architecture by the number of outputs, as in insightface.
     ///
     /// # Errors
     /// Other numbers of outputs, and files without landmarks.

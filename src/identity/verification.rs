@@ -14,7 +14,7 @@ pub struct Pairs {
     pub impostor: Vec<f32>,
 }
 
-/// What [`Pairs::verify`] finds.
+/// Result of [`Pairs::verify`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Verification {
     /// Probability that a genuine pair is more alike than an impostor pair.
@@ -49,7 +49,7 @@ pub struct Spread {
 }
 
 impl Pairs {
-    /// All pairs of `vectors` (unit vectors), told apart by the `person` of each.
+    /// All pairs of `vectors` (unit vectors), labelled by the `person` of each.
     pub fn of<P: PartialEq>(vectors: &[Vec<f32>], person: &[P]) -> Self {
         let mut pairs = Self::default();
         for (a, one) in vectors.iter().enumerate() {

@@ -294,7 +294,7 @@ impl Rows<'_> {
     }
 }
 
-/// Weighted sums of rows: a 1×1 convolution, or one whose taps are told.
+/// Weighted sums of rows: a 1×1 convolution, or one with the given taps.
 #[derive(Default)]
 struct Products {
     /// (outputs / OUTPUTS, inputs, OUTPUTS)

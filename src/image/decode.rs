@@ -144,7 +144,7 @@ fn jpeg_is_whole(bytes: &[u8]) -> bool {
     false
 }
 
-/// Whether the file holds more than one frame. What cannot be read counts as one: decoding has told what is wrong.
+/// Whether the file holds more than one frame. What cannot be read counts as one: decoding reports the error.
 fn is_animated(bytes: &[u8]) -> bool {
     let file = || Cursor::new(bytes);
     match image::guess_format(bytes) {

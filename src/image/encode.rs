@@ -80,7 +80,7 @@ pub enum FileFormat {
 }
 
 impl FileFormat {
-    /// What the extension of `path` stands for.
+    /// Format by the extension of `path`.
     ///
     /// # Errors
     /// [`Failure::Usage`] when it is none of these.

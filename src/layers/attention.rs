@@ -215,7 +215,7 @@ struct Head<'a> {
     causal: bool,
 }
 
-/// What a block of queries has gathered from the keys so far (Dao et al. 2022, FlashAttention, arXiv 2205.14135).
+/// Running softmax state of a block of queries (Dao et al. 2022, FlashAttention, arXiv 2205.14135).
 struct Gathered {
     /// The largest score of each query.
     top: Vec<f32>,

@@ -14,7 +14,7 @@ pub struct ClipTransformer {
     layers: Vec<ClipLayer>,
 }
 
-/// What fixes the shape of a [`ClipTransformer`]; the names are those of a CLIP `config.json`.
+/// Sizes of a [`ClipTransformer`]; the names are those of a CLIP `config.json`.
 #[derive(Clone, Copy, Debug)]
 pub struct ClipTransformerSizes {
     /// Width of a token, D.
@@ -39,7 +39,7 @@ impl ClipTransformer {
         Ok(Self { layers })
     }
 
-    /// What the last layer is given and what it gives: `x` (B, N, D) → two of (B, N, D), `hidden_states[-2]` and
+    /// Input and output of the last layer: `x` (B, N, D) → two of (B, N, D), `hidden_states[-2]` and
     /// `[-1]` of transformers.
     pub fn forward(&self, x: &Tensor, causal: bool) -> Result<(Tensor, Tensor)> {
         let (mut before, mut x) = (x.clone(), x.clone());

@@ -22,7 +22,7 @@ use crate::layers::cpu;
 pub enum Pass {
     /// The first: the output is wanted.
     Forward,
-    /// In the backward pass: gradients alone are wanted, and nobody reads the values of the output.
+    /// In the backward pass: only gradients are needed; the values of the output are not read.
     Recompute,
 }
 
@@ -76,9 +76,9 @@ struct Segment {
     inputs: Vec<Tensor>,
     /// Which of them need a gradient.
     tracked: Vec<bool>,
-    /// What is trained inside the piece.
+    /// Variables trained inside the segment.
     variables: Vec<Tensor>,
-    /// What the piece gave, until it is taken into the graph.
+    /// Output of the segment, until it is taken into the graph.
     result: Mutex<Option<Tensor>>,
 }
 

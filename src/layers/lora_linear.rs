@@ -316,7 +316,7 @@ mod tests {
     fn it_is_the_layer_and_the_adapter_one_by_one() -> Result<()> {
         let draw = |i: u64, shape: &[usize]| normal(7, i, shape, &Device::Cpu);
         let rank = 2;
-        // Nobody's own factors, people with and without a `down` of their own; sizes with and without kernels of their
+        // No factors, people with and without a `down` of their own; sizes with and without kernels of their
         // own.
         let shapes = |[k, n]: [usize; 2]| {
             [

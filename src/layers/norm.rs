@@ -102,7 +102,7 @@ impl Module for GroupNorm {
     }
 }
 
-/// What a [`GroupNorm`] divides by, where an image is worked on in parts.
+/// Statistics of a [`GroupNorm`], for an image that is processed in parts.
 #[derive(Clone, Debug)]
 pub struct GroupStatistics {
     /// (B, groups, 1)

@@ -204,7 +204,7 @@ impl Sizes {
     /// A patch `x` (B, width) along its rows, into its part of the latents `z` (B, L).
     ///
     /// # Safety
-    /// Nobody else writes that part.
+    /// No other thread writes that part.
     unsafe fn project(&self, span: &Span, x: &[f32], basis: &[f32], z: Shared) {
         let x = Matrix { values: x, row: span.width, column: 1 };
         let basis = Matrix { values: basis, row: 1, column: self.patch };
@@ -269,7 +269,7 @@ fn cut(x: &mut [f32], span: &Span) {
 }
 
 /// # Safety
-/// `to` has the `length` values of a patch in B rows of P, which nobody else writes.
+/// `to` has the `length` values of a patch in B rows of P, which no other thread writes.
 unsafe fn scatter(from: &[f32], span: &Span, sizes: &Sizes, to: Shared) {
     for (sample, row) in from.chunks_exact(span.width).enumerate() {
         // SAFETY: promised by the caller.

@@ -11,7 +11,7 @@
 pub unsafe fn let_waiting_threads_sleep() {
     const LIMIT: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
     if std::env::var_os(LIMIT).is_none() {
-        // SAFETY: the caller promises that this is the only thread, so nobody reads the environment meanwhile.
+        // SAFETY: the caller promises that this is the only thread, so no other thread reads the environment meanwhile.
         unsafe { std::env::set_var(LIMIT, "500") };
     }
 }

@@ -14,14 +14,14 @@ pub enum Layer<'a> {
     Conv(&'a mut Conv2d),
     /// GroupNorm or LayerNorm; both (C).
     Norm {
-        /// What the normalised values are matmul by.
+        /// Scale of the normalised values.
         weight: &'a mut Tensor,
-        /// What is then added.
+        /// Shift.
         bias: &'a mut Tensor,
     },
 }
 
-/// What a network calls with each of its layers and its path.
+/// Visitor: called by a network with each of its layers and its path.
 pub type Visit<'a> = dyn FnMut(&str, Layer) + 'a;
 
 impl Layer<'_> {

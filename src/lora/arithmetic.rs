@@ -131,7 +131,7 @@ pub fn sum(
         metadata: files.first().map(|(adapters, _)| adapters.metadata.clone()).unwrap_or_default(),
         ..AdapterFile::default()
     };
-    let mut told = BTreeMap::new();
+    let mut kept_energy = BTreeMap::new();
     let modules: BTreeSet<&String> = files.iter().flat_map(|(adapters, _)| adapters.modules.keys()).collect();
     for module in modules {
         let mut deltas: Vec<(Delta, f64)> = Vec::new();
@@ -157,9 +157,9 @@ pub fn sum(
         let whole = Delta { thin, target, dtype: dtype.unwrap_or(DType::F32), bias };
         let (adapter, kept) = shorten(&whole, keep)?;
         sum.modules.insert(module.clone(), adapter);
-        told.insert(module.clone(), kept);
+        kept_energy.insert(module.clone(), kept);
     }
-    Ok((sum, told))
+    Ok((sum, kept_energy))
 }
 
 /// Shortens every module; see [`sum`].

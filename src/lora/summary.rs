@@ -21,7 +21,7 @@ pub struct Summary {
     pub ranks: BTreeMap<usize, usize>,
     /// Modules of each alpha, where a kind has one; it is the rank where the file tells none.
     pub alphas: BTreeMap<String, usize>,
-    /// Modules whose alpha is not told by the file.
+    /// Modules whose alpha is not in the file.
     pub without_alpha: usize,
     /// Modules of `unet`, `text_encoder`, `text_encoder_2`.
     pub parts: BTreeMap<String, usize>,

@@ -108,7 +108,7 @@ pub struct DatasetBuilder {
     pub lock: FolderLock,
 }
 
-/// What one person's files are made from.
+/// Everything that one person's files are written from.
 struct Finished {
     person: Person,
     lora: Lora,

@@ -78,7 +78,7 @@ fn unet_of(files: &ModelFiles) -> Value {
     files.json("unet/config.json").unwrap_or_default()
 }
 
-/// What a `model_index.json` is of, when not of an SDXL; `unet` is the UNet's config.
+/// The model family of a `model_index.json` that is not SDXL; `unet` is the UNet's config.
 fn of_index(index: &Value, unet: &Value) -> Option<String> {
     let class = index["_class_name"].as_str().unwrap_or_default();
     let width = unet["cross_attention_dim"].as_u64();
@@ -105,7 +105,7 @@ fn of_index(index: &Value, unet: &Value) -> Option<String> {
     Some(it.to_string())
 }
 
-/// What a single file is, by its tensors, when not an SDXL.
+/// The model family of a single file that is not SDXL, by its tensors.
 pub(super) fn of_tensors(shapes: &Shapes) -> Option<String> {
     let any = |part: &str| shapes.keys().any(|name| name.contains(part));
     let starts = |prefix: &str| shapes.keys().any(|name| name.starts_with(prefix));

@@ -17,7 +17,7 @@ use super::text::{ClipTextConfig, ClipTextModel};
 use super::unet::{UNet, UNetConfig};
 use super::vae::{Vae, VaeConfig};
 
-/// What a part of a model holds and does.
+/// Parameters and MACs of a part of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Cost {
     /// Numbers in its weights.

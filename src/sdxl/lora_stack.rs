@@ -182,7 +182,7 @@ impl LoraStack {
     }
 }
 
-/// What A1111 calls a LoRA's hash: SHA-256 of a `.safetensors` behind its header, so that other metadata does not
+/// A1111's hash of a LoRA: SHA-256 of a `.safetensors` behind its header, so that other metadata does not
 /// change it (`modules/hashes.py`, `addnet_hash_safetensors`).
 fn lora_hash(bytes: &[u8]) -> String {
     let header = bytes.first_chunk::<8>().map_or(0, |length| u64::from_le_bytes(*length) as usize);

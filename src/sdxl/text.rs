@@ -73,7 +73,7 @@ impl TextEncoders {
         Ok((ids(&self.tokenizer)?, ids(&self.tokenizer_2)?))
     }
 
-    /// What stands for no text at all where a model wants zeros: as [`TextEncoders::encode_prompts`] of one prompt.
+    /// The unconditional embeddings of models that want zeros: as [`TextEncoders::encode_prompts`] of one prompt.
     pub fn zeros(&self) -> Result<TextConditioning> {
         let device = self.encoder.device();
         let dtype = compute_dtype(self.encoder.token_embedding.dtype(), device);
@@ -180,12 +180,12 @@ impl ClipTextConfig {
     }
 }
 
-/// What a text encoder says of B prompts of N tokens.
+/// Output of a text encoder for B prompts of N tokens.
 #[derive(Clone, Debug)]
 pub struct ClipTextOutput {
-    /// What the last layer is given, without the final norm: `hidden_states[-2]`, (B, N, D).
+    /// Input of the last layer, without the final norm: `hidden_states[-2]`, (B, N, D).
     pub penultimate: Tensor,
-    /// What the last layer gives, after the final norm, (B, N, D).
+    /// Output of the last layer, after the final norm, (B, N, D).
     pub last: Tensor,
     /// `last` at the end-of-text token, projected where the model has a projection: (B, P), or (B, D).
     pub pooled: Tensor,

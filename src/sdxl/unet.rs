@@ -193,8 +193,8 @@ impl Depths {
 }
 
 impl UNetConfig {
-    /// Whether guidance takes a second pass without the prompt. A model that was distilled with guidance is told the
-    /// scale instead.
+    /// Whether guidance takes a second pass without the prompt. A model that was distilled with guidance takes the
+    /// scale as an input instead.
     pub fn takes_two_passes(&self, guidance_scale: f64) -> bool {
         guidance_scale > 1.0 && self.time_cond_proj_dim.is_none()
     }
@@ -375,7 +375,7 @@ impl UNet {
         })
     }
 
-    /// What the model predicts for noisy latents: noise or velocity, as its scheduler config says.
+    /// Prediction for noisy latents: noise or velocity, by its scheduler config.
     ///
     /// # Shapes
     /// `latents` (B, C, H, W), `timesteps` (B) f32, `context` (B, N, D) text tokens, `pooled` (B, P),
@@ -391,7 +391,7 @@ impl UNet {
         self.forward_watched(latents, timesteps, context, pooled, time_ids, None, &mut |_, _| {})
     }
 
-    /// [`UNet::forward`] for models that were distilled with guidance: `guidance_scale` is what they are told, and has
+    /// [`UNet::forward`] for models that were distilled with guidance: `guidance_scale` is their input, and has
     /// no part in others.
     pub fn forward_guided(
         &self,
@@ -491,7 +491,7 @@ impl UNet {
 /// Two linear layers with SiLU between.
 #[derive(Clone, Debug)]
 struct Embedding {
-    /// What the guidance scale adds to the input.
+    /// Embedding of the guidance scale, added to the timestep's.
     cond_proj: Option<Linear>,
     linear_1: Linear,
     linear_2: Linear,

@@ -220,7 +220,7 @@ impl Vae {
         self.decoder.conv_in.weight.dtype()
     }
 
-    /// What the encoder gives, as the diffusion model wants it: (z − shift) · scaling_factor. (B, C, h, w) → same.
+    /// Output of the encoder, scaled for the diffusion model: (z − shift) · scaling_factor. (B, C, h, w) → same.
     pub fn to_latents(&self, z: &Tensor) -> Result<Tensor> {
         let (shift, scale) = self.shift_and_scale(z)?;
         Ok(z.broadcast_sub(&shift)?.broadcast_mul(&scale)?)
@@ -358,7 +358,7 @@ impl Decoder {
 }
 
 impl Decoder {
-    /// What `forward` gives, see [`Vae::decode_in_strips`].
+    /// Output of `forward`, see [`Vae::decode_in_strips`].
     fn forward_in_strips(&self, z: &Tensor, pixels: usize) -> Result<Tensor> {
         let x = self.mid_block.forward(&self.conv_in.forward(z)?)?;
         let mut strips = split(&x, pixels)?;
@@ -498,7 +498,7 @@ impl Resnet {
 }
 
 impl Resnet {
-    /// What `forward` gives, on an image in strips.
+    /// Output of `forward`, on an image in strips.
     fn forward_in_strips(&self, x: Vec<Tensor>) -> Result<Vec<Tensor>> {
         let statistics = self.norm1.statistics(&x)?;
         let h = convolve(&self.conv1, x.clone(), |x| Ok(self.norm1.forward_silu_with(x, &statistics)?))?;

@@ -62,7 +62,7 @@ impl AttributeClassifier {
         Ok(self.rows(images)?.iter().map(|row| factors(self.world, row)).collect())
     }
 
-    /// What it was measured to be on people that it had not seen.
+    /// Accuracy on held-out people.
     pub fn record(&self) -> &Record {
         &self.record
     }
@@ -214,7 +214,7 @@ impl Record {
     }
 }
 
-/// What is to be seen in an image: labels as [`World::labels`] gives them, and the factors of the person.
+/// Targets of an image: labels as [`World::labels`] gives them, and the factors of the person.
 pub type Truth = (Vec<usize>, [f32; Identity::COUNT]);
 
 /// Outputs of the network.

@@ -15,10 +15,10 @@ use crate::synthetic::people::{
     Scene, Style, stream,
 };
 
-/// What a caption says and what it leaves out.
+/// Content of a caption.
 #[derive(Clone, Copy, Debug)]
 pub struct CaptionOptions<'a> {
-    /// What the person is called: `person`, or `sks person` for the person of a LoRA.
+    /// Subject of the caption: `person`, or `sks person` for the person of a LoRA.
     pub subject: &'a str,
     /// At most so many words about the identity, chosen at random; 0 for none.
     pub attributes: usize,
@@ -95,7 +95,7 @@ const SKIN_WORDS: &[&str] = &["pale skin", "tan skin", "dark skin"];
 const FACE_WORDS: &[&str] = &["narrow face", "oval face", "wide face"];
 const FRECKLES: &str = "freckles";
 
-/// What a caption can say about who somebody is.
+/// Words that describe the person.
 pub fn identity_words(identity: &Identity) -> Vec<&'static str> {
     let mut words = vec![identity.hair_style_kind().word()];
     if identity.hair_style_kind() != HairStyle::Bald {
@@ -164,7 +164,7 @@ mod tests {
         let options = CaptionOptions { attributes: 2, drop: 0.5, ..Default::default() };
         assert_eq!(caption(&person, &scene, options, 4), caption(&person, &scene, options, 4));
         let text = caption(&person, &scene, options, 4);
-        let told = identity_words(&person.identity).into_iter().filter(|word| text.contains(word)).count();
-        assert!(told >= 2, "{text}");
+        let named = identity_words(&person.identity).into_iter().filter(|word| text.contains(word)).count();
+        assert!(named >= 2, "{text}");
     }
 }

@@ -5,7 +5,7 @@
 //! ```
 //! for example `a watercolour of a person, long narrow nose, very pale skin, in red cap, at the beach`. A part is a
 //! noun with its adjectives; adjectives grade a factor of the identity in five levels, of which the middle has none.
-//! What a caption leaves out is random; but glasses, hats, turned heads and the like are never left out, since a
+//! The parts that a caption leaves out are random; but glasses, hats, turned heads and the like are never left out, since a
 //! model that meets them unnamed paints them anywhere.
 
 use rand::Rng;
@@ -119,7 +119,7 @@ const NOUNS: &[&str] = &[
     "goatee",
 ];
 
-/// What must not be left out.
+/// Parts that every caption has.
 fn needed_parts(scene: &Scene, varied: bool, rng: &mut impl Rng) -> Vec<String> {
     let mut parts = Vec::new();
     let either = |one: String, other: String, rng: &mut dyn rand::RngCore| {
@@ -170,7 +170,7 @@ fn clothing(scene: &Scene, varied: bool, rng: &mut impl Rng) -> String {
     }
 }
 
-/// What is said about who somebody is: one part for each noun that there is something to say about.
+/// The identity in words: one part for each noun whose factor is not average.
 pub fn graded_words(identity: &Identity) -> Vec<String> {
     let who = identity;
     let mut parts = Vec::new();

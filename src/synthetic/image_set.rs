@@ -95,7 +95,7 @@ impl PaintedImages {
         self.settings.world.caption(&person, &scene, self.settings.full_captions, self.settings.drop, rng)
     }
 
-    /// Who is in image `number`, and in which scene.
+    /// Person and scene of image `number`.
     pub fn subject(&self, number: usize) -> (Person, Scene) {
         let (person, image) = (number as u64 / self.settings.each, number as u64 % self.settings.each);
         let person = Person::new(self.settings.seed, self.settings.first + person);

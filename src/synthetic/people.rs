@@ -1,4 +1,4 @@
-//! Who is painted and in which scene: identity factors stay with a person, scenes change.
+//! People and scenes: identity factors are those of a person, scenes change from image to image.
 //!
 //! Everything is drawn from ChaCha8 under a key of (seed, what for, person, image), so that person 7
 //! is the same whether or not persons 1 to 6 were ever drawn.
@@ -14,7 +14,7 @@ pub struct Person {
     pub seed: u64,
     /// Number within the population.
     pub number: u64,
-    /// What stays the same in all of the person's images.
+    /// Factors shared by all images of the person.
     pub identity: Identity,
 }
 
@@ -30,7 +30,7 @@ impl Person {
 /// Declares [`Identity`] and the same factors as an array with names.
 macro_rules! identity_factors {
     ($count:literal: $($(#[$doc:meta])* $name:ident,)*) => {
-        /// What makes a person: factors in [0, 1], a few of them read as categories.
+        /// Identity of a person: factors in [0, 1], a few of them read as categories.
         #[derive(Clone, Debug, PartialEq, Serialize)]
         pub struct Identity { $($(#[$doc])* pub $name: f32,)* }
 
@@ -123,10 +123,10 @@ macro_rules! choices {
         impl $kind {
             /// Every choice, in the order of its class number.
             pub const ALL: &'static [Self] = &[$(Self::$variant),*];
-            /// What captions call the choices, in the same order.
+            /// Words of the choices in captions, in the same order.
             pub const WORDS: &'static [&'static str] = &[$($word),*];
 
-            /// What captions call it.
+            /// Word in captions.
             pub fn word(self) -> &'static str {
                 Self::WORDS[self as usize]
             }
@@ -165,7 +165,7 @@ choices! {
     Beard { None => "no beard", Moustache => "moustache", Full => "beard", Goatee => "goatee", }
 }
 choices! {
-    /// What the face expresses.
+    /// Expression of the face.
     Expression { Neutral => "neutral", Smiling => "smiling", Surprised => "surprised", Sad => "sad", }
 }
 choices! {
@@ -173,11 +173,11 @@ choices! {
     Facing { Ahead => "facing ahead", Left => "facing left", Right => "facing right", }
 }
 choices! {
-    /// What is on the nose.
+    /// Glasses.
     Glasses { None => "no glasses", Clear => "glasses", Dark => "sunglasses", }
 }
 choices! {
-    /// What is on the head.
+    /// Hat.
     Hat { None => "no hat", Cap => "cap", Beanie => "beanie", }
 }
 choices! {
@@ -190,18 +190,18 @@ choices! {
     }
 }
 choices! {
-    /// What is behind the person.
+    /// Background.
     Backdrop {
         Plain => "plain", Beach => "beach", Forest => "forest", City => "city", Mountains => "mountains",
         Night => "night", Library => "library",
     }
 }
 choices! {
-    /// What covers the shoulders.
+    /// Clothing.
     Clothing { Shirt => "shirt", Suit => "suit", Hoodie => "hoodie", Striped => "striped shirt", }
 }
 choices! {
-    /// What the person holds.
+    /// Held object.
     Held { Nothing => "nothing", Cup => "cup", Flower => "flower", Book => "book", }
 }
 choices! {
@@ -255,16 +255,16 @@ impl Identity {
     }
 }
 
-/// What changes from image to image. Fields are public: `Scene { style: Style::Photo, ..scene }`.
+/// A scene: everything that changes from image to image. Fields are public: `Scene { style: Style::Photo, ..scene }`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Scene {
-    /// What the face expresses.
+    /// Expression of the face.
     pub expression: Expression,
     /// Turn of the head in radians, negative to the left of the image, within ±0.4.
     pub yaw: f32,
-    /// What is on the nose.
+    /// Glasses.
     pub glasses: Glasses,
-    /// What is on the head.
+    /// Hat.
     pub hat: Hat,
     /// Colour of the background.
     pub background: Colour,
@@ -284,13 +284,13 @@ pub struct Scene {
     pub noise: f32,
     /// Seed of the grain.
     pub grain: u64,
-    /// What is behind the person; only a plain one has the colour `background`.
+    /// Background; only a plain one has the colour `background`.
     #[serde(skip_serializing_if = "Backdrop::is_first")]
     pub backdrop: Backdrop,
-    /// What covers the shoulders.
+    /// Clothing.
     #[serde(skip_serializing_if = "Clothing::is_first")]
     pub clothing: Clothing,
-    /// What the person holds.
+    /// Held object.
     #[serde(skip_serializing_if = "Held::is_first")]
     pub held: Held,
     /// Colour and place of the light.
@@ -437,7 +437,7 @@ impl Scene {
         }
     }
 
-    /// What a caption can say about the scene, as class numbers in the order of [`Scene::class_words`].
+    /// Attributes of the scene as class numbers in the order of [`Scene::class_words`].
     pub fn classes(&self) -> [usize; Self::CLASSES] {
         [
             self.expression as usize,

@@ -59,7 +59,7 @@ impl World {
         }
     }
 
-    /// What an image shows in classes. The first six are those of [`Scene::class_words`]; the aligned world has more
+    /// Attributes of an image as classes. The first six are those of [`Scene::class_words`]; the aligned world has more
     /// styles and backgrounds after the first ones, and more attributes.
     pub fn attributes(self) -> Vec<Attribute> {
         let mut list: Vec<Attribute> =

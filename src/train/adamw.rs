@@ -238,7 +238,7 @@ struct Blend {
 struct Update {
     /// β₁ and β₂.
     betas: [f32; 2],
-    /// What the gradient and its square are multiplied by; clipping is in it.
+    /// Factors of the gradient and of its square, clipping included.
     take: [f32; 2],
     /// 1 − η λ
     keep: f32,

@@ -21,7 +21,7 @@ pub struct Checkpoint {
     tensors: HashMap<String, Tensor>,
 }
 
-/// What the metadata says, under the key `training`.
+/// The metadata entry `training`.
 #[derive(Serialize, Deserialize)]
 struct Header {
     step: u64,

@@ -52,7 +52,7 @@ pub fn is_main_process() -> bool {
 
 /// How many processes the environment names, before they have met; 1 where it names none.
 pub fn world_size() -> usize {
-    // What is wrong with the variable is told when the group is joined.
+    // Joining the group reports what is wrong with the variable.
     number("WORLD_SIZE").ok().flatten().unwrap_or(1).max(1)
 }
 

@@ -1,4 +1,4 @@
-//! What a step of training computes: a loss, figures for the log, and gradients.
+//! Results of a training step: a loss, figures for the log, and gradients.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use candle_core::Tensor;
 /// Gradients by the name of their variable.
 pub type Gradients = BTreeMap<String, Tensor>;
 
-/// What one shard found.
+/// Result of one shard.
 pub struct Loss {
     /// Mean over the samples of the shard, a scalar with its graph.
     pub value: Tensor,

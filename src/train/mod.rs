@@ -46,7 +46,7 @@ pub fn normal(rng: &mut impl Rng, shape: &Shape, device: &Device) -> candle_core
 /// No other thread may run yet: the environment is changed.
 pub unsafe fn single_threaded_kernels() {
     if std::env::var_os("RAYON_NUM_THREADS").is_none() {
-        // SAFETY: the caller promises that this is the only thread, so nobody reads the environment meanwhile.
+        // SAFETY: the caller promises that this is the only thread, so no other thread reads the environment meanwhile.
         unsafe { std::env::set_var("RAYON_NUM_THREADS", "1") };
     }
 }

@@ -20,12 +20,12 @@ pub fn gpu(gradients: &Gradients) -> Option<CudaDevice> {
     }
 }
 
-/// What the first process tells the others, so that they find each other.
+/// Sent by the first process to the others, so that they find each other.
 pub type Name = [u8; 128];
 
 /// A new one.
 pub fn name() -> Result<Name> {
-    let id = Id::new().map_err(told).context("NCCL cannot begin")?;
+    let id = Id::new().map_err(nccl_error).context("NCCL cannot begin")?;
     Ok(id.internal().map(|byte| byte as u8))
 }
 
@@ -41,13 +41,13 @@ impl Gpus {
     /// Waits for all `world` processes, each with a GPU of its own.
     ///
     /// # Errors
-    /// What NCCL says, for example of two processes that have the same GPU.
+    /// NCCL's error, for example of two processes that have the same GPU.
     pub fn init(gpu: &CudaDevice, rank: usize, world: usize, name: &Name) -> Result<Self> {
         let stream = gpu.cuda_stream();
         // NCCL takes the device of the thread.
         stream.context().bind_to_thread()?;
         let id = Id::uninit(name.map(|byte| byte as std::ffi::c_char));
-        let comm = Comm::from_rank(stream, rank, world, id).map_err(told).with_context(|| {
+        let comm = Comm::from_rank(stream, rank, world, id).map_err(nccl_error).with_context(|| {
             format!("rank {rank} of {world}: the GPUs cannot be joined; each process needs one of its own")
         })?;
         Ok(Self { comm })
@@ -88,7 +88,7 @@ impl InplaceOp1 for Mean<'_> {
             CudaStorageSlice::F32(values) if layout.contiguous_offsets() == Some((0, values.len())) => {
                 match self.0.all_reduce_in_place(values, &ReduceOp::Avg) {
                     Ok(_) => Ok(()),
-                    Err(error) => candle_core::bail!("NCCL: {}", told(error)),
+                    Err(error) => candle_core::bail!("NCCL: {}", nccl_error(error)),
                 }
             }
             _ => candle_core::bail!("NCCL takes a whole tensor of f32, not {layout:?}"),
@@ -97,6 +97,6 @@ impl InplaceOp1 for Mean<'_> {
 }
 
 /// cudarc's error, which does not show its code.
-fn told(error: NcclError) -> anyhow::Error {
+fn nccl_error(error: NcclError) -> anyhow::Error {
     anyhow!("{:?}; NCCL_DEBUG=INFO tells more", error.0)
 }

@@ -15,7 +15,7 @@ use crate::train::gradients::Gradients;
 /// The figure that counts the optimiser's steps where some were left out.
 const UPDATES: &str = "updates";
 
-/// What changes as a run goes on: weights, their moments and averages, and the number of steps.
+/// Mutable state of a run: weights, their moments and averages, and the number of steps.
 pub struct State {
     vars: BTreeMap<String, Var>,
     optimiser: AdamW,

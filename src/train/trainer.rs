@@ -84,7 +84,7 @@ pub enum Outcome {
         /// Steps made.
         step: u64,
     },
-    /// [`run_until`] was told that more steps would not help.
+    /// `after` stopped [`run_until`]: more steps would not help.
     Stopped {
         /// Steps made.
         step: u64,

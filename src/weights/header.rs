@@ -19,7 +19,7 @@ const LONGEST_HEADER: u64 = 100_000_000;
 /// Above this a metadata value is no text about the file; the longest in use, tag statistics, stay below 2 MB.
 const LONGEST_VALUE: usize = 16 << 20;
 
-/// What a safetensors file says of itself.
+/// Header of a safetensors file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Header {
     /// `__metadata__`.
@@ -60,7 +60,7 @@ pub enum Storage {
     Bool,
 }
 
-/// What can be wrong with a file as such.
+/// Errors of a file as such.
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {
     /// No bytes.
@@ -90,7 +90,7 @@ pub enum HeaderError {
     Entry {
         /// The key.
         key: String,
-        /// What is wrong.
+        /// The reason.
         why: String,
     },
     /// The tensors' bytes are not all there, or more than those.
@@ -180,7 +180,7 @@ impl Header {
         header
     }
 
-    /// What stands in a file before its tensors, which follow in the order of [`Header::tensors`]. Keys are sorted, so
+    /// The bytes of a file before its tensors, which follow in the order of [`Header::tensors`]. Keys are sorted, so
     /// that equal headers have equal bytes; the `safetensors` crate keeps metadata in a hash map, whose order changes
     /// from run to run.
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -241,7 +241,7 @@ impl Entry {
     }
 }
 
-/// What a file is that begins with these bytes.
+/// Format of a file that begins with these bytes.
 fn other_format(first: &[u8]) -> Option<&'static str> {
     Some(match first {
         [b'P', b'K', 3, 4, ..] => "a zip archive, as PyTorch's .pt and .bin are",
@@ -269,7 +269,7 @@ fn from_e4m3(byte: u8) -> f16 {
     f16::from_f32(if byte >> 7 == 1 { -magnitude } else { magnitude })
 }
 
-/// What the format calls each type.
+/// Names of the types in the format.
 const NAMES: [(&str, Storage); 11] = [
     ("F64", Storage::F64),
     ("F32", Storage::F32),
@@ -289,7 +289,7 @@ impl Storage {
         NAMES.iter().find(|(other, _)| *other == name).map(|(_, storage)| *storage)
     }
 
-    /// What the format calls it.
+    /// Name in the format.
     pub fn name(self) -> &'static str {
         NAMES.iter().find(|(_, other)| *other == self).map_or("", |(name, _)| name)
     }

@@ -97,7 +97,7 @@ impl Repository {
     /// Which of the repository's files drawing needs: a diffusers folder's, or a whole model in one file.
     ///
     /// # Errors
-    /// What is missing, or which files could be meant.
+    /// The missing part, or the files that could be meant.
     fn wanted(&self, files: &[String], weights: Weights) -> std::result::Result<BTreeSet<String>, String> {
         if let Some(file) = &self.file {
             return match files.contains(file) {
@@ -222,7 +222,7 @@ impl Repository {
         Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone())
     }
 
-    /// What an error of a download means to a user.
+    /// User-facing error of a download.
     fn explain(&self, error: ApiError) -> anyhow::Error {
         let (id, place) = (&self.id, cache().path().display().to_string());
         let mut cause = &error;
@@ -251,7 +251,7 @@ impl Repository {
     }
 }
 
-/// What the hub means by a status.
+/// Meaning of an HTTP status of the hub.
 fn refusal(id: &str, error: &ureq::Error) -> Option<String> {
     let ureq::Error::StatusCode(status) = error else { return None };
     Some(match status {
@@ -346,7 +346,7 @@ pub enum Weights {
 /// Which of the files of an SDXL repository drawing needs.
 ///
 /// # Errors
-/// What is missing.
+/// The missing part.
 fn needed(files: &[String], weights: Weights) -> std::result::Result<BTreeSet<String>, String> {
     let has = |file: &str| files.iter().any(|other| other == file);
     let mut wanted = BTreeSet::new();

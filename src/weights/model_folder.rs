@@ -41,7 +41,7 @@ pub enum ModelFiles {
     Folder(PathBuf),
     /// Inside the program.
     BuiltIn {
-        /// What messages call it, for example `tiny`.
+        /// Name in messages, for example `tiny`.
         name: &'static str,
         /// The folder, or one below it.
         dir: &'static Dir<'static>,
@@ -62,7 +62,7 @@ impl WeightType {
     /// `dtype`; but where that is f32 on a CPU, weights that are stored as f16 stay so: kernels widen them as they pack
     /// them, so that the results are the same to the bit, in half the memory and without the time to fill it.
     ///
-    /// What then changes a weight has to widen it first ([`crate::lora::apply::widen`]), lest the change be rounded.
+    /// Code that changes such a weight has to widen it first ([`crate::lora::apply::widen`]), lest the change be rounded.
     pub fn as_good_as(dtype: DType, device: &Device) -> Self {
         Self { dtype, halves: dtype == DType::F32 && matches!(device, Device::Cpu) }
     }
@@ -166,7 +166,7 @@ impl ModelFiles {
         Ok(Self::Folder(path))
     }
 
-    /// What messages call it: the path, or the name of the built-in model.
+    /// Name in messages: the path, or the name of the built-in model.
     pub fn name(&self) -> String {
         match self {
             Self::Folder(path) => path.display().to_string(),
@@ -320,7 +320,7 @@ impl ModelFiles {
     /// F16 where the tensor `name` is stored so and `device` is the CPU, whose products widen it as they read it; else F32.
     /// (Products with weights of bf16 would round what they multiply.)
     pub fn narrow_dtype(&self, stem: &str, name: &str, device: &Device) -> DType {
-        // What is wrong with the file is told when it is loaded.
+        // Loading the file reports what is wrong with it.
         let narrow = || self.weights("", stem).is_ok_and(|(_, weights)| weights.is_half(name));
         if device.is_cpu() && narrow() { DType::F16 } else { DType::F32 }
     }
@@ -518,7 +518,7 @@ impl SimpleBackend for Entries {
     ) -> candle_core::Result<Tensor> {
         self.0.asked.lock().expect("no thread panics while it holds the names").insert(name.to_string());
         if !self.0.weights.contains(name) {
-            // All missing tensors are told together once the network is built.
+            // All missing tensors are reported together once the network is built.
             return Tensor::zeros(shape, dtype, device);
         }
         let dtype = if self.0.halves && self.0.weights.is_half(name) { DType::F16 } else { dtype };

@@ -74,7 +74,7 @@ fn of_files(paths: &[PathBuf]) -> Result<String> {
     Ok(in_hex(hash))
 }
 
-/// What is remembered of a file, or of several that are hashed as one.
+/// Cache entry of a file, or of several that are hashed as one.
 #[derive(Debug, Serialize, Deserialize)]
 struct Known {
     /// Size in bytes and time of change in nanoseconds since 1970, of each.
@@ -116,7 +116,7 @@ fn remembered_in(cache: &Path, paths: &[PathBuf], large: u64) -> Result<String> 
     Ok(sha256)
 }
 
-/// What is remembered; nothing where the cache is not there or damaged, since it can be made again.
+/// The cache entry; none where the cache is missing or damaged, since it can be made again.
 fn read(cache: &Path) -> BTreeMap<String, Known> {
     std::fs::read(cache).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }

@@ -20,7 +20,7 @@ pub(in crate::layers) const DEPTH: usize = 256;
 /// of the cache.
 pub(in crate::layers) const STRIDE: usize = DEPTH + 16;
 
-/// What one word of a packed operand holds.
+/// Contents of one word of a packed operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::layers) enum ElemType {
     /// One f32.
@@ -431,7 +431,7 @@ pub(in crate::layers) fn prefetch(at: *const u32) {
 ///
 /// # Safety
 /// `left` has `rows` rows, `step` words from one to the next; they are read to the next multiple of 4, all 12 without
-/// AVX-512. `right` has `depth` rows of 32 elem, `right_step` words from one to the next, and `out` may be written where it is told to.
+/// AVX-512. `right` has `depth` rows of 32 elem, `right_step` words from one to the next, and `out` may be written within its bounds.
 #[allow(clippy::too_many_arguments)]
 pub(in crate::layers) unsafe fn tile(
     elem: ElemType,

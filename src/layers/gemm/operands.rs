@@ -1,4 +1,4 @@
-//! What a product reads and where it writes: packing of both operands, the start of the sums, the output layout.
+//! Inputs and outputs of a product: packing of both operands, the start of the sums, the output layout.
 
 use std::ops::Range;
 
@@ -46,12 +46,12 @@ pub(in crate::layers) trait PackB: Sync {
     }
 }
 
-/// What the sums are added to.
+/// Initial values of the sums.
 #[derive(Clone, Copy)]
 pub(in crate::layers) enum Accumulate<'a> {
     /// Nothing.
     Zero,
-    /// What earlier blocks along the depth have left in the output.
+    /// Sums of earlier blocks along the depth, in the output.
     Output,
     /// One value for each row of each part of the columns, (parts, m); or for each row of all parts.
     Rows(&'a [f32]),

@@ -11,7 +11,7 @@ use crate::synthetic::image_set;
 pub struct Settings {
     /// Of weights, batches and noise.
     pub seed: u64,
-    /// What is painted to learn from.
+    /// The training images.
     #[serde(rename(serialize = "pictures"), alias = "pictures")]
     pub images: image_set::Settings,
     /// Sizes and recipe of the VAE.

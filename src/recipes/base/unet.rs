@@ -131,7 +131,7 @@ struct Denoiser {
     device: Device,
 }
 
-/// What a run takes from elsewhere.
+/// Inputs of a run besides its settings.
 #[derive(Clone, Copy)]
 pub struct Start<'a> {
     /// Where the UNet and the text encoders compute; images are decoded by the CPU.

@@ -1,4 +1,4 @@
-//! The first stage: a VAE that keeps faces sharp enough to be told apart.
+//! The first stage: a VAE that keeps faces sharp enough to be recognised.
 //!
 //! The encoder is set in closed form (see [`crate::recipes::base::patch_pca`]); the decoder is trained to undo it.
 
@@ -47,7 +47,7 @@ pub struct Settings {
     pub plan: TrainerConfig,
 }
 
-/// What decides the VAE: a checkpoint of other settings is refused.
+/// Settings that decide the VAE: a checkpoint of others is refused.
 #[derive(Serialize)]
 struct Recipe<'a> {
     seed: u64,

@@ -19,7 +19,7 @@ const STEPS: [usize; 6] = [1, 2, 4, 8, 20, 50];
 /// The name of the row that the others are measured against.
 const RIDGE: &str = "ridge regression";
 
-/// What is guessed of a split's people.
+/// Predictions for the people of a split.
 enum Guess<'a> {
     /// Nothing: the mean LoRA.
     Mean,

@@ -1,10 +1,10 @@
-//! What a training run is shown of an image: a crop of a size that the model takes, mirrored and recoloured at will.
+//! Augmentation: a crop of a size that the model takes, mirrored and recoloured at will.
 
 use rand::Rng;
 
 use crate::image::{Filter, Image};
 
-/// An image brought to a size, and its history as SDXL is told of it.
+/// An image brought to a size, and its original size and crop, SDXL's size conditioning.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cut {
     /// Of the size that was asked for.

@@ -28,7 +28,7 @@ use crate::sdxl::text::TextConditioning;
 use crate::weights::header::Header;
 use crate::weights::model_id::ModelId;
 
-/// What all LoRAs of a run share.
+/// Settings and models that all LoRAs of a run share.
 pub struct BatchTrainer {
     /// Without adapters.
     pub networks: Networks,
@@ -246,7 +246,7 @@ impl BatchTrainer {
         Ok(Some(trainer))
     }
 
-    /// What must be the same for a state to be taken up: all that decides the LoRA.
+    /// Settings that must be equal to resume from a state: all that decide the LoRA.
     fn stamp(&self, dataset: &ImageDataset) -> Result<Value> {
         let mut settings = serde_json::to_value(&self.settings)?;
         if let Some(map) = settings.as_object_mut() {

@@ -24,11 +24,11 @@ pub const PRESETS: [(&str, &str); 2] = [
 pub struct Settings {
     /// Of the start, the order of images, timesteps and noise.
     pub seed: u64,
-    /// What is trained.
+    /// Trained modules.
     pub lora: Factors,
-    /// What is asked of it.
+    /// The loss.
     pub objective: Objective,
-    /// What it is shown.
+    /// Images and captions.
     // Here and below: written under its first name, which the states of existing runs hold.
     #[serde(rename(serialize = "pictures"), alias = "pictures")]
     pub images: Images,
@@ -68,7 +68,7 @@ pub struct Objective {
     /// Class images for prior preservation; 0 for none.
     #[serde(rename(serialize = "class_pictures"), alias = "class_pictures")]
     pub class_images: u64,
-    /// What class images show; `template` with the class word alone where it is not given.
+    /// Caption of class images; `template` with the class word alone where it is not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub class_prompt: Option<String>,
     /// λ, their weight.
@@ -79,7 +79,7 @@ pub struct Objective {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Images {
-    /// What the person is.
+    /// Class word of the person.
     pub class_word: String,
     /// A rare word that calls the person; empty for none.
     pub trigger: String,
@@ -87,7 +87,7 @@ pub struct Images {
     pub template: String,
     /// Pixels on a side; 0 for the base's own. With buckets, the side of the square of equal area.
     pub resolution: usize,
-    /// What of an image is shown.
+    /// Crop of an image.
     pub crop: Crop,
     /// Each image mirrored every other time, at random.
     pub flip: bool,
@@ -95,11 +95,11 @@ pub struct Images {
     pub colour: f64,
     /// Which latents stand for an image.
     pub latents: Latents,
-    /// What SDXL is told of sizes and crops.
+    /// SDXL's size conditioning: original size, crop and target size.
     pub sizes: SizeConditioning,
 }
 
-/// What of an image is shown.
+/// Crop of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Crop {
@@ -121,7 +121,7 @@ pub enum Latents {
     Sample,
 }
 
-/// What SDXL is told of sizes and crops.
+/// SDXL's size conditioning: original size, crop and target size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SizeConditioning {
@@ -212,7 +212,7 @@ impl std::str::FromStr for LossScale {
 pub struct Samples {
     /// Steps between them; 0 for none.
     pub every: u64,
-    /// What they show; the template's caption where there is none.
+    /// Their captions; the template's where there is none.
     pub prompts: Vec<String>,
     /// Sampling steps.
     pub steps: usize,
@@ -253,7 +253,7 @@ impl Settings {
         whole.try_into().map_err(|error| Failure::unusable(path, error))
     }
 
-    /// Steps for somebody with so many images.
+    /// Steps for a person with so many images.
     pub fn steps(&self, images: usize) -> u64 {
         match self.training.steps_per_image {
             0 => self.training.steps,
@@ -279,7 +279,7 @@ impl Settings {
         self.images.template.replace("{}", &self.called(folder))
     }
 
-    /// What class images show.
+    /// Caption of class images.
     pub fn class_prompt(&self) -> String {
         let plain = || self.images.template.replace("{}", &self.images.class_word);
         self.objective.class_prompt.clone().unwrap_or_else(plain)

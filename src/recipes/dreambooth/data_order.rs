@@ -1,4 +1,4 @@
-//! What is random in a step, from the seed and the number of the pass alone.
+//! The random choices of a step, from the seed and the number of the pass alone.
 
 use candle_core::{Device, Tensor};
 use rand::Rng;

@@ -407,9 +407,9 @@ mod tests {
         let photo = Image::filled(80, 64, [200, 30, 40]);
         let how = Refinement { steps: 6, rate: 1e-2, seed: 1, downs: false };
         let start = lora(1, 0.05);
-        let (refined, told) =
+        let (refined, losses) =
             refine(&base, &start, std::slice::from_ref(&photo), how, &ProgressBar::hidden()).unwrap();
-        assert!(told.after < told.before, "{told:?}");
+        assert!(losses.after < losses.before, "{losses:?}");
         let values = |lora: &Lora, pick: fn(&LoraLayer) -> &Tensor| -> Vec<f32> {
             lora.layers
                 .values()

@@ -59,7 +59,7 @@ pub struct Frozen<'a> {
     pub schedule: &'a NoiseSchedule,
 }
 
-/// What K people are learnt from: M images each, in the same scenes.
+/// Training data of K people: M images each, in the same scenes.
 pub struct LockstepDataset {
     /// (K, M, C, h, w), scaled as the UNet wants them.
     pub latents: Tensor,

@@ -32,7 +32,7 @@ pub struct LoraTrainer {
     /// The adapters.
     pub lora: TrainableLora,
     state: State,
-    /// What must be the same for a checkpoint to be taken up.
+    /// Settings that must be equal to resume from a checkpoint.
     stamp: Value,
     log: Log,
     health: Health,
@@ -137,7 +137,7 @@ impl LoraTrainer {
         self.health.recent()
     }
 
-    /// What is learnt from in part `part` of the next step, class images included.
+    /// Samples of part `part` of the next step, class images included.
     pub fn batch(
         &self,
         settings: &Settings,

@@ -28,16 +28,16 @@ impl Default for Objective {
     }
 }
 
-/// What the UNet is told of the captions.
+/// The text conditioning of the captions.
 #[derive(Clone, Debug)]
 pub enum Captions {
-    /// What frozen text encoders said.
+    /// Output of frozen text encoders.
     Encoded(TextConditioning),
     /// Token numbers of both tokenizers, (n, N) each, for text encoders that train.
     Tokens(Tensor, Tensor),
 }
 
-/// What one person's LoRA learns from in one forward pass: the person's samples, then the class images.
+/// Samples of one person's LoRA in one forward pass: the person's samples, then the class images.
 #[derive(Clone, Debug)]
 pub struct Batch {
     /// Clean latents, (n, C, h, w).
@@ -72,7 +72,7 @@ pub fn losses(
     objective: &Objective,
     batches: &[Batch],
 ) -> Result<Losses> {
-    let first = batches.first().context("a forward pass needs somebody's samples")?;
+    let first = batches.first().context("a forward pass needs samples")?;
     let n = first.timesteps.len();
     ensure!(
         batches.iter().all(|batch| batch.timesteps.len() == n && batch.x0.dims() == first.x0.dims()),
@@ -147,7 +147,7 @@ pub fn gradients(
     Ok(each)
 }
 
-/// What the text encoders say of all captions.
+/// Text conditioning of all captions.
 fn conditioning(networks: &Networks, batches: &[Batch]) -> Result<TextConditioning> {
     let mut encoded = (Vec::new(), Vec::new());
     let mut tokens = (Vec::new(), Vec::new());

@@ -1,4 +1,4 @@
-//! What a LoRA file tells of its training: sd-scripts' `ss_…` keys, ModelSpec's, and our own.
+//! Metadata of a LoRA file about its training: sd-scripts' `ss_…` keys, ModelSpec's, and our own.
 //!
 //! Values as sd-scripts' `train_network.py` writes them (Python's spelling of booleans and of nothing). Times and session
 //! numbers are left out, so that the same training gives the same bytes.

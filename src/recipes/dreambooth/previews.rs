@@ -16,7 +16,7 @@ use crate::sdxl::pipeline::{GenerationParams, Pipeline, Sampler, SdxlLoader, Til
 use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
 
-/// What draws besides the UNet.
+/// The other networks of generation.
 pub struct Previewer {
     vae: Vae,
     schedule: NoiseSchedule,

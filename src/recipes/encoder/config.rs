@@ -40,7 +40,7 @@ pub struct Recipe<C> {
 /// Number of the first person who is kept out of the training.
 pub const HELD_OUT: u64 = 1 << 40;
 
-/// Paints somebody as the trainings see them, one point a pixel, with the grain of the scene.
+/// Paints a person as the trainings see them, one point a pixel, with the grain of the scene.
 pub fn paint(person: &Person, scene: &Scene, size: usize) -> Image {
     Image { width: size, height: size, rgb: synthetic::paint(person, scene, size, 1) }
 }

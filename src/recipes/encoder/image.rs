@@ -181,7 +181,7 @@ mod tests {
         assert!((cost([a, b, b, a])? - 3f32.exp()).abs() < 1e-3);
         assert!(
             (cost([a, a, a, a])? - 2f32.ln()).abs() < 1e-4,
-            "nothing told apart: the logarithm of the people"
+            "of a guess: the logarithm of the number of people"
         );
         Ok(())
     }

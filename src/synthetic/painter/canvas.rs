@@ -13,7 +13,7 @@ pub(super) const ZOOM: f32 = 1.24;
 /// How far the head sits below the middle of the frame, in head units; hats need the room above.
 pub(super) const LOWERED: f32 = 0.045;
 
-/// What is known about one point of the canvas before anything is painted there.
+/// One point of the canvas before anything is painted there.
 pub(super) struct Spot {
     pub(super) x: f32,
     pub(super) y: f32,

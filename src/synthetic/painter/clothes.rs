@@ -1,4 +1,4 @@
-//! What a person wears: shirt, glasses, hats.
+//! Clothing: shirt, glasses, hats.
 
 use super::canvas::{Area, Canvas, Spot};
 use super::head::HeadGeometry;

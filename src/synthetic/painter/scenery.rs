@@ -1,4 +1,4 @@
-//! What surrounds the person: backdrops, held things, the colour of the light.
+//! Surroundings of the person: backdrops, held things, the colour of the light.
 //!
 //! Places are in frame coordinates, right and down from −1 to 1, so that they do not move with the head.
 
@@ -99,7 +99,7 @@ const BOOKS: [Rgb; 6] = [
     Rgb(0.80, 0.76, 0.66),
 ];
 
-/// What is held, before the right shoulder of the image, with the hand that holds it.
+/// The held object, before the right shoulder of the image, with the hand that holds it.
 pub(super) fn paint_held(canvas: &mut Canvas, head: &HeadGeometry, held: Held) {
     let edge = 3.0 / canvas.side as f32;
     let hand = move |x: f32, y: f32| coverage(ellipse(x - 0.64, y - 0.94, 0.17, 0.13), edge);

@@ -43,7 +43,7 @@ const WEIGHTS: c_int = 33;
 const DESTINATION: c_int = 17;
 /// Sizes of products for which a thread keeps oneDNN's objects.
 const MOST_MATMULS: usize = 1024;
-/// Runtimes that run in the calling thread alone if told to: none, OpenMP, and a pool that nobody gives it.
+/// Runtimes that run in the calling thread alone if asked to: none, OpenMP, and a pool that it is not given.
 const RUNTIMES: [c_uint; 3] = [1, 2, 8];
 
 #[repr(C)]
@@ -169,7 +169,7 @@ pub(in crate::layers) fn is_there() -> bool {
     functions().is_some()
 }
 
-/// Computes a product; `false` where oneDNN cannot, and nobody knows what is in `out` then.
+/// Computes a product; `false` where oneDNN cannot, and the contents of `out` are undefined then.
 ///
 /// `left` lies row by row; `right` in panels of 32 columns that follow each other, pairs along the depth side by side;
 /// `out` row by row.
@@ -208,7 +208,7 @@ impl Owned {
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        // SAFETY: the handle is this object's own, and nobody has it from here on.
+        // SAFETY: the handle is this object's own and is not used from here on.
         unsafe { (self.destroy)(self.handle) };
     }
 }
@@ -220,7 +220,7 @@ fn checked(status: c_int) -> Result<()> {
     Ok(())
 }
 
-/// What one thread needs. oneDNN itself shares compiled kernels among threads.
+/// State of one thread. oneDNN itself shares compiled kernels among threads.
 struct Worker {
     // In the order in which they are destroyed.
     matmuls: HashMap<Product, Matmul>,
