@@ -5,6 +5,7 @@ mod identity;
 mod images;
 mod outputs;
 mod person;
+mod plan;
 mod references;
 
 use std::path::Path;
@@ -14,14 +15,14 @@ use anyhow::Result;
 use serde_json::json;
 
 pub use crate::commands::r#gen::args::Args;
-use crate::commands::r#gen::images::{Plan, generate};
+use crate::commands::r#gen::images::Images;
 use crate::commands::r#gen::outputs::Outputs;
 use crate::commands::r#gen::person::make_lora;
+use crate::commands::r#gen::plan::Plan;
 use crate::device::{self, Precision};
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::{Lora, file};
-use crate::output::Output;
-use crate::output::print_line;
+use crate::output::{Output, print_line};
 use crate::progress::{self, Stage};
 use crate::registry::{BUILT_IN, Base};
 use crate::sdxl::lora_stack::LoraStack;
@@ -72,7 +73,8 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         let loras = lora_stack(&args, person.as_ref().map(|(lora, _)| lora), &base)?;
         clock.end();
         report["loras"] = loras.check(&model)?;
-        report["pictures"] = generate(&args, &plan, &model, &base_id, &loras, &outputs.images, output)?;
+        let images = Images { args: &args, plan: &plan, model: &model, base: &base_id, loras: &loras };
+        report["pictures"] = images.generate(&outputs.images, output)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
     if output.json {
