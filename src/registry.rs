@@ -146,6 +146,8 @@ pub struct Base {
     pub block_layout: BlockLayout,
     /// Side in pixels of the images that it was trained on.
     pub native_size: usize,
+    /// Side of their latents.
+    pub latent_size: usize,
 }
 
 impl Base {
@@ -156,12 +158,25 @@ impl Base {
     pub fn open(name: &str, options: &BaseOptions) -> Result<Self> {
         let files = find_base(name, options)?;
         architecture::require_sdxl(&files)?;
+        Self::describe(name, files)
+    }
+
+    /// As [`Base::open`], for a model that need not be SDXL nor have a VAE.
+    pub fn open_any(name: &str, options: &BaseOptions) -> Result<Self> {
+        Self::describe(name, find_base(name, options)?)
+    }
+
+    fn describe(name: &str, files: ModelFiles) -> Result<Self> {
         let unet: UNetConfig = files.config("unet/config.json")?;
-        let vae: VaeConfig = files.config("vae/config.json")?;
+        let factor = match files.exists("vae/config.json") {
+            true => files.config::<VaeConfig>("vae/config.json")?.factor(),
+            false => 8,
+        };
         Ok(Self {
             name: name.to_string(),
             block_layout: BlockLayout::uniform(unet.block_out_channels.len(), unet.layers_per_block),
-            native_size: unet.sample_size * vae.factor(),
+            native_size: unet.sample_size * factor,
+            latent_size: unet.sample_size,
             files,
         })
     }
@@ -179,17 +194,4 @@ pub fn identify(files: &ModelFiles, name: &str, weights: &str) -> Result<ModelId
     // The folder's own name: a path of this machine says nothing elsewhere.
     let short = Path::new(name).file_name().map_or(name.into(), |last| last.to_string_lossy());
     Ok(ModelId { name: short.into(), sha256 })
-}
-
-/// How many layers each level of a base's UNet has: the LDM spelling of LoRA layers depends on it.
-pub fn block_layout(files: &ModelFiles) -> Result<BlockLayout> {
-    let config: UNetConfig = files.config("unet/config.json")?;
-    Ok(BlockLayout::uniform(config.block_out_channels.len(), config.layers_per_block))
-}
-
-/// The side in pixels of the images that a base was trained for.
-pub fn native_size(files: &ModelFiles) -> Result<usize> {
-    let unet: UNetConfig = files.config("unet/config.json")?;
-    let vae: VaeConfig = files.config("vae/config.json")?;
-    Ok(unet.sample_size * vae.factor())
 }

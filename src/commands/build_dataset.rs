@@ -5,17 +5,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use candle_core::DType;
 
+use crate::commands::run_args::read_toml;
 use crate::dataset::manifest::Header;
 use crate::device;
-use crate::failure::Failure;
 use crate::files::FolderLock;
 use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
-use crate::lora::ldm_keys::BlockLayout;
-use crate::output::Output;
-use crate::output::print_line;
+use crate::output::{Output, print_line};
 use crate::recipes::lora_dataset::{DatasetBuilder, DatasetSettings, settings_hash};
-use crate::registry;
+use crate::registry::{self, Base};
 use crate::sdxl::pipeline::Sdxl;
 
 /// Arguments of `difflora build-dataset`.
@@ -68,27 +66,23 @@ pub struct Args {
 
 /// Builds the dataset, or the rest of it.
 pub fn run(args: Args, output: &Output) -> Result<()> {
-    let text =
-        std::fs::read_to_string(&args.config).map_err(|error| Failure::unusable(&args.config, error))?;
-    let settings: DatasetSettings =
-        toml::from_str(&text).map_err(|error| Failure::unusable(&args.config, error))?;
+    let settings: DatasetSettings = read_toml(&args.config)?;
     let device = device::open(&args.device)?;
     for folder in ["loras", "embeddings", "portraits"] {
         std::fs::create_dir_all(args.out.join(folder))
             .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;
     }
     let lock = FolderLock::acquire(&args.out)?;
-    let base_files = registry::find_base(&args.base, &args.base_options)?;
-    let base = registry::identify(&base_files, &args.base, registry::BASE_WEIGHTS)?;
+    let base = Base::open(&args.base, &args.base_options)?;
+    let base_id = base.id()?;
     let image_files = registry::find(&args.image_encoder, "image_encoder")?;
     let image_encoder = registry::identify(&image_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;
-    let model = Sdxl::open(&base_files, DType::F32, &device)?;
-    let unet = &model.unet.config;
+    let model = Sdxl::open(&base.files, DType::F32, &device)?;
     let builder = DatasetBuilder {
-        blocks: BlockLayout::uniform(unet.block_out_channels.len(), unet.layers_per_block),
+        blocks: base.block_layout,
         faces: open_encoder(&args.face_encoder)?,
         image_encoder: ImageEncoder::open(&image_files)?.with_input(settings.image_input),
-        settings_hash: settings_hash(&settings, &base)?,
+        settings_hash: settings_hash(&settings, &base_id)?,
         out: args.out,
         model,
         settings,
@@ -110,7 +104,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         }
     }
     builder.write_header(&Header {
-        base,
+        base: base_id,
         face_encoder: builder.face_encoder(),
         image_encoder,
         image_input: builder.settings.image_input,

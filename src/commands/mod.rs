@@ -9,6 +9,7 @@ pub mod help;
 pub mod lora;
 pub mod models;
 pub mod portraits;
+pub mod run_args;
 pub mod shell;
 pub mod train_base;
 pub mod train_dit;

@@ -1,21 +1,18 @@
 //! `difflora train-base`: a small SDXL from nothing, trained on painted portraits.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
+use crate::commands::run_args::{RunArgs, note_pause};
 use crate::device;
-use crate::failure::Failure;
 use crate::files;
-use crate::output::Output;
-use crate::output::print_line;
-use crate::progress;
+use crate::output::{Output, print_line};
 use crate::recipes::base::config::Settings;
 use crate::recipes::base::{unet, vae};
 use crate::synthetic::attribute_classifier::AttributeClassifier;
 use crate::synthetic::image_set::PaintedImages;
-use crate::train::trainer::{Outcome, RunOptions};
+use crate::train::trainer::Outcome;
 use crate::weights::model_folder::ModelFiles;
 
 /// Arguments of `difflora train-base`.
@@ -24,18 +21,11 @@ use crate::weights::model_folder::ModelFiles;
 /// diffusers' layout; checkpoints, logs and contact sheets go to OUT/training.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Folder for the model, created if missing.
-    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
-    out: PathBuf,
-    /// Settings file, as configs/base-tiny.toml.
-    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
-    config: PathBuf,
+    #[command(flatten)]
+    run: RunArgs,
     /// Stage to train; the UNet needs a trained VAE.
     #[arg(help_heading = "Training", long, value_enum, default_value = "all", env = "DIFFLORA_STAGE")]
     stage: Stage,
-    /// Continue from the last checkpoint of the same settings.
-    #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
-    resume: bool,
     /// Initialise UNet and text encoders from this model, for a further round with its own schedule. The VAE of OUT
     /// is kept.
     #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_FROM")]
@@ -55,9 +45,6 @@ pub struct Args {
     /// Steps per stage [default: the settings].
     #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_STEPS")]
     steps: Option<u64>,
-    /// Stop with a checkpoint after this many minutes; --resume continues.
-    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
-    minutes: Option<f64>,
 }
 
 /// Parts of the training.
@@ -74,20 +61,12 @@ enum Stage {
 /// Trains the stages that were asked for.
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let settings = read(&args)?;
-    let training = args.out.join("training");
-    std::fs::create_dir_all(&training)
-        .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
+    let training = args.run.training_folder()?;
     files::write_whole(&training.join("settings.toml"), toml::to_string(&settings)?.as_bytes())?;
-    let run_options = |name| RunOptions {
-        folder: &training,
-        name,
-        resume: args.resume,
-        deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
-        save_every: Duration::from_secs(300),
-    };
+    let options = |name| args.run.options(&training, name, 300);
     let images = PaintedImages::new(&settings.images);
     if matches!(args.stage, Stage::Vae | Stage::All) {
-        let end = vae::train(&settings, &images, &run_options("vae"), &args.out)?;
+        let end = vae::train(&settings, &images, &options("vae"), &args.run.out)?;
         if report(end, "vae", output)? {
             return Ok(());
         }
@@ -100,7 +79,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         let device = device::open(&args.device)?;
         let start =
             unet::Start { device: &device, from: args.from.as_deref(), classifier: classifier.as_ref() };
-        let end = unet::train(&settings, &images, &run_options("unet"), &args.out, &start)?;
+        let end = unet::train(&settings, &images, &options("unet"), &args.run.out, &start)?;
         report(end, "unet", output)?;
     }
     Ok(())
@@ -108,10 +87,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 
 /// The settings with what the command line changes in them.
 fn read(args: &Args) -> Result<Settings> {
-    let text =
-        std::fs::read_to_string(&args.config).map_err(|error| Failure::unusable(&args.config, error))?;
-    let mut settings: Settings =
-        toml::from_str(&text).map_err(|error| Failure::unusable(&args.config, error))?;
+    let mut settings: Settings = args.run.settings()?;
     if let Some(steps) = args.steps {
         match args.stage {
             Stage::Vae => settings.vae.plan.steps = steps,
@@ -124,9 +100,7 @@ fn read(args: &Args) -> Result<Settings> {
 
 /// Says how a stage ended; whether it paused.
 fn report(end: Outcome, stage: &str, output: &Output) -> Result<bool> {
-    if let Outcome::Paused { step } = end {
-        progress::note(format_args!("stage {stage} stops at step {step}; --resume goes on"));
-    }
+    note_pause(end, &format!("stage {stage}"));
     if output.json {
         let (finished, step) = match end {
             Outcome::Finished | Outcome::Stopped { .. } => (true, None),

@@ -1,11 +1,11 @@
 //! `difflora train-dit`: a person's embeddings → the latent of their LoRA.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::DType;
 
+use crate::commands::run_args::{RunArgs, note_pause};
 use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::device;
 use crate::hypernet::{Hypernet, LoraCodec};
@@ -18,10 +18,10 @@ use crate::recipes::dit::train::{check_autoencoder, train};
 use crate::recipes::dit::training_set::LatentTrainingSet;
 use crate::recipes::dreambooth::functional_loss::FunctionalLoss;
 use crate::recipes::hypernet_config::HypernetTrainConfig;
-use crate::registry;
+use crate::registry::{self, Base, BaseOptions};
 use crate::sdxl::pipeline::Sdxl;
 use crate::train::distributed;
-use crate::train::trainer::{Outcome, RunOptions};
+use crate::train::trainer::Outcome;
 use crate::weights::model_folder::{ModelFiles, save_json};
 
 /// Arguments of `difflora train-dit`.
@@ -37,12 +37,9 @@ pub struct Args {
     /// Autoencoder of `train-lae` for the same dataset.
     #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_LAE")]
     pub lae: PathBuf,
-    /// Folder for the hypernetwork, created if missing.
-    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
-    pub out: PathBuf,
-    /// Settings file, as configs/hypernet-tiny.toml.
-    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
-    pub config: PathBuf,
+    /// Settings, output folder, and how long to train.
+    #[command(flatten)]
+    pub run: RunArgs,
     /// Base model for the diffusion loss of images (`functional` in the settings).
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
@@ -55,63 +52,44 @@ pub struct Args {
         env = "DIFFLORA_DEVICE"
     )]
     pub device: String,
-    /// Continue from the last checkpoint of the same settings.
-    #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
-    pub resume: bool,
-    /// Stop with a checkpoint after this many minutes; --resume continues.
-    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
-    pub minutes: Option<f64>,
 }
 
 impl Args {
     /// Whether the batches of the training are split into shards, one per thread.
     pub fn trains_in_shards(&self) -> bool {
         // An unreadable file is reported when the command runs.
-        HypernetTrainConfig::read(&self.config).is_ok_and(|config| config.dit.plan.trains_in_shards())
+        HypernetTrainConfig::read(&self.run.config).is_ok_and(|config| config.dit.plan.trains_in_shards())
     }
 }
 
 /// Trains, saves and reports.
 pub fn run(args: Args, output: &Output) -> Result<()> {
-    let config = HypernetTrainConfig::read(&args.config)?.dit;
+    let config = HypernetTrainConfig::read(&args.run.config)?.dit;
     config.check()?;
     distributed::join()?;
     let device = device::open(&args.device)?;
-    let training = args.out.join("training");
-    std::fs::create_dir_all(&training)
-        .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
+    let training = args.run.training_folder()?;
     let lae_files = ModelFiles::folder(&args.lae)?;
     let codec = LoraCodec::open(&lae_files, &device)?;
     let lae = registry::identify(&lae_files, &args.lae.display().to_string(), "lae.safetensors")?;
     let form = FormWanted::Of(codec.form.clone());
     let set = LoraDataset::open(&args.dataset, &ReadOptions { form, ..ReadOptions::default() })?;
     check_autoencoder(&codec, &set)?;
-    let run_options = RunOptions {
-        folder: &training,
-        name: "dit",
-        resume: args.resume,
-        deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
-        save_every: Duration::from_secs(120),
-    };
+    let options = args.run.options(&training, "dit", 120);
     let data = LatentTrainingSet::prepare(&config, &codec, &lae.sha256, &set, &training)?;
     let open = |how| open_image_loss(how, &args, &codec, &set);
     let image_loss = config.functional.as_ref().map(open).transpose()?;
-    let (denoiser, end) = train(&config, &data, image_loss.as_ref(), &set, &lae, &run_options)?;
+    let (denoiser, end) = train(&config, &data, image_loss.as_ref(), &set, &lae, &options)?;
     if !distributed::is_main_process() {
         return Ok(());
     }
     let hypernet = Hypernet { codec, denoiser };
-    hypernet.save(&args.out, DType::F16)?;
+    hypernet.save(&args.run.out, DType::F16)?;
     let report = report(&hypernet, &data, &set, end)?;
     save_json(&training.join("report.json"), &report)?;
-    match end {
-        Outcome::Paused { step } => {
-            progress::note(format_args!("dit stops at step {step}; --resume goes on"))
-        }
-        Outcome::Stopped { step } => {
-            progress::note(format_args!("dit stops at step {step}: the validation error no longer falls"));
-        }
-        Outcome::Finished => {}
+    note_pause(end, "dit");
+    if let Outcome::Stopped { step } = end {
+        progress::note(format_args!("dit stops at step {step}: the validation error no longer falls"));
     }
     if output.json { print_line!("{report}") } else { print_line!("{}", as_text(&report)) }
 }
@@ -122,9 +100,9 @@ fn open_image_loss<'a>(
     codec: &'a LoraCodec,
     set: &LoraDataset,
 ) -> Result<ImageLoss<'a>> {
-    let files = registry::find_base(&args.base, &registry::BaseOptions::default())?;
-    codec.base.demand(&registry::identify(&files, &args.base, registry::BASE_WEIGHTS)?, "base model")?;
-    let base = Sdxl::open(&files, DType::F32, codec.device())?;
+    let base = Base::open(&args.base, &BaseOptions::default())?;
+    codec.base.demand(&base.id()?, "base model")?;
+    let base = Sdxl::open(&base.files, DType::F32, codec.device())?;
     Ok(ImageLoss {
         how,
         codec,

@@ -1,14 +1,13 @@
 //! `difflora train-lae`: LoRAs → their autoencoder, or several to compare.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use crate::commands::run_args::{RunArgs, read_toml};
 use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::device;
-use crate::failure::Failure;
 use crate::output::{Output, print_line};
 use crate::progress;
 use crate::recipes::hypernet_config::HypernetTrainConfig;
@@ -28,12 +27,9 @@ pub struct Args {
     /// Dataset folder of `build-dataset`.
     #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_DATASET")]
     pub dataset: PathBuf,
-    /// Folder for the autoencoder, created if missing.
-    #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
-    pub out: PathBuf,
-    /// Settings file, as configs/hypernet-tiny.toml.
-    #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_CONFIG")]
-    pub config: PathBuf,
+    /// Settings, output folder, and how long to train.
+    #[command(flatten)]
+    pub run: RunArgs,
     /// List of [[variant]]s, each with a `name` and its changes of [lae], as configs/lae-sweep-tiny.toml.
     #[arg(help_heading = "Input", long, value_name = "FILE", env = "DIFFLORA_SWEEP")]
     pub sweep: Option<PathBuf>,
@@ -58,38 +54,30 @@ pub struct Args {
         env = "DIFFLORA_DEVICE"
     )]
     pub device: String,
-    /// Continue from the last checkpoint of the same settings.
-    #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
-    pub resume: bool,
-    /// Stop with a checkpoint after this many minutes; --resume continues.
-    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
-    pub minutes: Option<f64>,
 }
 
 impl Args {
     /// Whether the batches of the training are split into shards, one per thread.
     pub fn trains_in_shards(&self) -> bool {
         // An unreadable file is reported when the command runs.
-        HypernetTrainConfig::read(&self.config).is_ok_and(|config| config.lae.plan.trains_in_shards())
+        HypernetTrainConfig::read(&self.run.config).is_ok_and(|config| config.lae.plan.trains_in_shards())
     }
 }
 
 /// Trains, saves and reports.
 pub fn run(args: Args, output: &Output) -> Result<()> {
-    let config = HypernetTrainConfig::read(&args.config)?.lae;
+    let config = HypernetTrainConfig::read(&args.run.config)?.lae;
     distributed::join()?;
     let options = TrainOptions {
         device: device::open(&args.device)?,
-        resume: args.resume,
-        deadline: args.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes)),
+        resume: args.run.resume,
+        deadline: args.run.deadline(),
     };
     if let Some(path) = &args.sweep {
-        let text = std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error))?;
-        let sweep: Sweep = toml::from_str(&text).map_err(|error| Failure::unusable(path, error))?;
-        return run_sweep(&args, &config, &sweep, &options, output);
+        return run_sweep(&args, &config, &read_toml(path)?, &options, output);
     }
     let set = open_dataset(&args, &config)?;
-    let Some(report) = train_into(&config, &set, &args.out, &options)? else { return Ok(()) };
+    let Some(report) = train_into(&config, &set, &args.run.out, &options)? else { return Ok(()) };
     if output.json { print_line!("{report}") } else { print_line!("{}", report::as_text(&report)) }
 }
 
@@ -108,8 +96,8 @@ fn run_sweep(
     let mut set: Option<LoraDataset> = None;
     for (name, config) in variants {
         progress::note(format_args!("sweep: {name}"));
-        let out = args.out.join(name);
-        if let Some(report) = args.resume.then(|| finished_report(&out, &config)).flatten() {
+        let out = args.run.out.join(name);
+        if let Some(report) = args.run.resume.then(|| finished_report(&out, &config)).flatten() {
             reports.push((name.clone(), report));
             continue;
         }
@@ -126,7 +114,7 @@ fn run_sweep(
     }
     let table: Value =
         reports.iter().map(|(name, report)| json!({ "name": name, "report": report })).collect();
-    save_json(&args.out.join("sweep.json"), &table)?;
+    save_json(&args.run.out.join("sweep.json"), &table)?;
     if output.json { print_line!("{table}") } else { print_line!("{}", report::table(&reports)) }
 }
 

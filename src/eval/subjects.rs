@@ -12,8 +12,8 @@ use crate::failure::Failure;
 use crate::identity::Identity;
 use crate::identity::clip::ImageEncoder;
 use crate::image::Image;
-use crate::synthetic::{Person, World};
 use crate::synthetic::scenes::{paint_image, reference_scene};
+use crate::synthetic::{Person, World};
 use crate::weights::model_id::ModelId;
 
 /// A person before anything is generated.

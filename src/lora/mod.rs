@@ -2,7 +2,9 @@
 //!
 //! [`file`] reads and writes the files that other programs exchange, [`keys`] knows their spellings, [`adapter`]
 //! every kind of adapter that they hold, [`canonical`] brings its factors to one form, [`layout`] turns a
-//! LoRA into the flat vector that the hypernetwork learns and back, [`apply`] puts all of them into a model, [`arithmetic`] adds, shortens and compares them.
+//! LoRA into the flat vector that the hypernetwork learns and back, [`apply`] puts all of them into a model,
+//! [`checkpoint`] into its weight files, [`extract`] finds them between two models, [`arithmetic`] adds, shortens and
+//! compares them.
 //!
 #![doc = include_str!("../docs/lora-files.md")]
 
@@ -22,8 +24,11 @@ pub mod layout;
 
 pub mod apply;
 pub mod block_weights;
+pub mod checkpoint;
+pub mod weighted_file;
 
 pub mod arithmetic;
+pub mod extract;
 pub mod low_rank;
 pub mod summary;
 

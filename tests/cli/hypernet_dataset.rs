@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use difflora::commands::run_args::RunArgs;
 use difflora::commands::train_lae;
 use difflora::dataset::manifest::{Header, Row};
 use difflora::diffusion::noise::normal;
@@ -103,11 +104,13 @@ pub fn lae_args(folder: &Path, settings: &str) -> train_lae::Args {
     std::fs::write(folder.join("settings.toml"), settings).unwrap();
     train_lae::Args {
         dataset: folder.join("dataset"),
-        out: folder.join("lae"),
-        config: folder.join("settings.toml"),
+        run: RunArgs {
+            out: folder.join("lae"),
+            config: folder.join("settings.toml"),
+            resume: false,
+            minutes: None,
+        },
         device: "cpu".into(),
-        resume: false,
-        minutes: None,
         sweep: None,
         skip_missing: false,
         memory: 1.0,

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::noise::normal;
 use difflora::lora::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude};
 use difflora::lora::file::{self, Format};
-use difflora::registry;
+use difflora::registry::{self, Base, BaseOptions};
 use difflora::sdxl::pipeline::Sdxl;
 use difflora::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 use serde_json::Value;
@@ -66,8 +66,8 @@ fn low_rank(part: &str, rank: usize) -> AdapterFile {
 }
 
 fn write(path: &Path, changes: &AdapterFile) {
-    let layout = registry::block_layout(&registry::built_in("base").unwrap()).unwrap();
-    file::write_adapters(path, changes, Format::Kohya, &layout).unwrap();
+    let base = Base::open(registry::BUILT_IN, &BaseOptions::default()).unwrap();
+    file::write_adapters(path, changes, Format::Kohya, &base.block_layout).unwrap();
 }
 
 fn draw(folder: &Path, more: &[&str]) -> Vec<u8> {
@@ -408,7 +408,7 @@ fn one_file_and_a_folder_are_merged_alike_and_compared_with_each_other() {
     let (one, folder) = (text(&one), text(&folder));
     let before = tensors(Path::new(folder));
     let changes = on_every_sort(&before);
-    let layout = registry::block_layout(&ModelFiles::folder(folder).unwrap()).unwrap();
+    let layout = Base::open(folder, &BaseOptions::default()).unwrap().block_layout;
     let lora = at("lora.safetensors");
     file::write_adapters(&lora, &changes, Format::Kohya, &layout).unwrap();
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use candle_core::Device;
+use difflora::commands::run_args::RunArgs;
 use difflora::commands::train_dit::{Args, run};
 use difflora::commands::train_lae;
 use difflora::hypernet::Hypernet;
@@ -13,16 +14,29 @@ use serde_json::{Value, json};
 
 use crate::hypernet_dataset::{SETTINGS, lae_args, quiet, write_dataset};
 
+/// Stops at once, with a checkpoint.
+fn paused(mut args: Args) -> Args {
+    args.run.minutes = Some(0.0);
+    args
+}
+
+fn resumed(mut args: Args) -> Args {
+    args.run.resume = true;
+    args
+}
+
 fn args(folder: &Path) -> Args {
     Args {
         dataset: folder.join("dataset"),
         lae: folder.join("lae"),
-        out: folder.join("hypernet"),
-        config: folder.join("settings.toml"),
+        run: RunArgs {
+            out: folder.join("hypernet"),
+            config: folder.join("settings.toml"),
+            resume: false,
+            minutes: None,
+        },
         base: registry::BUILT_IN.into(),
         device: "cpu".into(),
-        resume: false,
-        minutes: None,
     }
 }
 
@@ -122,9 +136,9 @@ fn a_training_that_paused_goes_on_to_the_same_weights_and_keeps_the_best() {
     assert_eq!(all.lines().count(), 60 / 7);
 
     std::fs::remove_dir_all(folder.path().join("hypernet")).unwrap();
-    run(Args { minutes: Some(0.0), ..args(folder.path()) }, &quiet()).unwrap();
+    run(paused(args(folder.path())), &quiet()).unwrap();
     assert_ne!(weights(), straight);
-    run(Args { resume: true, ..args(folder.path()) }, &quiet()).unwrap();
+    run(resumed(args(folder.path())), &quiet()).unwrap();
     assert_eq!(weights(), straight);
     assert_eq!(looks("dit.validation.jsonl"), all);
 }
@@ -168,7 +182,7 @@ fn recipes_that_cannot_work_say_what_to_change() {
     }
     let other = SETTINGS.replace("drop = 0.1", "drop = 0.2");
     std::fs::write(folder.path().join("settings.toml"), other).unwrap();
-    let message = format!("{:#}", run(Args { resume: true, ..args(folder.path()) }, &quiet()).unwrap_err());
+    let message = format!("{:#}", run(resumed(args(folder.path())), &quiet()).unwrap_err());
     assert!(message.contains("dit.drop: 0.1, now 0.2"), "{message}");
 }
 

@@ -12,6 +12,17 @@ use serde_json::{Value, json};
 
 use crate::hypernet_dataset::{SETTINGS, lae_args, quiet, write_dataset};
 
+/// Stops at once, with a checkpoint.
+fn paused(mut args: Args) -> Args {
+    args.run.minutes = Some(0.0);
+    args
+}
+
+fn resumed(mut args: Args) -> Args {
+    args.run.resume = true;
+    args
+}
+
 /// Patches with a correction; two shards for each of two processes.
 const GROUP_SETTINGS: &str = r#"
     [lae]
@@ -121,9 +132,9 @@ fn a_paused_training_goes_on_to_the_same_weights() {
     let weights = || std::fs::read(folder.path().join("lae/lae.safetensors")).unwrap();
     run(lae_args(folder.path(), SETTINGS), &quiet()).unwrap();
     let straight = weights();
-    run(Args { minutes: Some(0.0), ..lae_args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+    run(paused(lae_args(folder.path(), SETTINGS)), &quiet()).unwrap();
     assert_ne!(weights(), straight);
-    run(Args { resume: true, ..lae_args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+    run(resumed(lae_args(folder.path(), SETTINGS)), &quiet()).unwrap();
     assert_eq!(weights(), straight);
 }
 
@@ -200,9 +211,9 @@ fn a_sweep_makes_all_variants_and_a_table() {
 fn a_checkpoint_of_another_recipe_is_refused_with_what_differs() {
     let folder = tempfile::tempdir().unwrap();
     write_dataset(&folder.path().join("dataset"), 40);
-    run(Args { minutes: Some(0.0), ..lae_args(folder.path(), SETTINGS) }, &quiet()).unwrap();
+    run(paused(lae_args(folder.path(), SETTINGS)), &quiet()).unwrap();
     let other = SETTINGS.replace("latent = 4, patch = 8", "latent = 3, patch = 8");
-    let error = run(Args { resume: true, ..lae_args(folder.path(), &other) }, &quiet()).unwrap_err();
+    let error = run(resumed(lae_args(folder.path(), &other)), &quiet()).unwrap_err();
     assert!(format!("{error:#}").contains("lae.network.latent: 4, now 3"), "{error:#}");
 }
 

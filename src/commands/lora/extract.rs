@@ -1,104 +1,46 @@
 //! `difflora lora extract`: the difference between two models as a LoRA.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::Result;
-use candle_core::{DType, Tensor};
 use serde_json::json;
 
-use crate::commands::lora::{COMPONENTS, module_of, summary, write};
-use crate::lora::adapter::{Adapter, AdapterFile, AdapterKind};
-use crate::lora::arithmetic;
+use super::BaseArgs;
+use super::write::{Written, summary};
+use crate::files::{check_writable, refuse_inputs};
+use crate::lora::extract::{ExtractOptions, Extracted, extract};
 use crate::lora::file::Format;
-use crate::lora::metadata;
-use crate::lora::{listed, listed_for_user};
+use crate::lora::{listed_for_user, metadata};
 use crate::output::Output;
 use crate::progress;
-use crate::registry;
-use crate::weights::model_folder::ModelFiles;
 
-/// How the difference is stored.
-pub(super) struct Wanted {
-    /// Of each layer's factors.
-    pub rank: usize,
-    /// Spelling.
-    pub format: Format,
-    /// Leave out biases and norms.
-    pub layers_only: bool,
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Original model: a folder, a file, or a name.
+    before: String,
+    /// Changed model.
+    after: String,
+    /// LoRA file to write.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Rank of each layer.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    rank: u32,
+    /// Omit biases and norms, which some programs do not read.
+    #[arg(long)]
+    layers_only: bool,
+    /// Key names of the written LoRA.
+    #[arg(long, value_enum, default_value = "kohya")]
+    format: Format,
 }
 
-/// Writes what lies between `before` and `after` to `out`.
-pub(super) fn run(
-    before: &ModelFiles,
-    after: &ModelFiles,
-    out: &Path,
-    wanted: &Wanted,
-    output: &Output,
-) -> Result<()> {
-    let layout = registry::block_layout(before)?;
-    let mut adapters = AdapterFile::default();
-    let mut kept = BTreeMap::new();
-    let mut left_out = Vec::new();
-    for (folder, stem, prefix) in COMPONENTS {
-        let there = [before, after].map(|model| model.exists(&format!("{folder}/config.json")));
-        if there != [true, true] {
-            if there != [false, false] {
-                let which = if there[0] { before } else { after };
-                left_out.push(format!("{folder}, which only {} has", which.name()));
-            }
-            continue;
-        }
-        let (names, read_before) = before.one_by_one(folder, stem)?;
-        let (others, read_after) = after.one_by_one(folder, stem)?;
-        // Two versions of transformers spell a text encoder's names in two ways.
-        let others: BTreeMap<String, &String> =
-            others.iter().map(|name| (canonical(prefix, name), name)).collect();
-        let mut biases = Vec::new();
-        let bar = progress::bar(names.len() as u64, "comparing");
-        for name in &names {
-            progress::check()?;
-            bar.inc(1);
-            // Old transformers stored the numbers 0, 1, 2, … of the positions.
-            if name.ends_with("position_ids") {
-                continue;
-            }
-            let one = read_before(name)?;
-            let two = others.get(&canonical(prefix, name)).map(|name| read_after(name)).transpose()?;
-            let Some(two) = two.filter(|two| two.dims() == one.dims()) else {
-                return Err(after.unusable(folder, format!("it has no `{name}` of shape {:?}", one.dims())));
-            };
-            let difference = (two.to_dtype(DType::F32)? - one.to_dtype(DType::F32)?)?;
-            if difference.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
-                continue;
-            }
-            match module_of(prefix, name) {
-                Some((module, true)) if one.rank() >= 2 && !name.contains("embedding.weight") => {
-                    let (adapter, share) = arithmetic::extract(&one, &two, wanted.rank, DType::F32)?;
-                    kept.insert(module.clone(), share);
-                    adapters.modules.insert(module, adapter);
-                }
-                Some((module, true)) if one.rank() == 1 && !wanted.layers_only => {
-                    let kind = AdapterKind::Full(difference);
-                    adapters.modules.insert(module, Adapter { kind, magnitude: None, bias: None });
-                }
-                Some((module, false)) if one.rank() == 1 && !wanted.layers_only => {
-                    biases.push((module, difference))
-                }
-                _ => left_out.push(format!("{folder}/{name}")),
-            }
-        }
-        bar.finish_and_clear();
-        add_biases(&mut adapters, biases);
-    }
-    if adapters.modules.is_empty() {
-        let why = if left_out.is_empty() {
-            "its weights are the same as before: there is nothing to extract".to_string()
-        } else {
-            format!("nothing that a LoRA holds has changed; other changes: {}", listed(&left_out))
-        };
-        return Err(after.unusable("unet", why));
-    }
+pub(super) fn run(args: Args, base: &BaseArgs, output: &Output) -> Result<()> {
+    refuse_inputs(&[&args.out], &[PathBuf::from(&args.before), PathBuf::from(&args.after)])?;
+    check_writable(&args.out)?;
+    let (before, after) = (base.open(&args.before)?, base.open(&args.after)?);
+    let options = ExtractOptions { rank: args.rank as usize, layers_only: args.layers_only };
+    let Extracted { mut adapters, kept, biases_and_norms, left_out } =
+        extract(&before.files, &after.files, options)?;
     if !left_out.is_empty() {
         progress::warn(format_args!(
             "{} changes are left out: {}",
@@ -106,36 +48,17 @@ pub(super) fn run(
             listed_for_user(&left_out)
         ));
     }
-    let whole = adapters.modules.values().filter(|adapter| is_no_lora(adapter)).count();
-    if whole > 0 {
+    if biases_and_norms > 0 {
         progress::note(format_args!(
-            "{whole} modules have changes of biases or norms, stored as they are (`diff_b`, `w_norm`, `b_norm`); \
-             diffusers does not read those, --layers-only leaves them out"
+            "{biases_and_norms} modules have changes of biases or norms, stored as they are (`diff_b`, `w_norm`, \
+             `b_norm`); diffusers does not read those, --layers-only leaves them out"
         ));
     }
-    let size = registry::native_size(before)?;
-    adapters.metadata.insert(metadata::RESOLUTION.into(), metadata::resolution(size));
+    adapters.metadata.insert(metadata::RESOLUTION.into(), metadata::resolution(before.native_size));
     adapters.metadata.insert(metadata::TITLE.into(), "the difference of two models, by difflora".into());
-    let mut told = summary(&kept);
-    told["biases_and_norms"] = json!(whole);
-    told["left_out"] = json!(left_out);
-    write(out, &adapters, wanted.format, &layout, output, told)
-}
-
-/// A name under which two models agree.
-fn canonical(prefix: &str, name: &str) -> String {
-    module_of(prefix, name).map_or(name.to_string(), |(module, is_weight)| format!("{module}.{is_weight}"))
-}
-
-fn add_biases(adapters: &mut AdapterFile, biases: Vec<(String, Tensor)>) {
-    for (module, bias) in biases {
-        let adapter = adapters.modules.entry(module);
-        adapter.or_insert(Adapter { kind: AdapterKind::BiasOnly, magnitude: None, bias: None }).bias =
-            Some(bias);
-    }
-}
-
-/// Whether it holds more than two factors.
-fn is_no_lora(adapter: &Adapter) -> bool {
-    adapter.bias.is_some() || !matches!(adapter.kind, AdapterKind::LowRank { .. })
+    let mut report = summary(&kept);
+    report["biases_and_norms"] = json!(biases_and_norms);
+    report["left_out"] = json!(left_out);
+    let written = Written { out: &args.out, format: args.format, layout: &before.block_layout, output };
+    written.write(&adapters, report)
 }

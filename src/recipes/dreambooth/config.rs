@@ -221,22 +221,26 @@ pub struct Samples {
 }
 
 impl Settings {
-    /// The preset `default`, or the one that `config` names; where `config` is a file, over it what that file says.
+    /// The preset `default`, or the one that `config` names; where `config` is a file, over it what that file says;
+    /// over these the `options`, a table of the same form.
     ///
     /// # Errors
     /// [`Failure::Usage`] for a name that is no preset and no file, [`Failure::Unusable`] for a file with an unknown key
     /// or a value of the wrong kind.
-    pub fn read(config: Option<&Path>, default: &str) -> Result<Self> {
+    pub fn read(config: Option<&Path>, default: &str, options: toml::Table) -> Result<Self> {
         let preset = |name: &str| PRESETS.iter().find(|(known, _)| *known == name).map(|(_, text)| *text);
         let fallback = preset(default).context("the preset is built in")?;
-        let Some(path) = config else { return Ok(toml::from_str(fallback)?) };
-        let name = path.to_string_lossy();
-        if let Some(text) = preset(&name) {
-            return Ok(toml::from_str(text)?);
+        let named = config.map_or(Some(fallback), |name| preset(&name.to_string_lossy()));
+        if let Some(text) = named {
+            let mut whole: toml::Table = toml::from_str(text)?;
+            lay_over(&mut whole, options);
+            return Ok(whole.try_into()?);
         }
+        let path = config.context("a preset or a file")?;
         if !path.exists() {
             let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
-            let why = format!("`{name}` is no file and no preset; presets are {}", names.join(", "));
+            let (path, names) = (path.display(), names.join(", "));
+            let why = format!("`{path}` is no file and no preset; presets are {names}");
             return Err(Failure::Usage(why).into());
         }
         let text = std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error))?;
@@ -250,6 +254,7 @@ impl Settings {
         };
         let mut whole: toml::Table = toml::from_str(below)?;
         lay_over(&mut whole, file);
+        lay_over(&mut whole, options);
         whole.try_into().map_err(|error| Failure::unusable(path, error))
     }
 
@@ -347,13 +352,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run.toml");
         std::fs::write(&path, text).unwrap();
-        Settings::read(Some(&path), "tiny")
+        Settings::read(Some(&path), "tiny", toml::Table::new())
     }
 
     #[test]
     fn presets_are_whole_and_pass_their_own_check() {
         for (name, _) in PRESETS {
-            let settings = Settings::read(Some(Path::new(name)), "tiny").unwrap();
+            let settings = Settings::read(Some(Path::new(name)), "tiny", toml::Table::new()).unwrap();
             settings.check().unwrap();
             let again: Settings = toml::from_str(&toml::to_string(&settings).unwrap()).unwrap();
             assert_eq!(again, settings, "{name}");
@@ -362,7 +367,7 @@ mod tests {
 
     #[test]
     fn a_file_changes_what_it_names_and_leaves_the_rest() {
-        let plain = Settings::read(None, "tiny").unwrap();
+        let plain = Settings::read(None, "tiny", toml::Table::new()).unwrap();
         let mut wanted = plain.clone();
         (wanted.lora.rank, wanted.training.loss_scale) = (2, LossScale::Static(128.0));
         assert_eq!(read("[lora]\nrank = 2\n[training]\nloss_scale = 128.0").unwrap(), wanted);
@@ -386,7 +391,7 @@ mod tests {
             );
         }
         assert!(
-            Settings::read(Some(Path::new("no-such")), "tiny")
+            Settings::read(Some(Path::new("no-such")), "tiny", toml::Table::new())
                 .unwrap_err()
                 .to_string()
                 .contains("sdxl-dreambooth")

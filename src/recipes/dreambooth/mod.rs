@@ -14,5 +14,6 @@ pub mod lora_trainer;
 pub mod loss;
 pub mod metadata;
 pub mod previews;
+pub mod setup;
 pub mod targets;
 pub mod training_folder;

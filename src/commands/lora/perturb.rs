@@ -1,0 +1,45 @@
+//! `difflora lora perturb`: the largest or smallest weights replaced.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::write::{Written, share};
+use crate::failure::Failure;
+use crate::files::{check_writable, refuse_inputs};
+use crate::lora::arithmetic::{self, Replacement, Which};
+use crate::lora::file::{self, Format};
+use crate::lora::ldm_keys::BlockLayout;
+use crate::output::Output;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// LoRA file.
+    input: PathBuf,
+    /// File to write.
+    output: PathBuf,
+    /// Weights to replace.
+    #[arg(long, value_enum, default_value = "largest")]
+    which: Which,
+    /// Replacement.
+    #[arg(long, value_enum, default_value = "zero")]
+    with: Replacement,
+    /// Share of all weights to replace.
+    #[arg(long, default_value_t = 0.25)]
+    share: f64,
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+pub(super) fn run(args: Args, layout: &BlockLayout, output: &Output) -> Result<()> {
+    refuse_inputs(&[&args.output], std::slice::from_ref(&args.input))?;
+    check_writable(&args.output)?;
+    let share = share(args.share, "--share")?;
+    let mut adapters = file::read_adapters(&args.input, layout)?;
+    let count = arithmetic::perturb(&mut adapters, args.which, share, args.with, args.seed)
+        .map_err(|error| Failure::unusable(&args.input, error))?;
+    let written = Written { out: &args.output, format: Format::Kohya, layout, output };
+    written.write(&adapters, json!({ "replaced": count }))
+}

@@ -1,0 +1,38 @@
+//! `difflora lora resize`: a lower rank by SVD.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use super::write::{RankArgs, Written, write_sum};
+use crate::failure::Failure;
+use crate::files::{check_writable, refuse_inputs};
+use crate::lora::arithmetic::Keep;
+use crate::lora::file::Format;
+use crate::lora::ldm_keys::BlockLayout;
+use crate::lora::weighted_file::WeightedFile;
+use crate::output::Output;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// LoRA file.
+    input: PathBuf,
+    /// File to write.
+    output: PathBuf,
+    #[command(flatten)]
+    rank: RankArgs,
+    /// Key names of the written LoRA.
+    #[arg(long, value_enum, default_value = "kohya")]
+    format: Format,
+}
+
+pub(super) fn run(args: Args, layout: &BlockLayout, output: &Output) -> Result<()> {
+    refuse_inputs(&[&args.output], std::slice::from_ref(&args.input))?;
+    check_writable(&args.output)?;
+    let keep = args.rank.keep()?;
+    if keep == Keep::All {
+        return Err(Failure::Usage("how short? give --rank N or --keep SHARE".into()).into());
+    }
+    let lora = WeightedFile::read(&args.input.display().to_string(), layout)?;
+    write_sum(&[lora], keep, &Written { out: &args.output, format: args.format, layout, output })
+}
