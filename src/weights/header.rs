@@ -16,9 +16,6 @@ use serde_json::{Value, json};
 /// The format's own limit for the header.
 const LONGEST_HEADER: u64 = 100_000_000;
 
-/// Above this a metadata value is no text about the file; the longest in use, tag statistics, stay below 2 MB.
-const LONGEST_VALUE: usize = 16 << 20;
-
 /// Header of a safetensors file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Header {
@@ -54,8 +51,12 @@ pub enum Storage {
     F8E4M3,
     F8E5M2,
     I64,
+    U64,
     I32,
     U32,
+    I16,
+    U16,
+    I8,
     U8,
     Bool,
 }
@@ -227,11 +228,23 @@ impl Entry {
             Storage::I64 => {
                 Tensor::from_vec(numbers(bytes, |b| i64::from_le_bytes(b) as f32), shape, &Device::Cpu)
             }
+            Storage::U64 => {
+                Tensor::from_vec(numbers(bytes, |b| u64::from_le_bytes(b) as f32), shape, &Device::Cpu)
+            }
             Storage::I32 => {
                 Tensor::from_vec(numbers(bytes, |b| i32::from_le_bytes(b) as f32), shape, &Device::Cpu)
             }
             Storage::U32 => {
                 Tensor::from_vec(numbers(bytes, |b| u32::from_le_bytes(b) as f32), shape, &Device::Cpu)
+            }
+            Storage::I16 => {
+                Tensor::from_vec(numbers(bytes, |b| f32::from(i16::from_le_bytes(b))), shape, &Device::Cpu)
+            }
+            Storage::U16 => {
+                Tensor::from_vec(numbers(bytes, |b| f32::from(u16::from_le_bytes(b))), shape, &Device::Cpu)
+            }
+            Storage::I8 => {
+                Tensor::from_vec(numbers(bytes, |b| f32::from(i8::from_le_bytes(b))), shape, &Device::Cpu)
             }
             Storage::U8 | Storage::Bool => {
                 Tensor::from_vec(numbers(bytes, |[b]| f32::from(b)), shape, &Device::Cpu)
@@ -270,7 +283,7 @@ fn from_e4m3(byte: u8) -> f16 {
 }
 
 /// Names of the types in the format.
-const NAMES: [(&str, Storage); 11] = [
+const NAMES: [(&str, Storage); 15] = [
     ("F64", Storage::F64),
     ("F32", Storage::F32),
     ("F16", Storage::F16),
@@ -278,8 +291,12 @@ const NAMES: [(&str, Storage); 11] = [
     ("F8_E4M3", Storage::F8E4M3),
     ("F8_E5M2", Storage::F8E5M2),
     ("I64", Storage::I64),
+    ("U64", Storage::U64),
     ("I32", Storage::I32),
     ("U32", Storage::U32),
+    ("I16", Storage::I16),
+    ("U16", Storage::U16),
+    ("I8", Storage::I8),
     ("U8", Storage::U8),
     ("BOOL", Storage::Bool),
 ];
@@ -311,10 +328,10 @@ impl Storage {
 
     fn bytes(self) -> u64 {
         match self {
-            Self::F64 | Self::I64 => 8,
+            Self::F64 | Self::I64 | Self::U64 => 8,
             Self::F32 | Self::I32 | Self::U32 => 4,
-            Self::F16 | Self::BF16 => 2,
-            Self::F8E4M3 | Self::F8E5M2 | Self::U8 | Self::Bool => 1,
+            Self::F16 | Self::BF16 | Self::I16 | Self::U16 => 2,
+            Self::F8E4M3 | Self::F8E5M2 | Self::I8 | Self::U8 | Self::Bool => 1,
         }
     }
 }
@@ -342,20 +359,22 @@ fn parse(json: &[u8]) -> Result<Parsed, HeaderError> {
     Ok((metadata, tensors))
 }
 
+/// Values that are not text, which the format does not allow and some programs write, are kept as JSON.
 fn parse_metadata(value: Value) -> Result<BTreeMap<String, String>, HeaderError> {
-    let wrong = |key: &str, why: String| HeaderError::Entry { key: format!("__metadata__.{key}"), why };
-    let Value::Object(entries) = value else { return Err(wrong("", "it is no JSON object".into())) };
-    entries
-        .into_iter()
-        .map(|(key, value)| match value {
-            Value::String(text) if text.len() > LONGEST_VALUE => Err(wrong(
-                &key,
-                format!("its value is {} bytes long, at most {LONGEST_VALUE} are read", text.len()),
-            )),
-            Value::String(text) => Ok((key, text)),
-            _ => Err(wrong(&key, "its value is no text".into())),
-        })
-        .collect()
+    let entries = match value {
+        Value::Object(entries) => entries,
+        Value::Null => return Ok(BTreeMap::new()),
+        _ => {
+            let (key, why) = ("__metadata__".to_string(), "it is no JSON object".to_string());
+            return Err(HeaderError::Entry { key, why });
+        }
+    };
+    let text = |value| match value {
+        Value::String(text) => Some(text),
+        Value::Null => None,
+        other => Some(other.to_string()),
+    };
+    Ok(entries.into_iter().filter_map(|(key, value)| Some((key, text(value)?))).collect())
 }
 
 fn parse_entry(key: String, value: &Value) -> Result<Entry, HeaderError> {
@@ -376,7 +395,7 @@ fn parse_entry(key: String, value: &Value) -> Result<Entry, HeaderError> {
 }
 
 /// The entries of a JSON object in order, equal keys kept.
-struct Pairs(Vec<(String, Value)>);
+pub(crate) struct Pairs(pub(crate) Vec<(String, Value)>);
 
 impl<'de> serde::Deserialize<'de> for Pairs {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -451,12 +470,7 @@ mod tests {
             (file(&format!("{{{}}}", entry("b", "Q4", "[1]", "[0,4]")), 4), "type `Q4`"),
             (file(&format!("{{{}}}", entry("b", "F32", "[-1]", "[0,4]")), 4), "no list of sizes"),
             (file(&format!("{{{}}}", entry("b", "F32", "[1]", "[0]")), 4), "no pair"),
-            (file(r#"{"__metadata__":{"a":1}}"#, 0), "`__metadata__.a`: its value is no text"),
             (file(r#"{"__metadata__":7}"#, 0), "no JSON object"),
-            (
-                file(&format!(r#"{{"__metadata__":{{"a":"{}"}}}}"#, "x".repeat(LONGEST_VALUE + 1)), 0),
-                "bytes long",
-            ),
         ] {
             let said = says(&bytes);
             assert!(said.contains(words), "{said}, wanted {words}");
@@ -465,6 +479,20 @@ mod tests {
         let at = binary.len() - 5;
         binary[at] = 0xff;
         assert!(says(&binary).contains("not UTF-8"), "{}", says(&binary));
+    }
+
+    #[test]
+    fn metadata_that_nothing_reads_are_no_reason_to_refuse_a_file() {
+        let read = |json: &str| Header::read(&mut Cursor::new(file(json, 0))).unwrap().metadata;
+        assert!(read(r#"{"__metadata__":null}"#).is_empty());
+        let odd = read(r#"{"__metadata__":{"a":1,"b":null,"c":{"d":[true]},"e":"text"}}"#);
+        let kept: Vec<_> = odd.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        assert_eq!(kept, [("a", "1"), ("c", r#"{"d":[true]}"#), ("e", "text")]);
+        let long = "x".repeat(20_000_000);
+        assert_eq!(
+            read(&format!(r#"{{"__metadata__":{{"ss_tag_frequency":"{long}"}}}}"#))["ss_tag_frequency"],
+            long
+        );
     }
 
     #[test]
@@ -485,6 +513,10 @@ mod tests {
         assert_eq!(read("BF16", &bf16::from_f32(-1.5).to_le_bytes()), -1.5);
         assert_eq!(read("I64", &(-3i64).to_le_bytes()), -3.0);
         assert_eq!(read("I32", &(-3i32).to_le_bytes()), -3.0);
+        assert_eq!(read("U64", &7u64.to_le_bytes()), 7.0);
+        assert_eq!(read("I16", &(-300i16).to_le_bytes()), -300.0);
+        assert_eq!(read("U16", &65535u16.to_le_bytes()), 65535.0);
+        assert_eq!(read("I8", &[0xfd]), -3.0);
         assert_eq!(read("BOOL", &[1]), 1.0);
         // 1 sign, 4 exponent (bias 7), 3 mantissa: the largest is 448, the smallest 2⁻⁹.
         for (byte, value) in [(0x38, 1.0), (0xbc, -1.5), (0x7e, 448.0), (0x01, 0.001_953_125), (0x80, 0.0)] {
