@@ -93,6 +93,7 @@ pub(super) fn open_clip_name(name: &str) -> Names {
     match name {
         "positional_embedding" => return whole("text_model.embeddings.position_embedding.weight".into()),
         "token_embedding.weight" => return whole("text_model.embeddings.token_embedding.weight".into()),
+        "text_projection.weight" => return whole("text_projection.weight".into()),
         "text_projection" => return Some(vec![("text_projection.weight".into(), Form::Transposed)]),
         _ => {}
     }

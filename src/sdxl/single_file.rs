@@ -60,12 +60,14 @@ const CONFIGS: [(&str, &str); 8] = [
 pub fn open(path: &Path, base_config: Option<&Path>) -> Result<ModelFiles> {
     refuse_pickle(path)?;
     let unusable = |why: anyhow::Error| Failure::unusable(path, format!("{why:#}"));
-    let shapes = shapes(path).map_err(unusable)?;
+    let header = header(path).map_err(unusable)?;
+    let shapes = header.tensors.iter().map(|entry| (entry.key.clone(), entry.shape.clone())).collect();
     if let Some(other) = architecture::of_tensors(&shapes) {
         return Err(Failure::unusable(path, other));
     }
     let levels = levels(&shapes).map_err(unusable)?;
-    let mut texts = configs(&shapes, &levels).map_err(unusable)?;
+    let prediction = Prediction::of(&shapes, &header.metadata).map_err(unusable)?;
+    let mut texts = configs(&shapes, &levels, prediction).map_err(unusable)?;
     let overridden = base_config.map(|config| overrides(config, &mut texts)).transpose()?.unwrap_or_default();
     vocabularies(&mut texts, overridden).map_err(unusable)?;
     let tensors = places(&shapes, &levels).map_err(unusable)?;
@@ -73,9 +75,40 @@ pub fn open(path: &Path, base_config: Option<&Path>) -> Result<ModelFiles> {
     Ok(ModelFiles::Assembled(Arc::new(Assembled { file: path.to_path_buf(), texts, tensors })))
 }
 
-fn shapes(path: &Path) -> Result<Shapes> {
-    let header = Header::read(&mut std::fs::File::open(path)?)?;
-    Ok(header.tensors.into_iter().map(|entry| (entry.key, entry.shape)).collect())
+fn header(path: &Path) -> Result<Header> {
+    Ok(Header::read(&mut std::fs::File::open(path)?)?)
+}
+
+/// What the UNet predicts, and the noise level that it was trained to begin at.
+struct Prediction {
+    /// `prediction_type` of diffusers' schedulers.
+    kind: &'static str,
+    zero_terminal_snr: bool,
+}
+
+impl Prediction {
+    /// By the marks that programs leave: a tensor `v_pred` (ComfyUI, `comfy/supported_models.py`, class SDXL), ModelSpec's
+    /// `modelspec.prediction_type` (sd-scripts, `library/sai_model_spec.py`, writes `v` and `epsilon`), or the settings
+    /// of sd-scripts' training; `ztsnr` or `ss_zero_terminal_snr` for the noise.
+    ///
+    /// # Errors
+    /// A type that is neither.
+    fn of(shapes: &Shapes, metadata: &BTreeMap<String, String>) -> Result<Self> {
+        const NOTED: &str = "modelspec.prediction_type";
+        let is_true = |key: &str| metadata.get(key).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+        let noted = metadata.get(NOTED).map(|value| value.to_lowercase().replace('-', "_"));
+        let kind = match noted.as_deref().unwrap_or_default() {
+            _ if shapes.contains_key("v_pred") => "v_prediction",
+            "v" | "v_pred" | "vpred" | "v_prediction" | "velocity" => "v_prediction",
+            "" if is_true("ss_v_parameterization") => "v_prediction",
+            "" | "eps" | "epsilon" | "e" => "epsilon",
+            other => bail!(
+                "its metadata `{NOTED}` are `{other}`; models that predict `epsilon` or `v` are supported"
+            ),
+        };
+        let zero_terminal_snr = shapes.contains_key("ztsnr") || is_true("ss_zero_terminal_snr");
+        Ok(Self { kind, zero_terminal_snr })
+    }
 }
 
 /// Pickles can run programs; torch writes them bare or inside a zip.
@@ -192,7 +225,7 @@ fn depth(shapes: &Shapes, place: &str) -> Option<usize> {
 }
 
 /// Every JSON of the folder, with sizes from the tensors and all else as in SDXL.
-fn configs(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, String>> {
+fn configs(shapes: &Shapes, levels: &Levels, prediction: Prediction) -> Result<BTreeMap<String, String>> {
     let unet = unet_config(shapes, levels)?;
     let tokenizer = |pad: &str| {
         json!({
@@ -200,8 +233,6 @@ fn configs(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, String>>
             "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad,
         })
     };
-    // A tensor of this name marks velocity models (ComfyUI, `comfy/supported_models.py`, class SDXL).
-    let prediction = if shapes.contains_key("v_pred") { "v_prediction" } else { "epsilon" };
     let values = [
         unet,
         vae_config(shapes)?,
@@ -209,10 +240,10 @@ fn configs(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, String>>
         text_2_config(shapes)?,
         json!({
             "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-            "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": prediction,
+            "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": prediction.kind,
             "steps_offset": 1, "timestep_spacing": "leading", "interpolation_type": "linear",
             "use_karras_sigmas": false, "clip_sample": false, "set_alpha_to_one": false,
-            "rescale_betas_zero_snr": shapes.contains_key("ztsnr"),
+            "rescale_betas_zero_snr": prediction.zero_terminal_snr,
         }),
         tokenizer("<|endoftext|>"),
         tokenizer("!"),
@@ -243,7 +274,7 @@ fn unet_config(shapes: &Shapes, levels: &Levels) -> Result<Value> {
         format!("{}{way}Block2D", if depths.is_empty() { "" } else { "CrossAttn" })
     };
     let widths: Vec<usize> = levels.all.iter().map(|level| level.channels).collect();
-    let pooled = size(shapes, &format!("{TEXT_2}text_projection"), 1)?;
+    let pooled = text_projection_size(shapes)?;
     let added = of("label_emb.0.0.weight", 1)?;
     ensure!(
         added > pooled && (added - pooled).is_multiple_of(6),
@@ -364,6 +395,16 @@ fn text_config(shapes: &Shapes) -> Result<Value> {
     Ok(config)
 }
 
+/// Outputs of the second text encoder's projection, which OpenCLIP stores as (in, out) and transformers as a linear layer's
+/// weight (out, in).
+fn text_projection_size(shapes: &Shapes) -> Result<usize> {
+    let linear = format!("{TEXT_2}text_projection.weight");
+    match shapes.contains_key(&linear) {
+        true => size(shapes, &linear, 0),
+        false => size(shapes, &format!("{TEXT_2}text_projection"), 1),
+    }
+}
+
 fn text_2_config(shapes: &Shapes) -> Result<Value> {
     let of = |name: &str, axis: usize| size(shapes, &format!("{TEXT_2}{name}"), axis);
     let layer = |i: &usize| shapes.contains_key(&format!("{TEXT_2}transformer.resblocks.{i}.ln_1.weight"));
@@ -372,7 +413,7 @@ fn text_2_config(shapes: &Shapes) -> Result<Value> {
         "architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model", "hidden_act": "gelu",
         "vocab_size": tokens,
         "hidden_size": width,
-        "projection_dim": of("text_projection", 1)?,
+        "projection_dim": text_projection_size(shapes)?,
         "intermediate_size": of("transformer.resblocks.0.mlp.c_fc.weight", 0)?,
         "num_hidden_layers": (0..).take_while(layer).count(),
         "max_position_embeddings": of("positional_embedding", 0)?,
@@ -459,6 +500,44 @@ fn vocabularies(texts: &mut BTreeMap<String, String>, own: Vec<&str>) -> Result<
     Ok(())
 }
 
+/// Ends of names of weights in formats that are not read.
+const QUANTISED: [(&str, &str); 5] = [
+    (".weight.absmax", "bitsandbytes 4-bit"),
+    (".weight.quant_map", "bitsandbytes 4-bit"),
+    (".SCB", "bitsandbytes 8-bit"),
+    (".qweight", "GPTQ or SVDQuant"),
+    (".weight_scale_2", "NVFP4"),
+];
+
+/// The factor of a weight in ComfyUI's scaled checkpoints, whose numbers are stored divided by it in 8 bits
+/// (`comfy/ops.py`, `scaled_fp8_ops`; `weight_scale` since 2025).
+fn scale_of(stored: &str, shapes: &Shapes) -> Option<String> {
+    let layer = stored.strip_suffix(".weight")?;
+    ["scale_weight", "weight_scale"]
+        .into_iter()
+        .map(|end| format!("{layer}.{end}"))
+        .find(|scale| shapes.contains_key(scale))
+}
+
+/// The factors and marks of such checkpoints; those of the inputs are for products in 8 bits.
+fn is_scale(stored: &str) -> bool {
+    let ends =
+        [".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8"];
+    ends.iter().any(|end| stored.ends_with(end))
+}
+
+/// Numbers of training, of CLIP's loss and of its image encoder, and old buffers; images do not depend on them.
+fn is_left_over(stored: &str) -> bool {
+    let ends = ["logit_scale", "position_ids", "attn_mask", "num_batches_tracked"];
+    let of_vae =
+        |rest: &str| ["model_ema.", "loss.", "discriminator."].iter().any(|part| rest.starts_with(part));
+    ends.iter().any(|end| stored.ends_with(end))
+        || stored.strip_prefix(VAE).is_some_and(of_vae)
+        || stored == format!("{TEXT}text_projection.weight")
+        || stored.strip_prefix(TEXT).is_some_and(|rest| rest.starts_with("vision_model."))
+        || stored.strip_prefix(TEXT_2).is_some_and(|rest| rest.starts_with("visual."))
+}
+
 /// Where each tensor of each component lies.
 fn places(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, BTreeMap<String, Place>>> {
     let layout = BlockLayout::uniform(levels.all.len(), levels.resnets);
@@ -468,6 +547,15 @@ fn places(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, BTreeMap<
     let mut found: BTreeMap<String, BTreeMap<String, Place>> = BTreeMap::new();
     let (mut strange, mut unused) = (Vec::new(), Vec::new());
     for (stored, shape) in shapes {
+        if let Some(quantised) = QUANTISED.iter().find(|(end, _)| stored.ends_with(end)) {
+            bail!(
+                "`{stored}`: it is a {} checkpoint, which is not supported; give one of 16 bits",
+                quantised.1
+            );
+        }
+        if is_scale(stored) || is_left_over(stored) {
+            continue;
+        }
         let (component, names) = if let Some(name) = stored.strip_prefix(UNET) {
             ("unet", unet_name(name, &layout, shape.len()))
         } else if let Some(name) = stored.strip_prefix(VAE) {
@@ -483,14 +571,10 @@ fn places(shapes: &Shapes, levels: &Levels) -> Result<BTreeMap<String, BTreeMap<
         match names {
             Some(names) => {
                 for (name, form) in names {
-                    let place = Place { stored: stored.clone(), form };
+                    let place = Place { scale: scale_of(stored, shapes), ..Place::new(stored, form) };
                     found.entry(component.to_string()).or_default().insert(name, place);
                 }
             }
-            // Numbers of training and of CLIP's loss; no part of drawing.
-            None if ["logit_scale", "position_ids", "text_projection.weight"]
-                .iter()
-                .any(|end| stored.ends_with(end)) => {}
             None => strange.push(stored.as_str()),
         }
     }

@@ -97,6 +97,15 @@ pub struct Place {
     pub stored: String,
     /// How it lies there.
     pub form: Form,
+    /// Name of the factor that its numbers are to be multiplied by: one, or one for each row.
+    pub scale: Option<String>,
+}
+
+impl Place {
+    /// A tensor without a factor.
+    pub fn new(stored: impl Into<String>, form: Form) -> Self {
+        Self { stored: stored.into(), form, scale: None }
+    }
 }
 
 /// How a tensor is stored.
@@ -470,7 +479,7 @@ impl Weights {
     fn find(&self, name: &str) -> Option<(Place, &Stored)> {
         let place = match &self.places {
             Some(places) => places.get(name)?.clone(),
-            None => Place { stored: name.to_string(), form: Form::Whole },
+            None => Place::new(name, Form::Whole),
         };
         let part = self.parts.iter().find(|part| part.contains(&place.stored))?;
         Some((place, part))
@@ -478,13 +487,25 @@ impl Weights {
 
     /// Whether the tensor `name` is stored as f16.
     fn is_half(&self, name: &str) -> bool {
-        self.find(name).is_some_and(|(place, part)| part.is_half(&place.stored))
+        self.find(name).is_some_and(|(place, part)| place.scale.is_none() && part.is_half(&place.stored))
     }
 
     /// The tensor `name` on the CPU, as `dtype` or as stored.
     fn load(&self, name: &str, dtype: Option<DType>) -> candle_core::Result<Tensor> {
         let Some((place, part)) = self.find(name) else { candle_core::bail!("there is no tensor `{name}`") };
-        place.form.take(part.load(&place.stored, dtype)?)
+        let Some(scale) = &place.scale else { return place.form.take(part.load(&place.stored, dtype)?) };
+        let stored = part.load(&place.stored, Some(DType::F32))?;
+        let scale = part.load(scale, Some(DType::F32))?.flatten_all()?;
+        let scale = match scale.elem_count() {
+            1 => scale.reshape(vec![1; stored.rank()])?,
+            rows => {
+                let mut shape = vec![1; stored.rank()];
+                shape[0] = rows;
+                scale.reshape(shape)?
+            }
+        };
+        let scaled = place.form.take(stored.broadcast_mul(&scale)?)?;
+        dtype.map_or(Ok(scaled.clone()), |dtype| scaled.to_dtype(dtype))
     }
 }
 

@@ -152,3 +152,180 @@ fn the_vocabulary_of_single_files_is_clips() {
     let ids = tokenizer.encode("a photo of an Astronaut riding a horse, naïve café 🙂").unwrap();
     assert_eq!(ids[..expected.len()], expected);
 }
+
+/// Tensors of a file: key, type, shape, bytes.
+type Stored = (String, safetensors::Dtype, Vec<usize>, Vec<u8>);
+
+/// The file of the golden model with other tensors and metadata, and the model in it.
+fn changed(
+    folder: &Path,
+    change: impl FnOnce(&mut Vec<Stored>),
+    metadata: &[(&str, &str)],
+) -> anyhow::Result<ModelFiles> {
+    let bytes = std::fs::read(golden().join("one.safetensors"))?;
+    let file = safetensors::SafeTensors::deserialize(&bytes)?;
+    let own = |(key, view): (String, safetensors::tensor::TensorView)| {
+        (key, view.dtype(), view.shape().to_vec(), view.data().to_vec())
+    };
+    let mut tensors: Vec<Stored> = file.tensors().into_iter().map(own).collect();
+    tensors.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+    change(&mut tensors);
+    let views = tensors.iter().map(|(key, dtype, shape, bytes)| {
+        (key, safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    let metadata = metadata.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+    let path = folder.join("changed.safetensors");
+    std::fs::write(&path, safetensors::serialize(views, Some(metadata))?)?;
+    single_file::open(&path, Some(&golden().join("folder")))
+}
+
+/// What the scheduler is told of a model, with no settings but the file's.
+fn prediction(folder: &Path, tensors: &[&str], metadata: &[(&str, &str)]) -> anyhow::Result<[Value; 2]> {
+    let settings = folder.join("settings");
+    for part in ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"] {
+        std::fs::create_dir_all(settings.join(part))?;
+        for entry in std::fs::read_dir(golden().join("folder").join(part))? {
+            let entry = entry?;
+            std::fs::copy(entry.path(), settings.join(part).join(entry.file_name()))?;
+        }
+    }
+    let mark = |key: &&str| (key.to_string(), safetensors::Dtype::F32, vec![0], vec![]);
+    changed(folder, |all| all.extend(tensors.iter().map(mark)), metadata)?;
+    let files = single_file::open(&folder.join("changed.safetensors"), Some(&settings))?;
+    let mut config: Value = files.json("scheduler/scheduler_config.json")?;
+    Ok([config["prediction_type"].take(), config["rescale_betas_zero_snr"].take()])
+}
+
+fn f32s(key: &str, shape: &[usize], numbers: &[f32]) -> Stored {
+    let bytes = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+    (key.to_string(), safetensors::Dtype::F32, shape.to_vec(), bytes)
+}
+
+fn assert_same_outputs(one: &ModelFiles, two: &ModelFiles) {
+    for ((name, a), (_, b)) in outputs(one).into_iter().zip(outputs(two)) {
+        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(values(&a), values(&b), "{name}");
+    }
+}
+
+#[test]
+fn left_overs_of_training_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let extra = |tensors: &mut Vec<Stored>| {
+        for key in [
+            "first_stage_model.model_ema.decay",
+            "first_stage_model.model_ema.num_updates",
+            "first_stage_model.model_ema.encoderconv_inweight",
+            "first_stage_model.loss.logvar",
+            "first_stage_model.loss.discriminator.main.0.weight",
+            "first_stage_model.loss.discriminator.main.1.num_batches_tracked",
+            "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+            "conditioner.embedders.1.model.logit_scale",
+            "conditioner.embedders.1.model.attn_mask",
+            "model_ema.decay",
+        ] {
+            if tensors.iter().all(|(other, ..)| other != key) {
+                tensors.push(f32s(key, &[1], &[0.5]));
+            }
+        }
+    };
+    let odd = changed(folder.path(), extra, &[]).unwrap();
+    assert_same_outputs(&odd, &ModelFiles::folder(golden().join("folder")).unwrap());
+    let unknown = |tensors: &mut Vec<Stored>| {
+        tensors.push(f32s("first_stage_model.encoder.extra.weight", &[1], &[0.5]))
+    };
+    let error = changed(folder.path(), unknown, &[]).unwrap_err().to_string();
+    assert!(error.contains("names that no SDXL has") && error.contains("encoder.extra.weight"), "{error}");
+}
+
+#[test]
+fn velocity_models_are_known_by_every_mark() {
+    let folder = tempfile::tempdir().unwrap();
+    const TYPE: &str = "modelspec.prediction_type";
+    for (tensors, metadata, wanted, zero) in [
+        (&[][..], &[][..], "epsilon", false),
+        (&["v_pred"], &[], "v_prediction", false),
+        (&["v_pred", "ztsnr"], &[(TYPE, "epsilon")], "v_prediction", true),
+        (&[], &[(TYPE, "v")], "v_prediction", false),
+        (&[], &[(TYPE, "v_prediction")], "v_prediction", false),
+        (&[], &[(TYPE, "V-Prediction"), ("ss_zero_terminal_snr", "True")], "v_prediction", true),
+        (&[], &[(TYPE, "epsilon"), ("ss_v_parameterization", "True")], "epsilon", false),
+        (&[], &[("ss_v_parameterization", "True")], "v_prediction", false),
+    ] {
+        let told = prediction(folder.path(), tensors, metadata).unwrap();
+        assert_eq!(told, [Value::from(wanted), Value::from(zero)], "{tensors:?} {metadata:?}");
+    }
+    let error = prediction(folder.path(), &[], &[(TYPE, "flow")]).unwrap_err().to_string();
+    assert!(error.contains("`flow`") && error.contains("changed.safetensors"), "{error}");
+}
+
+#[test]
+fn scaled_8_bit_weights_are_multiplied_by_their_scale() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = |tensors: &[Stored], end: &str| {
+        let fits = |(key, _, shape, _): &&Stored| {
+            key.starts_with("model.diffusion_model.") && key.ends_with(end) && shape.len() == 2
+        };
+        let (key, _, shape, _) = tensors.iter().find(fits).unwrap();
+        (key.clone(), shape.clone())
+    };
+    // E4M3: 1, −1.5, 0.5, 0, of which each product with the scale is exact.
+    let pattern = [(0x38u8, 1f32), (0xbc, -1.5), (0x30, 0.5), (0x00, 0.0)];
+    for (name, per_row) in [("scale_weight", false), ("weight_scale", false), ("weight_scale", true)] {
+        let numbers = |shape: &[usize]| -> Vec<(u8, f32)> {
+            pattern.iter().cycle().take(shape.iter().product()).copied().collect()
+        };
+        let scale = |row: usize| if per_row { 0.25 / (1 << (row % 4)) as f32 } else { 0.25 };
+        let scaled = |tensors: &mut Vec<Stored>| {
+            let (key, shape) = key(tensors, "attn1.to_q.weight");
+            tensors.retain(|(other, ..)| *other != key);
+            let bytes = numbers(&shape).into_iter().map(|(byte, _)| byte).collect();
+            tensors.push((key.clone(), safetensors::Dtype::F8_E4M3, shape.clone(), bytes));
+            let layer = key.strip_suffix(".weight").unwrap();
+            let scales: Vec<f32> = (0..if per_row { shape[0] } else { 1 }).map(scale).collect();
+            let sizes = if per_row { vec![shape[0], 1] } else { vec![] };
+            tensors.push(f32s(&format!("{layer}.{name}"), &sizes, &scales));
+            tensors.push(f32s(&format!("{layer}.scale_input"), &[], &[3.0]));
+            tensors.push((
+                "model.diffusion_model.scaled_fp8".into(),
+                safetensors::Dtype::F8_E4M3,
+                vec![2],
+                vec![0, 0],
+            ));
+        };
+        let plain = |tensors: &mut Vec<Stored>| {
+            let (key, shape) = key(tensors, "attn1.to_q.weight");
+            tensors.retain(|(other, ..)| *other != key);
+            let values: Vec<f32> =
+                numbers(&shape).iter().enumerate().map(|(i, (_, x))| x * scale(i / shape[1])).collect();
+            tensors.push(f32s(&key, &shape, &values));
+        };
+        let odd = tempfile::tempdir_in(folder.path()).unwrap();
+        let same = tempfile::tempdir_in(folder.path()).unwrap();
+        let odd = changed(odd.path(), scaled, &[]).map(|files| (odd, files)).unwrap();
+        let same = changed(same.path(), plain, &[]).map(|files| (same, files)).unwrap();
+        assert_same_outputs(&odd.1, &same.1);
+    }
+    let four_bits = |tensors: &mut Vec<Stored>| {
+        let (key, _) = key(tensors, "attn1.to_q.weight");
+        tensors.push(f32s(&format!("{key}.absmax"), &[1], &[1.0]));
+    };
+    let error = changed(folder.path(), four_bits, &[]).unwrap_err().to_string();
+    assert!(error.contains("bitsandbytes 4-bit"), "{error}");
+}
+
+#[test]
+fn a_projection_in_transformers_layout_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let transposed = |tensors: &mut Vec<Stored>| {
+        let name = "conditioner.embedders.1.model.text_projection";
+        let at = tensors.iter().position(|(key, ..)| key == name).unwrap();
+        let (_, dtype, shape, bytes) = tensors.remove(at);
+        let width = bytes.len() / (shape[0] * shape[1]);
+        let number = |row: usize, column: usize| &bytes[(row * shape[1] + column) * width..][..width];
+        let turned = (0..shape[1]).flat_map(|j| (0..shape[0]).flat_map(move |i| number(i, j).to_vec()));
+        tensors.push((format!("{name}.weight"), dtype, vec![shape[1], shape[0]], turned.collect()));
+    };
+    let odd = changed(folder.path(), transposed, &[]).unwrap();
+    assert_same_outputs(&odd, &ModelFiles::folder(golden().join("folder")).unwrap());
+}
