@@ -7,9 +7,11 @@ use include_dir::{Dir, include_dir};
 
 use crate::failure::Failure;
 use crate::lora::ldm_keys::BlockLayout;
+use crate::lora::{file, metadata};
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::VaeConfig;
 use crate::sdxl::{architecture, single_file};
+use crate::weights::header::Header;
 use crate::weights::hub::Repository;
 use crate::weights::model_folder::ModelFiles;
 use crate::weights::model_id::ModelId;
@@ -194,4 +196,29 @@ pub fn identify(files: &ModelFiles, name: &str, weights: &str) -> Result<ModelId
     // The folder's own name: a path of this machine says nothing elsewhere.
     let short = Path::new(name).file_name().map_or(name.into(), |last| last.to_string_lossy());
     Ok(ModelId { name: short.into(), sha256 })
+}
+
+/// The block layout of LoRA files for which the user names no base: that of the built-in base where the metadata of one
+/// name it, else SDXL's.
+///
+/// # Errors
+/// [`Failure::Unusable`] for a file that cannot be read, [`Failure::Usage`] for files of different bases.
+pub fn block_layout_of_loras(loras: &[PathBuf]) -> Result<BlockLayout> {
+    let mut bases: Vec<(&PathBuf, String)> = Vec::new();
+    for path in loras {
+        let header = Header::read(&mut file::open(path)?).map_err(|error| Failure::unusable(path, error))?;
+        bases.extend(header.metadata.get(metadata::BASE).map(|base| (path, base.clone())));
+    }
+    let Some((tiny, _)) = bases.iter().find(|(_, base)| base == BUILT_IN) else {
+        return Ok(BlockLayout::default());
+    };
+    if let Some((other, base)) = bases.iter().find(|(_, base)| base != BUILT_IN) {
+        return Err(Failure::Usage(format!(
+            "`{}` was made for the base `{BUILT_IN}`, `{}` for `{base}`: LoRAs of one base can be combined",
+            tiny.display(),
+            other.display()
+        ))
+        .into());
+    }
+    Ok(Base::open_any(BUILT_IN, &BaseOptions::default())?.block_layout)
 }

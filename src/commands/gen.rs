@@ -20,8 +20,9 @@ use crate::commands::r#gen::outputs::Outputs;
 use crate::commands::r#gen::person::make_lora;
 use crate::commands::r#gen::plan::Plan;
 use crate::device::{self, Precision};
+use crate::lora::Lora;
 use crate::lora::block_weights::BlockWeights;
-use crate::lora::{Lora, file};
+use crate::lora::file::{self, Missing};
 use crate::output::{Output, print_line};
 use crate::progress::{self, Stage};
 use crate::registry::{BUILT_IN, Base};
@@ -91,6 +92,7 @@ fn lora_stack(args: &Args, person: Option<&Lora>, base: &Base) -> Result<LoraSta
         positive_only: args.lora_positive_only,
         guidance: args.guidance,
         widen: args.dtype == Precision::F32,
+        missing: if args.strict { Missing::Refuse } else { Missing::Warn },
     };
     if let Some(lora) = person {
         let stem = args.lora_out.as_deref().and_then(Path::file_stem);

@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use crate::lora::file::{Missing, Reading};
 use crate::output::Output;
-use crate::registry::{Base, BaseOptions};
+use crate::registry::{self, Base, BaseOptions};
 
 /// Arguments of `difflora lora`.
 #[derive(Debug, clap::Args)]
@@ -29,7 +30,7 @@ pub struct Args {
 /// The base of all subcommands.
 #[derive(Debug, clap::Args)]
 struct BaseArgs {
-    /// Base model of the LoRAs, which determines LDM key names [default: SDXL's layout].
+    /// Base model of the LoRAs, which determines LDM key names [default: tiny for its own LoRAs, else SDXL].
     #[arg(
         help_heading = "Model",
         long,
@@ -47,6 +48,9 @@ struct BaseArgs {
         env = "DIFFLORA_BASE_CONFIG"
     )]
     base_config: Option<PathBuf>,
+    /// Fail where a part of a LoRA cannot be used, instead of a warning.
+    #[arg(help_heading = "Model", long, global = true, env = "DIFFLORA_STRICT")]
+    strict: bool,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -70,6 +74,22 @@ enum Action {
     Diff(diff::Args),
 }
 
+impl Action {
+    /// The LoRA files that it reads.
+    fn loras(&self) -> Result<Vec<PathBuf>> {
+        Ok(match self {
+            Self::Inspect(args) => vec![args.file.clone()],
+            Self::Convert(args) => vec![args.input.clone()],
+            Self::Resize(args) => vec![args.input.clone()],
+            Self::Perturb(args) => vec![args.input.clone()],
+            Self::Merge(args) => write::paths_of(&args.lora)?,
+            Self::Mix(args) => write::paths_of(&args.lora)?,
+            Self::Diff(args) => vec![args.one.clone(), args.two.clone()],
+            Self::Extract(_) => Vec::new(),
+        })
+    }
+}
+
 impl BaseArgs {
     /// Opens the model `name`. --base-config is for models in one file; of two models one may be a folder.
     fn open(&self, name: &str) -> Result<Base> {
@@ -81,18 +101,23 @@ impl BaseArgs {
 /// Runs the subcommand.
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let base = args.base.base.as_deref().map(|name| args.base.open(name)).transpose()?;
-    let layout = base.as_ref().map(|base| base.block_layout.clone()).unwrap_or_default();
+    let layout = match &base {
+        Some(base) => base.block_layout.clone(),
+        None => registry::block_layout_of_loras(&args.action.loras()?)?,
+    };
+    let missing = if args.base.strict { Missing::Refuse } else { Missing::Warn };
+    let reading = Reading { layout: &layout, missing };
     match args.action {
-        Action::Inspect(args) => inspect::run(args, &layout, output),
-        Action::Convert(args) => convert::run(args, &layout, output),
+        Action::Inspect(args) => inspect::run(args, &reading, output),
+        Action::Convert(args) => convert::run(args, &reading, output),
         Action::Merge(args) => match &base {
-            Some(base) => merge::run_with_base(args, base, output),
-            None => merge::run(args, &layout, output),
+            Some(base) => merge::run_with_base(args, base, &reading, output),
+            None => merge::run(args, &reading, output),
         },
-        Action::Resize(args) => resize::run(args, &layout, output),
+        Action::Resize(args) => resize::run(args, &reading, output),
         Action::Extract(action) => extract::run(action, &args.base, output),
-        Action::Mix(args) => mix::run(args, &layout, output),
-        Action::Perturb(args) => perturb::run(args, &layout, output),
-        Action::Diff(args) => diff::run(args, &layout, output),
+        Action::Mix(args) => mix::run(args, &reading, output),
+        Action::Perturb(args) => perturb::run(args, &reading, output),
+        Action::Diff(args) => diff::run(args, &reading, output),
     }
 }

@@ -22,6 +22,19 @@ pub struct AdapterFile {
     pub metadata: BTreeMap<String, String>,
 }
 
+impl AdapterFile {
+    /// How much of all numbers the modules of these paths hold, from 0 to 1.
+    pub fn share_of(&self, paths: &[String]) -> f64 {
+        let size = |adapter: &Adapter| -> f64 {
+            let parts = adapter.parts().unwrap_or_default();
+            parts.iter().map(|(_, tensor)| tensor.elem_count() as f64).sum()
+        };
+        let all: f64 = self.modules.values().map(size).sum();
+        let some: f64 = paths.iter().filter_map(|path| self.modules.get(path)).map(size).sum();
+        some / all.max(1.0)
+    }
+}
+
 /// The change of one layer.
 #[derive(Clone, Debug)]
 pub struct Adapter {

@@ -33,6 +33,31 @@ pub enum LoraError {
         /// Its name.
         kind: &'static str,
     },
+    /// PEFT's configuration of the adapter cannot be followed.
+    #[error("PEFT's adapter config: {why}")]
+    Config {
+        /// What is wrong.
+        why: String,
+    },
+    /// LDM names that the base's blocks do not have, in a file that says which base it is for.
+    #[error(
+        "{count} of its tensors have no place in the blocks of this base, for example `{example}`; the LoRA was made \
+         for the base `{base}`: give it as --base"
+    )]
+    OtherBlocks {
+        /// How many tensors.
+        count: usize,
+        /// A key of them.
+        example: String,
+        /// The base by the file's metadata.
+        base: String,
+    },
+    /// Parts of a file that are left out, where the user wants none to be.
+    #[error("{why} (--strict)")]
+    Incomplete {
+        /// What would be left out.
+        why: String,
+    },
     /// Only one of the two factors is there.
     #[error("layer `{module}` lacks its `{missing}` factor")]
     Half {

@@ -7,17 +7,18 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::{CpuStorage, DType, Tensor};
 use safetensors::tensor::View;
 
 use super::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude, Matrix};
+use super::foreign::{self, bundled_embeddings};
 use super::keys::{self, Key, Part};
 use super::ldm_keys::BlockLayout;
-use super::metadata;
-use super::{Lora, LoraError, listed_for_user};
+use super::peft_config::{self, ConfigFile, PeftConfig};
+use super::{Lora, LoraError, listed, listed_for_user, metadata};
 use crate::failure::Failure;
 use crate::progress;
 use crate::weights::header::{Entry, Header, Storage};
@@ -46,34 +47,135 @@ pub fn read(path: &Path, layout: &BlockLayout) -> Result<Lora> {
     adapters.into_lora().map_err(|error| Failure::unusable(path, error))
 }
 
-/// Reads a file of any kind and spelling. Keys that belong to no layer are named in a warning.
+/// Reads a file of any kind and spelling, or a folder with one. What is left out of it is named in a warning.
 ///
 /// # Errors
 /// As [`read`].
 pub fn read_adapters(path: &Path, layout: &BlockLayout) -> Result<AdapterFile> {
-    let mut file = open(path)?;
-    let (adapters, unknown) =
-        from_reader(&mut file, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
-    if !unknown.is_empty() {
-        progress::warn(format!(
-            "{} tensors of `{}` belong to no known layer and are left out: {}",
-            unknown.len(),
-            path.display(),
-            listed_for_user(&unknown)
-        ));
-    }
-    Ok(adapters)
+    Reading { layout, missing: Missing::Warn }.read(path)
 }
 
-/// Opens a file for reading.
+/// What to do with a LoRA of which a part is left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Missing {
+    /// Say what, and how much of the file it is.
+    #[default]
+    Warn,
+    /// Fail.
+    Refuse,
+}
+
+impl Missing {
+    /// Warns of what is left out of `file`, or refuses it.
+    ///
+    /// # Errors
+    /// [`LoraError::Incomplete`].
+    pub fn report(self, file: impl std::fmt::Display, why: String) -> Result<(), LoraError> {
+        match self {
+            Self::Warn => progress::warn(format_args!("`{file}`: {why}")),
+            Self::Refuse => return Err(LoraError::Incomplete { why }),
+        }
+        Ok(())
+    }
+}
+
+/// How files are read.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading<'a> {
+    /// That of the model that the LoRA is for; LDM paths depend on it.
+    pub layout: &'a BlockLayout,
+    /// What happens where a part of a file is left out.
+    pub missing: Missing,
+}
+
+impl Reading<'_> {
+    /// As [`read_adapters`].
+    ///
+    /// # Errors
+    /// As [`read`], and [`LoraError::Incomplete`].
+    pub fn read(&self, path: &Path) -> Result<AdapterFile> {
+        let mut file = open(path)?;
+        let mut read = || -> Result<AdapterFile> {
+            let config = ConfigFile::beside(&weights_in(path)?)?;
+            let (adapters, unknown) = from_reader(&mut file, self.layout, config.as_ref())?;
+            for why in left_out(&mut file, &unknown)? {
+                self.missing.report(path.display(), why)?;
+            }
+            Ok(adapters)
+        };
+        read().map_err(|error| Failure::unusable(path, format!("{error:#}")))
+    }
+}
+
+/// Sentences about the parts of a file that are not used, whose keys are `unknown`.
+fn left_out(file: &mut (impl Read + Seek), unknown: &[String]) -> Result<Vec<String>> {
+    let mut told = Vec::new();
+    let tokens: Vec<String> = bundled_embeddings(unknown).into_iter().map(String::from).collect();
+    if !tokens.is_empty() {
+        told.push(format!(
+            "it brings textual inversion embeddings for {}, which are not used; in a prompt these words have the \
+             meaning that the base gives them, and the likeness is weaker",
+            listed(&tokens)
+        ));
+    }
+    let others: Vec<String> = unknown.iter().filter(|key| !key.starts_with("bundle_emb.")).cloned().collect();
+    if !others.is_empty() {
+        let header = Header::read(file)?;
+        let size = |entry: &&Entry| entry.shape.iter().product::<usize>() as f64;
+        let all: f64 = header.tensors.iter().map(|entry| size(&entry)).sum();
+        let lost: f64 =
+            header.tensors.iter().filter(|entry| others.contains(&entry.key)).map(|e| size(&e)).sum();
+        told.push(format!(
+            "{} of {} tensors, {:.0} % of its weights, belong to no known layer and are left out: {}",
+            others.len(),
+            header.tensors.len(),
+            100.0 * lost / all.max(1.0),
+            listed_for_user(&others)
+        ));
+    }
+    Ok(told)
+}
+
+/// The weights of a LoRA that was saved as a folder: PEFT's, diffusers', or the only `.safetensors` there is; for a
+/// file the file itself.
 ///
 /// # Errors
-/// [`Failure::Unusable`] when it is missing, a folder or not to be read.
-pub fn open(path: &Path) -> Result<File> {
-    if path.is_dir() {
-        return Err(Failure::unusable(path, "it is a folder, wanted a .safetensors file"));
+/// [`Failure::Unusable`] for a folder that holds none, or several.
+pub fn weights_in(path: &Path) -> Result<PathBuf> {
+    if !path.is_dir() {
+        return Ok(path.to_path_buf());
     }
-    File::open(path).map_err(|error| Failure::unusable(path, error))
+    let known = [peft_config::WEIGHTS, "pytorch_lora_weights.safetensors"].map(|name| path.join(name));
+    if let Some(file) = known.into_iter().find(|file| file.is_file()) {
+        return Ok(file);
+    }
+    let entries = std::fs::read_dir(path).map_err(|error| Failure::unusable(path, error))?;
+    let entries = entries.collect::<Result<Vec<_>, _>>().map_err(|error| Failure::unusable(path, error))?;
+    let mut found: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
+    found.retain(|file| file.extension().is_some_and(|kind| kind == "safetensors") && file.is_file());
+    found.sort();
+    match found.as_slice() {
+        [file] => Ok(file.clone()),
+        [] => Err(Failure::unusable(path, "the folder holds no .safetensors file")),
+        files => {
+            let names: Vec<String> = files
+                .iter()
+                .filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned()))
+                .collect();
+            Err(Failure::unusable(
+                path,
+                format!("the folder holds several files; name one of {}", listed(&names)),
+            ))
+        }
+    }
+}
+
+/// Opens a file, or the weights in a folder, for reading.
+///
+/// # Errors
+/// [`Failure::Unusable`] when it is missing or not to be read.
+pub fn open(path: &Path) -> Result<File> {
+    File::open(weights_in(path)?).map_err(|error| Failure::unusable(path, error))
 }
 
 /// Reads a LoRA of linear layers from memory; returns it with the keys that belong to no known layer.
@@ -84,31 +186,51 @@ pub fn from_bytes(bytes: &[u8], layout: &BlockLayout) -> Result<(Lora, Vec<Strin
 
 /// Reads a file of any kind from memory; returns it with the keys that belong to no known layer.
 pub fn adapters_from_bytes(bytes: &[u8], layout: &BlockLayout) -> Result<(AdapterFile, Vec<String>)> {
-    from_reader(&mut std::io::Cursor::new(bytes), layout)
+    from_reader(&mut std::io::Cursor::new(bytes), layout, None)
 }
 
-fn from_reader(file: &mut (impl Read + Seek), layout: &BlockLayout) -> Result<(AdapterFile, Vec<String>)> {
+fn from_reader(
+    file: &mut (impl Read + Seek),
+    layout: &BlockLayout,
+    beside: Option<&ConfigFile>,
+) -> Result<(AdapterFile, Vec<String>)> {
     let header = Header::read(file)?;
     let (modules, unknown) = sorted(&header, layout)?;
-    let alphas = AdapterAlphas::of(&header.metadata);
+    let config = PeftConfig::of(&header, beside)?;
+    config.check_replaced(&unknown)?;
     let mut adapters = BTreeMap::new();
     for (module, entries) in modules {
+        let stem = entries.values().find_map(|entry| keys::stem(&entry.key)).unwrap_or(&module);
         let mut parts = BTreeMap::new();
-        for (part, entry) in entries {
+        for (part, entry) in &entries {
             if entry.shape.contains(&0) {
                 let (part, shape) = (part.suffix().to_string(), entry.shape.clone());
                 return Err(LoraError::Part { module: entry.key.clone(), part, shape }.into());
             }
             let tensor = header.load(file, entry)?;
+            if !is_finite(&tensor) && *part == Part::Alpha && alpha_may_be_infinite(&entries) {
+                continue;
+            }
             if !is_finite(&tensor) {
                 return Err(LoraError::NotFinite { module: entry.key.clone() }.into());
             }
-            parts.insert(part, tensor);
+            parts.insert(*part, tensor);
         }
-        let adapter = Parts { module: &module, parts }.into_adapter(&alphas)?;
+        let whole_lokr_scale = config.whole_lokr_scale(&module, stem);
+        let noted = |rank| config.alpha(&module, stem, rank);
+        let adapter = Parts { module: &module, parts }.into_adapter(&noted, whole_lokr_scale)?;
         adapters.insert(module, adapter);
     }
     Ok((AdapterFile { modules: adapters, metadata: header.metadata }, unknown))
+}
+
+/// Whether an alpha beside these parts scales nothing: whole changes have the scale 1 (LyCORIS, `lokr.py` and
+/// `full.py`; ComfyUI, `weight_adapter/lokr.py`), and OFT is not bounded. Some programs write an alpha of 10⁹ and more
+/// for "whole", which is infinite in f16.
+fn alpha_may_be_infinite(parts: &BTreeMap<Part, &Entry>) -> bool {
+    let has = |part: Part| parts.contains_key(&part);
+    (has(Part::LokrW1) && has(Part::LokrW2))
+        || [Part::Diff, Part::WNorm, Part::Ia3, Part::OftBlocks].into_iter().any(has)
 }
 
 /// The entries of a file by module and part.
@@ -117,7 +239,7 @@ pub type Modules<'a> = BTreeMap<String, BTreeMap<Part, &'a Entry>>;
 /// Sorts the keys of a file by the modules they belong to; returns them with the keys that belong to none.
 ///
 /// # Errors
-/// [`LoraError::NoLayers`], [`LoraError::Kind`] and [`LoraError::Twice`].
+/// [`LoraError::NoLayers`], [`LoraError::OtherBlocks`], [`LoraError::Kind`] and [`LoraError::Twice`].
 pub fn sorted<'a>(header: &'a Header, layout: &BlockLayout) -> Result<(Modules<'a>, Vec<String>), LoraError> {
     let mut modules: Modules = BTreeMap::new();
     let mut unknown = Vec::new();
@@ -135,8 +257,15 @@ pub fn sorted<'a>(header: &'a Header, layout: &BlockLayout) -> Result<(Modules<'
     unknown.sort();
     // An alpha alone is no change.
     if modules.values().all(|parts| parts.keys().all(|part| *part == Part::Alpha)) {
-        let guess = keys::guess(&unknown);
+        let guess = foreign::guess(&unknown);
         return Err(LoraError::NoLayers { count: header.tensors.len(), examples: unknown, guess });
+    }
+    let in_blocks = |key: &&String| key.starts_with("lora_unet_") && key.contains("put_blocks_");
+    if let (Some(base), Some(example)) =
+        (header.metadata.get(metadata::BASE), unknown.iter().find(in_blocks).cloned())
+    {
+        let (base, count) = (base.clone(), unknown.iter().filter(in_blocks).count());
+        return Err(LoraError::OtherBlocks { count, example, base });
     }
     Ok((modules, unknown))
 }
@@ -148,20 +277,26 @@ struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    fn into_adapter(mut self, alphas: &AdapterAlphas) -> Result<Adapter, LoraError> {
-        let stored = self.alpha()?;
+    /// `noted` gives the alpha of a rank by the file's PEFT config, where it says one.
+    fn into_adapter(
+        mut self,
+        noted: &dyn Fn(usize) -> Option<f32>,
+        whole_lokr_scale: f64,
+    ) -> Result<Adapter, LoraError> {
+        let stored = self.number(Part::Alpha)?;
+        let up_bias = self.take(Part::UpBias);
         let bias = self.take(Part::DiffB).or_else(|| self.take(Part::BNorm));
         let bias = bias.map(|bias| bias.flatten_all()).transpose()?;
         let magnitude = self.magnitude()?;
         // sd-scripts: without alpha, or with alpha 0, ΔW is not scaled.
-        let alpha = |rank: usize| stored.filter(|alpha| *alpha != 0.0).unwrap_or(rank as f32);
+        let alpha =
+            |rank: usize| stored.or_else(|| noted(rank)).filter(|alpha| *alpha != 0.0).unwrap_or(rank as f32);
         let kind = if self.has(&[Part::Down, Part::Up, Part::Mid]) {
             let (down, up) = (self.factor(Part::Down, "down")?, self.factor(Part::Up, "up")?);
             let mid = self.take(Part::Mid);
             let rank = down.dims()[0];
-            let alpha = stored.or_else(|| alphas.get(self.module, rank)).filter(|alpha| *alpha != 0.0);
             self.check_low_rank(&down, &up, mid.as_ref())?;
-            AdapterKind::LowRank { alpha: alpha.unwrap_or(rank as f32), down, up, mid }
+            AdapterKind::LowRank { alpha: alpha(rank), down, up, mid }
         } else if self.has(&[Part::HadaW1A, Part::HadaW1B, Part::HadaW2A, Part::HadaW2B]) {
             let first = [self.factor(Part::HadaW1A, "hada_w1_a")?, self.factor(Part::HadaW1B, "hada_w1_b")?];
             let second = [self.factor(Part::HadaW2A, "hada_w2_a")?, self.factor(Part::HadaW2B, "hada_w2_b")?];
@@ -182,7 +317,7 @@ impl Parts<'_> {
         } else if self.has(&[Part::LokrW1, Part::LokrW1A, Part::LokrW2, Part::LokrW2A]) {
             let first = self.matrix([Part::LokrW1, Part::LokrW1A, Part::LokrW1B], "lokr_w1", false)?;
             let core = self.take(Part::LokrT2);
-            let second =
+            let mut second =
                 self.matrix([Part::LokrW2, Part::LokrW2A, Part::LokrW2B], "lokr_w2", core.is_some())?;
             let core = if matches!(second, Matrix::Whole(_)) { None } else { core };
             match &first {
@@ -199,7 +334,12 @@ impl Parts<'_> {
                 Matrix::Product(_, b) => Some(b.dims()[0]),
                 Matrix::Whole(_) => None,
             });
-            // With both matrices whole, LyCORIS takes the scale 1 whatever alpha says.
+            if let (None, Matrix::Whole(matrix)) = (rank, &mut second)
+                && whole_lokr_scale != 1.0
+            {
+                *matrix = (matrix.to_dtype(DType::F32)? * whole_lokr_scale)?;
+            }
+            // Of two whole matrices alpha says nothing.
             let alpha = rank.map_or(stored.unwrap_or(1.0), alpha);
             AdapterKind::Kronecker { first, second, core, alpha }
         } else if let Some(norm) = self.take(Part::WNorm) {
@@ -235,6 +375,18 @@ impl Parts<'_> {
             AdapterKind::BiasOnly
         } else {
             return Err(self.half(if magnitude.is_some() { "down" } else { "up" }));
+        };
+        let bias = match (up_bias, &kind) {
+            (None, _) => bias,
+            (Some(up), AdapterKind::LowRank { down, alpha, .. }) => {
+                let scaled =
+                    (up.to_dtype(DType::F32)?.flatten_all()? * (f64::from(*alpha) / down.dims()[0] as f64))?;
+                Some(match bias {
+                    Some(bias) => (bias.to_dtype(DType::F32)? + scaled)?,
+                    None => scaled,
+                })
+            }
+            (Some(up), _) => return Err(self.shape("lora_up.bias beside a layer of another kind", &up)),
         };
         if let Some((part, tensor)) = self.parts.first_key_value() {
             return Err(self.shape(&format!("{} beside a layer of another kind", part.suffix()), tensor));
@@ -279,10 +431,6 @@ impl Parts<'_> {
             [value] => Ok(Some(*value)),
             _ => Err(self.shape(part.suffix(), &tensor)),
         }
-    }
-
-    fn alpha(&mut self) -> Result<Option<f32>, LoraError> {
-        self.number(Part::Alpha)
     }
 
     /// LyCORIS writes (out, 1, …) or (1, in, …), which tell the axis; PEFT writes (out), or (1, out, 1, 1).
@@ -367,37 +515,6 @@ fn is_finite(tensor: &Tensor) -> bool {
             values.iter().fold(true, |all, x| all & x.is_finite())
         }
         _ => true,
-    }
-}
-
-/// Alphas that diffusers keeps in the metadata of PEFT files, as JSON under `lora_adapter_metadata`:
-/// `unet.lora_alpha` for all, `unet.alpha_pattern` for single modules; with `unet.use_rslora` the scale is
-/// alpha / √R (peft `tuners/lora/layer.py`).
-pub struct AdapterAlphas(serde_json::Map<String, serde_json::Value>);
-
-impl AdapterAlphas {
-    /// Those of a file.
-    pub fn of(metadata: &BTreeMap<String, String>) -> Self {
-        let json = metadata.get("lora_adapter_metadata").and_then(|text| serde_json::from_str(text).ok());
-        Self(json.unwrap_or_default())
-    }
-
-    /// The alpha of `module`, which has this rank.
-    pub fn get(&self, module: &str, rank: usize) -> Option<f32> {
-        let stem = keys::peft(module);
-        let (model, path) = stem.split_once('.')?;
-        let number = |value: &serde_json::Value| value.as_f64().map(|alpha| alpha as f32);
-        let patterns = self.0.get(&format!("{model}.alpha_pattern")).and_then(|value| value.as_object());
-        let single = patterns.into_iter().flatten().find(|(pattern, _)| {
-            path.strip_suffix(pattern.as_str())
-                .is_some_and(|before| before.is_empty() || before.ends_with('.'))
-        });
-        let alpha = match single {
-            Some((_, value)) => number(value),
-            None => self.0.get(&format!("{model}.lora_alpha")).and_then(number),
-        }?;
-        let by_root = self.0.get(&format!("{model}.use_rslora")).and_then(serde_json::Value::as_bool);
-        Some(if by_root == Some(true) { alpha * (rank as f32).sqrt() } else { alpha })
     }
 }
 
@@ -550,20 +667,6 @@ mod tests {
             assert_eq!(read_tensors(&[down, up, (ALPHA, alpha(stored))])?.0.layers[MODULE].alpha, read);
         }
         Ok(())
-    }
-
-    #[test]
-    fn alphas_in_diffusers_metadata_count() {
-        let json = r#"{"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}}"#;
-        let alphas = AdapterAlphas::of(&[("lora_adapter_metadata".to_string(), json.to_string())].into());
-        assert_eq!(alphas.get("mid_block.attn1.to_q", 4), Some(2.0));
-        assert_eq!(alphas.get("mid_block.attn1.to_k", 4), Some(8.0));
-        assert_eq!(alphas.get("text_encoder.text_model.x", 4), None);
-        let json = json
-            .replace('{', "{\"unet.use_rslora\": true, ")
-            .replace("{\"unet.use_rslora\": true, \"attn1", "{\"attn1");
-        let alphas = AdapterAlphas::of(&[("lora_adapter_metadata".to_string(), json)].into());
-        assert_eq!(alphas.get("mid_block.attn1.to_k", 4), Some(16.0));
     }
 
     #[test]

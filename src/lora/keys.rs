@@ -11,8 +11,8 @@
 //! names of SDXL LoRAs. Rules as in sd-scripts' `library/sdxl_model_util.py` and diffusers'
 //! `loaders/lora_conversion_utils.py`.
 
-use super::LoraError;
 use super::ldm_keys::{BlockLayout, from_ldm, to_ldm};
+use super::{LoraError, foreign};
 
 /// What a tensor is to its layer. Names of the formats' own, see [`Part::suffix`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,6 +59,8 @@ pub enum Part {
     Diff,
     /// The difference of the bias.
     DiffB,
+    /// The bias of B, which PEFT trains with `lora_bias`: alpha / R times it is added to the layer's bias.
+    UpBias,
     /// The difference of a norm's weight.
     WNorm,
     /// The difference of a norm's bias.
@@ -82,10 +84,11 @@ pub enum Part {
 }
 
 /// Suffixes of LyCORIS (`modules/*.py`, `weight_list`) and sd-scripts.
-const SUFFIXES: [(&str, Part); 30] = [
+const SUFFIXES: [(&str, Part); 31] = [
     ("lora_down.weight", Part::Down),
     ("lora_up.weight", Part::Up),
     ("lora_mid.weight", Part::Mid),
+    ("lora_up.bias", Part::UpBias),
     ("alpha", Part::Alpha),
     ("dora_scale", Part::DoraScale),
     ("lora_magnitude_vector", Part::Magnitude),
@@ -117,7 +120,7 @@ const SUFFIXES: [(&str, Part); 30] = [
 
 /// Other spellings of the two factors: PEFT, diffusers 0.2x, and diffusers before 0.20
 /// (`…attn1.processor.to_out_lora.down.weight`).
-const FACTORS: [(&str, Part); 8] = [
+const FACTORS: [(&str, Part); 12] = [
     (".lora_A.weight", Part::Down),
     (".lora_B.weight", Part::Up),
     (".lora.down.weight", Part::Down),
@@ -126,6 +129,10 @@ const FACTORS: [(&str, Part); 8] = [
     (".lora_linear_layer.up.weight", Part::Up),
     ("_lora.down.weight", Part::Down),
     ("_lora.up.weight", Part::Up),
+    (".lora_B.bias", Part::UpBias),
+    (".lora.up.bias", Part::UpBias),
+    (".lora_linear_layer.up.bias", Part::UpBias),
+    ("_lora.up.bias", Part::UpBias),
 ];
 
 impl Part {
@@ -151,7 +158,7 @@ pub enum Key {
 
 /// Takes a key of any of the spellings apart.
 pub fn parse(key: &str, layout: &BlockLayout) -> Key {
-    if let Some(kind) = other_kind(key) {
+    if let Some(kind) = foreign::kind(key) {
         return Key::Other(kind);
     }
     let Some((stem, part)) = split_part(key) else { return Key::Unknown };
@@ -191,45 +198,6 @@ fn kohya_text(module: &str) -> Option<String> {
     Some(format!("{prefix}{}", rest.replace('.', "_")))
 }
 
-/// Names of adapter kinds that are not implemented, by what only their keys contain.
-fn other_kind(key: &str) -> Option<&'static str> {
-    let kinds = [
-        (".lokr_t1", "LoKr with a decomposed first matrix of a convolution"),
-        (".bm.weight", "GLoRA with a Tucker factor"),
-        (".q_layer.weight", "T-LoRA"),
-        (".ia3_l.", "PEFT's IA3"),
-        (".oft_r.", "PEFT's OFT"),
-        (".oft_R.", "PEFT's OFT"),
-        (".boft_", "PEFT's BOFT"),
-        (".lora_embedding_", "LoRA of an embedding"),
-        (".vera_lambda_", "VeRA"),
-    ];
-    kinds.into_iter().find_map(|(mark, kind)| key.contains(mark).then_some(kind))
-}
-
-/// What a file without any known key seems to be.
-pub(super) fn guess(keys: &[String]) -> Option<&'static str> {
-    let marks = [
-        ("double_blocks", "this is a LoRA for Flux"),
-        ("single_transformer_blocks", "this is a LoRA for Flux"),
-        ("lora_prior_", "this is a LoRA for Stable Cascade"),
-        ("joint_blocks", "this is a LoRA for Stable Diffusion 3"),
-        ("lora_transformer_", "this is a LoRA for a diffusion transformer, not for SDXL's UNet"),
-        ("transformer.transformer_blocks", "this is a LoRA for a diffusion transformer, not for SDXL's UNet"),
-        ("control_model.", "this is a ControlNet"),
-        ("controlnet", "this is a ControlNet"),
-        ("model.diffusion_model.", "this is a whole checkpoint: give it as --base"),
-        ("first_stage_model.", "this is a whole checkpoint: give it as --base"),
-        ("ip_adapter.", "this is an IP-Adapter"),
-        ("clip_g", "this is a textual inversion embedding"),
-        ("emb_params", "this is a textual inversion embedding"),
-        ("model.layers.", "this belongs to a language model"),
-        ("down_blocks.", "these are a model's own weights: give its folder as --base"),
-        ("text_model.", "these are a text encoder's own weights"),
-    ];
-    marks.into_iter().find_map(|(mark, guess)| keys.iter().any(|key| key.contains(mark)).then_some(guess))
-}
-
 /// `(stem, part)` of a key.
 fn split_part(key: &str) -> Option<(&str, Part)> {
     for (suffix, part) in SUFFIXES {
@@ -243,6 +211,11 @@ fn split_part(key: &str) -> Option<(&str, Part)> {
         }
     }
     // PEFT with the adapter's name inside: `….lora_A.default.weight`, `….lora_magnitude_vector.default.weight`.
+    if let Some((stem, "lora_B")) =
+        key.strip_suffix(".bias").and_then(|named| named.rsplit_once('.')?.0.rsplit_once('.'))
+    {
+        return Some((stem, Part::UpBias));
+    }
     let named = key.strip_suffix(".weight").unwrap_or(key);
     if let Some((stem, part)) = named.rsplit_once('.').and_then(|(rest, _)| rest.rsplit_once('.')) {
         match part {
@@ -256,41 +229,92 @@ fn split_part(key: &str) -> Option<(&str, Part)> {
         return Some((stem, Part::Magnitude));
     }
     // A bare `.weight` is IA3's in a file of adapters, and a model's own in a checkpoint.
-    let is_adapter = key.starts_with("lora_") || key.starts_with("lycoris_");
+    let is_adapter = ["lora_unet", "lora_te", "lycoris_"].iter().any(|prefix| key.starts_with(prefix));
     (named != key && is_adapter).then_some((named, Part::Ia3))
 }
 
+/// What precedes the part of a key, for example `base_model.model.unet.down_blocks.1.attentions.0.proj_in`.
+pub fn stem(key: &str) -> Option<&str> {
+    split_part(key).map(|(stem, _)| stem)
+}
+
+/// What wrappers of a model leave at the beginning of its module names: PEFT, torch.compile, DistributedDataParallel,
+/// FullyShardedDataParallel.
+const WRAPPERS: [&str; 4] = ["base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module."];
+
+/// The same and that of gradient checkpointing inside a name, in which dots may have become underscores.
+const INNER_WRAPPERS: [&str; 5] =
+    ["base_model_model", "_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+
+/// How the text encoders' modules begin. sd-scripts (`lora_te_` for SD 1.x), its OFT, PEFT and diffusers, OneTrainer's
+/// OMI names (`clip_l.`), ComfyUI's saver (`text_encoders.clip_l.transformer.`), and the checkpoint's own.
+const TEXT_ENCODERS: [(&str, &str); 14] = [
+    ("lora_te1_", "text_encoder"),
+    ("lora_te_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te1.", "text_encoder"),
+    ("lora_te2.", "text_encoder_2"),
+    ("oft_te1_", "text_encoder"),
+    ("oft_te2_", "text_encoder_2"),
+    ("text_encoder.", "text_encoder"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("text_encoders.clip_l.", "text_encoder"),
+    ("text_encoders.clip_g.", "text_encoder_2"),
+    ("clip_l.", "text_encoder"),
+    ("clip_g.", "text_encoder_2"),
+    ("conditioner.embedders.0.", "text_encoder"),
+];
+
+/// How the UNet's modules begin, where they do not begin at once.
+const UNETS: [&str; 7] = [
+    "lora_unet_",
+    "lora_unet.",
+    "oft_unet_",
+    "lycoris_",
+    "unet.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+];
+
 /// The diffusers path of a stem.
 fn module(stem: &str, layout: &BlockLayout) -> Option<String> {
-    let stem = stem.strip_prefix("base_model.model.").unwrap_or(stem).replace(".processor.", ".");
-    // With both encoders in one wrapper, LyCORIS and OneTrainer write `lora_te1_`, sd-scripts for SD 1.x `lora_te_`.
-    let text = [
-        ("lora_te1_", "text_encoder"),
-        ("lora_te_", "text_encoder"),
-        ("lora_te2_", "text_encoder_2"),
-        ("text_encoder.", "text_encoder"),
-        ("text_encoder_2.", "text_encoder_2"),
-    ];
-    for (prefix, encoder) in text {
+    let replaced = stem.replace(".processor.", ".");
+    let stem = without_wrappers(&replaced);
+    for (prefix, encoder) in TEXT_ENCODERS {
         if let Some(rest) = stem.strip_prefix(prefix) {
-            let path = words(rest)?;
+            let rest = without_wrappers(rest);
+            let path = words(rest.strip_prefix("transformer.").unwrap_or(rest))?;
             // transformers 5 leaves `text_model.` out.
-            let inner = ["encoder", "embeddings", "final_layer_norm"].contains(&path.split('.').next()?);
-            return Some(if inner {
-                format!("{encoder}.text_model.{path}")
-            } else {
-                format!("{encoder}.{path}")
-            });
+            return match path.split('.').next()? {
+                "encoder" | "embeddings" | "final_layer_norm" => Some(format!("{encoder}.text_model.{path}")),
+                "text_model" | "text_projection" => Some(format!("{encoder}.{path}")),
+                _ => None,
+            };
         }
     }
-    let prefixes = ["lora_unet_", "lycoris_", "unet.", "model.diffusion_model.", "diffusion_model."];
-    let rest = prefixes.into_iter().find_map(|prefix| stem.strip_prefix(prefix)).unwrap_or(&stem);
+    let mut rest = stem;
+    while let Some(inner) = UNETS.iter().find_map(|prefix| rest.strip_prefix(prefix)) {
+        rest = without_wrappers(inner);
+    }
     let path = words(rest)?;
-    let top = path.split('.').next()?;
-    let ldm = ["input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"];
-    let path = if ldm.contains(&top) { from_ldm(&path, layout)? } else { path };
+    let path = match path.split('.').next()? {
+        "input_blocks" | "middle_block" | "output_blocks" | "time_embed" | "label_emb" | "out" => {
+            from_ldm(&path, layout)?
+        }
+        "down_blocks" | "up_blocks" | "mid_block" | "time_embedding" | "add_embedding" | "conv_in"
+        | "conv_out" | "conv_norm_out" => path,
+        _ => return None,
+    };
     // The oldest diffusers files leave the index of the output projection out.
     Some(if path.ends_with(".to_out") { format!("{path}.0") } else { path })
+}
+
+/// A name without the wrappers that it begins with, each of which may be there more than once.
+fn without_wrappers(mut name: &str) -> &str {
+    while let Some(inner) = WRAPPERS.iter().find_map(|wrapper| name.strip_prefix(wrapper)) {
+        name = inner;
+    }
+    name
 }
 
 /// Words that contain an underscore; everything else parts at dots and underscores.
@@ -372,6 +396,11 @@ fn words(flat: &str) -> Option<String> {
         let ends_there = |word: &&&str| {
             rest.strip_prefix(**word).is_some_and(|after| after.is_empty() || after.starts_with('_'))
         };
+        if let Some(wrapper) = INNER_WRAPPERS.iter().find(ends_there) {
+            rest = &rest[wrapper.len()..];
+            rest = rest.strip_prefix('_').unwrap_or(rest);
+            continue;
+        }
         let compound = COMPOUND.iter().find(ends_there).copied();
         let word = match compound {
             Some(word) => word,
@@ -410,6 +439,18 @@ mod tests {
             "base_model.model.unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
             "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora_up.weight",
             "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+            // OneTrainer's OMI names; wrappers, alone, nested, inside, and as sd-scripts flattens them.
+            "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora_up.weight",
+            "unet._orig_mod.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+            "_orig_mod.unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+            "module.unet.module._orig_mod.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+            "unet.base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+            "base_model.model.model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+            "base_model.model.diffusion_model.module.input_blocks.4.1.transformer_blocks.0.attn1.to_out.0.lora_up.weight",
+            "unet.down_blocks.1._orig_mod.attentions.0.transformer_blocks.0._orig_mod.attn1.to_out.0.lora_B.weight",
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0._checkpoint_wrapped_module.attn1.to_out.0.lora_B.weight",
+            "lora_unet__orig_mod_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0__orig_mod_attn1_to_out_0.lora_up.weight",
         ] {
             assert_eq!(parse(key, &layout), Key::Layer(path.to_string(), Part::Up), "{key}");
         }
@@ -418,6 +459,13 @@ mod tests {
             "lora_te2_text_model_encoder_layers_31_self_attn_out_proj.alpha",
             "text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj.alpha",
             "text_encoder_2.encoder.layers.31.self_attn.out_proj.alpha",
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.31.self_attn.out_proj.alpha",
+            "clip_g.text_model.encoder.layers.31.self_attn.out_proj.alpha",
+            "clip_g.transformer.text_model.encoder.layers.31.self_attn.out_proj.alpha",
+            "text_encoder_2._orig_mod.text_model.encoder.layers.31.self_attn.out_proj.alpha",
+            "base_model.model.text_encoder_2.base_model.model.text_model.encoder.layers.31.self_attn.out_proj.alpha",
+            "lora_te2__orig_mod_text_model_encoder_layers_31_self_attn_out_proj.alpha",
+            "oft_te2_text_model_encoder_layers_31_self_attn_out_proj.alpha",
         ] {
             assert_eq!(parse(key, &layout), Key::Layer(te.to_string(), Part::Alpha), "{key}");
         }
@@ -434,6 +482,12 @@ mod tests {
             assert_eq!(part.suffix(), suffix);
         }
         assert_eq!(parse(&format!("{stem}.weight"), &layout), Key::Layer(module.clone(), Part::Ia3));
+        for suffix in ["lora_B.bias", "lora_B.default.bias", "lora.up.bias"] {
+            let key = format!("unet.down_blocks.1.attentions.0.proj_in.{suffix}");
+            assert_eq!(parse(&key, &layout), Key::Layer(module.clone(), Part::UpBias), "{key}");
+        }
+        let oft = "oft_unet_input_blocks_4_1_proj_in.oft_blocks";
+        assert_eq!(parse(oft, &layout), Key::Layer(module.clone(), Part::OftBlocks));
         for key in
             ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.mine.weight"]
         {
@@ -452,6 +506,10 @@ mod tests {
             "lora_unet_input_blocks_99999999999999999999_1_proj_in.alpha",
             "lora_unet_output_blocks_4_2_conv.alpha",
             "lora_unet_müsli.lora_up.weight",
+            // Models whose words are SDXL's and whose blocks are not.
+            "transformer_blocks.0.attn1.to_q.lora_A.weight",
+            "diffusion_model.layers.0.attn1.to_q.lora_A.weight",
+            "text_encoder_2.layers.0.self_attn.q_proj.lora_A.weight",
         ] {
             assert_eq!(parse(key, &layout), Key::Unknown, "{key}");
         }

@@ -15,6 +15,10 @@ pub const TRIGGER_PHRASE: &str = "modelspec.trigger_phrase";
 pub const DATA_HASH: &str = "modelspec.hash_sha256";
 /// Version of the base, as sd-scripts names it.
 pub const BASE_VERSION: &str = "ss_base_model_version";
+/// Name of the base that a LoRA of this program is for.
+pub const BASE: &str = "difflora.base";
+/// SHA-256 of that base's UNet weights.
+pub const BASE_SHA256: &str = "difflora.base_sha256";
 /// LoRAs that a model was merged with.
 pub const MERGED: &str = "difflora.merged";
 
@@ -23,7 +27,7 @@ pub const SDXL_VERSION: &str = "sdxl_base_v1-0";
 
 /// Entries that name the base of a LoRA.
 pub fn of_base(base: &ModelId) -> [(&'static str, String); 2] {
-    [("difflora.base", base.name.clone()), ("difflora.base_sha256", base.sha256.clone())]
+    [(BASE, base.name.clone()), (BASE_SHA256, base.sha256.clone())]
 }
 
 /// The value of [`RESOLUTION`] for square images of `side` pixels.

@@ -13,9 +13,11 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 pub mod file;
+mod foreign;
 pub mod keys;
 pub mod ldm_keys;
 pub mod metadata;
+mod peft_config;
 
 pub mod adapter;
 

@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Seek};
+use std::path::Path;
 
 use anyhow::Result;
 use candle_core::DType;
 use serde::Serialize;
 
-use super::file::{self, AdapterAlphas};
-use super::keys::Part;
+use super::file;
+use super::keys::{self, Part};
 use super::ldm_keys::BlockLayout;
+use super::peft_config::{ConfigFile, PeftConfig};
+use crate::failure::Failure;
 use crate::weights::header::{Entry, Header};
 
 /// The facts about a file.
@@ -45,9 +48,30 @@ impl Summary {
     /// # Errors
     /// As [`file::read_adapters`], as far as the header shows it.
     pub fn read(file: &mut (impl Read + Seek), layout: &BlockLayout) -> Result<Self> {
-        let header = Header::read(file)?;
+        Self::with(file, layout, None)
+    }
+
+    /// The same of the file in `path`, or of the weights in a folder.
+    ///
+    /// # Errors
+    /// As [`Summary::read`].
+    pub fn of(path: &Path, layout: &BlockLayout) -> Result<Self> {
+        let mut file = file::open(path)?;
+        let mut read = || -> Result<Self> {
+            let config = ConfigFile::beside(&file::weights_in(path)?)?;
+            Self::with(&mut file, layout, config.as_ref())
+        };
+        read().map_err(|error| Failure::unusable(path, format!("{error:#}")))
+    }
+
+    fn with(
+        from: &mut (impl Read + Seek),
+        layout: &BlockLayout,
+        beside: Option<&ConfigFile>,
+    ) -> Result<Self> {
+        let header = Header::read(from)?;
         let (modules, unmatched) = file::sorted(&header, layout)?;
-        let noted = AdapterAlphas::of(&header.metadata);
+        let noted = PeftConfig::of(&header, beside)?;
         let mut report = Self { unmatched, metadata: header.metadata.clone(), ..Self::default() };
         for entry in &header.tensors {
             *report.storage.entry(format!("{:?}", entry.storage)).or_default() += 1;
@@ -71,10 +95,13 @@ impl Summary {
             let stored = match parts.get(&Part::Alpha) {
                 Some(entry) => {
                     let values =
-                        header.load(file, entry)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+                        header.load(from, entry)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
                     values.first().copied()
                 }
-                None => noted.get(module, rank),
+                None => {
+                    let stem = parts.values().find_map(|entry| keys::stem(&entry.key));
+                    noted.alpha(module, stem.unwrap_or(module), rank)
+                }
             };
             report.without_alpha += usize::from(stored.is_none());
             let alpha = stored.filter(|alpha| *alpha != 0.0).unwrap_or(rank as f32);

@@ -6,8 +6,7 @@ use anyhow::Result;
 
 use super::adapter::AdapterFile;
 use super::block_weights::BlockWeights;
-use super::file;
-use super::ldm_keys::BlockLayout;
+use super::file::Reading;
 
 /// A LoRA file and the weight that it is added with.
 pub struct WeightedFile {
@@ -25,10 +24,10 @@ impl WeightedFile {
     /// Reads the file of an argument `FILE[:WEIGHT]`.
     ///
     /// # Errors
-    /// As [`BlockWeights::split`] and [`file::read_adapters`].
-    pub fn read(argument: &str, layout: &BlockLayout) -> Result<Self> {
+    /// As [`BlockWeights::split`] and [`Reading::read`].
+    pub fn read(argument: &str, reading: &Reading) -> Result<Self> {
         let (path, weights) = BlockWeights::split(argument)?;
-        let adapters = file::read_adapters(&path, layout)?;
+        let adapters = reading.read(&path)?;
         let weight = argument.strip_prefix(&format!("{}:", path.display())).unwrap_or("1").to_string();
         Ok(Self { path, adapters, weights, weight })
     }

@@ -99,8 +99,14 @@ mod tests {
         let base = ModelId { name: "my: model".into(), sha256: "0123456789abcdef".into() };
         let (strength, changes, report) =
             (BlockWeights::all(0.8), AdapterFile::default(), Summary::default());
-        let loras =
-            [StackedLora { name: "anna".into(), strength, hash: "fedcba9876543210".into(), changes, report }];
+        let loras = [StackedLora {
+            name: "anna".into(),
+            file: "anna.safetensors".into(),
+            strength,
+            hash: "fedcba9876543210".into(),
+            changes,
+            report,
+        }];
         let settings = Settings {
             prompt: "a cat",
             negative_prompt: Some("blurry"),

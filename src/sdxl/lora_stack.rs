@@ -14,7 +14,7 @@ use crate::layers::Visit;
 use crate::lora::adapter::AdapterFile;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
 use crate::lora::block_weights::BlockWeights;
-use crate::lora::file::{self, Format};
+use crate::lora::file::{self, Format, Missing, Reading};
 use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::summary::Summary;
 use crate::lora::{Lora, LoraError, listed_for_user};
@@ -25,6 +25,8 @@ use crate::weights::sha256;
 pub struct StackedLora {
     /// File name without extension.
     pub name: String,
+    /// The file as the user named it; the name where there is none.
+    pub file: String,
     /// Weight, by part of the model.
     pub strength: BlockWeights,
     /// A1111's hash of the file.
@@ -56,6 +58,8 @@ pub struct LoraStack {
     pub guidance: f64,
     /// Whether layers that a LoRA changes are computed in f32, whatever type the file has.
     pub widen: bool,
+    /// What happens where a part of a LoRA cannot be used.
+    pub missing: Missing,
 }
 
 impl LoraStack {
@@ -71,7 +75,14 @@ impl LoraStack {
         let bytes = file::to_bytes(lora, format, layout)?;
         let report = Summary::read(&mut Cursor::new(&bytes), layout)?;
         let (strength, hash) = (BlockWeights::all(weight), lora_hash(&bytes));
-        self.loras.push(StackedLora { name: name.into(), strength, hash, changes: lora.into(), report });
+        self.loras.push(StackedLora {
+            name: name.into(),
+            file: name.into(),
+            strength,
+            hash,
+            changes: lora.into(),
+            report,
+        });
         Ok(())
     }
 
@@ -80,11 +91,12 @@ impl LoraStack {
     /// # Errors
     /// [`LoraError`] for a file that is no LoRA.
     pub fn push_file(&mut self, path: &Path, strength: BlockWeights, layout: &BlockLayout) -> Result<()> {
-        let changes = file::read_adapters(path, layout)?;
+        let changes = Reading { layout, missing: self.missing }.read(path)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let report = Summary::read(&mut file::open(path)?, layout)?;
-        let hash = lora_hash(&std::fs::read(path)?);
-        self.loras.push(StackedLora { name, strength, hash, changes, report });
+        let report = Summary::of(path, layout)?;
+        let hash = lora_hash(&std::fs::read(file::weights_in(path)?)?);
+        let file = path.display().to_string();
+        self.loras.push(StackedLora { name, file, strength, hash, changes, report });
         Ok(())
     }
 
@@ -103,17 +115,20 @@ impl LoraStack {
             let alone = [(&lora.changes, lora.strength.clone())];
             let missing = apply::check(|visit| skeleton.visit_layers(visit), &alone, Unmatched::Allow)
                 .map_err(|error| {
-                    Failure::Unusable(format!("cannot use the LoRA `{}`: {error}", lora.name))
+                    Failure::Unusable(format!("cannot use the LoRA `{}`: {error}", lora.file))
                 })?;
             progress::note(format_args!("LoRA `{}`: {}", lora.name, lora.report.line()));
             if !missing.is_empty() {
-                progress::warn(format_args!(
-                    "{} of {} layers of the LoRA `{}` have no place in this base and are left out: {}",
+                let why = format!(
+                    "{} of {} layers, {:.0} % of its weights, have no place in this base and are left out: {}",
                     missing.len(),
                     lora.changes.modules.len(),
-                    lora.name,
+                    100.0 * lora.changes.share_of(&missing),
                     listed_for_user(&missing)
-                ));
+                );
+                self.missing
+                    .report(&lora.file, why)
+                    .map_err(|error| Failure::unusable(Path::new(&lora.file), error))?;
             }
             let mut report = serde_json::to_value(&lora.report)?;
             report["name"] = json!(lora.name);

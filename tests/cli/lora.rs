@@ -309,7 +309,7 @@ fn unusable_files_end_with_4_and_say_what_is_wrong() {
         ("cut", "the file holds"),
         ("empty", "is empty"),
         ("zip", "zip archive"),
-        ("folder", "it is a folder"),
+        ("folder", "the folder holds no .safetensors file"),
         ("flux", "LoRA for Flux"),
         ("half", "lacks its `down`"),
         ("foreign", "SD 1.5: 768-wide"),

@@ -7,6 +7,7 @@ mod face;
 mod hypernet_dataset;
 mod identity;
 mod lora;
+mod lora_files;
 mod models;
 mod own_files;
 mod train_dit;

@@ -42,10 +42,13 @@ pub struct Args {
     /// Face encoder that the hypernetwork was trained with [default: the one it names].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_FACE_ENCODER")]
     pub(super) face_encoder: Option<String>,
-    /// LoRA files with optional weights: FILE:0.8, or by part, FILE:unet=0.8,te=0.4,down.1=0.5 (parts: unet, te, te1,
+    /// LoRA files or PEFT folders with optional weights: FILE:0.8, or by part, FILE:unet=0.8,te=0.4,down.1=0.5 (parts: unet, te, te1,
     /// te2, down, down.N, mid, up, up.N).
     #[arg(help_heading = "Model", long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
     pub(super) lora: Vec<String>,
+    /// Fail where a part of a LoRA cannot be used, instead of a warning.
+    #[arg(help_heading = "Model", long, env = "DIFFLORA_STRICT")]
+    pub(super) strict: bool,
     /// Weight of the person's LoRA.
     #[arg(
         help_heading = "Model",

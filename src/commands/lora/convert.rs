@@ -7,14 +7,13 @@ use serde_json::json;
 
 use super::write::Written;
 use crate::files::{check_writable, refuse_inputs};
-use crate::lora::file::{self, Format};
-use crate::lora::ldm_keys::BlockLayout;
+use crate::lora::file::{Format, Reading};
 use crate::output::Output;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// LoRA file.
-    input: PathBuf,
+    pub(super) input: PathBuf,
     /// File to write.
     output: PathBuf,
     /// Key names of the written LoRA.
@@ -22,9 +21,10 @@ pub(super) struct Args {
     format: Format,
 }
 
-pub(super) fn run(args: Args, layout: &BlockLayout, output: &Output) -> Result<()> {
+pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> {
     refuse_inputs(&[&args.output], std::slice::from_ref(&args.input))?;
     check_writable(&args.output)?;
-    let adapters = file::read_adapters(&args.input, layout)?;
-    Written { out: &args.output, format: args.format, layout, output }.write(&adapters, json!({}))
+    let adapters = reading.read(&args.input)?;
+    Written { out: &args.output, format: args.format, layout: reading.layout, output }
+        .write(&adapters, json!({}))
 }

@@ -7,21 +7,21 @@ use serde_json::json;
 
 use crate::failure::Failure;
 use crate::lora::adapter::AdapterFile;
-use crate::lora::ldm_keys::BlockLayout;
-use crate::lora::{arithmetic, file, listed};
+use crate::lora::file::Reading;
+use crate::lora::{arithmetic, listed};
 use crate::output::{Output, print_line};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// First LoRA file.
-    one: PathBuf,
+    pub(super) one: PathBuf,
     /// Second LoRA file.
-    two: PathBuf,
+    pub(super) two: PathBuf,
 }
 
-pub(super) fn run(args: Args, layout: &BlockLayout, output: &Output) -> Result<()> {
+pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> {
     let (one, two) = (args.one.as_path(), args.two.as_path());
-    let (a, b) = (file::read_adapters(one, layout)?, file::read_adapters(two, layout)?);
+    let (a, b) = (reading.read(one)?, reading.read(two)?);
     let (modules, all) = arithmetic::compare(&a, &b).map_err(|error| Failure::unusable(two, error))?;
     let only = |a: &AdapterFile, b: &AdapterFile| -> Vec<String> {
         a.modules.keys().filter(|module| !b.modules.contains_key(*module)).cloned().collect()

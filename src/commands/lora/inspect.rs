@@ -7,23 +7,26 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::failure::Failure;
-use crate::lora::ldm_keys::BlockLayout;
+use crate::lora::file::{self, Missing, Reading};
 use crate::lora::summary::Summary;
-use crate::lora::{file, listed};
+use crate::lora::{LoraError, listed};
 use crate::output::{Output, print_line};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// LoRA file.
-    file: PathBuf,
+    pub(super) file: PathBuf,
 }
 
-pub(super) fn run(args: Args, layout: &BlockLayout, output: &Output) -> Result<()> {
+pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> {
     let path = args.file.as_path();
-    let mut file = file::open(path)?;
-    let report =
-        Summary::read(&mut file, layout).map_err(|error| Failure::unusable(path, format!("{error:#}")))?;
-    let bytes = file.metadata()?.len();
+    let report = Summary::of(path, reading.layout)?;
+    let bytes = file::open(path)?.metadata()?.len();
+    if reading.missing == Missing::Refuse && !report.unmatched.is_empty() {
+        let (count, keys) = (report.unmatched.len(), listed(&report.unmatched));
+        let why = format!("{count} keys belong to no known layer: {keys}");
+        return Err(Failure::unusable(path, LoraError::Incomplete { why }));
+    }
     if output.json {
         let mut value = serde_json::to_value(&report)?;
         value["file"] = json!(path.display().to_string());

@@ -11,12 +11,10 @@ use crate::failure::Failure;
 use crate::files::{self, check_writable, refuse_inputs};
 use crate::lora::arithmetic::Keep;
 use crate::lora::checkpoint::Merge;
-use crate::lora::file::Format;
-use crate::lora::ldm_keys::BlockLayout;
+use crate::lora::file::{Format, Reading};
 use crate::lora::listed_for_user;
 use crate::lora::weighted_file::WeightedFile;
 use crate::output::Output;
-use crate::progress;
 use crate::registry::Base;
 use crate::weights::model_folder::ModelFiles;
 
@@ -24,7 +22,7 @@ use crate::weights::model_folder::ModelFiles;
 pub(super) struct Args {
     /// LoRA files with optional weights, as in `gen`.
     #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., required = true)]
-    lora: Vec<String>,
+    pub(super) lora: Vec<String>,
     /// LoRA file to write; with --base a model: a file for a single-file base, else a new folder.
     #[arg(long, value_name = "FILE|DIR")]
     out: PathBuf,
@@ -36,16 +34,16 @@ pub(super) struct Args {
 }
 
 /// Sums the LoRAs into one file.
-pub(super) fn run(args: Args, layout: &BlockLayout, output: &Output) -> Result<()> {
+pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> {
     refuse_inputs(&[&args.out], &paths_of(&args.lora)?)?;
     check_writable(&args.out)?;
-    let loras = read_all(&args.lora, layout)?;
-    let written = Written { out: &args.out, format: args.format, layout, output };
+    let loras = read_all(&args.lora, reading)?;
+    let written = Written { out: &args.out, format: args.format, layout: reading.layout, output };
     write_sum(&loras, args.rank.keep()?, &written)
 }
 
 /// Merges the LoRAs into the model `base`.
-pub(super) fn run_with_base(args: Args, base: &Base, output: &Output) -> Result<()> {
+pub(super) fn run_with_base(args: Args, base: &Base, reading: &Reading, output: &Output) -> Result<()> {
     if args.rank.keep()? != Keep::All {
         let why = "--rank and --keep are for LoRA files; with --base weights are added whole";
         return Err(Failure::Usage(why.into()).into());
@@ -54,17 +52,20 @@ pub(super) fn run_with_base(args: Args, base: &Base, output: &Output) -> Result<
     let mut inputs = paths_of(&args.lora)?;
     inputs.push(PathBuf::from(&base.name));
     refuse_inputs(&[&args.out], &inputs)?;
-    let loras = read_all(&args.lora, &base.block_layout)?;
+    let loras = read_all(&args.lora, reading)?;
     let read = begin.elapsed();
     check_target(&base.files, &args.out)?;
     let merge = Merge::new(&base.files, &loras)?;
     for (lora, missing) in loras.iter().zip(&merge.left_out).filter(|(_, missing)| !missing.is_empty()) {
-        progress::warn(format_args!(
-            "{} layers of `{}` have no place in this base and are left out: {}",
+        let why = format!(
+            "{} of {} layers, {:.0} % of its weights, have no place in this base and are left out: {}",
             missing.len(),
-            lora.path.display(),
+            lora.adapters.modules.len(),
+            100.0 * lora.adapters.share_of(missing),
             listed_for_user(missing)
-        ));
+        );
+        let reported = reading.missing.report(lora.path.display(), why);
+        reported.map_err(|error| Failure::unusable(&lora.path, error))?;
     }
     let merging = merge.write(&args.out)?;
     let kind = if matches!(base.files, ModelFiles::Assembled(_)) { "file" } else { "folder" };

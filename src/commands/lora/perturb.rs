@@ -9,14 +9,13 @@ use super::write::{Written, share};
 use crate::failure::Failure;
 use crate::files::{check_writable, refuse_inputs};
 use crate::lora::arithmetic::{self, Replacement, Which};
-use crate::lora::file::{self, Format};
-use crate::lora::ldm_keys::BlockLayout;
+use crate::lora::file::{Format, Reading};
 use crate::output::Output;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// LoRA file.
-    input: PathBuf,
+    pub(super) input: PathBuf,
     /// File to write.
     output: PathBuf,
     /// Weights to replace.
@@ -33,13 +32,13 @@ pub(super) struct Args {
     seed: u64,
 }
 
-pub(super) fn run(args: Args, layout: &BlockLayout, output: &Output) -> Result<()> {
+pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> {
     refuse_inputs(&[&args.output], std::slice::from_ref(&args.input))?;
     check_writable(&args.output)?;
     let share = share(args.share, "--share")?;
-    let mut adapters = file::read_adapters(&args.input, layout)?;
+    let mut adapters = reading.read(&args.input)?;
     let count = arithmetic::perturb(&mut adapters, args.which, share, args.with, args.seed)
         .map_err(|error| Failure::unusable(&args.input, error))?;
-    let written = Written { out: &args.output, format: Format::Kohya, layout, output };
+    let written = Written { out: &args.output, format: Format::Kohya, layout: reading.layout, output };
     written.write(&adapters, json!({ "replaced": count }))
 }

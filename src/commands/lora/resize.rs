@@ -8,15 +8,14 @@ use super::write::{RankArgs, Written, write_sum};
 use crate::failure::Failure;
 use crate::files::{check_writable, refuse_inputs};
 use crate::lora::arithmetic::Keep;
-use crate::lora::file::Format;
-use crate::lora::ldm_keys::BlockLayout;
+use crate::lora::file::{Format, Reading};
 use crate::lora::weighted_file::WeightedFile;
 use crate::output::Output;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// LoRA file.
-    input: PathBuf,
+    pub(super) input: PathBuf,
     /// File to write.
     output: PathBuf,
     #[command(flatten)]
@@ -26,13 +25,17 @@ pub(super) struct Args {
     format: Format,
 }
 
-pub(super) fn run(args: Args, layout: &BlockLayout, output: &Output) -> Result<()> {
+pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> {
     refuse_inputs(&[&args.output], std::slice::from_ref(&args.input))?;
     check_writable(&args.output)?;
     let keep = args.rank.keep()?;
     if keep == Keep::All {
         return Err(Failure::Usage("how short? give --rank N or --keep SHARE".into()).into());
     }
-    let lora = WeightedFile::read(&args.input.display().to_string(), layout)?;
-    write_sum(&[lora], keep, &Written { out: &args.output, format: args.format, layout, output })
+    let lora = WeightedFile::read(&args.input.display().to_string(), reading)?;
+    write_sum(
+        &[lora],
+        keep,
+        &Written { out: &args.output, format: args.format, layout: reading.layout, output },
+    )
 }

@@ -11,7 +11,7 @@ use crate::files;
 use crate::lora::adapter::AdapterFile;
 use crate::lora::arithmetic::{self, Keep, Kept};
 use crate::lora::block_weights::BlockWeights;
-use crate::lora::file::{self, Format};
+use crate::lora::file::{self, Format, Reading};
 use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::weighted_file::WeightedFile;
 use crate::lora::{LoraError, listed};
@@ -53,8 +53,8 @@ pub(super) fn paths_of(loras: &[String]) -> Result<Vec<PathBuf>> {
 }
 
 /// Reads the files of arguments like FILE:WEIGHT.
-pub(super) fn read_all(arguments: &[String], layout: &BlockLayout) -> Result<Vec<WeightedFile>> {
-    arguments.iter().map(|argument| WeightedFile::read(argument, layout)).collect()
+pub(super) fn read_all(arguments: &[String], reading: &Reading) -> Result<Vec<WeightedFile>> {
+    arguments.iter().map(|argument| WeightedFile::read(argument, reading)).collect()
 }
 
 /// Where and how a LoRA is written and reported.
