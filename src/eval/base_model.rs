@@ -11,17 +11,20 @@ use crate::image::Image;
 use crate::progress;
 use crate::statistics::Mean;
 use crate::synthetic::attribute_classifier::Record;
-use crate::synthetic::{CaptionOptions, Person, Scene, Style, caption};
+use crate::synthetic::{CaptionOptions, Detail, Person, Scene, Style, World, caption, describe};
 use crate::threads::in_threads_or_turn;
+use crate::train;
 
 /// Images of a batch.
 const BATCH: usize = 4;
 
 /// Generates and measures `count` images of random scenes.
 pub fn evaluate(renderer: &Renderer, count: u64, sampling: &Sampling) -> Result<Findings> {
-    let scenes: Vec<Scene> = (0..count).map(|i| Scene::draw(sampling.seed, i)).collect();
+    let world = renderer.judges.world();
+    let scenes: Vec<Scene> = (0..count).map(|i| world.shared_scene(sampling.seed, i)).collect();
+    let people: Vec<Person> = (0..count).map(|i| Person::new(sampling.seed, i)).collect();
     let captions: Vec<String> =
-        scenes.iter().enumerate().map(|(i, scene)| caption_of(i, scene, sampling.seed)).collect();
+        (0..scenes.len()).map(|i| caption_of(world, i, &people[i], &scenes[i])).collect();
     let rendered = render(renderer, &scenes, &captions, sampling)?;
 
     let observations = || rendered.iter().flat_map(|rendering| &rendering.observations);
@@ -34,7 +37,11 @@ pub fn evaluate(renderer: &Renderer, count: u64, sampling: &Sampling) -> Result<
     let mut detections = vec![("all", detection(&|_| true))];
     detections
         .extend(Style::ALL.iter().map(|style| (style.word(), detection(&|scene| scene.style == *style))));
-    let requested: Vec<_> = scenes.iter().map(requested_classes).collect();
+    let requested: Vec<_> = scenes
+        .iter()
+        .zip(&people)
+        .map(|(scene, person)| requested_classes(world, Some(person), scene))
+        .collect();
     let pairs = observations().zip(&requested);
     let accuracy = prompt_accuracy(
         pairs.filter_map(|(observation, requested)| Some((observation.attributes.as_ref()?, requested))),
@@ -60,10 +67,17 @@ pub fn evaluate(renderer: &Renderer, count: u64, sampling: &Sampling) -> Result<
     Ok(Findings { report, text, sheet: sheet(&rows) })
 }
 
-/// Zero to five words about the person in turn, as in training.
-fn caption_of(i: usize, scene: &Scene, seed: u64) -> String {
-    let options = CaptionOptions { attributes: i % 6, ..CaptionOptions::default() };
-    caption(&Person::new(seed, i as u64), scene, options, seed)
+/// In the varied world zero to five words about the person in turn, as in training; in the aligned one everything.
+fn caption_of(world: World, i: usize, person: &Person, scene: &Scene) -> String {
+    match world {
+        World::Varied => {
+            let options = CaptionOptions { attributes: i % 6, ..CaptionOptions::default() };
+            caption(person, scene, options, person.seed)
+        }
+        World::Aligned => {
+            describe(person, scene, "person", Detail::All, &mut train::rng(person.seed, i as u64))
+        }
+    }
 }
 
 fn render(

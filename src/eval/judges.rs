@@ -3,8 +3,10 @@
 use anyhow::Result;
 
 use crate::eval::metrics::{Attributes, Observation};
+use crate::failure::Failure;
 use crate::identity::{self, FaceEncoder};
 use crate::image::Image;
+use crate::synthetic::World;
 use crate::synthetic::attribute_classifier::{AttributeClassifier, Record};
 use crate::weights::model_id::ModelId;
 
@@ -34,6 +36,27 @@ impl Judges {
             Ok(Observation { face, attributes })
         };
         images.iter().zip(attributes).map(observe).collect()
+    }
+
+    /// The world whose attributes the classifier names; the varied one where there is no classifier.
+    pub fn world(&self) -> World {
+        self.attributes.as_ref().map_or(World::Varied, AttributeClassifier::world)
+    }
+
+    /// Refuses an attribute classifier of another world than that of the people.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] with both worlds.
+    pub fn demand_world(&self, world: World) -> Result<()> {
+        if self.attributes.is_none() || self.world() == world {
+            return Ok(());
+        }
+        let [people, classifier] = [world, self.world()].map(World::name);
+        Err(Failure::Usage(format!(
+            "the dataset's people are of the {people} world, the attribute classifier names those of the {classifier} \
+             one; give one of the {people} world with --judge"
+        ))
+        .into())
     }
 
     /// Accuracy of the attribute classifier on painted images.

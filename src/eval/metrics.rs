@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::identity::cosine;
 use crate::statistics::{Mean, correlation, rank};
-use crate::synthetic::{Facing, Identity, Scene};
+use crate::synthetic::{Facing, Identity, Person, Scene, World};
 
 /// Measurements of one image.
 #[derive(Clone, Debug)]
@@ -19,8 +19,8 @@ pub struct Observation {
 /// Predictions of the attribute classifier.
 #[derive(Clone, Debug)]
 pub struct Attributes {
-    /// As [`Scene::classes`].
-    pub classes: [usize; Scene::CLASSES],
+    /// One class for each of [`World::attributes`].
+    pub classes: Vec<usize>,
     /// As [`Identity::to_array`].
     pub factors: [f32; Identity::COUNT],
 }
@@ -65,7 +65,7 @@ pub struct Metrics {
 /// Share of images that show the attribute that their prompt asks for.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PromptAccuracy {
-    /// As in [`Scene::class_words`].
+    /// As in [`World::attributes`].
     pub attribute: &'static str,
     /// Share of [`Self::images`].
     #[serde(rename = "right")]
@@ -81,7 +81,7 @@ impl Metrics {
     pub fn compute(
         observations: &[&[Observation]],
         targets: &[Target],
-        requested: &[[Option<usize>; Scene::CLASSES]],
+        requested: &[RequestedClasses],
         visible: &[usize],
     ) -> Self {
         let mut values: [Vec<f64>; 6] = Default::default();
@@ -136,32 +136,44 @@ impl Metrics {
     }
 }
 
+/// The class of each of [`World::attributes`] that a prompt asks for; `None` where it says nothing.
+pub type RequestedClasses = Vec<Option<usize>>;
+
 /// Accuracy of each attribute over the images whose prompts ask for it.
 pub fn prompt_accuracy<'a>(
-    images: impl Iterator<Item = (&'a Attributes, &'a [Option<usize>; Scene::CLASSES])>,
+    images: impl Iterator<Item = (&'a Attributes, &'a RequestedClasses)>,
 ) -> Vec<PromptAccuracy> {
-    let mut counts = [(0, 0); Scene::CLASSES];
+    // The attributes of the varied world are the first of the aligned one's.
+    let names = World::Aligned.attributes().into_iter().map(|(name, _)| name);
+    let mut rows: Vec<(&'static str, usize, usize)> = names.map(|name| (name, 0, 0)).collect();
     for (predicted, requested) in images {
         let classes = predicted.classes.iter().zip(requested);
-        for ((right, all), (predicted, requested)) in counts.iter_mut().zip(classes) {
+        for ((_, right, all), (predicted, requested)) in rows.iter_mut().zip(classes) {
             *right += usize::from(Some(*predicted) == *requested);
             *all += usize::from(requested.is_some());
         }
     }
-    let rows = Scene::class_words().into_iter().zip(counts).filter(|(_, (_, images))| *images > 0);
-    rows.map(|((attribute, _), (right, images))| PromptAccuracy {
-        attribute,
-        accuracy: right as f64 / images as f64,
-        images,
-    })
-    .collect()
+    rows.into_iter()
+        .filter(|(_, _, images)| *images > 0)
+        .map(|(attribute, right, images)| PromptAccuracy {
+            attribute,
+            accuracy: right as f64 / images as f64,
+            images,
+        })
+        .collect()
 }
 
-/// The classes that the caption of `scene` asks for. It says nothing of a face that looks ahead.
-pub fn requested_classes(scene: &Scene) -> [Option<usize>; Scene::CLASSES] {
-    let (words, classes) = (Scene::class_words(), scene.classes());
-    let said = |i: usize| words[i].0 != "facing" || classes[i] != Facing::Ahead as usize;
-    std::array::from_fn(|i| said(i).then_some(classes[i]))
+/// The classes that the caption of `scene` asks for, those of `person` included where the caption describes one. It says
+/// nothing of a face that looks ahead.
+pub fn requested_classes(world: World, person: Option<&Person>, scene: &Scene) -> RequestedClasses {
+    let names = world.attributes().into_iter().map(|(name, _)| name);
+    let labels = world.labels(person.unwrap_or(&Person::new(0, 0)), scene);
+    let requested = |(name, class): (&'static str, usize)| match name {
+        "facing" => (class != Facing::Ahead as usize).then_some(class),
+        "hair_style" | "hair_colour" | "beard" | "eye_colour" => person.map(|_| class),
+        _ => Some(class),
+    };
+    names.zip(labels).map(requested).collect()
 }
 
 /// The mean difference in similarity between two methods over the same people; the interval is of the differences.
@@ -203,8 +215,12 @@ mod tests {
             .into()
     }
 
+    fn requested(scene: &Scene) -> RequestedClasses {
+        requested_classes(World::Varied, None, scene)
+    }
+
     fn observation(face: Option<[f32; 2]>, factor: f32) -> Observation {
-        let classes = Scene::draw(1, 1).classes();
+        let classes = Scene::draw(1, 1).classes().to_vec();
         let attributes = Some(Attributes { classes, factors: [factor; Identity::COUNT] });
         Observation { face: face.map(Vec::from), attributes }
     }
@@ -215,8 +231,8 @@ mod tests {
             [observation(Some([1.0, 0.0]), 0.9), observation(None, 0.9)],
             [observation(Some([0.6, 0.8]), 0.2), observation(None, 0.2)],
         );
-        let requested = [requested_classes(&Scene::draw(1, 1)); 2];
-        let metrics = Metrics::compute(&[&first, &second], &targets(), &requested, &[0, 3]);
+        let asked = vec![requested(&Scene::draw(1, 1)); 2];
+        let metrics = Metrics::compute(&[&first, &second], &targets(), &asked, &[0, 3]);
         let mean = |mean: Option<Mean>| (mean.unwrap().mean * 1e4).round() / 1e4;
         assert_eq!(mean(metrics.similarity), 0.9);
         assert_eq!(mean(metrics.similarity_misses_zero), 0.45);
@@ -228,7 +244,7 @@ mod tests {
         let missed = Metrics::compute(
             &[&[observation(None, 0.0)], &[observation(None, 0.0)]],
             &targets(),
-            &requested,
+            &asked,
             &[],
         );
         assert!(
@@ -241,8 +257,7 @@ mod tests {
     #[test]
     fn the_same_images_for_everyone_identify_no_one() {
         let same = [observation(Some([0.6, 0.8]), 0.5)];
-        let metrics =
-            Metrics::compute(&[&same, &same], &targets(), &[requested_classes(&Scene::draw(1, 1))], &[0]);
+        let metrics = Metrics::compute(&[&same, &same], &targets(), &[requested(&Scene::draw(1, 1))], &[0]);
         assert!(metrics.same_minus_different.unwrap().mean.abs() < 1e-6);
         assert_eq!(metrics.rank_1.unwrap().mean, 0.5);
         assert_eq!(metrics.factor_correlation, Some(0.0));
@@ -252,15 +267,25 @@ mod tests {
     #[test]
     fn prompt_accuracy_counts_only_what_the_caption_says() {
         let scene = Scene { yaw: 0.0, ..Scene::draw(1, 1) };
-        assert_eq!(requested_classes(&scene)[1], None);
-        assert_eq!(requested_classes(&Scene { yaw: 0.3, ..scene.clone() })[1], Some(2));
+        assert_eq!(requested(&scene)[1], None);
+        assert_eq!(requested(&Scene { yaw: 0.3, ..scene.clone() })[1], Some(2));
         let mut wrong = observation(None, 0.0).attributes.unwrap();
-        wrong.classes = scene.classes();
+        wrong.classes = scene.classes().to_vec();
         wrong.classes[5] = (wrong.classes[5] + 1) % 8;
-        let rows = prompt_accuracy([(&wrong, &requested_classes(&scene))].into_iter());
+        let rows = prompt_accuracy([(&wrong, &requested(&scene))].into_iter());
         assert_eq!(rows.len(), Scene::CLASSES - 1);
         for attribute in rows {
             assert_eq!(attribute.accuracy, if attribute.attribute == "background" { 0.0 } else { 1.0 });
         }
+    }
+
+    #[test]
+    fn captions_of_the_aligned_world_ask_for_hair_only_where_they_describe_a_person() {
+        let (person, scene) = (Person::new(1, 1), World::Aligned.shared_scene(1, 1));
+        let with = requested_classes(World::Aligned, Some(&person), &scene);
+        let without = requested_classes(World::Aligned, None, &scene);
+        assert_eq!(with.len(), World::Aligned.attributes().len());
+        let classes = |of: &RequestedClasses| of.iter().flatten().count();
+        assert_eq!(classes(&with), classes(&without) + 4);
     }
 }

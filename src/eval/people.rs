@@ -14,7 +14,7 @@ use crate::eval::subjects::{EmbeddedSubject, HeldOut};
 use crate::image::Image;
 use crate::progress;
 use crate::statistics::Mean;
-use crate::synthetic::Scene;
+use crate::synthetic::{Scene, World};
 use crate::threads::in_threads_or_turn;
 
 /// Methods whose images are the same for everyone, so that they are generated once.
@@ -50,8 +50,10 @@ pub fn evaluate(
     people: &HeldOut,
     options: &PeopleOptions,
 ) -> Result<Findings> {
-    let scenes: Vec<Scene> = (0..options.images).map(prompts::scene).collect();
-    let captions: Vec<String> = scenes.iter().map(prompts::caption_of).collect();
+    let world = people.world;
+    renderer.judges.demand_world(world)?;
+    let scenes: Vec<Scene> = (0..options.images).map(|i| prompts::scene(world, i)).collect();
+    let captions: Vec<String> = scenes.iter().map(|scene| prompts::caption_of(world, scene)).collect();
     let batch = renderer.batch(&scenes, &captions, &options.sampling)?;
     let sources = LoraSources {
         base: &renderer.model,
@@ -92,7 +94,7 @@ pub fn evaluate(
     })?;
     bar.finish_and_clear();
 
-    let table = Table { scenes: &scenes, shared: shared.into_iter().collect(), rendered: &rendered };
+    let table = Table { world, scenes: &scenes, shared: shared.into_iter().collect(), rendered: &rendered };
     let methods = table.rows(&renderer.judges.visible_factors());
     let report = PeopleReport {
         people: count,
@@ -108,6 +110,7 @@ pub fn evaluate(
 
 /// All images.
 struct Table<'a> {
+    world: World,
     scenes: &'a [Scene],
     shared: BTreeMap<Method, Rendering>,
     rendered: &'a [RenderedSubject],
@@ -116,7 +119,8 @@ struct Table<'a> {
 impl Table<'_> {
     fn rows(&self, visible_factors: &[usize]) -> Vec<MethodRow> {
         let targets: Vec<Target> = self.rendered.iter().map(|person| person.subject.target.clone()).collect();
-        let requested: Vec<_> = self.scenes.iter().map(requested_classes).collect();
+        let requested: Vec<_> =
+            self.scenes.iter().map(|scene| requested_classes(self.world, None, scene)).collect();
         let own = self.renderings(Method::Own);
         let row = |method: Method| {
             if method == Method::Photo {

@@ -93,6 +93,8 @@ impl PaintedPhotos {
 
 /// The held-out people of a dataset, and those that its hypernetworks are trained on.
 pub struct HeldOut {
+    /// World of all subjects.
+    pub world: World,
     /// Two or more.
     pub subjects: Vec<Subject>,
     /// For the nearest-neighbour baseline.
@@ -115,7 +117,7 @@ impl HeldOut {
             rows.into_iter().partition(|row| row.split == "held-out");
         let count = maximum.map_or(held_out.len(), |maximum| held_out.len().min(maximum));
         if count < 2 {
-            let why = format!("it has {} held-out people; two at least can be told apart", held_out.len());
+            let why = format!("it has {} held-out people; at least two are needed", held_out.len());
             return Err(Failure::unusable(&folder.join("manifest.jsonl"), why));
         }
         let ImageSettings { world, size, seed, references, .. } = ImageSettings::read(folder)?;
@@ -136,6 +138,7 @@ impl HeldOut {
             },
         };
         Ok(Self {
+            world,
             subjects: held_out.into_iter().take(count).map(subject).collect(),
             training_people: NearestNeighbour::read(folder, &training)?,
         })

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::image::{Filter, Image};
 use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Linear};
-use crate::synthetic::{Attribute, Identity, Scene, World};
+use crate::synthetic::{Attribute, Identity, World};
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS};
 
 /// The attribute classifier.
@@ -37,13 +37,9 @@ impl AttributeClassifier {
         Ok(Self { network, image_size: config.image_size, world: config.world, record })
     }
 
-    /// The likeliest class of the first attributes, in the order of [`Scene::class_words`].
-    pub fn classes(&self, images: &[Image]) -> Result<Vec<[usize; Scene::CLASSES]>> {
-        let first = |row: &Vec<f32>| {
-            let labels = labels(self.world, row);
-            std::array::from_fn(|i| labels[i])
-        };
-        Ok(self.rows(images)?.iter().map(first).collect())
+    /// The likeliest class of each of [`World::attributes`].
+    pub fn classes(&self, images: &[Image]) -> Result<Vec<Vec<usize>>> {
+        Ok(self.rows(images)?.iter().map(|row| labels(self.world, row)).collect())
     }
 
     /// Which attributes it names, and how it was trained to see them.
@@ -285,7 +281,7 @@ mod tests {
         save(serde_json::json!(Config { network, judge: record.clone() })).unwrap();
         let classifier = AttributeClassifier::open(&files).unwrap();
         assert_eq!(classifier.record(), &record);
-        let rgb = paint(&Person::new(5, 1), &Scene::draw(5, 1), 32, 1);
+        let rgb = paint(&Person::new(5, 1), &crate::synthetic::Scene::draw(5, 1), 32, 1);
         let images = vec![Image { width: 32, height: 32, rgb }; 65];
         let classes = classifier.classes(&images).unwrap();
         assert_eq!(classes.len(), 65);

@@ -25,6 +25,14 @@ pub enum World {
 pub type Attribute = (&'static str, Vec<&'static str>);
 
 impl World {
+    /// As settings files spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Varied => "varied",
+            Self::Aligned => "aligned",
+        }
+    }
+
     /// Whether it is the default, which settings files leave out.
     pub fn is_varied(&self) -> bool {
         *self == Self::Varied
