@@ -8,6 +8,32 @@
 //! A hypernetwork is a folder: `config.json`, `lae.safetensors`, `dit.safetensors` (mixer and linear guess
 //! included), `stats.safetensors`.
 //!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use difflora::hypernet::lae::{Lae, LaeConfig};
+//! use difflora::hypernet::pca::Pca;
+//! use difflora::hypernet::weight_preserved_loss::{Distance, loss};
+//! use difflora::weights::frozen;
+//!
+//! // Three centred vectors on a line through the origin: one principal component restores them.
+//! let x = Tensor::new(&[[3f32, 4.0], [-6.0, -8.0], [3.0, 4.0]], &Device::Cpu)?;
+//! let pca = Pca::fit(&x, 1)?;
+//! let config = LaeConfig::Pca { input: 2, latent: 1 };
+//! let lae = Lae::new(&config, frozen(Lae::pca_tensors(&pca), DType::F32, &Device::Cpu))?;
+//! let z = lae.encode(&x)?; // (B, L)
+//! assert!((z.to_vec2::<f32>()?[0][0].abs() - 5.0).abs() < 1e-5);
+//! let error = (lae.decode(&z)? - &x)?.abs()?.max_all()?.to_scalar::<f32>()?; // (B, P)
+//! assert!(error < 1e-5);
+//!
+//! // L_WP = mean(|x|·|x − x̂|): the same error costs more where the weight is large.
+//! let x = Tensor::new(&[[1f32, 3.0]], &Device::Cpu)?;
+//! let x_hat = Tensor::new(&[[1f32, 2.5]], &Device::Cpu)?;
+//! let parts = loss(&x, &x_hat, Distance::Mse, 1.0)?;
+//! assert_eq!(parts.weight_preserved.to_scalar::<f32>()?, 0.75);
+//! assert_eq!(parts.reconstruction.to_scalar::<f32>()?, 0.125);
+//! # anyhow::Ok(())
+//! ```
+//!
 #![doc = include_str!("../docs/hypernetwork.md")]
 
 pub mod codec;

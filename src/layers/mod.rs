@@ -12,6 +12,28 @@
 //! multiplies bf16 (AVX-512 BF16), the other operand is rounded to bf16 too, and products are summed in f32 at twice
 //! the speed, by oneDNN in builds with the feature `onednn`. Elsewhere activations have 16 bits as well; statistics of
 //! norms and softmax are kept in f32.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use difflora::layers::{attention, backward, linear};
+//!
+//! // y = x·Wᵀ + b, and ∂(Σy)/∂W = Σ x.
+//! let x = Tensor::new(&[[1f32, 2.0]], &Device::Cpu)?;
+//! let weight = Var::new(&[[1f32, 0.0], [0.0, 3.0]], &Device::Cpu)?;
+//! let bias = Tensor::new(&[0.5f32, 0.0], &Device::Cpu)?;
+//! let y = linear(&x, &weight, Some(&bias))?;
+//! assert_eq!(y.to_vec2::<f32>()?, [[1.5, 6.0]]);
+//! let gradients = backward(&y.sum_all()?)?;
+//! let gradient = gradients.get(&weight).expect("the sum depends on the weight");
+//! assert_eq!(gradient.to_vec2::<f32>()?, [[1.0, 2.0], [1.0, 2.0]]);
+//!
+//! // Two equal keys: attention gives the mean of their values. (B, N, H·d)
+//! let q = Tensor::new(&[[[1f32, 1.0]]], &Device::Cpu)?;
+//! let k = Tensor::new(&[[[1f32, 0.0], [1.0, 0.0]]], &Device::Cpu)?;
+//! let v = Tensor::new(&[[[2f32, 0.0], [4.0, 8.0]]], &Device::Cpu)?;
+//! assert_eq!(attention(&q, &k, &v, 1, false)?.to_vec3::<f32>()?, [[[3.0, 4.0]]]);
+//! # anyhow::Ok(())
+//! ```
 
 mod activation;
 mod attention;

@@ -6,6 +6,28 @@
 //! [`checkpoint`] into its weight files, [`extract`] finds them between two models, [`arithmetic`] adds, shortens and
 //! compares them.
 //!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use difflora::lora::layout::LoraLayout;
+//! use difflora::lora::{Lora, LoraLayer};
+//!
+//! // ΔW = (alpha / R) · up · down with R = 1.
+//! let module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q";
+//! let down = Tensor::new(&[[1f32, 2.0]], &Device::Cpu)?;
+//! let up = Tensor::new(&[[3f32], [4.0]], &Device::Cpu)?;
+//! let layer = LoraLayer::new(module, down, up, 2.0)?;
+//! assert_eq!(layer.delta()?.to_vec2::<f32>()?, [[6.0, 12.0], [8.0, 16.0]]);
+//!
+//! // The vector that the hypernetwork learns: `up`, then `down` transposed; and back.
+//! let mut lora = Lora::default();
+//! lora.layers.insert(module.into(), layer);
+//! let layout = LoraLayout::of(&lora);
+//! let vector = layout.to_vector(&lora)?;
+//! assert_eq!(vector, [3.0, 4.0, 1.0, 2.0]);
+//! assert_eq!(layout.from_vector(&vector)?.layers[module].shape(), (2, 2));
+//! # anyhow::Ok(())
+//! ```
+//!
 #![doc = include_str!("../docs/lora-files.md")]
 
 use std::collections::BTreeMap;
