@@ -24,6 +24,7 @@
 //! `C` channels · `L` latent length.
 //!
 #![doc = include_str!("docs/install.md")]
+#![deny(missing_docs)]
 
 pub mod cli;
 pub mod commands;
