@@ -254,10 +254,11 @@ impl ClipVision {
         }
         let config: ClipVisionConfig =
             serde_json::from_value(vision).map_err(|error| files.unusable("config.json", error))?;
-        let (names, read) = files.one_by_one("", TRANSFORMERS_WEIGHTS)?;
+        let stored = files.reader("", TRANSFORMERS_WEIGHTS)?;
         let of_vision =
             |name: &String| name.starts_with("vision_model.") || name.starts_with("visual_projection.");
-        let weights = names.into_iter().filter(of_vision).map(|name| Ok((name.clone(), read(&name)?)));
+        let names = stored.names().into_iter().filter(of_vision);
+        let weights = names.map(|name| Ok((name.clone(), stored.load(&name, None)?)));
         let dtype = files.narrow_dtype(TRANSFORMERS_WEIGHTS, CLASS, &Device::Cpu);
         let vb = VarBuilder::from_tensors(weights.collect::<Result<_>>()?, dtype, &Device::Cpu);
         Self::new(&config, vb).map_err(|error| files.unusable("model.safetensors", format!("{error:#}")))

@@ -50,8 +50,8 @@ pub fn extract(before: &ModelFiles, after: &ModelFiles, options: ExtractOptions)
             }
             continue;
         }
-        let (names, read_before) = before.one_by_one(folder, stem)?;
-        let (others, read_after) = after.one_by_one(folder, stem)?;
+        let [stored_before, stored_after] = [before.reader(folder, stem)?, after.reader(folder, stem)?];
+        let (names, others) = (stored_before.names(), stored_after.names());
         // Two versions of transformers spell a text encoder's names in two ways.
         let others: BTreeMap<String, &String> =
             others.iter().map(|name| (canonical(prefix, name), name)).collect();
@@ -64,8 +64,9 @@ pub fn extract(before: &ModelFiles, after: &ModelFiles, options: ExtractOptions)
             if name.ends_with("position_ids") {
                 continue;
             }
-            let one = read_before(name)?;
-            let two = others.get(&canonical(prefix, name)).map(|name| read_after(name)).transpose()?;
+            let one = stored_before.load(name, None)?;
+            let two =
+                others.get(&canonical(prefix, name)).map(|name| stored_after.load(name, None)).transpose()?;
             let Some(two) = two.filter(|two| two.dims() == one.dims()) else {
                 return Err(after.unusable(folder, format!("it has no `{name}` of shape {:?}", one.dims())));
             };

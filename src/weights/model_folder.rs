@@ -315,15 +315,10 @@ impl ModelFiles {
             .map_err(|error| self.unusable(&file, error))
     }
 
-    /// The names of a component's tensors, and what reads one of them as it is stored.
-    pub fn one_by_one(
-        &self,
-        folder: &str,
-        stem: &str,
-    ) -> Result<(BTreeSet<String>, impl Fn(&str) -> Result<Tensor> + '_)> {
+    /// A component's tensors, to be read one by one.
+    pub fn reader(&self, folder: &str, stem: &str) -> Result<TensorReader<'_>> {
         let (file, weights) = self.weights(folder, stem)?;
-        let names = weights.names();
-        Ok((names, move |name: &str| weights.load(name, None).map_err(|error| self.unusable(&file, error))))
+        Ok(TensorReader { files: self, file, weights })
     }
 
     /// F16 where the tensor `name` is stored so and `device` is the CPU, whose products widen it as they read it; else F32.
@@ -506,6 +501,49 @@ impl Weights {
         };
         let scaled = place.form.take(stored.broadcast_mul(&scale)?)?;
         dtype.map_or(Ok(scaled.clone()), |dtype| scaled.to_dtype(dtype))
+    }
+}
+
+/// The tensors of a component, read one by one; see [`ModelFiles::reader`].
+pub struct TensorReader<'a> {
+    files: &'a ModelFiles,
+    /// What messages call the file.
+    file: String,
+    weights: Weights,
+}
+
+impl TensorReader<'_> {
+    /// All names.
+    pub fn names(&self) -> BTreeSet<String> {
+        self.weights.names()
+    }
+
+    /// The shape of the tensor `name`, without reading it.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] when there is no such tensor.
+    pub fn shape(&self, name: &str) -> Result<Vec<usize>> {
+        match self
+            .weights
+            .find(name)
+            .and_then(|(place, part)| Some(place.form.shape(part.shape(&place.stored)?)))
+        {
+            Some(shape) => Ok(shape),
+            None => Err(self.unusable(format!("the tensor `{name}` is missing"))),
+        }
+    }
+
+    /// The tensor `name` on the CPU, as `dtype` or as it is stored.
+    ///
+    /// # Errors
+    /// [`Failure::Unusable`] when it is missing, or holds NaN or infinity.
+    pub fn load(&self, name: &str, dtype: Option<DType>) -> Result<Tensor> {
+        self.weights.load(name, dtype).map_err(|error| self.unusable(error))
+    }
+
+    /// An error about the file.
+    pub fn unusable(&self, why: impl std::fmt::Display) -> anyhow::Error {
+        self.files.unusable(&self.file, why)
     }
 }
 

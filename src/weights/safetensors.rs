@@ -62,6 +62,11 @@ impl Stored {
         self.index.contains_key(name)
     }
 
+    /// The shape of the tensor `name`.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.index.get(name).map(|i| self.header.tensors[*i].shape.as_slice())
+    }
+
     /// Whether the tensor `name` is stored as f16.
     pub fn is_half(&self, name: &str) -> bool {
         self.index.get(name).is_some_and(|i| self.header.tensors[*i].storage == Storage::F16)
