@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A hypernetwork is a folder: `config.json`, `lae.safetensors`, `dit.safetensors` (mixer and linear guess
-//! included), `stats.safetensors`.
+//! included), `stats.safetensors`. HyperLoRA's released weights, another network, are read by [`hyperlora`].
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -41,6 +41,7 @@ pub mod config;
 pub mod delta_metrics;
 pub mod denoiser;
 pub mod dit;
+pub mod hyperlora;
 pub mod lae;
 pub mod lae_conv;
 pub mod mixer;
@@ -85,6 +86,9 @@ impl Hypernet {
     /// # Errors
     /// [`Failure::Unusable`] with the file, also for a folder that holds an autoencoder only.
     pub fn config(files: &ModelFiles) -> Result<(Config, DenoiserConfig)> {
+        if hyperlora::Shapes::are_in(files) {
+            return Err(files.unusable("", "it holds HyperLoRA's weights, which only `difflora gen` uses"));
+        }
         let config = Config::read(files)?;
         let Some(denoiser) = config.denoiser.clone() else {
             let why = "it holds an autoencoder only; train the rest with `difflora train-dit`";
