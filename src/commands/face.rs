@@ -38,6 +38,9 @@ enum Action {
         /// Write the image with boxes, landmarks and numbers: a PNG file for one image, else a folder.
         #[arg(long, value_name = "FILE.png|DIR", env = "DIFFLORA_DRAW")]
         draw: Option<PathBuf>,
+        /// Find 106 landmarks of each face too, with 2d106det.onnx of the face encoder, else of antelopev2.
+        #[arg(long, env = "DIFFLORA_LANDMARKS")]
+        landmarks: bool,
     },
     /// Write one unit vector per image, under its file name.
     Embed {
@@ -108,8 +111,9 @@ enum Action {
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let json = output.json;
     match args.action {
-        Action::Detect { images, encoder, draw } => {
-            detect::detect(&images, &encoder.load()?, draw.as_deref(), json)
+        Action::Detect { images, encoder, draw, landmarks } => {
+            let landmarks = landmarks.then(|| encoder.load_landmarks()).transpose()?;
+            detect::detect(&images, &encoder.load()?, landmarks.as_ref(), draw.as_deref(), json)
         }
         Action::Embed { images, encoder, image_encoder, out } => match image_encoder.encoder() {
             Some(name) => embed_image::embed(&images, &encoder, name, &image_encoder, &out, json),

@@ -25,11 +25,15 @@ fn template(side: usize) -> [[f32; 2]; 5] {
 /// The face whose landmarks are `points`, turned and scaled onto the template of `side`×`side` pixels, bilinear, black
 /// beyond the image's edge. Recognisers take [`SIDE`].
 pub fn align(image: &Image, points: &[[f32; 2]; 5], side: usize) -> Image {
-    let to_template = Similarity::fit(points, &template(side));
+    warp(image, &Similarity::fit(points, &template(side)), side)
+}
+
+/// The square of `side`×`side` pixels that `similarity` brings `image` to, bilinear, black beyond its edge.
+pub(super) fn warp(image: &Image, similarity: &Similarity, side: usize) -> Image {
     let mut rgb = Vec::with_capacity(side * side * 3);
     for v in 0..side {
         for u in 0..side {
-            let (x, y) = to_template.invert(u as f64, v as f64);
+            let (x, y) = similarity.invert(u as f64, v as f64);
             rgb.extend(bilinear(image, x, y));
         }
     }
@@ -71,7 +75,7 @@ impl Similarity {
     }
 
     /// The point that is brought to (`u`, `v`).
-    fn invert(&self, u: f64, v: f64) -> (f64, f64) {
+    pub fn invert(&self, u: f64, v: f64) -> (f64, f64) {
         let (u, v) = (u - self.tx, v - self.ty);
         let square = (self.a * self.a + self.b * self.b).max(1e-24);
         ((self.a * u + self.b * v) / square, (self.a * v - self.b * u) / square)

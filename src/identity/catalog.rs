@@ -11,6 +11,7 @@ use anyhow::Result;
 
 use super::FaceEncoder;
 use super::detector::Detector;
+use super::landmarks::LandmarkDetector;
 use super::onnx_header::Header;
 use super::recognise::Recogniser;
 use crate::failure::Failure;
@@ -32,6 +33,8 @@ pub struct FaceModel {
     pub detector: Option<ModelFile>,
     /// The recogniser.
     pub recogniser: ModelFile,
+    /// The 106-point landmark detector, which the encoder itself does without.
+    pub landmarks: Option<ModelFile>,
 }
 
 /// A file of a face encoder.
@@ -44,6 +47,9 @@ pub struct ModelFile {
 }
 
 const INSIGHTFACE_LICENCE: &str = "non-commercial research only (InsightFace)";
+
+/// `2d106det.onnx`, one file in both packs.
+const LANDMARKS: &str = "f001b856447c413801ef5c42091ed0cd516fcd21f2d6b79635b1e733a7109dbf";
 
 const SCRFD_10G: &str = "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91";
 
@@ -59,6 +65,7 @@ pub static FACE_MODELS: [FaceModel; 3] = [
             path: "glintr100.onnx",
             sha256: "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
         },
+        landmarks: Some(ModelFile { path: "2d106det.onnx", sha256: LANDMARKS }),
     },
     FaceModel {
         name: "buffalo_l",
@@ -70,6 +77,7 @@ pub static FACE_MODELS: [FaceModel; 3] = [
             path: "models/buffalo_l/w600k_r50.onnx",
             sha256: "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
         },
+        landmarks: Some(ModelFile { path: "models/buffalo_l/2d106det.onnx", sha256: LANDMARKS }),
     },
     FaceModel {
         name: "auraface",
@@ -81,13 +89,19 @@ pub static FACE_MODELS: [FaceModel; 3] = [
             path: "glintr100.onnx",
             sha256: "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60",
         },
+        landmarks: None,
     },
 ];
 
 impl FaceModel {
-    /// All its files.
+    /// The files without which it cannot be used.
     pub fn files(&self) -> impl Iterator<Item = &ModelFile> {
         self.detector.iter().chain([&self.recogniser])
+    }
+
+    /// All its files.
+    pub fn files_and_landmarks(&self) -> impl Iterator<Item = &ModelFile> {
+        self.files().chain(&self.landmarks)
     }
 }
 
@@ -146,6 +160,38 @@ pub fn open_encoder(name: &str) -> Result<FaceEncoder> {
     Ok(encoder)
 }
 
+/// The 106-point landmark detector beside the face encoder of a name or a folder, and that of [`LANDMARKS_OF`] where it has
+/// none.
+///
+/// # Errors
+/// [`Failure::Usage`] where the file is not on this machine; [`Failure::Unusable`] for a folder without it, and for a file
+/// that is not what it should be.
+pub fn open_landmarks(name: &str) -> Result<LandmarkDetector> {
+    let known = find(name).filter(|model| model.landmarks.is_some()).or_else(|| find(LANDMARKS_OF));
+    let folder = Path::new(name);
+    match known.and_then(|model| Some((model, model.landmarks.as_ref()?))) {
+        Some((model, file)) if find(name).is_some() || !folder.is_dir() => {
+            let path = Places::of_this_machine().find(model, file)?;
+            let detector = LandmarkDetector::open(file.name(), &path)?;
+            check(file, &path, &detector.provenance().1, model)?;
+            Ok(detector)
+        }
+        _ => match at_most_one(folder, Contents::of(folder)?.landmarks, "landmark detectors")? {
+            Some(path) => {
+                LandmarkDetector::open(&path.file_name().unwrap_or_default().to_string_lossy(), &path)
+            }
+            None => {
+                let why =
+                    "no ONNX file in it takes [B, 3, 192, 192] and gives one output, as 2d106det.onnx does";
+                Err(Failure::unusable(folder, why))
+            }
+        },
+    }
+}
+
+/// The face model whose landmark detector is used beside encoders that have none.
+const LANDMARKS_OF: &str = "antelopev2";
+
 /// Detector and recogniser of a name or a folder.
 pub(super) fn open(name: &str) -> Result<(Detector, Recogniser)> {
     match name {
@@ -197,51 +243,71 @@ fn check(file: &ModelFile, path: &Path, sha256: &str, model: &FaceModel) -> Resu
     Err(Failure::unusable(path, why))
 }
 
-/// The ONNX files of a folder, recognised by their inputs and outputs: one that embeds faces, and SCRFD or, where
-/// there is none, YuNet. Files for other purposes (age, dense landmarks) are passed over.
-fn folder(folder: &Path) -> Result<(Detector, Recogniser)> {
-    let entries = std::fs::read_dir(folder).map_err(|error| Failure::unusable(folder, error))?;
-    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    files.retain(|file| file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx")));
-    files.sort();
-    let (mut detectors, mut recognisers, mut others) = (Vec::new(), Vec::new(), Vec::new());
-    for file in files {
-        let bytes = std::fs::read(&file).map_err(|error| Failure::unusable(&file, error))?;
-        let header = Header::parse(&bytes).map_err(|error| Failure::unusable(&file, format!("{error:#}")))?;
-        match Purpose::of(&header) {
-            Purpose::Detects => detectors.push(file),
-            Purpose::Recognises => recognisers.push(file),
-            Purpose::Other(ports) => {
-                let name = file.file_name().unwrap_or_default().to_string_lossy();
-                others.push(format!("`{name}` has {ports}"));
+/// The ONNX files of a folder, recognised by their inputs and outputs.
+#[derive(Default)]
+struct Contents {
+    detectors: Vec<PathBuf>,
+    recognisers: Vec<PathBuf>,
+    landmarks: Vec<PathBuf>,
+    /// Files for other purposes, for example age, with their inputs and outputs.
+    others: Vec<String>,
+}
+
+impl Contents {
+    fn of(folder: &Path) -> Result<Self> {
+        let entries = std::fs::read_dir(folder).map_err(|error| Failure::unusable(folder, error))?;
+        let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        files.retain(|file| file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("onnx")));
+        files.sort();
+        let mut found = Self::default();
+        for file in files {
+            let bytes = std::fs::read(&file).map_err(|error| Failure::unusable(&file, error))?;
+            let header =
+                Header::parse(&bytes).map_err(|error| Failure::unusable(&file, format!("{error:#}")))?;
+            match Purpose::of(&header) {
+                Purpose::Detects => found.detectors.push(file),
+                Purpose::Recognises => found.recognisers.push(file),
+                Purpose::Landmarks => found.landmarks.push(file),
+                Purpose::Other(ports) => {
+                    let name = file.file_name().unwrap_or_default().to_string_lossy();
+                    found.others.push(format!("`{name}` has {ports}"));
+                }
             }
         }
+        Ok(found)
     }
+}
+
+/// The encoder of a folder: a file that embeds faces, and SCRFD or, where there is none, YuNet.
+fn folder(folder: &Path) -> Result<(Detector, Recogniser)> {
+    let Contents { detectors, recognisers, others, .. } = Contents::of(folder)?;
     let name = folder.file_name().map_or_else(|| "folder".into(), |name| name.to_string_lossy());
-    let one = |mut found: Vec<PathBuf>, what: &str| match found.len() {
-        0 | 1 => Ok(found.pop()),
-        _ => {
-            let names: Vec<String> = found.iter().map(|file| file.display().to_string()).collect();
-            let why = format!("it has several {what} ({}); leave one in it", names.join(", "));
-            Err(Failure::unusable(folder, why))
-        }
-    };
-    let Some(recogniser) = one(recognisers, "recognisers")? else {
+    let Some(recogniser) = at_most_one(folder, recognisers, "recognisers")? else {
         let seen = if others.is_empty() { String::new() } else { format!(": {}", others.join("; ")) };
         let why = format!("no ONNX file in it takes [B, 3, 112, 112] and gives one embedding{seen}");
         return Err(Failure::unusable(folder, why));
     };
-    let detector = match one(detectors, "detectors")? {
+    let detector = match at_most_one(folder, detectors, "detectors")? {
         Some(file) => Detector::scrfd(&file.file_stem().unwrap_or_default().to_string_lossy(), &file)?,
         None => Detector::yunet()?,
     };
     Ok((detector, Recogniser::arcface(&name, &recogniser)?))
 }
 
+fn at_most_one(folder: &Path, mut found: Vec<PathBuf>, what: &str) -> Result<Option<PathBuf>> {
+    if found.len() < 2 {
+        return Ok(found.pop());
+    }
+    let names: Vec<String> = found.iter().map(|file| file.display().to_string()).collect();
+    let why = format!("it has several {what} ({}); leave one in it", names.join(", "));
+    Err(Failure::unusable(folder, why))
+}
+
 /// Task of a network, as far as its header shows.
 enum Purpose {
     Detects,
     Recognises,
+    Landmarks,
     Other(String),
 }
 
@@ -251,6 +317,7 @@ impl Purpose {
             header.inputs.iter().flat_map(|input| input.shape.iter().skip(2).copied()).collect();
         match header.outputs.len() {
             6 | 9 | 10 | 15 => Self::Detects,
+            _ if LandmarkDetector::fits(header) => Self::Landmarks,
             1 if sides.iter().all(|side| side.is_none_or(|side| side == super::align::SIDE)) => {
                 Self::Recognises
             }
@@ -396,7 +463,7 @@ mod tests {
 
     #[test]
     fn checksums_are_whole() {
-        for file in FACE_MODELS.iter().flat_map(FaceModel::files) {
+        for file in FACE_MODELS.iter().flat_map(FaceModel::files_and_landmarks) {
             assert!(file.sha256.len() == 64 && file.sha256.chars().all(|c| "0123456789abcdef".contains(c)));
         }
     }

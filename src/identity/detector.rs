@@ -49,6 +49,11 @@ impl Search {
         })
     }
 
+    /// The face with the highest score, where there is one.
+    pub fn surest(&self) -> Option<&Face> {
+        self.faces.iter().max_by(|a, b| a.score.total_cmp(&b.score))
+    }
+
     /// The face with this number, 1 for the largest.
     ///
     /// # Errors
@@ -98,6 +103,11 @@ const SMALL_FURTHER: [Scale; 4] = [(640, 640), (128, 256), (96, 192), (64, 128)]
 const SCRFD_PYRAMID: [Scale; 1] = [(640, 640)];
 const SCRFD_FURTHER: [Scale; 5] = [(512, 512), (384, 384), (256, 256), (128, 128), (320, 640)];
 
+/// The sizes at which HyperLoRA looks for a face, one after the other until there is one. What
+/// follows is ours: smaller still, and in a frame, for a face that fills the photo.
+const HYPERLORA_PYRAMID: [Scale; 4] = [(640, 640), (512, 512), (384, 384), (256, 256)];
+const HYPERLORA_FURTHER: [Scale; 3] = [(128, 128), (320, 640), (160, 640)];
+
 /// At last, for tiny faces in an image with a longer side of more than so many pixels, these sizes.
 const LARGE: [(usize, Scale); 2] = [(640, (1280, 1280)), (1280, (1920, 1920))];
 
@@ -143,6 +153,11 @@ impl Detector {
         Ok(detector)
     }
 
+    /// Whether it is SCRFD.
+    pub fn is_scrfd(&self) -> bool {
+        matches!(self.0, Kind::Scrfd(..))
+    }
+
     /// A run of the network alone on 640×640 grey pixels, for timings.
     pub fn blank_run(&self) -> impl Fn() -> Result<()> {
         const SIDE: usize = 640;
@@ -167,11 +182,32 @@ impl Detector {
     /// All faces of an image, at the first size where one is sure, else at the size with the best score. Sizes
     /// between, beyond and with more of a frame are tried where the usual ones show no face.
     pub fn search(&self, image: &Image) -> Result<Search> {
+        match self.0 {
+            Kind::Yunet(_) if image.width.max(image.height) <= SMALL => {
+                self.search_at(image, &SMALL_PYRAMID, &SMALL_FURTHER)
+            }
+            Kind::Yunet(_) => self.search_at(image, &PYRAMID, &FURTHER),
+            Kind::Scrfd(..) => self.search_at(image, &SCRFD_PYRAMID, &SCRFD_FURTHER),
+        }
+    }
+
+    /// The same as HyperLoRA does it with SCRFD, in a whole photo or, `again`, in the square around a face, and whether
+    /// its own sizes were enough; others are tried where they show no face.
+    pub fn search_as_hyperlora(&self, image: &Image, again: bool) -> Result<(Search, bool)> {
+        let usual = if again { &HYPERLORA_PYRAMID[..1] } else { &HYPERLORA_PYRAMID };
+        let further: Vec<Scale> =
+            HYPERLORA_PYRAMID[usual.len()..].iter().chain(&HYPERLORA_FURTHER).copied().collect();
+        let search = self.search_at(image, usual, &further)?;
+        let strict = search.tried.len() <= usual.len();
+        Ok((search, strict))
+    }
+
+    /// All faces at the `usual` sizes, until one is sure; at the `further` ones where they show none.
+    fn search_at(&self, image: &Image, usual: &[Scale], further: &[Scale]) -> Result<Search> {
         let longer = image.width.max(image.height);
-        let (usual, further, least_score, sure): (&[Scale], &[Scale], f32, f32) = match self.0 {
-            Kind::Yunet(_) if longer <= SMALL => (&SMALL_PYRAMID, &SMALL_FURTHER, MIN_SCORE, SURE_SCORE),
-            Kind::Yunet(_) => (&PYRAMID, &FURTHER, MIN_SCORE, SURE_SCORE),
-            Kind::Scrfd(..) => (&SCRFD_PYRAMID, &SCRFD_FURTHER, scrfd::MIN_SCORE, scrfd::MIN_SCORE),
+        let (least_score, sure) = match self.0 {
+            Kind::Yunet(_) => (MIN_SCORE, SURE_SCORE),
+            Kind::Scrfd(..) => (scrfd::MIN_SCORE, scrfd::MIN_SCORE),
         };
         let large = LARGE.iter().filter(|(above, _)| longer > *above).map(|(_, scale)| scale);
         let mut search = Search { faces: Vec::new(), tried: Vec::new(), best_score: 0.0, least_score };

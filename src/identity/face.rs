@@ -50,7 +50,7 @@ pub(super) fn nms(candidates: Vec<Face>, min_score: f32, max_iou: f32, offset: f
 }
 
 /// Intersection over union of two boxes.
-fn iou(a: &Face, b: &Face, offset: f32) -> f32 {
+pub(super) fn iou(a: &Face, b: &Face, offset: f32) -> f32 {
     let right = (a.bounds[2] + offset).min(b.bounds[2] + offset);
     let bottom = (a.bounds[3] + offset).min(b.bounds[3] + offset);
     let width = (right - a.bounds[0].max(b.bounds[0])).max(0.0);

@@ -14,6 +14,8 @@ pub mod clustering;
 pub mod crop;
 pub mod detector;
 pub mod face;
+pub mod hyperlora;
+pub mod landmarks;
 pub mod onnx;
 pub mod onnx_header;
 pub mod outliers;

@@ -1,6 +1,7 @@
 //! Images: decoding with limits, upright and over white; resizing as Pillow does; PNG, JPEG and WebP with text.
 
 mod decode;
+mod draw;
 mod encode;
 mod folder;
 mod resize;

@@ -9,21 +9,34 @@ use super::inputs::Images;
 use super::{draw, print_json};
 use crate::failure::Failure;
 use crate::files;
+use crate::identity::landmarks::{LandmarkDetector, Landmarks};
 use crate::identity::photos::Photos;
 use crate::identity::{Face, FaceEncoder, Quality};
 use crate::output::print_line;
 
-pub(super) fn detect(images: &Images, encoder: &FaceEncoder, out: Option<&Path>, json: bool) -> Result<()> {
+pub(super) fn detect(
+    images: &Images,
+    encoder: &FaceEncoder,
+    landmarks: Option<&LandmarkDetector>,
+    out: Option<&Path>,
+    json: bool,
+) -> Result<()> {
     let photos = Photos::find(&images.images)?;
     let drawings = out.map(|out| drawings(&photos, out)).transpose()?;
     let seen = photos.look(|at, file, image| {
         let search = encoder.search(image)?;
+        let find = |face: &Face| landmarks.map(|landmarks| landmarks.find(image, face)).transpose();
+        let landmarks = search.faces.iter().map(find).collect::<Result<Vec<_>>>()?;
         if let Some(drawings) = &drawings {
-            draw::draw(image, &search.faces).save(&drawings[at], Some("difflora face detect"))?;
+            let landmarks: Vec<&Landmarks> = landmarks.iter().flatten().collect();
+            draw::draw(image, &search.faces, &landmarks).save(&drawings[at], Some("difflora face detect"))?;
         }
         let quality = search.faces.first().map(|face| Quality::of(image, face, &search.faces));
         let nothing = search.largest(&file.display().to_string()).err();
-        Ok((search.faces, quality, nothing))
+        let landmarks = landmarks.into_iter().map(|points| points.map(|points| points.to_vec()));
+        let faces = search.faces.into_iter().zip(landmarks);
+        let faces: Vec<FoundFace> = faces.map(|(face, landmarks)| FoundFace { face, landmarks }).collect();
+        Ok((faces, quality, nothing))
     })?;
     let mut nothing = None;
     let (mut list, mut found) = (Vec::new(), 0);
@@ -65,19 +78,33 @@ fn drawings(photos: &Photos, out: &Path) -> Result<Vec<PathBuf>> {
 #[derive(serde::Serialize)]
 struct Found {
     file: String,
-    faces: Vec<Face>,
+    faces: Vec<FoundFace>,
     /// Of the largest face.
     quality: Option<Quality>,
 }
 
-fn describe(file: &Path, faces: &[Face], quality: Option<&Quality>) -> String {
+/// A face in `detect --json`.
+#[derive(serde::Serialize)]
+struct FoundFace {
+    #[serde(flatten)]
+    face: Face,
+    /// 106 points, with `--landmarks`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    landmarks: Option<Vec<[f32; 2]>>,
+}
+
+fn describe(file: &Path, faces: &[FoundFace], quality: Option<&Quality>) -> String {
     let mut text =
         format!("{}: {} {}", file.display(), faces.len(), if faces.len() == 1 { "face" } else { "faces" });
-    for face in faces {
+    for FoundFace { face, landmarks } in faces {
         let [left, top, right, bottom] = face.bounds;
         text +=
             &format!("\n  score {:.3}  box {left:.1} {top:.1} {right:.1} {bottom:.1}  points", face.score);
         text.extend(face.points.iter().map(|[x, y]| format!("  {x:.1} {y:.1}")));
+        if let Some(landmarks) = landmarks {
+            text += "\n  landmarks";
+            text.extend(landmarks.iter().map(|[x, y]| format!("  {x:.1} {y:.1}")));
+        }
     }
     if let Some(quality) = quality {
         text += &format!(

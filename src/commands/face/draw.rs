@@ -1,6 +1,7 @@
 //! Boxes, landmarks and numbers of faces, painted into their image.
 
 use crate::identity::Face;
+use crate::identity::landmarks::Landmarks;
 use crate::image::Image;
 
 /// One colour a face, the largest first; then they repeat.
@@ -20,8 +21,8 @@ const DIGITS: [[u8; 7]; 10] = [
     [14, 17, 17, 15, 1, 2, 12],
 ];
 
-/// The image with each face's box, its five points, and its number as `--face` takes it.
-pub fn draw(image: &Image, faces: &[Face]) -> Image {
+/// The image with each face's box, its five points, its landmarks where there are any, and its number as `--face` takes it.
+pub fn draw(image: &Image, faces: &[Face], landmarks: &[&Landmarks]) -> Image {
     let mut drawn = image.clone();
     // Lines of 1 pixel in 64×64, of 4 in a photo.
     let thick = (image.width.max(image.height) / 400).clamp(1, 12) as isize;
@@ -38,6 +39,11 @@ pub fn draw(image: &Image, faces: &[Face]) -> Image {
         }
         for [x, y] in face.points.map(|point| point.map(|at| at.round() as isize)) {
             fill(&mut drawn, [x - thick, y - thick, x + thick + 1, y + thick + 1], colour);
+        }
+        let dot = (thick / 2).max(1);
+        for [x, y] in landmarks.get(number).into_iter().flat_map(|points| **points) {
+            let (x, y) = (x.round() as isize, y.round() as isize);
+            fill(&mut drawn, [x, y, x + dot, y + dot], colour);
         }
         for (place, digit) in (number + 1).to_string().bytes().enumerate() {
             let corner = [x1 + 2 * thick + place as isize * 6 * thick, y1 + 2 * thick];
@@ -71,12 +77,16 @@ mod tests {
     fn boxes_and_points_lie_where_the_face_is_and_nothing_leaves_the_image() {
         let face = |bounds| Face { bounds, points: [[30.0, 40.0]; 5], score: 1.0 };
         let image = Image::filled(60, 60, [9; 3]);
-        let drawn = draw(&image, &[face([10.0, 12.0, 50.0, 52.0]), face([-1e9, -5.0, 1e9, 400.0])]);
+        let drawn = draw(
+            &image,
+            &[face([10.0, 12.0, 50.0, 52.0]), face([-1e9, -5.0, 1e9, 400.0])],
+            &[&[[7.0, 8.0]; 106]],
+        );
         for (x, y) in [(10, 30), (49, 30), (30, 12), (30, 51)] {
             assert_eq!(drawn.pixel(x, y), COLOURS[0], "{x} {y}");
         }
         assert_eq!(drawn.pixel(30, 40), COLOURS[1]);
-        assert_eq!(drawn.pixel(20, 30), [9; 3]);
+        assert_eq!((drawn.pixel(7, 8), drawn.pixel(20, 30)), (COLOURS[0], [9; 3]));
         assert_eq!((drawn.width, drawn.height), (60, 60));
     }
 }

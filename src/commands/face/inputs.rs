@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::identity::landmarks::LandmarkDetector;
 use crate::identity::photos::{Photos, Seen};
 use crate::identity::{FaceEncoder, catalog};
 use crate::progress;
@@ -33,6 +34,11 @@ impl Encoder {
     /// Opens the encoder.
     pub(super) fn load(&self) -> Result<FaceEncoder> {
         catalog::open_encoder(&self.face_encoder)
+    }
+
+    /// Opens the landmark detector beside it.
+    pub(super) fn load_landmarks(&self) -> Result<LandmarkDetector> {
+        catalog::open_landmarks(&self.face_encoder)
     }
 }
 
