@@ -1,5 +1,7 @@
 //! Which model a name means: a built-in one, a folder, a file, or a repository of the Hugging Face hub.
 
+pub mod hyperlora;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -91,14 +93,56 @@ pub fn find_base(name: &str, options: &BaseOptions) -> Result<ModelFiles> {
     if name == BUILT_IN { built_in("base") } else { ModelFiles::folder(found) }
 }
 
-/// The hypernetwork that `name` stands for: the built-in one, a folder, or a repository on the hub.
+/// The hypernetwork that `name` stands for: the built-in one, HyperLoRA's, a folder, or a repository on the hub.
 ///
 /// # Errors
 /// [`Failure::Usage`] for a name that is none of them, [`Failure::Unusable`] for one that cannot be had.
 pub fn find_hypernet(name: &str, offline: bool) -> Result<ModelFiles> {
-    match Repository::parse(name).filter(|_| name != BUILT_IN && !Path::new(name).exists()) {
+    if let Some(files) = find_hyperlora(name)? {
+        return Ok(files);
+    }
+    match Repository::parse(name).filter(|_| !Path::new(name).exists()) {
         Some(repository) => ModelFiles::folder(repository.open_files(&HYPERNET_FILES, offline)?),
         None => find(name, "hypernet"),
+    }
+}
+
+/// HyperLoRA's weights, where `name` means them: by their name, or a folder or cached repository that holds them.
+///
+/// # Errors
+/// [`Failure::Unusable`] where they are not on this machine; they are never fetched unasked.
+pub fn find_hyperlora(name: &str) -> Result<Option<ModelFiles>> {
+    if let Some(variant) = hyperlora::Variant::parse(name)? {
+        return variant.open().map(Some);
+    }
+    if name == BUILT_IN {
+        return Ok(None);
+    }
+    let repository = Repository::parse(name).filter(|_| !Path::new(name).exists());
+    let folder = match &repository {
+        Some(repository) => repository.folder(),
+        None => Some(PathBuf::from(name)),
+    };
+    match folder.and_then(|folder| hyperlora::inside(&folder)) {
+        Some(folder) => ModelFiles::folder(folder).map(Some),
+        None if repository.is_some_and(|repository| repository.id == hyperlora::REPOSITORY) => {
+            hyperlora::Variant::Fidelity.open().map(Some)
+        }
+        None => Ok(None),
+    }
+}
+
+/// HyperLoRA's image encoder: a folder, or OpenAI's CLIP on the hub.
+///
+/// # Errors
+/// As [`find_hypernet`].
+pub fn find_clip(name: Option<&str>, offline: bool) -> Result<ModelFiles> {
+    match name {
+        Some(name) => find(name, "image_encoder"),
+        None => {
+            let clip = Repository { id: hyperlora::CLIP.into(), revision: "main".into(), file: None };
+            ModelFiles::folder(clip.open_files(&hyperlora::CLIP_FILES, offline)?)
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::identity::catalog::{self, FACE_MODELS, FaceModel};
 use crate::output::Output;
 use crate::output::print_line;
 use crate::registry;
+use crate::registry::hyperlora::{FACE_ENCODER, LICENCES, Variant};
 use crate::weights::hub::{self, Repository};
 use crate::weights::sha256;
 
@@ -31,6 +32,7 @@ pub fn run(args: &Args, output: &Output) -> Result<()> {
     }
     checks.extend(built_in_models());
     checks.extend(FACE_MODELS.iter().map(face_encoder));
+    checks.extend(Variant::ALL.map(hyperlora_weights));
     checks.extend(hub_models());
     checks.push(if args.online { reachability() } else { network() });
 
@@ -94,6 +96,29 @@ fn face_encoder(model: &FaceModel) -> Check {
         None => Check::ok("face encoder", text),
     };
     check.with(json!({ "name": model.name, "licence": model.licence, "state": state }))
+}
+
+/// HyperLoRA's weights: whether they are there, and what else they need.
+fn hyperlora_weights(variant: Variant) -> Check {
+    let (_, missing) = variant.cached();
+    let (name, licence) = (variant.name(), LICENCES[0].1);
+    let faces = catalog::find(FACE_ENCODER).is_some_and(|model| catalog::installed(model).is_some());
+    let clip = registry::find_clip(None, true).is_ok();
+    let remedy = format!("run `difflora models pull {name} --accept-licence`");
+    let (state, check) = match missing.len() {
+        0 if faces && clip => ("complete", Check::ok("hypernetwork", format!("{name}: complete; {licence}"))),
+        4 => ("not downloaded", Check::ok("hypernetwork", format!("{name}: not downloaded; {licence}"))),
+        0 => {
+            let text =
+                format!("{name}: CLIP ViT-L/14 or {FACE_ENCODER}, which it needs, is missing; {licence}");
+            ("without encoders", Check::note("hypernetwork", text, remedy))
+        }
+        _ => {
+            let text = format!("{name}: incomplete, without {}; {licence}", missing.join(", "));
+            ("incomplete", Check::note("hypernetwork", text, remedy))
+        }
+    };
+    check.with(json!({ "name": name, "licence": licence, "state": state }))
 }
 
 /// Base models in the hub's cache.

@@ -26,7 +26,7 @@ use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder};
 use crate::output::{self, Output, print_line};
 use crate::progress;
-use crate::recipes::dreambooth::functional_loss::Refinement;
+use crate::recipes::dreambooth::functional_loss::{CAPTION, Refinement};
 use crate::registry::{self, Base};
 use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::attribute_classifier::AttributeClassifier;
@@ -86,6 +86,7 @@ fn evaluate_people(args: &Args, dataset: &Path) -> Result<Findings> {
             rate: args.refine_rate,
             seed: args.seed,
             downs: !hypernet.codec.layout.shared_down,
+            caption: CAPTION,
         }),
     };
     let generator = Generator {

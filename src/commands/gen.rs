@@ -1,6 +1,8 @@
 //! `difflora gen`: photos of a person (+ prompt) → LoRA file (+ images).
 
 mod args;
+mod diffusion;
+mod hyperlora;
 mod identity;
 mod images;
 mod outputs;
@@ -17,10 +19,9 @@ use serde_json::json;
 pub use crate::commands::r#gen::args::Args;
 use crate::commands::r#gen::images::Images;
 use crate::commands::r#gen::outputs::Outputs;
-use crate::commands::r#gen::person::make_lora;
+use crate::commands::r#gen::person::{Person, make_lora};
 use crate::commands::r#gen::plan::Plan;
 use crate::device::{self, Precision};
-use crate::lora::Lora;
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Missing};
 use crate::output::{Output, print_line};
@@ -31,7 +32,7 @@ use crate::sdxl::pipeline::SdxlLoader;
 use crate::weights::model_folder::WeightType;
 
 /// Predicts the person's LoRA, writes it, and generates the images.
-pub fn run(args: Args, output: &Output) -> Result<()> {
+pub fn run(mut args: Args, output: &Output) -> Result<()> {
     let start = Instant::now();
     let outputs = Outputs::plan(&args)?;
     let device = device::open(&args.device)?;
@@ -53,15 +54,21 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         false => None,
     };
     let mut report = json!({});
-    if let Some((lora, about)) = &person {
-        report["person"] = about.clone();
+    if let Some(person) = &person {
+        report["person"] = person.report.clone();
         if let Some(path) = &outputs.lora {
-            file::write(path, lora, args.lora_format, &base.block_layout)?;
+            file::write(path, &person.lora, args.lora_format, &base.block_layout)?;
             report["lora"] = json!(path.display().to_string());
             if !output.json {
                 print_line!("LoRA    {}", path.display())?;
             }
         }
+    }
+    if let Some(words) = person.as_ref().and_then(|person| person.trigger) {
+        progress::note(format_args!(
+            "the LoRA needs `{words}` in the prompt; `gen` puts it in front where it is not there"
+        ));
+        args.prompt.iter_mut().for_each(|prompt| *prompt = hyperlora::with_trigger(prompt, words));
     }
     if let Some((plan, model)) = plan {
         if args.base == BUILT_IN {
@@ -71,7 +78,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             );
         }
         let clock = Stage::begin("reading LoRAs");
-        let loras = lora_stack(&args, person.as_ref().map(|(lora, _)| lora), &base)?;
+        let loras = lora_stack(&args, person.as_ref(), &base)?;
         clock.end();
         report["loras"] = loras.check(&model)?;
         let images = Images { args: &args, plan: &plan, model: &model, base: &base_id, loras: &loras };
@@ -85,7 +92,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 }
 
 /// The person's LoRA and those of `--lora`.
-fn lora_stack(args: &Args, person: Option<&Lora>, base: &Base) -> Result<LoraStack> {
+fn lora_stack(args: &Args, person: Option<&Person>, base: &Base) -> Result<LoraStack> {
     let mut stack = LoraStack {
         loras: Vec::new(),
         mode: args.lora_mode,
@@ -94,10 +101,11 @@ fn lora_stack(args: &Args, person: Option<&Lora>, base: &Base) -> Result<LoraSta
         widen: args.dtype == Precision::F32,
         missing: if args.strict { Missing::Refuse } else { Missing::Warn },
     };
-    if let Some(lora) = person {
+    if let Some(person) = person {
         let stem = args.lora_out.as_deref().and_then(Path::file_stem);
         let name = stem.map_or("person".into(), |stem| stem.to_string_lossy());
-        stack.push(lora, &name, args.lora_scale, args.lora_format, &base.block_layout)?;
+        let scale = args.lora_scale.unwrap_or(person.scale);
+        stack.push(&person.lora, &name, scale, args.lora_format, &base.block_layout)?;
     }
     for text in &args.lora {
         let (path, strength) = BlockWeights::split(text)?;

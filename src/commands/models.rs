@@ -1,27 +1,26 @@
 //! `difflora models`: lists, downloads, checks and measures models.
 
+mod pull;
 mod show;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use serde_json::json;
 
 use crate::failure::Failure;
 use crate::files as disk;
-use crate::identity::catalog::{self, FaceModel};
 use crate::output::Output;
 use crate::output::print_line;
-use crate::progress;
+use crate::registry::hyperlora::{self, Variant};
 use crate::registry::{self, BUILT_IN, BaseOptions, NAMES};
 use crate::sdxl::architecture;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
 use crate::sdxl::unet::UNet;
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::{Vae, VaeConfig};
-use crate::weights::hub::{self, Repository, Weights};
+use crate::weights::hub::{self, Repository};
 use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
-use crate::weights::sha256;
 
 /// Arguments of `difflora models`.
 #[derive(Debug, clap::Args)]
@@ -32,22 +31,16 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// List known names and the base models in the hub's cache.
+    /// List known names and the models in the hub's cache.
     List,
     /// Print the folder of a cached hub model.
     Path {
         /// sdxl, or owner/name[@revision].
         name: String,
     },
-    /// Download the newest version of a hub model, only the files that are used; or a face encoder (antelopev2,
-    /// buffalo_l, auraface), whose licence is shown.
-    Pull {
-        /// sdxl, owner/name[@revision][:file.safetensors], or a face encoder.
-        name: String,
-        /// Prefer half-precision weights: half the download.
-        #[arg(long)]
-        fp16: bool,
-    },
+    /// Download the newest version of a hub model, only the files that are used; a face encoder (antelopev2, buffalo_l,
+    /// auraface), whose licence is shown; or HyperLoRA's weights with the encoders that they need.
+    Pull(pull::Args),
     /// Check every tensor of a model (name, shape, finite values) and the hub's checksums.
     Verify {
         /// A folder, a file, owner/name[@revision], or a name.
@@ -67,41 +60,10 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             print_line!("{}", on_the_hub(&name)?.cached()?.display())?;
             Ok(())
         }
-        Command::Pull { name, fp16 } => {
-            if hub::offline() {
-                return Err(
-                    Failure::Usage("HF_HUB_OFFLINE forbids the network; unset it to fetch".into()).into()
-                );
-            }
-            let folder = match catalog::find(&name) {
-                Some(model) => pull_faces(model)?,
-                None => on_the_hub(&name)?.fetch(if fp16 { Weights::Half } else { Weights::Any })?,
-            };
-            print_line!("{}", folder.display())?;
-            Ok(())
-        }
+        Command::Pull(args) => pull::run(&args),
         Command::Verify { name, options } => verify(&name, &options, output),
         Command::Show(args) => show::run(&args, output),
     }
-}
-
-/// Fetches a face encoder and holds its files against their checksums.
-fn pull_faces(model: &FaceModel) -> Result<PathBuf> {
-    progress::note(format_args!("{}: {}; licence: {}", model.name, model.about, model.licence));
-    let repository = Repository { id: model.repo.into(), revision: "main".into(), file: None };
-    let folder = repository.fetch_files(model.files().map(|file| file.path))?;
-    for file in model.files() {
-        let path = folder.join(file.path);
-        let found = sha256::of_file(&path)?;
-        if found != file.sha256 {
-            let why = format!(
-                "its SHA-256 is {found}, that of {} is {}; delete it and pull again",
-                model.name, file.sha256
-            );
-            return Err(Failure::unusable(&path, why));
-        }
-    }
-    Ok(folder)
 }
 
 fn on_the_hub(name: &str) -> Result<Repository> {
@@ -128,6 +90,16 @@ fn list(output: &Output) -> Result<()> {
     let cached =
         cached.filter(|it| it.folder().is_some_and(|folder| folder.join("model_index.json").exists()));
     let mut rows = vec![(BUILT_IN.to_string(), String::new(), "built in", None)];
+    for variant in Variant::ALL {
+        let (folder, missing) = variant.cached();
+        let state = match missing.len() {
+            0 => "whole",
+            4 => "not fetched",
+            _ => "in part",
+        };
+        let folder = folder.filter(|folder| folder.is_dir());
+        rows.push((variant.name().to_string(), hyperlora::REPOSITORY.to_string(), state, folder));
+    }
     for (name, repository) in named.chain(cached.map(|repository| ("", repository))) {
         let (state, folder) = state(&repository);
         rows.push((name.to_string(), repository.id, state, folder));
@@ -142,7 +114,7 @@ fn list(output: &Output) -> Result<()> {
     }
     for (name, id, state, folder) in rows {
         let folder = folder.map(|folder| folder.display().to_string()).unwrap_or_default();
-        print_line!("{}", format!("{name:<6} {id:<42} {state:<12} {folder}").trim_end())?;
+        print_line!("{}", format!("{name:<14} {id:<42} {state:<12} {folder}").trim_end())?;
     }
     Ok(())
 }

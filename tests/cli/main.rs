@@ -4,6 +4,7 @@ mod build_dataset;
 mod doctor;
 mod drawing;
 mod face;
+mod hyperlora;
 mod hypernet_dataset;
 mod identity;
 mod lora;

@@ -18,16 +18,17 @@ pub struct Args {
     /// Photos of one person: files, patterns such as 'me/*.jpg', or folders. Photos of other people are left out.
     #[arg(help_heading = "Input", long = "ref", value_name = "PHOTO|DIR", num_args = 1.., env = "DIFFLORA_REF")]
     pub(super) reference: Vec<PathBuf>,
-    /// Face to use in each photo, 1 for the largest.
-    #[arg(help_heading = "Input", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_FACE")]
-    pub(super) face: u32,
+    /// Face to use in each photo, 1 for the largest [default: 1; with HyperLoRA the one with the highest score].
+    #[arg(help_heading = "Input", long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_FACE")]
+    pub(super) face: Option<u32>,
     /// Prompts, one or more images each. Without a prompt only the LoRA is made.
     #[arg(help_heading = "Input", long, value_name = "TEXT", num_args = 1.., env = "DIFFLORA_PROMPT")]
     pub(super) prompt: Vec<String>,
     /// Negative prompt.
     #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
     pub(super) negative_prompt: Option<String>,
-    /// Hypernetwork: tiny (built in), a folder, or a hub repository owner/name[@revision].
+    /// Hypernetwork: tiny (built in), hyperlora or hyperlora:edit (HyperLoRA's released weights for SDXL, after `difflora
+    /// models pull`), a folder, or a hub repository owner/name[@revision].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = BUILT_IN, env = "DIFFLORA_HYPERNET")]
     pub(super) hypernet: String,
     /// Base model: tiny (built in), sdxl, a diffusers folder, a `.safetensors` in LDM layout, or a hub repository
@@ -36,9 +37,9 @@ pub struct Args {
     pub(super) base: String,
     #[command(flatten)]
     pub(super) base_options: BaseOptions,
-    /// CLIP image encoder that the hypernetwork was trained with.
-    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
-    pub(super) image_encoder: String,
+    /// CLIP image encoder that the hypernetwork was trained with [default: tiny; with HyperLoRA OpenAI's ViT-L/14].
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_IMAGE_ENCODER")]
+    pub(super) image_encoder: Option<String>,
     /// Face encoder that the hypernetwork was trained with [default: the one it names].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_FACE_ENCODER")]
     pub(super) face_encoder: Option<String>,
@@ -49,16 +50,15 @@ pub struct Args {
     /// Fail where a part of a LoRA cannot be used, instead of a warning.
     #[arg(help_heading = "Model", long, env = "DIFFLORA_STRICT")]
     pub(super) strict: bool,
-    /// Weight of the person's LoRA.
+    /// Weight of the person's LoRA [default: 1; with HyperLoRA 0.8].
     #[arg(
         help_heading = "Model",
         long,
         value_name = "F",
-        default_value_t = 1.0,
         allow_negative_numbers = true,
         env = "DIFFLORA_LORA_SCALE"
     )]
-    pub(super) lora_scale: f64,
+    pub(super) lora_scale: Option<f64>,
     /// How LoRAs are applied.
     #[arg(help_heading = "Model", long, value_enum, default_value = "merge", env = "DIFFLORA_LORA_MODE")]
     pub(super) lora_mode: LoraMode,

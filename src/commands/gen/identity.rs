@@ -112,6 +112,11 @@ impl IdentityOptions {
         Ok(parts.into_iter().map(|(path, weight)| (path, weight / sum)).collect())
     }
 
+    /// Seed of what is sampled on the way to the LoRA.
+    pub(super) fn seed(&self) -> u64 {
+        self.identity_seed
+    }
+
     /// How latents are sampled.
     pub(super) fn sampling(&self, hypernet: &Hypernet) -> SampleOptions {
         let own = hypernet.options();
@@ -123,6 +128,30 @@ impl IdentityOptions {
             samples: self.identity_samples as usize,
             choice: self.identity_choice,
             strength: self.identity_strength,
+        }
+    }
+
+    /// Refuses options of the sampling for a hypernetwork that predicts the LoRA in one pass.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] that names them.
+    pub(super) fn refuse_sampling(&self) -> Result<()> {
+        let given = [
+            ("--identity-steps", self.identity_steps.is_some()),
+            ("--identity-guidance", self.identity_guidance.is_some()),
+            ("--identity-eta", self.identity_eta != 0.0),
+            ("--identity-samples", self.identity_samples != 1),
+            ("--identity-strength", self.identity_strength != 1.0),
+            ("--vary", self.vary.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((option, _)) => {
+                let why = format!(
+                    "{option} is for hypernetworks that sample; HyperLoRA predicts the LoRA in one pass"
+                );
+                Err(Failure::Usage(why).into())
+            }
+            None => Ok(()),
         }
     }
 
@@ -168,6 +197,9 @@ mod tests {
         let message = |options: IdentityOptions, photos| options.check(photos).unwrap_err().to_string();
         assert!(message(IdentityOptions { vary: Some(1.5), ..mixing(&[]) }, true).contains("--vary 1.5"));
         assert!(message(IdentityOptions { refine: Some(3), ..mixing(&[]) }, false).contains("--ref"));
+        let varied = IdentityOptions { vary: Some(0.1), ..mixing(&[]) };
+        assert!(varied.refuse_sampling().unwrap_err().to_string().contains("--vary"));
+        assert!(mixing(&["a.jpg"]).refuse_sampling().is_ok());
         let eta = IdentityOptions { identity_eta: -1.0, ..mixing(&[]) };
         assert!(message(eta, true).contains("--identity-eta"));
         assert!(IdentityOptions { vary: Some(0.3), ..mixing(&["a.jpg"]) }.check(false).is_ok());

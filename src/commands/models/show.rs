@@ -4,18 +4,20 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::failure::Failure;
+use crate::hypernet::hyperlora::{FILES, Shapes};
 use crate::output::Output;
 use crate::output::print_line;
-use crate::registry::{BaseOptions, find_base};
+use crate::registry::{self, BaseOptions, find_base};
 use crate::sdxl::architecture;
 use crate::sdxl::counts::{self, Cost};
 use crate::sdxl::text::ClipTextConfig;
 use crate::sdxl::unet::UNetConfig;
 use crate::sdxl::vae::VaeConfig;
+use crate::weights::model_folder::ModelFiles;
 
 /// Arguments of `difflora models show`.
 ///
-/// Reads only configs. Multiply-adds are those of convolutions and linear layers for one prompt, one step without
+/// For HyperLoRA only the parameters are counted. Reads only configs and the headers of weights. Multiply-adds are those of convolutions and linear layers for one prompt, one step without
 /// guidance and one image; the last column adds the matrix products of attention.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -33,6 +35,9 @@ pub struct Args {
 
 /// Prints the table.
 pub fn run(args: &Args, output: &Output) -> Result<()> {
+    if let Some(files) = registry::find_hyperlora(&args.base)? {
+        return show_hyperlora(args, &files, output);
+    }
     let files = find_base(&args.base, &args.options)?;
     architecture::require_sdxl(&files)?;
     let unet: UNetConfig = files.config("unet/config.json")?;
@@ -93,6 +98,33 @@ pub fn run(args: &Args, output: &Output) -> Result<()> {
         )?;
     }
     print_line!("{:<15} {:>14}", "all", grouped(parameters))?;
+    Ok(())
+}
+
+/// Prints the parameters of HyperLoRA's files.
+fn show_hyperlora(args: &Args, files: &ModelFiles, output: &Output) -> Result<()> {
+    let shapes = Shapes::read(files)?;
+    let mut parts = Vec::new();
+    for file in FILES.into_iter().filter_map(|file| file.strip_suffix(".safetensors")) {
+        let stored = files.reader("", file)?;
+        let sizes =
+            stored.names().into_iter().map(|name| Ok(stored.shape(&name)?.iter().product::<usize>() as u64));
+        parts.push((file, sizes.sum::<Result<u64>>()?));
+    }
+    let (layers, rank) = (shapes.layers().count(), shapes.rank());
+    let parameters: u64 = parts.iter().map(|(_, count)| count).sum();
+    if output.json {
+        let part = |(name, count): &(&str, u64)| json!({ "part": name, "parameters": count });
+        let report = json!({
+            "hypernet": args.base, "layers": layers, "rank": rank, "parameters": parameters,
+            "parts": parts.iter().map(part).collect::<Vec<_>>(),
+        });
+        return print_line!("{report:#}");
+    }
+    print_line!("{}: HyperLoRA, a LoRA of {layers} layers and rank {rank}", args.base)?;
+    for (name, count) in parts.iter().chain(&[("all", parameters)]) {
+        print_line!("{name:<18} {:>14}", grouped(*count))?;
+    }
     Ok(())
 }
 

@@ -16,7 +16,8 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 
 use super::FILES;
-use crate::lora::keys::{self, BlockLayout, Key};
+use crate::lora::keys::{self, Key};
+use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::{Lora, LoraLayer};
 use crate::progress;
 use crate::weights::model_folder::{ModelFiles, TensorReader};

@@ -36,6 +36,9 @@ pub const FILES: [&str; 4] = [
 /// The words that the released weights were trained to hear at the start of the prompt.
 pub const TRIGGER: &str = "fcsks fxhks fhyks";
 
+/// Caption of photos of a person, for fine-tuning: it begins with [`TRIGGER`].
+pub const CAPTION: &str = "fcsks fxhks fhyks, a photo of a person";
+
 /// The weight at which the LoRA is used unless another is asked for; the publisher recommends 0.75 to 0.85.
 pub const LORA_SCALE: f64 = 0.8;
 

@@ -204,6 +204,8 @@ pub struct Refinement {
     pub seed: u64,
     /// Whether `A` trains too; not where all LoRAs share it.
     pub downs: bool,
+    /// What the photos show, for example `a photo of a person`.
+    pub caption: &'static str,
 }
 
 /// Reads `--refine-rate`: more than 0.
@@ -224,7 +226,10 @@ pub struct Refined {
     pub after: f64,
 }
 
-/// Fine-tunes a LoRA on photos of the person (squares of any size), with the caption "a photo of a person".
+/// Caption of photos of a person whom DiffLoRA's LoRAs call so.
+pub const CAPTION: &str = "a photo of a person";
+
+/// Fine-tunes a LoRA on photos of the person (squares of any size), all with one caption.
 ///
 /// A few steps from a good start, as HyperDreamBooth (arXiv 2307.06949, section 3.3) takes them.
 pub fn refine(
@@ -247,7 +252,7 @@ pub fn refine(
     let count = latents.dim(0)?;
     // Where the base is small a step looks at several noises at once.
     let batch = if size <= 128 { 8 } else { 1 };
-    let caption = base.text.encode_prompts(&vec!["a photo of a person"; batch])?;
+    let caption = base.text.encode_prompts(&vec![how.caption; batch])?;
     let mut vars: BTreeMap<String, Var> = BTreeMap::new();
     let mut adapters = Adapters::new();
     for (module, layer) in &lora.layers {
@@ -405,7 +410,7 @@ mod tests {
     fn refining_lowers_the_loss_on_the_photos_and_repeats() {
         let base = tiny();
         let photo = Image::filled(80, 64, [200, 30, 40]);
-        let how = Refinement { steps: 6, rate: 1e-2, seed: 1, downs: false };
+        let how = Refinement { steps: 6, rate: 1e-2, seed: 1, downs: false, caption: CAPTION };
         let start = lora(1, 0.05);
         let (refined, losses) =
             refine(&base, &start, std::slice::from_ref(&photo), how, &ProgressBar::hidden()).unwrap();
