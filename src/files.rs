@@ -127,6 +127,11 @@ pub fn read_input(path: &Path, most: u64) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|error| Failure::unusable(path, error))
 }
 
+/// Reads an input file of UTF-8 text whole; see [`read_input`].
+pub fn read_text(path: &Path, most: u64) -> Result<String> {
+    String::from_utf8(read_input(path, most)?).map_err(|error| Failure::unusable(path, error.utf8_error()))
+}
+
 static OVERWRITE: AtomicBool = AtomicBool::new(false);
 
 /// `--overwrite`: images and LoRAs of other programs may be replaced.
@@ -242,9 +247,10 @@ pub fn check_writable(path: &Path) -> Result<()> {
 
 /// An exclusive lock on a folder: the file `.lock` in it, which holds the process id.
 ///
-/// It does not outlive its process, however that ends; the file stays.
+/// It does not outlive its process, however that ends: a file that a killed process left is not locked.
 #[derive(Debug)]
 pub struct FolderLock {
+    path: PathBuf,
     _file: File,
 }
 
@@ -257,28 +263,51 @@ impl FolderLock {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
         let path = folder.join(".lock");
         let cannot = || format!("cannot lock `{}`", path.display());
-        let options = File::options().create(true).read(true).write(true).truncate(false).clone();
-        let mut file = options.open(&path).with_context(cannot)?;
-        match file.try_lock() {
-            // A full disk is no reason to refuse: the id only makes the message of another process better.
-            Ok(()) => drop(file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()))),
-            Err(TryLockError::WouldBlock) => {
-                let owner = std::fs::read_to_string(&path).unwrap_or_default();
-                let owner = match owner.trim() {
-                    "" => "another process".to_string(),
-                    id => format!("process {id}"),
-                };
-                let folder = folder.display();
-                let why =
-                    format!("cannot use `{folder}`: {owner} is writing to it; wait, or choose another --out");
-                return Err(Failure::Usage(why).into());
+        loop {
+            let options = File::options().create(true).read(true).write(true).truncate(false).clone();
+            let mut file = options.open(&path).with_context(cannot)?;
+            match file.try_lock() {
+                // The process that held it may have removed it since it was opened here.
+                Ok(()) if !is_same_file(&file, &path) => continue,
+                // A full disk is no reason to refuse: the id only makes the message of another process better.
+                Ok(()) => drop(file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()))),
+                Err(TryLockError::WouldBlock) => {
+                    let owner = std::fs::read_to_string(&path).unwrap_or_default();
+                    let owner = match owner.trim() {
+                        "" => "another process".to_string(),
+                        id => format!("process {id}"),
+                    };
+                    let folder = folder.display();
+                    let why = format!(
+                        "cannot use `{folder}`: {owner} is writing to it; wait, or choose another --out"
+                    );
+                    return Err(Failure::Usage(why).into());
+                }
+                // Some network file systems have no locks.
+                Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => {}
+                Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
             }
-            // Some network file systems have no locks.
-            Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
+            return Ok(Self { path, _file: file });
         }
-        Ok(Self { _file: file })
     }
+}
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // Before the lock is released, so that nobody's file is removed.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Whether `path` still names the open `file`.
+#[cfg(unix)]
+fn is_same_file(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    file.metadata().is_ok_and(|data| file_id(path) == Some((data.dev(), data.ino())))
+}
+#[cfg(not(unix))]
+fn is_same_file(_: &File, path: &Path) -> bool {
+    path.exists()
 }
 
 /// The folder that holds `path`; `.` for a bare file name.
@@ -303,6 +332,7 @@ mod tests {
         let error = FolderLock::acquire(&inside).unwrap_err().to_string();
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
         drop(held);
+        assert!(!inside.join(".lock").exists());
         FolderLock::acquire(&inside).unwrap();
     }
 

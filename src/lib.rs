@@ -53,6 +53,7 @@ pub mod diagnostics;
 pub mod failure;
 pub mod files;
 pub mod image;
+pub mod limits;
 pub mod output;
 pub mod progress;
 pub mod statistics;

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use candle_core::DType;
 
-use crate::commands::run_args::read_toml;
 use crate::dataset::manifest::Header;
 use crate::device;
 use crate::files::FolderLock;
 use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
+use crate::limits::read_toml;
 use crate::output::{Output, print_line};
 use crate::recipes::lora_dataset::{DatasetBuilder, DatasetSettings, settings_hash};
 use crate::registry::{self, Base};

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::de::DeserializeOwned;
 
-use crate::failure::Failure;
+use crate::commands::values::minutes;
+use crate::limits;
 use crate::progress;
 use crate::train::trainer::{Outcome, RunOptions};
 
@@ -23,7 +24,7 @@ pub struct RunArgs {
     #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
     pub resume: bool,
     /// Stop with a checkpoint after this many minutes; --resume continues.
-    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES")]
+    #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES", value_parser = minutes)]
     pub minutes: Option<f64>,
 }
 
@@ -31,17 +32,14 @@ impl RunArgs {
     /// Reads the settings file.
     ///
     /// # Errors
-    /// [`Failure::Unusable`] with the file and the line.
+    /// As [`limits::read_toml`].
     pub fn settings<T: DeserializeOwned>(&self) -> Result<T> {
-        read_toml(&self.config)
+        limits::read_toml(&self.config)
     }
 
-    /// Creates OUT/training, for checkpoint and log.
-    pub fn training_folder(&self) -> Result<PathBuf> {
-        let training = self.out.join("training");
-        std::fs::create_dir_all(&training)
-            .with_context(|| format!("cannot make the folder `{}`", training.display()))?;
-        Ok(training)
+    /// OUT/training, for checkpoint and log.
+    pub fn training_folder(&self) -> PathBuf {
+        self.out.join("training")
     }
 
     /// When `--minutes` are over.
@@ -59,15 +57,6 @@ impl RunArgs {
             save_every: Duration::from_secs(save_every),
         }
     }
-}
-
-/// Reads a TOML file.
-///
-/// # Errors
-/// [`Failure::Unusable`] with the file and the line.
-pub fn read_toml<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error))?;
-    toml::from_str(&text).map_err(|error| Failure::unusable(path, error))
 }
 
 /// Notes that the training `name` was paused.

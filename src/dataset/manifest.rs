@@ -6,7 +6,9 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
+use crate::files;
 use crate::identity::clip::ImageInput;
+use crate::limits;
 use crate::lora::layout::LoraLayout;
 use crate::synthetic::World;
 use crate::weights::model_folder::ModelFiles;
@@ -63,7 +65,7 @@ impl Header {
     /// # Errors
     /// [`Failure::Unusable`] when it is missing or has unknown or missing keys.
     pub fn read(folder: &Path) -> Result<Self> {
-        ModelFiles::folder(folder)?.json(HEADER)
+        ModelFiles::folder(folder)?.config(HEADER)
     }
 }
 
@@ -97,11 +99,13 @@ impl ImageSettings {
             images: ImageSettings,
         }
         let path = folder.join(SETTINGS);
-        let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
-        let settings: Settings = toml::from_str(&text).map_err(|error| Failure::unusable(&path, error))?;
+        let settings: Settings = limits::read_toml(&path)?;
         Ok(settings.images)
     }
 }
+
+/// The largest manifest that is read, in bytes: some ten million rows.
+const MAX_MANIFEST: u64 = 1 << 32;
 
 /// Reads the rows of `folder`/manifest.jsonl. A last line that was cut off by a crash is left out.
 ///
@@ -109,7 +113,7 @@ impl ImageSettings {
 /// [`Failure::Unusable`] when the file is missing, or with the number of a line that is no row.
 pub fn read_manifest(folder: &Path) -> Result<Vec<Row>> {
     let path = folder.join(MANIFEST);
-    let text = std::fs::read_to_string(&path).map_err(|error| Failure::unusable(&path, error))?;
+    let text = files::read_text(&path, MAX_MANIFEST)?;
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole
         .lines()

@@ -8,6 +8,8 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::limits;
+
 /// ᾱ_t for t = 0 … T−1, and the formulas that need them.
 #[derive(Clone, Debug)]
 pub struct NoiseSchedule {
@@ -339,6 +341,7 @@ impl SchedulerConfig {
             let known = known.as_array().is_some_and(|known| known.contains(value));
             (!known).then(|| format!("{key}: {value}"))
         });
+        limits::check_json(&json).map_err(|why| anyhow::anyhow!("{why}"))?;
         let config = Self { unsupported_solver, ..serde_json::from_value(json)? };
         ensure!(
             !config.rescale_betas_zero_snr || config.prediction_type != Prediction::Epsilon,

@@ -46,7 +46,7 @@ impl Config {
                 format!("it has format {format}, this program reads 1 to {FORMAT}; use a newer difflora");
             return Err(files.unusable("config.json", why));
         }
-        let mut config: serde_json::Value = files.json("config.json")?;
+        let mut config: serde_json::Value = files.config("config.json")?;
         if format == 1
             && let Some(lae) = config.get_mut("lae")
         {

@@ -15,6 +15,7 @@ use crate::image::{Filter, Image};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear, compute_dtype,
 };
+use crate::limits;
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS};
 
 /// Image and face → unit vector of what the person looks like, the second condition of the hypernetwork.
@@ -252,6 +253,7 @@ impl ClipVision {
         if let Some(width) = whole.get("projection_dim") {
             vision["projection_dim"] = width.clone();
         }
+        limits::check_json(&vision).map_err(|why| files.unusable("config.json", why))?;
         let config: ClipVisionConfig =
             serde_json::from_value(vision).map_err(|error| files.unusable("config.json", error))?;
         let stored = files.reader("", TRANSFORMERS_WEIGHTS)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::failure::Failure;
+use crate::limits;
 use crate::recipes::dit::config::DitTrainConfig;
 use crate::recipes::lae::config::LaeTrainConfig;
 
@@ -23,10 +23,9 @@ impl HypernetTrainConfig {
     /// Reads the file.
     ///
     /// # Errors
-    /// [`Failure::Unusable`] with the file and the line.
+    /// [`Failure::Unusable`](crate::failure::Failure::Unusable) with the file and the line.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error))?;
-        toml::from_str(&text).map_err(|error| Failure::unusable(path, error))
+        limits::read_toml(path)
     }
 }
 

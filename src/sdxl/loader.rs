@@ -131,6 +131,12 @@ pub(super) fn latent_shape(
         width > 0 && height > 0 && width.is_multiple_of(factor) && height.is_multiple_of(factor),
         "an image of {width}×{height} cannot be drawn: this model needs multiples of {factor}"
     );
+    // 8192 × 8192: attention over more pixels than that fits no memory.
+    let most = 1 << 26;
+    ensure!(
+        width.saturating_mul(height) <= most,
+        "an image of {width}×{height} has more than the limit of {most} pixels"
+    );
     Ok([unet.in_channels, height / factor, width / factor])
 }
 

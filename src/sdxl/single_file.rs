@@ -26,6 +26,7 @@ use super::architecture::{self, Shapes};
 use super::ldm_names::{open_clip_name, unet_name, vae_name};
 use super::tokenizer::clip_vocabulary;
 use crate::failure::Failure;
+use crate::files;
 use crate::lora::ldm_keys::BlockLayout;
 use crate::progress;
 use crate::weights::header::Header;
@@ -425,9 +426,12 @@ fn text_2_config(shapes: &Shapes) -> Result<Value> {
     Ok(config)
 }
 
+/// The largest config or vocabulary that is read, in bytes.
+const MAX_TEXT: u64 = 1 << 26;
+
 /// Lets the settings in `config` win; gives the tokenizers' folders whose vocabulary comes from there.
 fn overrides(config: &Path, texts: &mut BTreeMap<String, String>) -> Result<Vec<&'static str>> {
-    let read = |path: &Path| std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error));
+    let read = |path: &Path| files::read_text(path, MAX_TEXT);
     let parse = |path: &Path| -> Result<Map<String, Value>> {
         serde_json::from_str(&read(path)?).map_err(|error| Failure::unusable(path, error))
     };

@@ -47,7 +47,10 @@ impl ClipTokenizer {
         let vocab_file = place("vocab.json");
         let (file, vocab, merges) = if files.exists(&vocab_file) {
             let vocab: HashMap<String, u32> = files.json(&vocab_file)?;
-            (vocab_file, vocab, parse_merges(&files.text(&place("merges.txt"))?))
+            let merges_file = place("merges.txt");
+            let merges = parse_merges(&files.text(&merges_file)?)
+                .map_err(|error| files.unusable(&merges_file, error))?;
+            (vocab_file, vocab, merges)
         } else {
             let file = place("tokenizer.json");
             let whole: WholeTokenizer = files.json(&file)?;
@@ -168,7 +171,7 @@ pub fn clip_vocabulary() -> Result<(String, &'static str)> {
     let merges = include_str!("../assets/clip/merges.txt");
     let mut vocab: Vec<String> = byte_symbols();
     vocab.extend(byte_symbols().into_iter().map(|symbol| symbol + WORD_END));
-    vocab.extend(parse_merges(merges).into_iter().map(|(first, second)| first + &second));
+    vocab.extend(parse_merges(merges)?.into_iter().map(|(first, second)| first + &second));
     vocab.extend([BOS.to_string(), EOS.to_string()]);
     Ok((numbered(&vocab)?, merges))
 }
@@ -231,9 +234,18 @@ fn splitter() -> Result<Splitters> {
 }
 
 /// The lines `first second` of `merges.txt`, after its version.
-fn parse_merges(text: &str) -> Vec<(String, String)> {
-    let lines = text.lines().filter(|line| !line.starts_with("#version"));
-    lines.filter_map(|line| line.split_once(' ')).map(|(a, b)| (a.into(), b.into())).collect()
+///
+/// # Errors
+/// A line that is no pair.
+fn parse_merges(text: &str) -> Result<Vec<(String, String)>> {
+    let lines = text.lines().enumerate();
+    let lines = lines.filter(|(_, line)| !line.starts_with("#version") && !line.trim().is_empty());
+    lines
+        .map(|(number, line)| match line.split_once(' ') {
+            Some((first, second)) => Ok((first.into(), second.into())),
+            None => Err(anyhow!("line {} is no pair of tokens", number + 1)),
+        })
+        .collect()
 }
 
 /// `tokenizer_config.json`, as far as it matters.

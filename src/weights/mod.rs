@@ -23,13 +23,14 @@ use rand_distr::StandardNormal;
 use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
+use crate::files;
 
 /// The tensors of a `.safetensors` file, as stored.
 ///
 /// # Errors
 /// [`Failure::Unusable`] when the file is missing, truncated or not safetensors.
 pub fn read_file(path: &Path) -> Result<HashMap<String, Tensor>> {
-    let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
+    let bytes = files::read_input(path, u64::MAX)?;
     read_bytes(&bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))
 }
 

@@ -21,7 +21,8 @@ use sha2::{Digest, Sha256};
 
 use super::safetensors::Stored;
 use crate::failure::Failure;
-use crate::files::write_whole;
+use crate::files::{self, write_whole};
+use crate::limits;
 use crate::weights::sha256;
 
 /// Where a diffusers component keeps its weights: `diffusion_pytorch_model.safetensors`.
@@ -29,6 +30,9 @@ pub const DIFFUSERS_WEIGHTS: &str = "diffusion_pytorch_model";
 
 /// Where a transformers component keeps its weights: `model.safetensors`.
 pub const TRANSFORMERS_WEIGHTS: &str = "model";
+
+/// The largest config, vocabulary or index that is read, in bytes.
+const MAX_PART: u64 = 1 << 28;
 
 /// Why a folder of pickles is not read, and what to do about it.
 const PICKLED_FOLDER: &str = "pickled weights can run programs and are not read; convert the folder once with\n  \
@@ -201,7 +205,7 @@ impl ModelFiles {
         match self {
             Self::Folder(path) => {
                 let path = path.join(file);
-                std::fs::read(&path).map(Cow::Owned).map_err(|error| Failure::unusable(&path, error))
+                files::read_input(&path, MAX_PART).map(Cow::Owned)
             }
             Self::BuiltIn { dir, .. } => self.embedded(dir, file).map(Cow::Borrowed),
             Self::Assembled(model) => match model.texts.get(file) {
@@ -243,7 +247,9 @@ impl ModelFiles {
     pub fn config<T: DeserializeOwned>(&self, file: &str) -> Result<T> {
         let mut config: serde_json::Map<String, Value> = self.json(file)?;
         config.retain(|key, _| !key.starts_with('_'));
-        serde_json::from_value(Value::Object(config)).map_err(|error| self.unusable(file, error))
+        let config = Value::Object(config);
+        limits::check_json(&config).map_err(|why| self.unusable(file, why))?;
+        serde_json::from_value(config).map_err(|error| self.unusable(file, error))
     }
 
     /// A network built from the weights of the component in `folder`, which lie in `stem.safetensors`, in

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Precision;
 use crate::failure::Failure;
+use crate::files;
+use crate::limits;
 use crate::recipes::dreambooth::data_order::Timesteps;
 use crate::recipes::dreambooth::lockstep::Targets;
 use crate::train::adamw::AdamWOptions;
@@ -234,6 +236,7 @@ impl Settings {
         if let Some(text) = named {
             let mut whole: toml::Table = toml::from_str(text)?;
             lay_over(&mut whole, options);
+            limits::check_toml(&whole).map_err(Failure::Usage)?;
             return Ok(whole.try_into()?);
         }
         let path = config.context("a preset or a file")?;
@@ -243,7 +246,7 @@ impl Settings {
             let why = format!("`{path}` is no file and no preset; presets are {names}");
             return Err(Failure::Usage(why).into());
         }
-        let text = std::fs::read_to_string(path).map_err(|error| Failure::unusable(path, error))?;
+        let text = files::read_text(path, limits::MAX_SETTINGS)?;
         let mut file: toml::Table = toml::from_str(&text).map_err(|error| Failure::unusable(path, error))?;
         let below = match file.remove("preset") {
             None => fallback,
@@ -254,7 +257,9 @@ impl Settings {
         };
         let mut whole: toml::Table = toml::from_str(below)?;
         lay_over(&mut whole, file);
+        limits::check_toml(&whole).map_err(|why| Failure::unusable(path, why))?;
         lay_over(&mut whole, options);
+        limits::check_toml(&whole).map_err(Failure::Usage)?;
         whole.try_into().map_err(|error| Failure::unusable(path, error))
     }
 
