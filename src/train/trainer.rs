@@ -2,15 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use candle_core::Var;
 use serde::{Deserialize, Serialize};
 
+use crate::failure::Failure;
+use crate::files::FolderLock;
 use crate::progress;
 use crate::train::adamw::AdamWOptions;
+use crate::train::checkpoint;
 use crate::train::distributed;
 use crate::train::ema::Ema;
 use crate::train::gradients::{Loss, Sum};
@@ -74,6 +77,24 @@ pub struct RunOptions<'a> {
     pub save_every: Duration,
 }
 
+impl RunOptions<'_> {
+    /// The file of the state.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.folder.join(format!("{}.checkpoint.safetensors", self.name))
+    }
+
+    /// Makes the folder and locks it for this process; of a process group, the main one holds the lock.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] when another process has it, or with `--resume` when there is none of `states`.
+    pub fn begin(&self, states: &[PathBuf]) -> Result<Option<FolderLock>> {
+        if self.resume {
+            checkpoint::require_any(states)?;
+        }
+        distributed::is_main_process().then(|| FolderLock::acquire(self.folder)).transpose()
+    }
+}
+
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -120,7 +141,7 @@ pub fn run_until<S: Serialize>(
 ) -> Result<(Outcome, Ema)> {
     plan.samples_a_shard()?;
     let mut state = State::new(vars.clone(), plan.optimiser.clone(), Some(plan.ema))?;
-    let path = run_options.folder.join(format!("{}.checkpoint.safetensors", run_options.name));
+    let path = run_options.checkpoint();
     if run_options.resume && path.exists() {
         state.load(&path, settings)?;
     }
@@ -129,7 +150,7 @@ pub fn run_until<S: Serialize>(
     let bar = progress::bar(plan.steps, run_options.name);
     bar.set_position(state.step);
     bar.reset_eta();
-    let mut recent = Recent::default();
+    let mut recent = Recent::of(&mut state.figures);
     let (start, first) = (Instant::now(), state.step);
     let mut saved_at = Instant::now();
     while state.step < plan.steps {
@@ -159,6 +180,7 @@ pub fn run_until<S: Serialize>(
             log.write(step, &figures);
             recent = Recent::default();
         }
+        state.figures = recent.figures();
         if after(step, state.ema.as_ref().context("this run keeps an average")?)?.is_break() {
             state.save(&path, settings)?;
             bar.finish_and_clear();
@@ -174,6 +196,16 @@ pub fn run_until<S: Serialize>(
     Ok((Outcome::Finished, state.into_ema()?))
 }
 
+/// Warns of something that was not written along the way, on a full disk for example: the run matters more.
+pub fn optional(written: Result<()>) {
+    match written {
+        // The loop sees the signal and saves the state.
+        Err(error) if matches!(error.downcast_ref(), Some(Failure::Interrupted(_))) => {}
+        Err(error) => progress::warn(format_args!("{error:#}; training continues")),
+        Ok(()) => {}
+    }
+}
+
 /// Warns of a checkpoint that was not written: the one before it is whole, and the next may fit the disk.
 fn keep_going(saved: Result<()>) {
     if let Err(error) = saved {
@@ -184,18 +216,43 @@ fn keep_going(saved: Result<()>) {
 /// Steps between lines of the log.
 const REPORT: u64 = 20;
 
-/// Means since the last line of the log.
+/// Sums since the last line of the log; a checkpoint keeps them, so that a resumed run writes the same lines.
 #[derive(Default)]
 struct Recent {
     count: f64,
-    sums: BTreeMap<&'static str, f64>,
+    sums: BTreeMap<String, f64>,
 }
 
+/// Figures of a checkpoint that hold [`Recent`].
+const RECENT: &str = "recent.";
+
 impl Recent {
+    /// Takes them out of the figures of a state.
+    fn of(figures: &mut BTreeMap<String, f64>) -> Self {
+        let mut recent = Self::default();
+        figures.retain(|name, value| match name.strip_prefix(RECENT) {
+            Some(name) => {
+                recent.sums.insert(name.into(), *value);
+                false
+            }
+            None => true,
+        });
+        recent.count = recent.sums.remove("count").unwrap_or(0.0);
+        recent
+    }
+
+    fn figures(&self) -> BTreeMap<String, f64> {
+        if self.count == 0.0 {
+            return BTreeMap::new();
+        }
+        let sums = self.sums.iter().map(|(name, sum)| (format!("{RECENT}{name}"), *sum));
+        sums.chain([(format!("{RECENT}count"), self.count)]).collect()
+    }
+
     fn add(&mut self, loss: f64, norm: f64, parts: &[(&'static str, f64)]) {
         self.count += 1.0;
         for (name, value) in [("loss", loss), ("gradient_norm", norm)].iter().chain(parts) {
-            *self.sums.entry(name).or_default() += value;
+            *self.sums.entry((*name).into()).or_default() += value;
         }
     }
 
@@ -203,8 +260,8 @@ impl Recent {
         self.sums.get("loss").map_or(f64::NAN, |sum| sum / self.count)
     }
 
-    fn means(&self) -> Vec<(&'static str, f64)> {
-        self.sums.iter().map(|(name, sum)| (*name, sum / self.count)).collect()
+    fn means(&self) -> Vec<(&str, f64)> {
+        self.sums.iter().map(|(name, sum)| (name.as_str(), sum / self.count)).collect()
     }
 }
 

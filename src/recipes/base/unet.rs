@@ -219,14 +219,14 @@ pub fn train(
     let (end, ema) = trainer::run(&settings.plan, all, run_options, &vars, loss, |step, ema| {
         if step % settings.sheet_every == 0 {
             let path = run_options.folder.join(format!("unet-{step:06}.png"));
-            ema.averaged(|| {
+            trainer::optional(ema.averaged(|| {
                 denoiser.sheet(&vae, images)?.save(&path, None)?;
                 let Some(classifier) = start.classifier else { return Ok(()) };
                 let quality =
                     Quality::measure(images, classifier, |prompts| denoiser.generate(&vae, prompts, 8))?;
                 quality.append(&run_options.folder.join("unet-quality.jsonl"), step, settings.plan.batch)
-            })?;
-            write(ema.averages())?;
+            }));
+            trainer::optional(write(ema.averages()));
         }
         Ok(())
     })?;

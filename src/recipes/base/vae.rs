@@ -94,7 +94,7 @@ pub fn train(
     let (end, ema) = trainer::run(&settings.plan, &recipe, run_options, &vars, loss, |step, ema| {
         if step % settings.sheet_every == 0 {
             let path = run_options.folder.join(format!("vae-{step:06}.png"));
-            ema.averaged(|| sheet(&vae, &shown)?.save(&path, None))?;
+            trainer::optional(ema.averaged(|| sheet(&vae, &shown)?.save(&path, None)));
         }
         Ok(())
     })?;

@@ -13,7 +13,7 @@ use crate::recipes::dit::config::Validation;
 use crate::train::checkpoint;
 use crate::train::ema::Ema;
 use crate::train::log::Log;
-use crate::train::trainer::RunOptions;
+use crate::train::trainer::{self, RunOptions};
 
 /// Validates the averaged weights periodically and keeps the best. Does nothing without a [`Validation`].
 pub struct BestCheckpoint<'a> {
@@ -70,8 +70,11 @@ impl<'a> BestCheckpoint<'a> {
         if self.best.is_none_or(|(_, least)| error < least) {
             let figure = BTreeMap::from([("error".to_string(), Tensor::new(error, &Device::Cpu)?)]);
             let parts = [("average", ema.averages().clone()), ("validation", figure)];
-            checkpoint::save(&self.path, step, self.settings, &parts)?;
-            self.best = Some((step, error));
+            match checkpoint::save(&self.path, step, self.settings, &parts) {
+                Ok(()) => self.best = Some((step, error)),
+                // The best one so far is kept.
+                written => trainer::optional(written),
+            }
         }
         let since = self.best.map_or(0, |(best, _)| step.saturating_sub(best)) / validation.every;
         let enough = validation.patience > 0 && since >= validation.patience;

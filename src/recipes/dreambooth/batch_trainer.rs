@@ -25,6 +25,7 @@ use crate::recipes::dreambooth::loss::{self, Objective, PersonGradients};
 use crate::recipes::dreambooth::metadata::{self, SETTINGS_STAMP};
 use crate::recipes::dreambooth::previews::Previewer;
 use crate::sdxl::text::TextConditioning;
+use crate::train::trainer;
 use crate::weights::header::Header;
 use crate::weights::model_id::ModelId;
 
@@ -283,7 +284,8 @@ impl BatchTrainer {
         let gradients = loss::gradients(&self.networks, &self.schedule, &weights, &loras, passes, batches)?;
         let apply = |(trainer, (gradients, loss)): (&mut LoraTrainer, PersonGradients)| {
             trainer.apply(gradients, loss, settings)?;
-            self.sample(trainer)
+            trainer::optional(self.sample(trainer).with_context(|| trainer.name.clone()));
+            Ok(())
         };
         Ok(trainers.iter_mut().zip(gradients).map(apply).collect())
     }

@@ -36,8 +36,6 @@ pub struct LoraTrainer {
     stamp: Value,
     log: Log,
     health: Health,
-    /// Sums since the last line of the log: loss, norm of the gradient, steps.
-    recent: [f64; 3],
     scaled: Option<ScaleRule>,
     /// Length of the weights beside which it trains.
     weight_norm: f64,
@@ -57,6 +55,9 @@ const REPORT: u64 = 20;
 /// The figure under which a checkpoint keeps the factor on the loss, and the steps since it last changed.
 const SCALE: &str = "loss_scale";
 const GOOD_STEPS: &str = "good_steps";
+
+/// Figures of the sums since the last line of the log: loss, norm of the gradient, steps.
+const RECENT: [&str; 3] = ["recent.loss", "recent.gradient_norm", "recent.count"];
 
 impl LoraTrainer {
     /// At the start, or with `resume` where the checkpoint in `folder` is.
@@ -103,23 +104,8 @@ impl LoraTrainer {
         }
         let log = Log::open(&folder.join("lora.jsonl"), state.step)?;
         let health = Health::default();
-        let recent = [0.0; 3];
         let steps = settings.steps(dataset.len());
-        Ok(Self {
-            name,
-            out,
-            folder,
-            dataset,
-            lora,
-            state,
-            stamp,
-            log,
-            health,
-            recent,
-            scaled,
-            weight_norm,
-            steps,
-        })
+        Ok(Self { name, out, folder, dataset, lora, state, stamp, log, health, scaled, weight_norm, steps })
     }
 
     /// Steps made.
@@ -223,12 +209,14 @@ impl LoraTrainer {
             }
         }
         let step = self.state.step;
-        self.recent = [self.recent[0] + loss, self.recent[1] + norm, self.recent[2] + 1.0];
+        let recent = [loss, norm, 1.0];
+        for (name, value) in RECENT.iter().zip(recent) {
+            *self.state.figures.entry((*name).into()).or_default() += value;
+        }
         if step.is_multiple_of(REPORT) || step == self.steps {
-            let [loss, norm, count] = self.recent;
+            let [loss, norm, count] = RECENT.map(|name| self.state.figures.remove(name).unwrap_or(f64::NAN));
             let figures = [("rate", rate), ("loss", loss / count), ("gradient_norm", norm / count)];
             self.log.write(step, &figures);
-            self.recent = [0.0; 3];
         }
         let keep = step.is_multiple_of(settings.training.checkpoint_every);
         if keep || step.is_multiple_of(WEIGH) {
