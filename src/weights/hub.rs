@@ -8,6 +8,9 @@
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
@@ -179,15 +182,16 @@ impl Repository {
 
     /// Fetches what `choose` takes of the files that the repository lists.
     fn fetch_those(&self, choose: impl FnOnce(&[String]) -> Result<BTreeSet<String>>) -> Result<PathBuf> {
-        let api = self.api()?;
-        let info = api.info().map_err(|error| self.explain(error))?;
+        let api = Arc::new(self.api()?);
+        let info = self.watched(&api, ApiRepo::info)?;
         let listed: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
         let wanted = choose(&listed)?;
         let snapshots = cache().path().join(self.repo().folder_name()).join("snapshots");
         for file in &wanted {
             progress::check()?;
             if !snapshots.join(&info.sha).join(file).exists() {
-                api.download(file).map_err(|error| self.explain(error))?;
+                let file = file.clone();
+                self.watched(&api, move |api| api.download(&file))?;
             }
         }
         cache().repo(self.repo()).create_ref(&info.sha).map_err(|error| self.explain(error.into()))?;
@@ -199,7 +203,43 @@ impl Repository {
     /// # Errors
     /// [`Failure::Unusable`] that says what the hub answered and what to do, or that there is no network.
     pub fn ask(&self) -> Result<()> {
-        self.api()?.info().map(drop).map_err(|error| self.explain(error))
+        self.watched(&Arc::new(self.api()?), ApiRepo::info).map(drop)
+    }
+
+    /// Runs `request` in a thread of its own and gives up on it when the server falls silent.
+    ///
+    /// # Errors
+    /// As [`Repository::explain`]; [`Failure::Unusable`] after [`SILENCE`] without a byte; a signal.
+    fn watched<T: Send + 'static>(
+        &self,
+        api: &Arc<ApiRepo>,
+        request: impl FnOnce(&ApiRepo) -> std::result::Result<T, ApiError> + Send + 'static,
+    ) -> Result<T> {
+        let (sender, receiver) = mpsc::channel();
+        let api = api.clone();
+        // It ends with its request or with the process.
+        std::thread::spawn(move || drop(sender.send(request(&api))));
+        let blobs = cache().path().join(self.repo().folder_name()).join("blobs");
+        let (mut size, mut grown) = (size_of(&blobs), Instant::now());
+        loop {
+            match receiver.recv_timeout(Duration::from_millis(200)) {
+                Ok(answer) => return answer.map_err(|error| self.explain(error)),
+                Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the download ended unexpectedly"),
+                Err(RecvTimeoutError::Timeout) => progress::check()?,
+            }
+            let now = size_of(&blobs);
+            if now != size {
+                (size, grown) = (now, Instant::now());
+            }
+            if grown.elapsed() > SILENCE {
+                let why = format!(
+                    "{} has sent nothing for {} seconds; call again later: what has been fetched is kept",
+                    server(),
+                    SILENCE.as_secs()
+                );
+                return Err(Failure::Unusable(format!("cannot fetch `{}`: {why}", self.name())).into());
+            }
+        }
     }
 
     fn api(&self) -> Result<ApiRepo> {
@@ -242,12 +282,41 @@ impl Repository {
         };
         let why = why.unwrap_or_else(|| {
             format!(
-                "the download failed ({error}); it goes on where it ended when `difflora models pull {}` is called \
+                "the download from {} failed ({error}); it goes on where it ended when `difflora models pull {}` is called \
                  again with a network",
+                server(),
                 self.name()
             )
         });
         Failure::Unusable(format!("cannot fetch `{}`: {why}", self.name())).into()
+    }
+}
+
+/// Time without a byte after which a download is given up.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// Bytes of the files in a folder.
+fn size_of(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.metadata().ok()).map(|data| data.len()).sum()
+}
+
+/// The server that is asked, with the proxy on the way to it.
+fn server() -> String {
+    let hub = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| "https://huggingface.co".into());
+    // In the order in which ureq takes them.
+    let names = ["ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"];
+    let proxy = names.iter().find_map(|name| {
+        let value = std::env::var(name).ok().filter(|value| !value.is_empty())?;
+        Some((name, value))
+    });
+    match proxy {
+        Some((name, proxy)) => {
+            // Without the password that may stand before the host.
+            let host = proxy.rsplit_once('@').map_or(proxy.as_str(), |(_, host)| host);
+            format!("`{hub}` through the proxy `{host}` of {name}")
+        }
+        None => format!("`{hub}`"),
     }
 }
 
