@@ -86,15 +86,23 @@ const RENAMED_VARIABLES: [(&str, &str); 7] = [
     ("DIFFLORA_SIGNAL_ONLY", "DIFFLORA_REPEATABILITY_ONLY"),
 ];
 
-/// Gives variables that are set under an old name their present one, unless that is set too.
+/// Brings the environment into its present form: variables that are set under an old name get their new one, unless
+/// that is set too, and empty ones count as unset.
 ///
 /// # Safety
 /// No other thread may run yet: the environment is changed.
-pub unsafe fn accept_old_environment() {
+pub unsafe fn tidy_environment() {
     for (old, new) in RENAMED_VARIABLES {
         if let (Some(value), None) = (std::env::var_os(old), std::env::var_os(new)) {
             // SAFETY: the caller promises that no other thread reads the environment meanwhile.
             unsafe { std::env::set_var(new, value) };
+        }
+    }
+    for (name, value) in std::env::vars_os() {
+        let ours = name.to_str().is_some_and(|name| name.starts_with("DIFFLORA_") || name.starts_with("HF_"));
+        if ours && value.is_empty() {
+            // SAFETY: likewise.
+            unsafe { std::env::remove_var(name) };
         }
     }
 }

@@ -13,7 +13,7 @@ fn main() -> ExitCode {
     // SAFETY: no thread has been started yet.
     unsafe { layers::let_waiting_threads_sleep() };
     // SAFETY: likewise.
-    unsafe { cli::accept_old_environment() };
+    unsafe { cli::tidy_environment() };
     let cli = cli::Cli::read();
     if cli.command.trains_in_shards() {
         // SAFETY: likewise.

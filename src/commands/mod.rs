@@ -16,3 +16,4 @@ pub mod train_dit;
 pub mod train_encoder;
 pub mod train_lae;
 pub mod train_lora;
+pub mod values;

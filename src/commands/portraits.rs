@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::commands::values::seed;
 use crate::failure::Failure;
 use crate::files;
 use crate::image::Image;
@@ -34,15 +35,15 @@ pub struct Args {
     /// Number of the first person.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=1_000_000_000), env = "DIFFLORA_FIRST")]
     first: u64,
-    /// Seed of the population.
-    #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED")]
+    /// Seed of the population; -1 takes a random one.
+    #[arg(long, default_value_t = 0, env = "DIFFLORA_SEED", allow_negative_numbers = true, value_parser = seed)]
     seed: u64,
     /// How scenes vary: `varied`, or `aligned` with the face at one place, more styles and things, and captions that
     /// name all of it.
     #[arg(long, value_enum, default_value = "varied", env = "DIFFLORA_WORLD")]
     world: World,
     /// Show all people in the same scenes, generated from this seed.
-    #[arg(long, value_name = "SEED", env = "DIFFLORA_SCENES")]
+    #[arg(long, value_name = "SEED", env = "DIFFLORA_SCENES", allow_negative_numbers = true, value_parser = seed)]
     scenes: Option<u64>,
     /// Side in pixels.
     #[arg(long, value_name = "PX", default_value_t = 64, value_parser = clap::value_parser!(u16).range(8..=1024), env = "DIFFLORA_SIZE")]

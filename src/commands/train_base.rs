@@ -61,9 +61,13 @@ enum Stage {
 /// Trains the stages that were asked for.
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let settings = read(&args)?;
-    let training = args.run.training_folder()?;
-    files::write_whole(&training.join("settings.toml"), toml::to_string(&settings)?.as_bytes())?;
+    let training = args.run.training_folder();
     let options = |name| args.run.options(&training, name, 300);
+    let _lock = options("unet").begin(&["vae", "unet"].map(|name| options(name).checkpoint()))?;
+    if let Some(from) = &args.from {
+        files::refuse_inputs(&[&args.run.out.join("unet")], &[from.join("unet")])?;
+    }
+    files::write_whole(&training.join("settings.toml"), toml::to_string(&settings)?.as_bytes())?;
     let images = PaintedImages::new(&settings.images);
     if matches!(args.stage, Stage::Vae | Stage::All) {
         let end = vae::train(&settings, &images, &options("vae"), &args.run.out)?;

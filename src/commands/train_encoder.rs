@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::commands::run_args::{RunArgs, note_pause};
+use crate::files;
 use crate::output::{Output, print_line};
 use crate::recipes::encoder::config::Settings;
 use crate::recipes::encoder::{attributes, image};
@@ -37,7 +38,7 @@ enum Kind {
 /// Trains the network that was asked for.
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let mut settings: Settings = args.run.settings()?;
-    let training = args.run.training_folder()?;
+    let training = args.run.training_folder();
     let name = match args.kind {
         Kind::Image => "image",
         Kind::Judge => "judge",
@@ -46,6 +47,8 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         plan.steps = args.steps.unwrap_or(plan.steps);
     }
     let options = args.run.options(&training, name, 120);
+    let _lock = options.begin(&[options.checkpoint()])?;
+    files::refuse_inputs(&[&args.run.out.join("config.json")], std::slice::from_ref(&args.run.config))?;
     let (end, figures) = match args.kind {
         Kind::Image => image::train(&settings.image, &options, &args.run.out)?,
         Kind::Judge => attributes::train(&settings.judge, &options, &args.run.out)?,

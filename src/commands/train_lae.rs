@@ -5,15 +5,19 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::commands::run_args::{RunArgs, read_toml};
+use crate::commands::run_args::RunArgs;
+use crate::commands::values::number;
 use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::device;
+use crate::files::{self, FolderLock};
+use crate::limits::read_toml;
 use crate::output::{Output, print_line};
 use crate::progress;
 use crate::recipes::hypernet_config::HypernetTrainConfig;
 use crate::recipes::lae::config::{LaeTrainConfig, Sweep};
 use crate::recipes::lae::report;
 use crate::recipes::lae::train::{TrainOptions, finished_report, train_into};
+use crate::train::checkpoint;
 use crate::train::distributed;
 use crate::weights::model_folder::save_json;
 
@@ -42,8 +46,7 @@ pub struct Args {
         long,
         value_name = "GB",
         default_value_t = 2.0,
-        env = "DIFFLORA_MEMORY"
-    )]
+        env = "DIFFLORA_MEMORY", value_parser = number)]
     pub memory: f64,
     /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
     #[arg(
@@ -76,6 +79,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     if let Some(path) = &args.sweep {
         return run_sweep(&args, &config, &read_toml(path)?, &options, output);
     }
+    let _lock = begin(&args, std::slice::from_ref(&args.run.out))?;
     let set = open_dataset(&args, &config)?;
     let Some(report) = train_into(&config, &set, &args.run.out, &options)? else { return Ok(()) };
     if output.json { print_line!("{report}") } else { print_line!("{}", report::as_text(&report)) }
@@ -92,6 +96,8 @@ fn run_sweep(
     // All configurations first: a mistake in the last one should not cost the time of the others.
     let variants = sweep.variant.iter().map(|variant| Ok((&variant.name, variant.apply(config)?)));
     let variants: Vec<_> = variants.collect::<Result<_>>()?;
+    let folders: Vec<PathBuf> = variants.iter().map(|(name, _)| args.run.out.join(name)).collect();
+    let _lock = begin(args, &folders)?;
     let mut reports = Vec::new();
     let mut set: Option<LoraDataset> = None;
     for (name, config) in variants {
@@ -117,6 +123,23 @@ fn run_sweep(
     save_json(&args.run.out.join("sweep.json"), &table)?;
     if output.json { print_line!("{table}") } else { print_line!("{}", report::table(&reports)) }
 }
+
+/// Refuses `--resume` where none of `folders` holds a state, and locks OUT; of a process group the main process does.
+fn begin(args: &Args, folders: &[PathBuf]) -> Result<Option<FolderLock>> {
+    let outputs: Vec<PathBuf> =
+        folders.iter().flat_map(|folder| ["config.json", STATE].map(|file| folder.join(file))).collect();
+    let inputs: Vec<PathBuf> = args.sweep.iter().chain([&args.run.config]).cloned().collect();
+    files::refuse_inputs(&outputs.iter().map(PathBuf::as_path).collect::<Vec<_>>(), &inputs)?;
+    if args.run.resume {
+        let report = |folder: &PathBuf| folder.join("training/report.json");
+        let states = folders.iter().map(|folder| folder.join(STATE)).chain(folders.iter().map(report));
+        checkpoint::require_any(&states.collect::<Vec<_>>())?;
+    }
+    distributed::is_main_process().then(|| FolderLock::acquire(&args.run.out)).transpose()
+}
+
+/// The state of a training, in its folder.
+const STATE: &str = "training/lae.checkpoint.safetensors";
 
 fn open_dataset(args: &Args, config: &LaeTrainConfig) -> Result<LoraDataset> {
     let memory = (args.memory.max(0.0) * (1u64 << 30) as f64) as usize;

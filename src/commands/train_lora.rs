@@ -13,6 +13,7 @@ pub use args::Args;
 use crate::device;
 use crate::failure::Failure;
 use crate::files::{self, FolderLock};
+use crate::image::files_in;
 use crate::output::{Output, print_line};
 use crate::progress;
 use crate::recipes::dreambooth::batch_trainer::{Job, JobQueue};
@@ -23,6 +24,7 @@ use crate::recipes::dreambooth::setup::{self, RunConfig};
 use crate::recipes::dreambooth::training_folder::TrainingFolder;
 use crate::registry::Base;
 use crate::threads::in_threads;
+use crate::train::checkpoint;
 
 /// Side of the latents up to which a base is a small one, for which the preset `tiny` is made.
 const SMALL_LATENTS: usize = 32;
@@ -34,9 +36,12 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let preset = if base.latent_size <= SMALL_LATENTS { "tiny" } else { "sdxl-dreambooth" };
     let settings = args.options.settings(args.config.as_deref(), preset)?;
     let jobs = jobs(&args)?;
+    refuse_inputs(&args, &jobs)?;
     let alone = args.many.is_none();
     if args.resume {
-        check_resumable(&jobs, !alone)?;
+        let states = jobs.iter().map(|job| job.folder.join(CHECKPOINT));
+        let finished = jobs.iter().filter(|_| !alone).map(|job| job.out.clone());
+        checkpoint::require_any(&states.chain(finished).collect::<Vec<_>>())?;
     }
     let _lock = FolderLock::acquire(if alone { &jobs[0].folder } else { &args.out })?;
     let folders = jobs.iter().map(|job| match TrainingFolder::read(&job.images) {
@@ -117,17 +122,17 @@ fn jobs(args: &Args) -> Result<Vec<Job>> {
     Ok(people)
 }
 
-/// Refuses `--resume` where nothing was begun: a wrong `--out`, say.
-fn check_resumable(people: &[Job], many: bool) -> Result<()> {
-    let begun = |job: &Job| job.folder.join(CHECKPOINT).exists() || (many && job.out.exists());
-    match people.first() {
-        Some(first) if !people.iter().any(begun) => Err(Failure::Usage(format!(
-            "--resume: there is no state `{}`; check --out, or start anew without --resume",
-            first.folder.join(CHECKPOINT).display()
-        ))
-        .into()),
-        _ => Ok(()),
+/// Refuses to write over the images or the config.
+fn refuse_inputs(args: &Args, jobs: &[Job]) -> Result<()> {
+    let mut inputs: Vec<PathBuf> = args.config.iter().cloned().collect();
+    for job in jobs {
+        // A folder that cannot be read is reported when its turn comes. A LoRA among the images is an older result.
+        let files = files_in(&job.images).unwrap_or_default();
+        inputs.extend(
+            files.into_iter().filter(|file| file.extension().is_none_or(|kind| kind != "safetensors")),
+        );
     }
+    files::refuse_inputs(&jobs.iter().map(|job| job.out.as_path()).collect::<Vec<_>>(), &inputs)
 }
 
 /// Prints the written LoRAs; failures among many people are an error.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::commands::values::{number, seed};
 use crate::eval::renderer::Sampling;
 use crate::recipes::dreambooth::functional_loss::learning_rate;
 use crate::registry;
@@ -53,8 +54,7 @@ pub struct Args {
         long,
         value_name = "X",
         default_value_t = 3.0,
-        env = "DIFFLORA_GUIDANCE"
-    )]
+        env = "DIFFLORA_GUIDANCE", value_parser = number)]
     pub(super) guidance: f64,
     /// Sampling method.
     #[arg(help_heading = "Sampling", long, value_enum, default_value_t = Sampler::Euler, env = "DIFFLORA_SAMPLER")]
@@ -68,8 +68,7 @@ pub struct Args {
         long,
         value_name = "X",
         default_value_t = 1.0,
-        env = "DIFFLORA_STRENGTH"
-    )]
+        env = "DIFFLORA_STRENGTH", value_parser = number)]
     pub(super) strength: f64,
     /// Evaluate the generated LoRA after this many fine-tuning steps on the photo as well, as `gen --refine`.
     #[arg(help_heading = "Identity", long, value_name = "STEPS", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]
@@ -77,8 +76,8 @@ pub struct Args {
     /// Learning rate of --refine.
     #[arg(help_heading = "Identity", long, value_name = "F", default_value_t = 1e-3, requires = "refine", value_parser = learning_rate, env = "DIFFLORA_REFINE_RATE")]
     pub(super) refine_rate: f64,
-    /// Seed of all noise.
-    #[arg(help_heading = "Sampling", long, default_value_t = 0, env = "DIFFLORA_SEED")]
+    /// Seed of all noise; -1 takes a random one.
+    #[arg(help_heading = "Sampling", long, default_value_t = 0, env = "DIFFLORA_SEED", allow_negative_numbers = true, value_parser = seed)]
     pub(super) seed: u64,
     /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
     #[arg(

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::identity::IdentityOptions;
+use crate::commands::values::{number, pixels, seed};
 use crate::device::Precision;
 use crate::lora::file::Format;
 use crate::registry::{BUILT_IN, BaseOptions};
@@ -56,8 +57,7 @@ pub struct Args {
         long,
         value_name = "F",
         allow_negative_numbers = true,
-        env = "DIFFLORA_LORA_SCALE"
-    )]
+        env = "DIFFLORA_LORA_SCALE", value_parser = number)]
     pub(super) lora_scale: Option<f64>,
     /// How LoRAs are applied.
     #[arg(help_heading = "Model", long, value_enum, default_value = "merge", env = "DIFFLORA_LORA_MODE")]
@@ -74,17 +74,16 @@ pub struct Args {
         long,
         value_name = "F",
         default_value_t = 3.0,
-        env = "DIFFLORA_GUIDANCE"
-    )]
+        env = "DIFFLORA_GUIDANCE", value_parser = number)]
     pub(super) guidance: f64,
     /// Sampling method [default: the base model's].
     #[arg(help_heading = "Sampling", long, value_enum, env = "DIFFLORA_SAMPLER")]
     pub(super) sampler: Option<Sampler>,
     /// Width in pixels, a multiple of 8 (small models: of their VAE's factor) [default: the base's native size].
-    #[arg(help_heading = "Sampling", long, value_name = "PX", env = "DIFFLORA_WIDTH")]
+    #[arg(help_heading = "Sampling", long, value_name = "PX", value_parser = pixels, env = "DIFFLORA_WIDTH")]
     pub(super) width: Option<usize>,
     /// Height in pixels, likewise [default: the base's native size].
-    #[arg(help_heading = "Sampling", long, value_name = "PX", env = "DIFFLORA_HEIGHT")]
+    #[arg(help_heading = "Sampling", long, value_name = "PX", value_parser = pixels, env = "DIFFLORA_HEIGHT")]
     pub(super) height: Option<usize>,
     /// SDXL's `original_size` conditioning [default: output size]. Small values imitate upscaled images.
     #[arg(help_heading = "Sampling", long, value_name = "WxH", value_parser = width_and_height, env = "DIFFLORA_ORIGINAL_SIZE")]
@@ -161,15 +160,8 @@ fn top_and_left(text: &str) -> std::result::Result<[usize; 2], String> {
 
 fn two_numbers(text: &str, between: char) -> Option<[usize; 2]> {
     let (first, second) = text.split_once(between)?;
-    Some([first.trim().parse().ok()?, second.trim().parse().ok()?])
-}
-
-/// A seed; -1 is a random one of 32 bits, which A1111's interfaces show whole.
-fn seed(text: &str) -> Result<u64, String> {
-    match text {
-        "-1" => Ok(rand::random::<u32>().into()),
-        _ => text.parse().map_err(|_| "a seed is a whole number from 0, or -1 for a random one".to_string()),
-    }
+    let number = |text: &str| text.trim().parse().ok().filter(|number| *number <= 1_000_000);
+    Some([number(first)?, number(second)?])
 }
 
 #[cfg(test)]

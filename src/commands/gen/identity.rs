@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::commands::values::{number, seed};
 use crate::failure::Failure;
 use crate::hypernet::{Choice, Hypernet, SampleOptions};
 use crate::recipes::dreambooth::functional_loss::learning_rate;
@@ -15,7 +16,7 @@ pub(super) struct IdentityOptions {
     #[arg(help_heading = "Identity", long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_IDENTITY_STEPS")]
     identity_steps: Option<u32>,
     /// Guidance scale for the latent [default: the hypernetwork's].
-    #[arg(help_heading = "Identity", long, value_name = "F", env = "DIFFLORA_IDENTITY_GUIDANCE")]
+    #[arg(help_heading = "Identity", long, value_name = "F", env = "DIFFLORA_IDENTITY_GUIDANCE", value_parser = number)]
     identity_guidance: Option<f64>,
     /// DDIM η: 0 is deterministic, 1 adds as much noise as DDPM.
     #[arg(
@@ -23,15 +24,16 @@ pub(super) struct IdentityOptions {
         long,
         value_name = "F",
         default_value_t = 0.0,
-        env = "DIFFLORA_IDENTITY_ETA"
-    )]
+        env = "DIFFLORA_IDENTITY_ETA", value_parser = number)]
     identity_eta: f64,
-    /// Seed of the latent noise.
+    /// Seed of the latent noise; -1 takes a random one.
     #[arg(
         help_heading = "Identity",
         long,
         value_name = "N",
         default_value_t = 0,
+        allow_negative_numbers = true,
+        value_parser = seed,
         env = "DIFFLORA_IDENTITY_SEED"
     )]
     identity_seed: u64,
@@ -53,14 +55,13 @@ pub(super) struct IdentityOptions {
         long,
         value_name = "F",
         default_value_t = 1.0,
-        env = "DIFFLORA_IDENTITY_STRENGTH"
-    )]
+        env = "DIFFLORA_IDENTITY_STRENGTH", value_parser = number)]
     identity_strength: f64,
     /// Mix several people instead of --ref: --mix anna.jpg:0.6 --mix ben.jpg:0.4. Weights are normalised to sum 1.
     #[arg(help_heading = "Identity", long, value_name = "PHOTO[:WEIGHT]", num_args = 1.., conflicts_with = "reference", env = "DIFFLORA_MIX")]
     mix: Vec<String>,
     /// Another person nearby: 0 is the person, 1 an unrelated one; --identity-seed selects which.
-    #[arg(help_heading = "Identity", long, value_name = "F", env = "DIFFLORA_VARY")]
+    #[arg(help_heading = "Identity", long, value_name = "F", env = "DIFFLORA_VARY", value_parser = number)]
     vary: Option<f64>,
     /// Fine-tune the LoRA on the photos for this many steps.
     #[arg(help_heading = "Identity", long, value_name = "STEPS", conflicts_with = "mix", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_REFINE")]

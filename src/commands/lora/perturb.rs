@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::write::{Written, share};
+use crate::commands::values::{number, seed};
 use crate::failure::Failure;
 use crate::files::{check_writable, refuse_inputs};
 use crate::lora::arithmetic::{self, Replacement, Which};
@@ -25,10 +26,10 @@ pub(super) struct Args {
     #[arg(long, value_enum, default_value = "zero")]
     with: Replacement,
     /// Share of all weights to replace.
-    #[arg(long, default_value_t = 0.25)]
+    #[arg(long, default_value_t = 0.25, value_parser = number)]
     share: f64,
-    /// Seed of the noise.
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the noise; -1 takes a random one.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_parser = seed)]
     seed: u64,
 }
 
@@ -40,5 +41,5 @@ pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> 
     let count = arithmetic::perturb(&mut adapters, args.which, share, args.with, args.seed)
         .map_err(|error| Failure::unusable(&args.input, error))?;
     let written = Written { out: &args.output, format: Format::Kohya, layout: reading.layout, output };
-    written.write(&adapters, json!({ "replaced": count }))
+    written.write(&adapters, json!({ "replaced": count, "seed": args.seed }))
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use crate::commands::values::number;
 use crate::failure::Failure;
 use crate::files;
 use crate::lora::adapter::AdapterFile;
@@ -25,7 +26,7 @@ pub(super) struct RankArgs {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     rank: Option<u32>,
     /// Share of Σ σ² to keep, per module; chooses the rank.
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", value_parser = number)]
     keep: Option<f64>,
 }
 

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 
+use crate::commands::values::pixels;
 use crate::failure::Failure;
 use crate::hypernet::hyperlora::{FILES, Shapes};
 use crate::output::Output;
@@ -24,10 +25,10 @@ pub struct Args {
     /// A folder, a file, owner/name[@revision], or a name.
     base: String,
     /// Width in pixels [default: the model's native size].
-    #[arg(long, value_name = "PX")]
+    #[arg(long, value_name = "PX", value_parser = pixels)]
     width: Option<usize>,
     /// Height in pixels [default: the model's native size].
-    #[arg(long, value_name = "PX")]
+    #[arg(long, value_name = "PX", value_parser = pixels)]
     height: Option<usize>,
     #[command(flatten)]
     options: BaseOptions,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::commands::values::{number, seed};
 use crate::device::Precision;
 use crate::failure::Failure;
 use crate::recipes::dreambooth::config::{Crop, LossScale, Settings};
@@ -36,8 +37,8 @@ pub struct Options {
     objective: ObjectiveOptions,
     #[command(flatten)]
     samples: SampleOptions,
-    /// Seed of initialisation, data order, timesteps and noise.
-    #[arg(help_heading = "Training", long, env = "DIFFLORA_SEED")]
+    /// Seed of initialisation, data order, timesteps and noise; -1 takes a random one.
+    #[arg(help_heading = "Training", long, env = "DIFFLORA_SEED", allow_negative_numbers = true, value_parser = seed)]
     #[serde(skip)]
     seed: Option<u64>,
 }
@@ -63,7 +64,7 @@ struct ImageOptions {
     #[arg(help_heading = "Input", long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FLIP")]
     flip: Option<bool>,
     /// Vary brightness, contrast and saturation by up to this factor.
-    #[arg(help_heading = "Input", long, value_name = "F", env = "DIFFLORA_COLOUR")]
+    #[arg(help_heading = "Input", long, value_name = "F", env = "DIFFLORA_COLOUR", value_parser = number)]
     colour: Option<f64>,
 }
 
@@ -73,7 +74,7 @@ struct LoraOptions {
     #[arg(help_heading = "Model", long, value_name = "R", env = "DIFFLORA_RANK")]
     rank: Option<usize>,
     /// The LoRA is scaled by alpha / rank [default: the rank].
-    #[arg(help_heading = "Model", long, value_name = "F", env = "DIFFLORA_ALPHA")]
+    #[arg(help_heading = "Model", long, value_name = "F", env = "DIFFLORA_ALPHA", value_parser = number)]
     alpha: Option<f64>,
     /// Modules to adapt.
     #[arg(help_heading = "Model", long, value_enum, env = "DIFFLORA_TARGETS")]
@@ -107,10 +108,10 @@ struct TrainingOptions {
     #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_ACCUMULATE")]
     accumulate: Option<u64>,
     /// Peak learning rate.
-    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_LR")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_LR", value_parser = number)]
     lr: Option<f64>,
     /// Peak learning rate of the text encoders.
-    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_TEXT_ENCODER_LR")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_TEXT_ENCODER_LR", value_parser = number)]
     text_encoder_lr: Option<f64>,
     /// Learning rate after the warm-up.
     #[arg(help_heading = "Training", long, value_enum, env = "DIFFLORA_LR_SCHEDULE")]
@@ -120,13 +121,13 @@ struct TrainingOptions {
     #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_WARMUP")]
     warmup: Option<u64>,
     /// AdamW's weight decay.
-    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_WEIGHT_DECAY")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_WEIGHT_DECAY", value_parser = number)]
     weight_decay: Option<f64>,
     /// Maximum gradient norm; 0 disables clipping.
-    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_CLIP")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_CLIP", value_parser = number)]
     clip: Option<f64>,
     /// Decay of the moving average that becomes the LoRA; 0 uses the last weights.
-    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_EMA")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_EMA", value_parser = number)]
     ema: Option<f64>,
     /// Number type of the frozen weights; the LoRA is trained in f32.
     #[arg(help_heading = "Advanced", long, value_enum, env = "DIFFLORA_DTYPE")]
@@ -145,10 +146,10 @@ struct ObjectiveOptions {
     #[arg(help_heading = "Training", long, value_enum, env = "DIFFLORA_TIMESTEPS")]
     timesteps: Option<Timesteps>,
     /// γ of min-SNR loss weighting (5 in the paper); 0 disables it.
-    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_MIN_SNR_GAMMA")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_MIN_SNR_GAMMA", value_parser = number)]
     min_snr_gamma: Option<f64>,
     /// Strength of noise shared by all pixels of a channel.
-    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_NOISE_OFFSET")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_NOISE_OFFSET", value_parser = number)]
     noise_offset: Option<f64>,
     /// Number of class images [default with --class-images: 100].
     #[arg(
@@ -164,7 +165,7 @@ struct ObjectiveOptions {
     #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_CLASS_PROMPT")]
     class_prompt: Option<String>,
     /// Weight of the prior preservation loss.
-    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_PRIOR_WEIGHT")]
+    #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_PRIOR_WEIGHT", value_parser = number)]
     prior_weight: Option<f64>,
 }
 
