@@ -1,0 +1,272 @@
+#!/usr/bin/env bash
+# Faults of machines and files, against the program as it is installed; README.md says what each part does.
+#
+#   tests/faults/run.sh short|long [PROGRAM]
+#
+# FAULTS_WORK names the working folder (default: a temporary one). The long form can be stopped and called again with
+# the same folder: what is in its results.txt is not repeated. FAULTS_KILLS is the number of kills of each command.
+set -uo pipefail
+
+form=${1:-short}
+program=$(realpath "${2:-target/release/difflora}")
+repository=$(realpath "$(dirname "$0")/../..")
+work=${FAULTS_WORK:-$(mktemp -d)}
+case $form in
+    short) kills=${FAULTS_KILLS:-1} many=2000 ;;
+    long) kills=${FAULTS_KILLS:-1000} many=50000 ;;
+    *) sed -n '2,8p' "$0"; exit 2 ;;
+esac
+mkdir -p "$work" && cd "$work" || exit 1
+results=$work/results.txt
+touch "$results"
+export TMPDIR=$work HF_HUB_OFFLINE=1
+unset "${!DIFFLORA_@}"
+
+# Notes the outcome of one test; a failure also goes to stderr with the last lines of the program's.
+note() { # NAME ok|FAILED [WHY]
+    echo "$*" >>"$results"
+    [[ $2 == ok ]] || { echo "$*" >&2; [[ -f stderr ]] && tail -5 stderr >&2; }
+}
+done_before() { grep -q "^$1 " "$results"; }
+
+# The commands that write, each into $out alone, and what a second call adds to continue.
+commands=(portraits gen convert resize mix perturb merge extract embed crop train-lora build-dataset train-lae train-dit
+    train-encoder train-base)
+arguments() { # NAME OUT MORE…: fills line
+    local name=$1 out=$2
+    shift 2
+    case $name in
+        portraits) set -- portraits --people 3 --images 4 --out "$out" ;;
+        gen) set -- gen --ref "$photo" --prompt a b --steps 3 --out "$out" --lora-out "$out/me.safetensors" ;;
+        convert) set -- lora --base tiny convert "$lora" "$out/a.safetensors" --format peft ;;
+        resize) set -- lora --base tiny resize "$lora" "$out/a.safetensors" --rank 2 ;;
+        mix) set -- lora --base tiny mix --lora "$lora" "$lora" --out "$out/a.safetensors" ;;
+        perturb) set -- lora --base tiny perturb "$lora" "$out/a.safetensors" ;;
+        merge) set -- lora --base tiny merge --lora "$lora" --out "$out/model" ;;
+        extract) set -- lora extract tiny "$model" --out "$out/a.safetensors" --rank 2 ;;
+        embed) set -- face embed "$photos" --out "$out/a.safetensors" ;;
+        crop) set -- face crop "$photos" --out "$out" ;;
+        train-lora) set -- train-lora "$photos" --out "$out/a.safetensors" --steps 40 --checkpoint-every 5 "$@" ;;
+        build-dataset) set -- build-dataset --config few.toml --out "$out" ;;
+        train-lae) set -- train-lae --dataset "$dataset" --config hypernet.toml --out "$out" "$@" ;;
+        train-dit) set -- train-dit --dataset "$dataset" --lae "$lae" --config hypernet.toml --out "$out" "$@" ;;
+        train-encoder) set -- train-encoder --kind judge --config encoder.toml --out "$out" "$@" ;;
+        train-base) set -- train-base --config base.toml --out "$out" "$@" ;;
+    esac
+    [[ $name == merge ]] && rm -rf "$out/model"
+    mkdir -p "$out"
+    line=("$@")
+}
+start() { # NAME OUT MORE…
+    arguments "$@"
+    nice -n 19 env LC_ALL="$locale" "$program" --quiet "${line[@]}" >stdout 2>stderr
+}
+spawn() { # NAME OUT MORE…: in the background; `exec`, so that $process is the program itself
+    arguments "$@"
+    (exec nice -n 19 env LC_ALL="$locale" "$program" --quiet "${line[@]}" >stdout.spawned 2>stderr.spawned) &
+    process=$!
+}
+locale=C.UTF-8
+
+# Hashes of the results: logs and reports hold times.
+digest() {
+    (cd "$1" && find . -type f ! -name '*.jsonl' ! -name report.json ! -name .lock ! -path '*/training/latents*' -o \
+        -name manifest.jsonl | LC_ALL=C sort | xargs -r -d '\n' sha256sum)
+}
+
+continues() { # NAME OUT: prints --resume where there is a state
+    case $1 in train-*) find "$2" -name '*.checkpoint.safetensors' 2>/dev/null | grep -q . && echo --resume ;; esac
+}
+
+# What the commands read, made once.
+fixtures() {
+    cd "$work" || exit 1
+    photos=$work/people/person-0001 photo=$work/people/person-0001/0001.png lora=$work/lora/me.safetensors
+    model=$work/model dataset=$work/dataset lae=$work/lae
+    local edit='s/^train = .*/train = 16/; s/^held_out = .*/held_out = 3/; s/^people_per_batch = .*/people_per_batch = 4/
+        s/^steps = .*/steps = 3/; s/^people = .*/people = 4/; s/^scenes = .*/scenes = 2/; s/^batch = .*/batch = 4/'
+    sed "$edit" "$repository/configs/dataset-tiny.toml" >few.toml
+    sed 's/latent = 64/latent = 4/; s/^token = .*/token = 2/; s/^batch = .*/batch = 4/; s/^folds = .*/folds = 2/
+        s/^width = .*/width = 16/; s/^heads = .*/heads = 2/' "$repository/configs/hypernet-tiny.toml" >hypernet.toml
+    sed 's/^steps = .*/steps = 6/; s/^batch = .*/batch = 4/' "$repository/configs/encoder-tiny.toml" >encoder.toml
+    sed 's/^steps = .*/steps = 4/; s/^batch = .*/batch = 4/; s/^people = .*/people = 20/; s/^sheet_every = .*/sheet_every = 3/' \
+        "$repository/configs/base-tiny.toml" >base.toml
+    [[ -e fixtures-made ]] && return
+    rm -rf people lora model dataset lae reference
+    start portraits people && start gen lora && "$program" --quiet lora --base tiny merge --lora "$lora" --out model >stdout 2>stderr &&
+        start build-dataset dataset && start train-lae lae || { echo "the fixtures cannot be made" >&2; cat stderr >&2; exit 1; }
+    touch fixtures-made
+}
+
+# The undisturbed run: its digest, and its time in milliseconds.
+reference() { # NAME
+    [[ -e reference/$1.time ]] && return
+    mkdir -p reference && rm -rf "reference/$1"
+    local begin=$(date +%s%N)
+    start "$1" "reference/$1" || { note "reference-$1" FAILED "exit $?"; return 1; }
+    digest "reference/$1" >"reference/$1.digest"
+    echo $((($(date +%s%N) - begin) / 1000000)) >"reference/$1.time"
+}
+
+# Kill -9 at a random moment; then the same command again until it ends. Nothing is torn, and the end is the same.
+kill_test() { # NAME NUMBER
+    local test=kill-$1-$2
+    done_before "$test" && return
+    reference "$1" || return
+    rm -rf killed
+    local wait=$((RANDOM * 32768 + RANDOM))
+    wait=$((wait % ($(cat "reference/$1.time") + 1)))
+    local process
+    spawn "$1" killed
+    sleep "$((wait / 1000)).$(printf %03d $((wait % 1000)))"
+    kill -9 $process 2>/dev/null
+    wait $process 2>/dev/null
+    local torn
+    torn=$(find killed -name '*.safetensors' ! -path '*/.difflora-*' ! -name '.*' 2>/dev/null | while read -r file; do
+        "$program" lora inspect "$file" >/dev/null 2>torn.txt || grep -l 'truncated\|cut off\|damaged' torn.txt
+    done)
+    [[ -z $torn ]] || { note "$test" FAILED "a torn file after $wait ms"; return; }
+    start "$1" killed $(continues "$1" killed) || { note "$test" FAILED "cannot continue after $wait ms: exit $?"; return; }
+    digest killed >killed.digest
+    if ! diff -q "reference/$1.digest" killed.digest >/dev/null; then
+        note "$test" FAILED "other results after $wait ms: $(diff "reference/$1.digest" killed.digest | tr '\n' ' ')"
+    else
+        note "$test" ok
+    fi
+}
+
+# A full disk: no panic, a clear error or warning; old files stay whole; with room the same results.
+disk_test() { # NAME
+    local test=disk-$1 disk=$work/disk
+    done_before "$test" && return
+    reference "$1" || return
+    local size=$((4 * $(du -sm "reference/$1" | cut -f1) + 8))
+    mkdir -p disk && mount -t tmpfs -o size=${size}m none disk 2>/dev/null || { echo "$test skipped: no right to mount" >>"$results"; return; }
+    mkdir disk/out
+    case $1 in merge) ;; *) cp -r "reference/$1/." disk/out/ ;; esac
+    head -c ${size}M /dev/zero >disk/filler 2>/dev/null
+    truncate -s -8192 disk/filler
+    start "$1" disk/out
+    local code=$?
+    local panics=$(grep -c 'panicked\|RUST_BACKTRACE' stderr)
+    local said=$(grep -ci 'space\|disk' stderr)
+    rm -f disk/filler
+    local damaged=$(cd disk/out && find . -type f -size 0 ! -name '*.jsonl' | head -1)
+    start "$1" disk/out $(continues "$1" disk/out)
+    local again=$?
+    digest disk/out >disk.digest
+    umount disk
+    if ((panics)) || [[ -n $damaged ]] || { ((code)) && ! ((said)); }; then
+        note "$test" FAILED "exit $code, panics $panics, empty files: $damaged"
+    elif ((again)) || ! diff -q "reference/$1.digest" disk.digest >/dev/null; then
+        note "$test" FAILED "with room: exit $again, $(diff "reference/$1.digest" disk.digest | tr '\n' ' ')"
+    else
+        note "$test" ok
+    fi
+}
+
+# A second process on the same output is refused with the first one's id.
+two_test() { # NAME
+    local test=two-$1
+    done_before "$test" && return
+    rm -rf two
+    local process
+    spawn "$1" two
+    for _ in $(seq 200); do find two -name .lock 2>/dev/null | grep -q . && break; sleep 0.02; done
+    local owner=$(cat "$(find two -name .lock | head -1)" 2>/dev/null)
+    start "$1" two
+    local code=$?
+    if kill -0 $process 2>/dev/null; then
+        { ((code == 2)) && grep -q "process $owner" stderr; } && note "$test" ok || note "$test" FAILED "exit $code"
+    fi
+    wait $process
+}
+
+# Hostile inputs under a limit of memory: refused with one of the program's exit codes, in bounded time.
+hostile() { # NAME ARGUMENTS…
+    local test=hostile-$1
+    shift
+    done_before "$test" && return
+    (ulimit -v 6000000; exec timeout 60 "$program" --quiet "$@" >stdout 2>stderr)
+    local code=$?
+    case $code in
+        2 | 3 | 4) grep -q panicked stderr && note "$test" FAILED panic || note "$test" ok ;;
+        *) note "$test" FAILED "exit $code" ;;
+    esac
+}
+hostile_tests() {
+    mkdir -p odd
+    printf '\xff\xff\xff\xff\xff\xff\xff\x7f{}' >odd/length.safetensors
+    printf '\x20\x00\x00\x00\x00\x00\x00\x00{"a":{"dtype":"F32","shape":[-1' >odd/shape.safetensors
+    { printf '\x80\x96\x98\x00\x00\x00\x00\x00'; head -c 10000000 /dev/zero | tr '\0' '['; } >odd/nested.safetensors
+    { printf '\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\x02\x00\x00\x00'; head -c 64 /dev/zero; } >odd/side.png
+    { printf 'GIF89a\xff\xff\xff\xff\x00\x00\x00'; head -c 64 /dev/urandom; } >odd/noise.gif
+    head -c 4096 /dev/urandom >odd/noise.jpg
+    head -c 200000 /dev/zero | tr '\0' '[' >odd/nested.toml
+    echo 'lora = { rank = 9223372036854775807 }' >odd/rank.toml
+    head -c 4096 /dev/urandom >odd/noise.toml
+    mkfifo odd/pipe.png odd/pipe.toml 2>/dev/null
+    for file in length shape nested; do
+        hostile "lora-$file" gen --lora "odd/$file.safetensors" --prompt x --out odd/out.png
+        hostile "base-$file" gen --base "odd/$file.safetensors" --prompt x --out odd/out.png
+    done
+    for file in side.png noise.gif noise.jpg pipe.png; do hostile "image-$file" gen --ref "odd/$file" --lora-out odd/out.safetensors; done
+    for file in nested rank noise pipe; do
+        hostile "config-$file" train-lora "$photos" --out odd/a.safetensors --config "odd/$file.toml"
+        hostile "dataset-$file" build-dataset --out odd/dataset --config "odd/$file.toml"
+    done
+    hostile width gen --prompt x --width 16384 --height 16384 --out odd/out.png
+    hostile original gen --prompt x --original-size 99999999999x1 --out odd/out.png
+    # A model of which one file is something else.
+    for file in tokenizer/vocab.json tokenizer/merges.txt unet/config.json text_encoder/config.json scheduler/scheduler_config.json; do
+        rm -rf odd/model && cp -r "$model" odd/model
+        head -c 100000 /dev/zero | tr '\0' '[' >"odd/model/$file"
+        hostile "model-nested-$(basename "$file")-$(dirname "$file")" gen --base odd/model --prompt x --out odd/out.png
+        head -c 5000 /dev/urandom >"odd/model/$file"
+        hostile "model-noise-$(basename "$file")-$(dirname "$file")" gen --base odd/model --prompt x --out odd/out.png
+    done
+}
+
+# Many files, few file descriptors, other locales.
+surroundings() {
+    local code
+    if ! done_before many; then
+        mkdir -p many && (cd many && seq -f '%g.png' $many | xargs touch)
+        timeout 120 "$program" face detect many >stdout 2>stderr
+        code=$?
+        ((code != 0 && code < 124 && $(wc -l <stderr) < 40)) && note many ok || note many FAILED "exit $code, $(wc -l <stderr) lines"
+        rm -rf many
+    fi
+    for name in gen train-lora build-dataset merge; do
+        done_before "descriptors-$name" && continue
+        reference "$name" || continue
+        rm -rf few && (ulimit -n 64; start "$name" few)
+        code=$?
+        digest few >few.digest
+        ((code == 0)) && diff -q "reference/$name.digest" few.digest >/dev/null && note "descriptors-$name" ok ||
+            note "descriptors-$name" FAILED "exit $code"
+    done
+    reference gen || return
+    for locale in C de_DE.UTF-8 tr_TR.UTF-8 ar_EG.UTF-8 ja_JP.SJIS; do
+        done_before "locale-$locale" && continue
+        rm -rf local && start gen local
+        code=$?
+        digest local >local.digest
+        ((code == 0)) && diff -q reference/gen.digest local.digest >/dev/null && note "locale-$locale" ok ||
+            note "locale-$locale" FAILED "exit $code"
+    done
+    locale=C.UTF-8
+}
+
+fixtures
+hostile_tests
+surroundings
+for name in train-lora build-dataset train-lae train-encoder train-base; do two_test "$name"; done
+for name in "${commands[@]}"; do disk_test "$name"; done
+# Number by number, so that a long run that is stopped has tried every command about as often.
+for number in $(seq "$kills"); do
+    for name in "${commands[@]}"; do kill_test "$name" "$number"; done
+done
+failed=$(grep -c ' FAILED' "$results")
+echo "faults: $(grep -c ' ok' "$results") passed, $failed failed, $(grep -c skipped "$results") skipped; $results"
+((failed == 0))
