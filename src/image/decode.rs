@@ -162,6 +162,11 @@ fn is_animated(bytes: &[u8]) -> bool {
 
 /// `an AVIF`, `a HEIC` or `a JPEG XL` for files that start as those do (ISO/IEC 14496-12, the brands of the `ftyp`
 /// box; ISO/IEC 18181-2).
+///
+/// They are refused, not decoded. Of the decoders of HEVC in pure Rust, `heic` is under the AGPL; `heic-rs` 0.1.4 (MIT or
+/// Apache-2.0) ignores the range of values in the stream, so that photos with an ICC profile alone, as phones write
+/// them, get 9 % too much contrast: a mean error of 9.6 of 255, where libheif has 1.4. AVIF needs a C library or a
+/// translation of one (`rav1d`), for photos that few cameras write.
 fn container_of_other_kind(bytes: &[u8]) -> Option<&'static str> {
     let brands = match bytes.get(4..12) {
         Some(start) if start.starts_with(b"ftyp") => bytes.get(8..bytes.len().min(40))?,

@@ -236,7 +236,6 @@ impl Settings {
         if let Some(text) = named {
             let mut whole: toml::Table = toml::from_str(text)?;
             lay_over(&mut whole, options);
-            limits::check_toml(&whole).map_err(Failure::Usage)?;
             return Ok(whole.try_into()?);
         }
         let path = config.context("a preset or a file")?;
@@ -259,7 +258,6 @@ impl Settings {
         lay_over(&mut whole, file);
         limits::check_toml(&whole).map_err(|why| Failure::unusable(path, why))?;
         lay_over(&mut whole, options);
-        limits::check_toml(&whole).map_err(Failure::Usage)?;
         whole.try_into().map_err(|error| Failure::unusable(path, error))
     }
 
@@ -318,6 +316,11 @@ impl Settings {
             (batch == 0 || batch > 1024, "batch must be 1 to 1024"),
             (accumulate == 0 || accumulate > 1024, "accumulate must be 1 to 1024"),
             (lr <= 0.0 || !lr.is_finite(), "lr must be above 0"),
+            (self.lora.rank > 4096, "rank must be at most 4096"),
+            (self.images.resolution > 8192, "resolution must be at most 8192"),
+            (self.training.steps_per_image > 1_000_000, "steps_per_image must be at most 1000000"),
+            (objective.class_images > 1_000_000, "class_images must be at most 1000000"),
+            (checkpoint_every > 1_000_000_000, "checkpoint_every must be at most 1000000000"),
             (!(0.0..1.0).contains(&ema), "ema must be at least 0 and below 1"),
             (betas.iter().any(|beta| !(0.0..1.0).contains(beta)), "betas must be at least 0 and below 1"),
             (checkpoint_every == 0, "checkpoint_every must be 1 or more"),
