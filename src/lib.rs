@@ -11,6 +11,7 @@
 //! |---|---|
 //! | LoRA autoencoder (LAE), weight-preserved loss | [`hypernet::lae`], [`recipes`] |
 //! | gated mixer (MIF), diffusion transformer (DiT) | [`hypernet::mixer`], [`hypernet::dit`] |
+//! | HyperLoRA's networks, its face preparation | [`hypernet::hyperlora`], [`identity::hyperlora`] |
 //! | DDIM and the other samplers, schedules | [`diffusion`] |
 //! | merging ΔW into a model | [`lora::apply`] |
 //! | DreamBooth, the dataset of LoRAs | [`recipes::dreambooth`], [`dataset`] |

@@ -359,4 +359,20 @@ mod tests {
             );
         }
     }
+
+    #[test]
+    fn hyperlora_s_own_sizes_come_before_smaller_ones_and_frames() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/scrfd.onnx");
+        let detector = Detector::scrfd("scrfd", &path).unwrap();
+        let grey = Image::filled(300, 200, [127; 3]);
+        for again in [false, true] {
+            let (search, strict) = detector.search_as_hyperlora(&grey, again).unwrap();
+            assert_eq!(search.tried, [640, 512, 384, 256, 128, 320, 160]);
+            assert!(!strict && search.surest().is_none());
+        }
+        let photo = Image::open(&path.with_file_name("../astronaut.png")).unwrap();
+        let (search, strict) = detector.search_as_hyperlora(&photo, false).unwrap();
+        assert!(strict && search.tried == [640]);
+        assert_eq!(search.surest().unwrap().score, search.best_score);
+    }
 }

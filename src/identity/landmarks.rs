@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use super::align::{Similarity, warp};
 use super::face::Face;
 use super::onnx::Network;
-use super::onnx_header::Header;
+use super::onnx_header::{Header, Port};
 use crate::failure::Failure;
 use crate::image::Image;
 
@@ -52,11 +52,11 @@ impl LandmarkDetector {
         Ok(detector)
     }
 
-    /// Whether a file with this header may be such a network.
+    /// Whether a file with this header is such a network; 1k3d68.onnx, for example, takes the same pixels and gives more.
     pub(super) fn fits(header: &Header) -> bool {
-        let side =
-            |at: usize| header.inputs.first().is_some_and(|input| input.shape.get(at) == Some(&Some(SIDE)));
-        header.outputs.len() == 1 && side(2) && side(3)
+        let pixels = |input: &Port| input.shape.get(2..) == Some(&[Some(SIDE); 2]);
+        let points = |output: &Port| output.shape.last() == Some(&Some(2 * COUNT));
+        matches!((&header.inputs[..], &header.outputs[..]), ([input], [output]) if pixels(input) && points(output))
     }
 
     /// The landmarks of `face` in `image`.
@@ -110,5 +110,11 @@ mod tests {
     fn other_networks_are_refused() {
         let error = LandmarkDetector::open("x", &golden("golden/iresnet50.onnx")).err().unwrap().to_string();
         assert!(error.contains("iresnet50.onnx") && error.contains("192×192"), "{error}");
+        let port = |shape: [usize; 2]| Port { name: "fc1".into(), shape: shape.map(Some).to_vec() };
+        let input = Port { name: "data".into(), shape: vec![None, Some(3), Some(192), Some(192)] };
+        let header =
+            |output| Header { inputs: vec![input.clone()], outputs: vec![output], first_nodes: Vec::new() };
+        assert!(LandmarkDetector::fits(&header(port([1, 212]))));
+        assert!(!LandmarkDetector::fits(&header(port([1, 3309]))));
     }
 }

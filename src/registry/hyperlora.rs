@@ -86,7 +86,7 @@ impl Variant {
     pub fn cached(self) -> (Option<PathBuf>, Vec<&'static str>) {
         let folder = repository().folder().map(|folder| folder.join(self.folder()));
         let lacks = |file: &&str| !folder.as_ref().is_some_and(|folder| folder.join(file).is_file());
-        let missing = FILES.into_iter().filter(|file| lacks(&file)).collect();
+        let missing = FILES.into_iter().filter(|file| lacks(file)).collect();
         (folder, missing)
     }
 

@@ -535,6 +535,40 @@ fn what_the_hub_refuses_is_explained() {
 }
 
 #[test]
+fn hyperlora_is_fetched_with_its_encoders_once_its_licences_are_accepted() {
+    let (home, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let folder = files.path().join("sdxl_hyper_id_lora_v1_fidelity");
+    fs::create_dir(&folder).unwrap();
+    for name in difflora::hypernet::hyperlora::FILES {
+        fs::write(folder.join(name), "not the real one").unwrap();
+    }
+    for name in ["config.json", "model.safetensors", "preprocessor_config.json"] {
+        fs::write(files.path().join(name), "not the real one").unwrap();
+    }
+    let (address, asked) = hub(files.path().to_path_buf(), None);
+    let env = [("HF_HOME", text(home.path())), ("HF_ENDPOINT", address.as_str()), ("HF_HUB_CACHE", "")];
+    let run = difflora_with(&env, &["models", "pull", "hyperlora"]);
+    assert!(run.code == 2 && asked.lock().unwrap().is_empty(), "{}", run.stderr);
+    let fetched = |name: &str| asked.lock().unwrap().iter().filter(|line| line.contains(name)).count();
+    for _ in 0..2 {
+        let run = difflora_with(&env, &["models", "pull", "hyperlora", "--accept-licence"]);
+        // CLIP is not OpenAI's.
+        assert_eq!(run.code, 4, "{}", run.stderr);
+        assert!(run.stderr.contains("CC BY-NC 4.0") && run.stderr.contains("a2bf730a0c7d"), "{}", run.stderr);
+    }
+    // What is there is not fetched again.
+    let once = fetched("HyperLoRA/resolve/main/sdxl_hyper_id_lora_v1_fidelity/resampler.safetensors");
+    assert!((1..=2).contains(&once), "{:?}", asked.lock().unwrap());
+    assert!(fetched("openai/clip-vit-large-patch14/resolve/main/model.safetensors") > 0);
+    let run = difflora_with(&env, &["models", "list"]);
+    assert!(
+        run.stdout.lines().any(|line| line.starts_with("hyperlora ") && line.contains("whole")),
+        "{}",
+        run.stdout
+    );
+}
+
+#[test]
 fn a_face_encoder_is_fetched_after_its_licence_and_held_against_its_checksum() {
     let (home, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     fs::write(files.path().join("glintr100.onnx"), "not the real one").unwrap();

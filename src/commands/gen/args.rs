@@ -48,7 +48,7 @@ pub struct Args {
     /// te2, down, down.N, mid, up, up.N).
     #[arg(help_heading = "Model", long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
     pub(super) lora: Vec<String>,
-    /// Fail where a part of a LoRA cannot be used, instead of a warning.
+    /// Fail where a part of a LoRA cannot be used, or where HyperLoRA's own search shows no face, instead of a warning.
     #[arg(help_heading = "Model", long, env = "DIFFLORA_STRICT")]
     pub(super) strict: bool,
     /// Weight of the person's LoRA [default: 1; with HyperLoRA 0.8].

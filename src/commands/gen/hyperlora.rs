@@ -10,7 +10,7 @@ use super::Args;
 use super::person::Predicted;
 use super::references::{Reference, References, look_at_all};
 use crate::failure::Failure;
-use crate::hypernet::hyperlora::{CAPTION, Conditions, FILES, LORA_SCALE, Shapes, TRIGGER};
+use crate::hypernet::hyperlora::{CAPTION, Conditions, FILES, LORA_SCALE, Person, Shapes, TRIGGER};
 use crate::identity::catalog::{self, FACE_MODELS};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::hyperlora::FacePreparation;
@@ -112,6 +112,13 @@ fn look(args: &Args) -> Result<(People, ModelId)> {
             &path.display().to_string(),
             args.face.map(|number| number as usize),
         )?;
+        if args.strict && !face.strict {
+            let why = format!(
+                "no face found in `{}` at HyperLoRA's own sizes of search, and --strict",
+                path.display()
+            );
+            return Err(Failure::NoFace(why).into());
+        }
         let remark = (!face.strict).then(|| {
             "HyperLoRA's own sizes of search (640, 512, 384 and 256 pixels; 640 in the square around the face) show no \
              face; a smaller size or a border did"
@@ -139,7 +146,7 @@ fn check_recogniser(found: &ModelId) -> Result<()> {
 }
 
 /// Each person's conditions, and the image encoder, which is freed on return.
-fn encode(args: &Args, people: &People) -> Result<(Vec<(Vec<Conditions>, f64)>, ModelId)> {
+fn encode(args: &Args, people: &People) -> Result<(Vec<Person>, ModelId)> {
     let name = args.image_encoder.as_deref();
     let files = registry::find_clip(name, args.base_options.offline)?;
     let id = registry::identify(&files, name.unwrap_or(CLIP), registry::ENCODER_WEIGHTS)?;
@@ -153,7 +160,7 @@ fn encode(args: &Args, people: &People) -> Result<(Vec<(Vec<Conditions>, f64)>, 
             progress::check()?;
             Ok(Conditions { face: photo.face().to_vec(), clip: encoder.tokens(&photo.image)? })
         });
-        Ok((photos.collect::<Result<Vec<_>>>()?, *weight))
+        Ok(Person { photos: photos.collect::<Result<_>>()?, weight: *weight })
     };
     Ok((people.iter().map(conditions).collect::<Result<_>>()?, id))
 }

@@ -57,6 +57,15 @@ pub struct Conditions {
     pub clip: Tensor,
 }
 
+/// A person, alone or in a mixture.
+#[derive(Clone, Debug)]
+pub struct Person {
+    /// Of each photo; they count alike.
+    pub photos: Vec<Conditions>,
+    /// The weights of all people sum to 1.
+    pub weight: f64,
+}
+
 /// What the shapes in a folder say; no weight is read for it.
 #[derive(Clone, Debug)]
 pub struct Shapes {
@@ -143,14 +152,13 @@ pub struct HyperLora {
 }
 
 impl HyperLora {
-    /// The coefficients of one person, or of a mixture of several people with weights that sum to 1: (N, K), each row of
-    /// length 1. A person is a mean over photos, taken before rows are brought to length 1.
+    /// The coefficients of one person or of a mixture: (N, K), each row of length 1. A person is a mean over photos, taken before rows are brought to length 1.
     ///
     /// # Errors
     /// Conditions of other widths than those that it was trained with.
-    pub fn coefficients(&self, people: &[(Vec<Conditions>, f64)]) -> Result<Tensor> {
+    pub fn coefficients(&self, people: &[Person]) -> Result<Tensor> {
         let mut sum: Option<Tensor> = None;
-        for (photos, weight) in people {
+        for Person { photos, weight } in people {
             for photo in photos {
                 let z = (self.photo(photo)? * (weight / photos.len() as f64))?;
                 sum = Some(match sum {
