@@ -69,7 +69,7 @@ def walk(tree):
         yield from walk(value)
 
 
-STAGES = ["looking at the photos", "loading the hypernetwork", "making the LoRA"]
+STAGES = ["encoding the photos", "loading the hypernetwork", "sampling the LoRA"]
 
 
 def watch(command):

@@ -84,9 +84,7 @@ impl<'a> BestCheckpoint<'a> {
     /// The best averages; `None` before the first validation.
     pub fn averages(&self) -> Result<Option<BTreeMap<String, Tensor>>> {
         let Some((step, error)) = self.best else { return Ok(None) };
-        progress::note(format_args!(
-            "run_options the weights of step {step}, with validation error {error:.4}"
-        ));
+        progress::note(format_args!("keeping the weights of step {step}, with validation error {error:.4}"));
         let saved = checkpoint::load(&self.path, self.settings)?;
         Ok(Some(saved.part("average").into_iter().collect()))
     }
