@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use candle_core::DType;
 
+use crate::commands::run_args::DeviceArgs;
 use crate::dataset::manifest::Header;
-use crate::device;
 use crate::files::FolderLock;
 use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
@@ -40,15 +40,9 @@ pub struct Args {
     /// Face encoder; hypernetworks for this dataset are conditioned on it.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = catalog::BUILT_IN, env = "DIFFLORA_FACE_ENCODER")]
     pub face_encoder: String,
-    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
-    #[arg(
-        help_heading = "Advanced",
-        long,
-        value_name = "auto|cpu|cuda[:N]|metal",
-        default_value = "auto",
-        env = "DIFFLORA_DEVICE"
-    )]
-    pub device: String,
+    /// Where to compute.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Train this many people twice, with other images and noise, and print the mean cosine of their two LoRAs.
     #[arg(
         help_heading = "Advanced",
@@ -67,7 +61,7 @@ pub struct Args {
 /// Builds the dataset, or the rest of it.
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let settings: DatasetSettings = read_toml(&args.config)?;
-    let device = device::open(&args.device)?;
+    let device = args.device.open()?;
     for folder in ["loras", "embeddings", "portraits"] {
         std::fs::create_dir_all(args.out.join(folder))
             .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;

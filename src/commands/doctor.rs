@@ -5,8 +5,7 @@ use serde_json::json;
 
 use crate::diagnostics::{self, Check, Status};
 use crate::identity::catalog::{self, FACE_MODELS, FaceModel};
-use crate::output::Output;
-use crate::output::print_line;
+use crate::output::{Output, print_line};
 use crate::registry;
 use crate::registry::hyperlora::{FACE_ENCODER, LICENCES, Variant};
 use crate::weights::hub::{self, Repository};

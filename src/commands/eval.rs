@@ -12,7 +12,6 @@ use serde_json::json;
 
 pub use args::Args;
 
-use crate::device;
 use crate::eval::judges::Judges;
 use crate::eval::methods::{Generator, PeopleOptions};
 use crate::eval::renderer::Renderer;
@@ -26,7 +25,7 @@ use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder};
 use crate::output::{self, Output, print_line};
 use crate::progress;
-use crate::recipes::dreambooth::functional_loss::{CAPTION, Refinement};
+use crate::recipes::dreambooth::refine::{CAPTION, Refinement};
 use crate::registry::{self, Base};
 use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::attribute_classifier::AttributeClassifier;
@@ -42,7 +41,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let begin = Instant::now();
     let mut findings = match (args.base_only, &args.dataset) {
         (Some(count), _) => {
-            let device = device::open(&args.device)?;
+            let device = args.device.open()?;
             let renderer = open_renderer(&args, FaceEncoder::builtin()?, &device)?;
             base_model::evaluate(&renderer, count, &args.sampling())?
         }
@@ -62,7 +61,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 
 fn evaluate_people(args: &Args, dataset: &Path) -> Result<Findings> {
     let hypernet_files = registry::find_hypernet(&args.hypernet, args.base_options.offline)?;
-    let device = device::open(&args.device)?;
+    let device = args.device.open()?;
     let hypernet = Hypernet::open(&hypernet_files, &device)?;
     let wanted = &hypernet.denoiser.config;
     let detector = match wanted.face_encoder.name.as_str() {

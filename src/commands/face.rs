@@ -17,8 +17,7 @@ use serde_json::json;
 use self::inputs::{Encoder, Images};
 use crate::identity::FaceEncoder;
 use crate::identity::align::SIDE;
-use crate::output::Output;
-use crate::output::print_line;
+use crate::output::{Output, print_line};
 
 /// Arguments of `difflora face`.
 #[derive(Debug, clap::Args)]

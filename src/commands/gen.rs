@@ -21,7 +21,7 @@ use crate::commands::r#gen::images::Images;
 use crate::commands::r#gen::outputs::Outputs;
 use crate::commands::r#gen::person::{Person, make_lora};
 use crate::commands::r#gen::plan::Plan;
-use crate::device::{self, Precision};
+use crate::device::Precision;
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Missing};
 use crate::output::{Output, print_line};
@@ -35,7 +35,7 @@ use crate::weights::model_folder::WeightType;
 pub fn run(mut args: Args, output: &Output) -> Result<()> {
     let start = Instant::now();
     let outputs = Outputs::plan(&args)?;
-    let device = device::open(&args.device)?;
+    let device = args.device.open()?;
     let base = Base::open(&args.base, &args.base_options)?;
     let plan = match args.prompt.is_empty() {
         true => None,

@@ -1,12 +1,14 @@
-//! Options that all trainings share.
+//! Options that several commands share.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use candle_core::Device;
 use serde::de::DeserializeOwned;
 
 use crate::commands::values::minutes;
+use crate::device;
 use crate::limits;
 use crate::progress;
 use crate::train::trainer::{Outcome, RunOptions};
@@ -26,6 +28,36 @@ pub struct RunArgs {
     /// Stop with a checkpoint after this many minutes; --resume continues.
     #[arg(help_heading = "Output", long, value_name = "MINUTES", env = "DIFFLORA_MINUTES", value_parser = minutes)]
     pub minutes: Option<f64>,
+}
+
+/// Where to compute.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DeviceArgs {
+    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
+    #[arg(
+        help_heading = "Advanced",
+        long = "device",
+        value_name = "auto|cpu|cuda[:N]|metal",
+        default_value = "auto",
+        env = "DIFFLORA_DEVICE"
+    )]
+    name: String,
+}
+
+impl From<&str> for DeviceArgs {
+    fn from(name: &str) -> Self {
+        Self { name: name.to_string() }
+    }
+}
+
+impl DeviceArgs {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// As [`device::open`].
+    pub fn open(&self) -> Result<Device> {
+        device::open(&self.name)
+    }
 }
 
 impl RunArgs {

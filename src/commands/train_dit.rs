@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use candle_core::DType;
 
-use crate::commands::run_args::{RunArgs, note_pause};
+use crate::commands::run_args::{DeviceArgs, RunArgs, note_pause};
 use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
-use crate::device;
 use crate::files;
 use crate::hypernet::{Hypernet, LoraCodec};
 use crate::output::{Output, print_line};
@@ -44,15 +43,9 @@ pub struct Args {
     /// Base model for the diffusion loss of images (`functional` in the settings).
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
-    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
-    #[arg(
-        help_heading = "Advanced",
-        long,
-        value_name = "auto|cpu|cuda[:N]|metal",
-        default_value = "auto",
-        env = "DIFFLORA_DEVICE"
-    )]
-    pub device: String,
+    /// Where to compute.
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 impl Args {
@@ -68,7 +61,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let config = HypernetTrainConfig::read(&args.run.config)?.dit;
     config.check()?;
     distributed::join()?;
-    let device = device::open(&args.device)?;
+    let device = args.device.open()?;
     let training = args.run.training_folder();
     let options = args.run.options(&training, "dit", 120);
     let _lock = options.begin(&[options.checkpoint()])?;

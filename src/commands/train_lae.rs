@@ -5,10 +5,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::commands::run_args::RunArgs;
+use crate::commands::run_args::{DeviceArgs, RunArgs};
 use crate::commands::values::number;
 use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
-use crate::device;
 use crate::files::{self, FolderLock};
 use crate::limits::read_toml;
 use crate::output::{Output, print_line};
@@ -48,15 +47,9 @@ pub struct Args {
         default_value_t = 2.0,
         env = "DIFFLORA_MEMORY", value_parser = number)]
     pub memory: f64,
-    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
-    #[arg(
-        help_heading = "Advanced",
-        long,
-        value_name = "auto|cpu|cuda[:N]|metal",
-        default_value = "auto",
-        env = "DIFFLORA_DEVICE"
-    )]
-    pub device: String,
+    /// Where to compute.
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 impl Args {
@@ -71,11 +64,8 @@ impl Args {
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let config = HypernetTrainConfig::read(&args.run.config)?.lae;
     distributed::join()?;
-    let options = TrainOptions {
-        device: device::open(&args.device)?,
-        resume: args.run.resume,
-        deadline: args.run.deadline(),
-    };
+    let options =
+        TrainOptions { device: args.device.open()?, resume: args.run.resume, deadline: args.run.deadline() };
     if let Some(path) = &args.sweep {
         return run_sweep(&args, &config, &read_toml(path)?, &options, output);
     }

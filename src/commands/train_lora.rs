@@ -10,16 +10,15 @@ use serde_json::json;
 
 pub use args::Args;
 
-use crate::device;
 use crate::failure::Failure;
 use crate::files::{self, FolderLock};
 use crate::image::files_in;
 use crate::output::{Output, print_line};
 use crate::progress;
-use crate::recipes::dreambooth::batch_trainer::{Job, JobQueue};
+use crate::recipes::dreambooth::batch_trainer::JobQueue;
 use crate::recipes::dreambooth::config::{Crop, Settings};
 use crate::recipes::dreambooth::image_dataset;
-use crate::recipes::dreambooth::lora_trainer::CHECKPOINT;
+use crate::recipes::dreambooth::lora_trainer::{CHECKPOINT, Job};
 use crate::recipes::dreambooth::setup::{self, RunConfig};
 use crate::recipes::dreambooth::training_folder::TrainingFolder;
 use crate::registry::Base;
@@ -58,7 +57,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         files: &base.files,
         base: base_id,
         layout: base.block_layout,
-        device: device::open(&args.device)?,
+        device: args.device.open()?,
         side,
         class_folder: args.options.class_images.as_deref(),
         called: folders.first().filter(|_| alone).and_then(TrainingFolder::called),

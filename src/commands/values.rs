@@ -31,3 +31,12 @@ pub fn seed(text: &str) -> Result<u64, String> {
         }
     }
 }
+
+/// Parses a learning rate above 0.
+///
+/// # Errors
+/// The reason, which clap prints behind the name of the option.
+pub fn learning_rate(text: &str) -> Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|_| "it is a number".to_string())?;
+    if rate > 0.0 && rate.is_finite() { Ok(rate) } else { Err("it is more than 0".into()) }
+}

@@ -13,7 +13,7 @@ use crate::hypernet::{Hypernet, SampleOptions};
 use crate::identity::clip::ImageEncoder;
 use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::{Lora, file};
-use crate::recipes::dreambooth::functional_loss::{Refinement, refine};
+use crate::recipes::dreambooth::refine::{Refinement, refine};
 use crate::sdxl::pipeline::Sdxl;
 
 /// A row of the table.

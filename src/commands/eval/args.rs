@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::commands::values::{number, seed};
+use crate::commands::run_args::DeviceArgs;
+use crate::commands::values::{learning_rate, number, seed};
 use crate::eval::renderer::Sampling;
-use crate::recipes::dreambooth::functional_loss::learning_rate;
 use crate::registry;
 use crate::sdxl::pipeline::Sampler;
 
@@ -79,15 +79,9 @@ pub struct Args {
     /// Seed of all noise; -1 takes a random one.
     #[arg(help_heading = "Sampling", long, default_value_t = 0, env = "DIFFLORA_SEED", allow_negative_numbers = true, value_parser = seed)]
     pub(super) seed: u64,
-    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
-    #[arg(
-        help_heading = "Advanced",
-        long,
-        value_name = "auto|cpu|cuda[:N]|metal",
-        default_value = "auto",
-        env = "DIFFLORA_DEVICE"
-    )]
-    pub(super) device: String,
+    /// Where to compute.
+    #[command(flatten)]
+    pub(super) device: DeviceArgs,
     /// Folder for table.json, table.md and sheet.png, created if missing.
     #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
     pub(super) out: Option<PathBuf>,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::identity::IdentityOptions;
+use crate::commands::run_args::DeviceArgs;
 use crate::commands::values::{number, pixels, seed};
 use crate::device::Precision;
 use crate::lora::file::Format;
@@ -112,15 +113,9 @@ pub struct Args {
     /// Number type of the base model's weights.
     #[arg(help_heading = "Advanced", long, value_enum, default_value = "f32", env = "DIFFLORA_DTYPE")]
     pub(super) dtype: Precision,
-    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
-    #[arg(
-        help_heading = "Advanced",
-        long,
-        value_name = "auto|cpu|cuda[:N]|metal",
-        default_value = "auto",
-        env = "DIFFLORA_DEVICE"
-    )]
-    pub(super) device: String,
+    /// Where to compute.
+    #[command(flatten)]
+    pub(super) device: DeviceArgs,
     /// Image to write (.png, .jpg, .webp), or a folder for several [default: difflora.png]. With --json the settings
     /// of each image are written beside it (.json).
     #[arg(help_heading = "Output", long, value_name = "FILE|DIR", env = "DIFFLORA_OUT")]

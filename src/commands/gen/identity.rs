@@ -4,10 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::commands::values::{number, seed};
+use crate::commands::values::{learning_rate, number, seed};
 use crate::failure::Failure;
 use crate::hypernet::{Choice, Hypernet, SampleOptions};
-use crate::recipes::dreambooth::functional_loss::learning_rate;
 
 /// How a person becomes a LoRA.
 #[derive(Clone, Debug, clap::Args)]

@@ -11,7 +11,7 @@ use super::{Args, diffusion, hyperlora};
 use crate::hypernet::hyperlora::Shapes;
 use crate::lora::{Lora, metadata};
 use crate::progress;
-use crate::recipes::dreambooth::functional_loss::{Refinement, refine};
+use crate::recipes::dreambooth::refine::{Refinement, refine};
 use crate::registry::{self, Base};
 use crate::sdxl::pipeline::Sdxl;
 use crate::weights::model_id::ModelId;

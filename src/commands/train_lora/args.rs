@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::commands::run_args::DeviceArgs;
 use crate::commands::train_lora::options::Options;
 use crate::registry;
 
@@ -44,15 +45,9 @@ pub struct Args {
     pub base: String,
     #[command(flatten)]
     pub(super) base_options: registry::BaseOptions,
-    /// Device to compute on; `auto` is the GPU in builds with CUDA, else the CPU.
-    #[arg(
-        help_heading = "Advanced",
-        long,
-        value_name = "auto|cpu|cuda[:N]|metal",
-        default_value = "auto",
-        env = "DIFFLORA_DEVICE"
-    )]
-    pub device: String,
+    /// Where to compute.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Continue an interrupted run.
     #[arg(help_heading = "Output", long, env = "DIFFLORA_RESUME")]
     pub resume: bool,

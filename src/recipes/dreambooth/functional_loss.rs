@@ -3,26 +3,22 @@
 //! The distance of weights treats all directions alike, though some change an image and some do not. So LoRAs are
 //! also put beside the weights of the base, and pay the base's own diffusion loss on images of the person; the
 //! gradient goes back into whatever made them: an autoencoder, a diffusion transformer, or the LoRA's factors
-//! themselves, which is how [`refine`] fine-tunes a predicted LoRA. HyperLoRA (arXiv 2503.16944) and LoFA train so
+//! themselves, which is how [`refine`](super::refine) fine-tunes a predicted LoRA. HyperLoRA (arXiv 2503.16944) and LoFA train so
 //! without any distance of weights.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor, Var};
-use indicatif::ProgressBar;
+use candle_core::{Device, Tensor};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::dataset::manifest::{ImageSettings, MANIFEST, read_manifest};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::failure::Failure;
-use crate::image::{Filter, Image};
 use crate::layers::{Adapter, Layer};
 use crate::lora::layout::LoraLayout;
-use crate::lora::{Lora, LoraLayer};
-use crate::progress;
 use crate::sdxl::pipeline::{Sdxl, time_ids};
 use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
@@ -30,8 +26,6 @@ use crate::sdxl::vae::Vae;
 use crate::synthetic::Person;
 use crate::synthetic::scenes::{paint_image, training_captions, training_scenes};
 use crate::train;
-use crate::train::adamw::{AdamW, AdamWOptions};
-use crate::train::shards::gradients;
 
 /// The LoRAs of K people beside each other, by the path of their layer.
 pub type Adapters = BTreeMap<String, Adapter>;
@@ -193,129 +187,16 @@ impl FunctionalLoss {
     }
 }
 
-/// How a predicted LoRA is fine-tuned on the photos that it was made from.
-#[derive(Clone, Copy, Debug)]
-pub struct Refinement {
-    /// Steps of AdamW.
-    pub steps: u32,
-    /// Its learning rate.
-    pub rate: f64,
-    /// Of timesteps, noise and the order of photos.
-    pub seed: u64,
-    /// Whether `A` trains too; not where all LoRAs share it.
-    pub downs: bool,
-    /// What the photos show, for example `a photo of a person`.
-    pub caption: &'static str,
-}
-
-/// Reads `--refine-rate`: more than 0.
-///
-/// # Errors
-/// What clap says behind the option's name.
-pub fn learning_rate(text: &str) -> Result<f64, String> {
-    let rate: f64 = text.parse().map_err(|_| "it is a number".to_string())?;
-    if rate > 0.0 && rate.is_finite() { Ok(rate) } else { Err("it is more than 0".into()) }
-}
-
-/// What [`refine`] did to the loss on the photos, over the same noise and timesteps before and after.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
-pub struct Refined {
-    /// Of the LoRA as it was predicted.
-    pub before: f64,
-    /// Of what it became.
-    pub after: f64,
-}
-
-/// Caption of photos of a person whom DiffLoRA's LoRAs call so.
-pub const CAPTION: &str = "a photo of a person";
-
-/// Fine-tunes a LoRA on photos of the person (squares of any size), all with one caption.
-///
-/// A few steps from a good start, as HyperDreamBooth (arXiv 2307.06949, section 3.3) takes them.
-pub fn refine(
-    base: &Sdxl,
-    lora: &Lora,
-    photos: &[Image],
-    how: Refinement,
-    bar: &ProgressBar,
-) -> Result<(Lora, Refined)> {
-    let size = base.native_size();
-    let device = base.device();
-    let mut images = Vec::new();
-    for photo in photos {
-        let photo = photo.square(size, Filter::Bicubic);
-        // Mirrored too: one photo is little to learn from.
-        images.extend([photo.mirrored().to_tensor(device)?, photo.to_tensor(device)?]);
-    }
-    let images = Tensor::stack(&images, 0)?.to_dtype(base.vae.dtype())?;
-    let latents = base.vae.to_latents(&base.vae.encode(&images)?.0)?;
-    let count = latents.dim(0)?;
-    // Where the base is small a step looks at several noises at once.
-    let batch = if size <= 128 { 8 } else { 1 };
-    let caption = base.text.encode_prompts(&vec![how.caption; batch])?;
-    let mut vars: BTreeMap<String, Var> = BTreeMap::new();
-    let mut adapters = Adapters::new();
-    for (module, layer) in &lora.layers {
-        let mut factor = |which: &str, value: &Tensor, trains: bool| -> Result<Tensor> {
-            let value = value.to_device(device)?.to_dtype(DType::F32)?;
-            if !trains {
-                return Ok(value);
-            }
-            let var = Var::from_tensor(&value)?;
-            let tensor = var.as_tensor().clone();
-            vars.insert(format!("{which}.{module}"), var);
-            Ok(tensor)
-        };
-        let up = factor("up", &layer.up, true)?;
-        let down = factor("down", &layer.down, how.downs)?;
-        let scale = f64::from(layer.alpha) / layer.rank() as f64;
-        adapters.insert(module.clone(), Adapter { down, up, scale });
-    }
-    let at = |step: u64| -> Result<Tensor> {
-        let mut rng = train::rng(how.seed, step);
-        let chosen: Vec<u32> = (0..batch).map(|_| rng.random_range(0..count as u32)).collect();
-        let latents = latents.index_select(&Tensor::new(chosen, device)?, 0)?.unsqueeze(0)?;
-        let data = FunctionalBatch { latents, captions: caption.clone(), size };
-        loss(&base.unet, &base.schedule, &adapters, &data, &mut rng)
-    };
-    // Streams that no step has, so that what is judged by was not trained on.
-    let judged = || -> Result<f64> {
-        let count = (32 / batch) as u64;
-        let losses = (0..count).map(|i| Ok(f64::from(at(u64::MAX - i)?.to_scalar::<f32>()?)));
-        Ok(losses.sum::<Result<f64>>()? / count as f64)
-    };
-    let before = judged()?;
-    let options = AdamWOptions { betas: [0.9, 0.99], weight_decay: 0.0, ..AdamWOptions::default() };
-    let mut optimiser = AdamW::new(vars.clone(), options)?;
-    for step in 0..u64::from(how.steps) {
-        progress::check()?;
-        let sum = gradients(&vars, 1, |_| Ok(at(step)?.into()))?;
-        optimiser.step(&sum.gradients, how.rate)?;
-        bar.set_message(format!("loss {:.4}", sum.loss));
-        bar.inc(1);
-    }
-    let after = judged()?;
-    let mut refined = lora.clone();
-    for (module, layer) in &mut refined.layers {
-        let value = |which: &str, old: &Tensor| -> Result<Tensor> {
-            match vars.get(&format!("{which}.{module}")) {
-                Some(var) => Ok(var.as_tensor().detach().to_device(&Device::Cpu)?),
-                None => Ok(old.clone()),
-            }
-        };
-        let (up, down) = (value("up", &layer.up)?, value("down", &layer.down)?);
-        *layer = LoraLayer::new(module, down, up, layer.alpha)?;
-    }
-    Ok((refined, Refined { before, after }))
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use candle_core::{DType, Var};
+
     use crate::diffusion::noise::normal;
     use crate::lora::adapter::AdapterFile;
     use crate::lora::apply::{Originals, Unmatched, merge};
     use crate::lora::block_weights::BlockWeights;
+    use crate::lora::{Lora, LoraLayer};
     use crate::registry;
 
     const MODULES: [(&str, usize, usize); 2] = [
@@ -323,12 +204,12 @@ mod tests {
         ("mid_block.attentions.0.transformer_blocks.0.attn2.to_v", 128, 160),
     ];
 
-    fn tiny() -> Sdxl {
+    pub(in crate::recipes::dreambooth) fn tiny() -> Sdxl {
         let files = registry::find(registry::BUILT_IN, "base").unwrap();
         Sdxl::open(&files, DType::F32, &Device::Cpu).unwrap()
     }
 
-    fn lora(seed: u64, strength: f64) -> Lora {
+    pub(in crate::recipes::dreambooth) fn lora(seed: u64, strength: f64) -> Lora {
         let layer = |(i, (name, out, input)): (usize, &(&str, usize, usize))| {
             let random = |stream, shape: (usize, usize)| {
                 (normal(seed, 2 * i as u64 + stream, shape, &Device::Cpu).unwrap() * strength).unwrap()
@@ -404,27 +285,6 @@ mod tests {
         };
         let slope = (moved(1.0) - moved(-1.0)) / (2.0 * step as f32);
         assert!((slope - norm).abs() < 0.05 * norm, "{slope} and {norm}");
-    }
-
-    #[test]
-    fn refining_lowers_the_loss_on_the_photos_and_repeats() {
-        let base = tiny();
-        let photo = Image::filled(80, 64, [200, 30, 40]);
-        let how = Refinement { steps: 6, rate: 1e-2, seed: 1, downs: false, caption: CAPTION };
-        let start = lora(1, 0.05);
-        let (refined, losses) =
-            refine(&base, &start, std::slice::from_ref(&photo), how, &ProgressBar::hidden()).unwrap();
-        assert!(losses.after < losses.before, "{losses:?}");
-        let values = |lora: &Lora, pick: fn(&LoraLayer) -> &Tensor| -> Vec<f32> {
-            lora.layers
-                .values()
-                .flat_map(|layer| pick(layer).flatten_all().unwrap().to_vec1::<f32>().unwrap())
-                .collect()
-        };
-        assert_eq!(values(&refined, |layer| &layer.down), values(&start, |layer| &layer.down));
-        let (again, _) = refine(&base, &start, &[photo], how, &ProgressBar::hidden()).unwrap();
-        assert_eq!(values(&refined, |layer| &layer.up), values(&again, |layer| &layer.up));
-        assert_ne!(values(&refined, |layer| &layer.up), values(&start, |layer| &layer.up));
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod lora_trainer;
 pub mod loss;
 pub mod metadata;
 pub mod previews;
+pub mod refine;
 pub mod setup;
 pub mod targets;
 pub mod training_folder;
