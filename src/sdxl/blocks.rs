@@ -48,6 +48,20 @@ impl Conditioning<'_> {
     }
 }
 
+/// Sizes of a level.
+#[derive(Clone, Copy)]
+pub(super) struct LevelSizes<'a> {
+    /// Channels that each ResNet block is given.
+    pub(super) inputs: &'a [usize],
+    /// Channels that each gives.
+    pub(super) width: usize,
+    /// Width of the embedding of time and sizes.
+    pub(super) embedding: usize,
+    pub(super) norm: Norm,
+    /// Of the transformer behind each block; empty on a level without attention.
+    pub(super) attention: &'a [TransformerSize],
+}
+
 /// One level on the way down; pushes what the way up will need onto `skips`.
 #[derive(Clone, Debug)]
 pub(super) struct DownBlock {
@@ -56,17 +70,10 @@ pub(super) struct DownBlock {
 }
 
 impl DownBlock {
-    pub(super) fn new(
-        inputs: &[usize],
-        width: usize,
-        embedding: usize,
-        norm: Norm,
-        attention: &[TransformerSize],
-        downsample: bool,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let layers = Layers::new(inputs, width, embedding, norm, attention, vb.clone())?;
+    pub(super) fn new(sizes: LevelSizes, downsample: bool, vb: VarBuilder) -> Result<Self> {
+        let layers = Layers::new(sizes, vb.clone())?;
         let halve = ConvGeometry { stride: 2, ..ConvGeometry::same(3) };
+        let width = sizes.width;
         let downsampler =
             downsample.then(|| Conv2d::new(width, width, halve, vb.pp("downsamplers.0.conv"))).transpose()?;
         Ok(Self { layers, downsampler })
@@ -139,16 +146,9 @@ pub(super) struct UpBlock {
 }
 
 impl UpBlock {
-    pub(super) fn new(
-        inputs: &[usize],
-        width: usize,
-        embedding: usize,
-        norm: Norm,
-        attention: &[TransformerSize],
-        upsample: bool,
-        vb: VarBuilder,
-    ) -> Result<Self> {
-        let layers = Layers::new(inputs, width, embedding, norm, attention, vb.clone())?;
+    pub(super) fn new(sizes: LevelSizes, upsample: bool, vb: VarBuilder) -> Result<Self> {
+        let layers = Layers::new(sizes, vb.clone())?;
+        let width = sizes.width;
         let upsampler = upsample
             .then(|| Conv2d::new(width, width, ConvGeometry::same(3), vb.pp("upsamplers.0.conv")))
             .transpose()?;
@@ -188,14 +188,8 @@ struct Layers {
 }
 
 impl Layers {
-    fn new(
-        inputs: &[usize],
-        width: usize,
-        embedding: usize,
-        norm: Norm,
-        attention: &[TransformerSize],
-        vb: VarBuilder,
-    ) -> Result<Self> {
+    fn new(sizes: LevelSizes, vb: VarBuilder) -> Result<Self> {
+        let LevelSizes { inputs, width, embedding, norm, attention } = sizes;
         let mut layers = Self { resnets: Vec::new(), attentions: Vec::new() };
         for (i, &input) in inputs.iter().enumerate() {
             layers.resnets.push(Resnet::new(input, width, embedding, norm, vb.pp("resnets").pp(i))?);

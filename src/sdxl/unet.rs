@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use super::blocks::{Conditioning, DownBlock, MidBlock, TransformerSize, UpBlock};
+use super::blocks::{Conditioning, DownBlock, LevelSizes, MidBlock, TransformerSize, UpBlock};
 use crate::layers::{Activation, Conv2d, ConvGeometry, GroupNorm, Layer, Linear, Visit, compute_dtype};
 
 /// `unet/config.json`. Keys that only repeat a default of SDXL may be absent; an option that is present with a
@@ -330,7 +330,8 @@ impl UNet {
                 skips.push(width);
             }
             let vb = vb.pp("down_blocks").pp(level);
-            down_blocks.push(DownBlock::new(&inputs, width, embedding, norm, &attention, !last, vb)?);
+            let sizes = LevelSizes { inputs: &inputs, width, embedding, norm, attention: &attention };
+            down_blocks.push(DownBlock::new(sizes, !last, vb)?);
         }
         let lowest = levels - 1;
         let mid_block = match config.mid_block_type.as_deref() {
@@ -357,7 +358,8 @@ impl UNet {
                 width = channels[level];
             }
             let vb = vb.pp("up_blocks").pp(i);
-            up_blocks.push(UpBlock::new(&inputs, width, embedding, norm, &attention, level > 0, vb)?);
+            let sizes = LevelSizes { inputs: &inputs, width, embedding, norm, attention: &attention };
+            up_blocks.push(UpBlock::new(sizes, level > 0, vb)?);
         }
         let conv_norm_out = GroupNorm::new(norm.0, width, norm.1, vb.pp("conv_norm_out"))?;
         let conv_out = Conv2d::new(width, config.out_channels, ConvGeometry::same(3), vb.pp("conv_out"))?;

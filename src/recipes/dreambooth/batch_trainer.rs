@@ -20,7 +20,7 @@ use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::image_dataset::{self, Encoders, ImageDataset, Scaling};
 use crate::recipes::dreambooth::lockstep::{Networks, SharedDown, TargetModule, TrainableLora};
-use crate::recipes::dreambooth::lora_trainer::LoraTrainer;
+use crate::recipes::dreambooth::lora_trainer::{Job, LoraTrainer, SharedStart};
 use crate::recipes::dreambooth::loss::{self, Objective, PersonGradients};
 use crate::recipes::dreambooth::metadata::{self, SETTINGS_STAMP};
 use crate::recipes::dreambooth::previews::Previewer;
@@ -67,18 +67,6 @@ pub struct BatchTrainer {
     pub alone: bool,
     /// Training settings.
     pub settings: Settings,
-}
-
-/// A LoRA to train.
-pub struct Job {
-    /// Name in warnings and logs.
-    pub name: String,
-    /// Folder of the images.
-    pub images: PathBuf,
-    /// The LoRA to write.
-    pub out: PathBuf,
-    /// State, log and samples.
-    pub folder: PathBuf,
 }
 
 /// A LoRA that was written, the number of its images, and the mean loss of the last steps.
@@ -231,17 +219,15 @@ impl BatchTrainer {
                 return Ok(None);
             }
         }
-        let trainer = LoraTrainer::new(
-            person.name,
-            person.out,
-            person.folder,
-            dataset,
-            (&self.modules, &self.downs, self.weight_norm),
+        let shared = SharedStart {
+            modules: &self.modules,
+            downs: &self.downs,
+            weight_norm: self.weight_norm,
             settings,
-            stamp,
-            self.resume,
-            self.half,
-        )?;
+            resume: self.resume,
+            half: self.half,
+        };
+        let trainer = LoraTrainer::new(person, dataset, stamp, &shared)?;
         let text = toml::to_string(settings)?;
         files::write_whole(&trainer.folder.join("settings.toml"), text.as_bytes())?;
         Ok(Some(trainer))

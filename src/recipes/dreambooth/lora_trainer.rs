@@ -19,6 +19,34 @@ use crate::train::gradients::Gradients;
 use crate::train::log::Log;
 use crate::train::state::State;
 
+/// A LoRA to train.
+pub struct Job {
+    /// Name in warnings and logs.
+    pub name: String,
+    /// Folder of the images.
+    pub images: PathBuf,
+    /// The LoRA to write.
+    pub out: PathBuf,
+    /// State, log and samples.
+    pub folder: PathBuf,
+}
+
+/// What all LoRAs of a run start from.
+pub struct SharedStart<'a> {
+    /// Layers that are adapted.
+    pub modules: &'a [TargetModule],
+    /// Initial `down` of each.
+    pub downs: &'a SharedDown,
+    /// Norm of the weights of these layers.
+    pub weight_norm: f64,
+    /// Training settings.
+    pub settings: &'a Settings,
+    /// Continue from a checkpoint where there is one.
+    pub resume: bool,
+    /// Whether the base computes in f16.
+    pub half: bool,
+}
+
 /// One person in training.
 pub struct LoraTrainer {
     /// As warnings and logs call the person.
@@ -64,18 +92,9 @@ impl LoraTrainer {
     ///
     /// # Errors
     /// A checkpoint that was made with another `stamp`.
-    #[allow(clippy::too_many_arguments)]
-    pub fn new(
-        name: String,
-        out: PathBuf,
-        folder: PathBuf,
-        dataset: ImageDataset,
-        (modules, downs, weight_norm): (&[TargetModule], &SharedDown, f64),
-        settings: &Settings,
-        stamp: Value,
-        resume: bool,
-        half: bool,
-    ) -> Result<Self> {
+    pub fn new(job: Job, dataset: ImageDataset, stamp: Value, shared: &SharedStart) -> Result<Self> {
+        let SharedStart { modules, downs, weight_norm, settings, resume, half } = *shared;
+        let Job { name, out, folder, .. } = job;
         let mut lora = TrainableLora::new(modules, downs, settings.alpha())?;
         if !settings.lora.freeze_a {
             lora.train_shared_down()?;
