@@ -4,17 +4,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
-use serde::Serialize;
 use serde_json::json;
 
 use crate::commands::values::seed;
 use crate::failure::Failure;
-use crate::files;
-use crate::image::Image;
 use crate::output::{Output, print_line};
 use crate::progress;
-use crate::synthetic::{self, CaptionOptions, Detail, Person, Scene, World};
-use crate::train;
+use crate::synthetic::portraits::Portraits;
+use crate::synthetic::{Person, World};
 
 /// Arguments of `difflora portraits`.
 ///
@@ -62,9 +59,18 @@ pub struct Args {
 pub fn run(args: Args, output: &Output) -> Result<()> {
     check_writable(&args.out)?;
     let bar = progress::bar(args.people * args.images, "painting");
+    let portraits = Portraits {
+        images: args.images,
+        world: args.world,
+        scenes: args.scenes,
+        size: args.size.into(),
+        supersample: args.supersample.into(),
+        subject: args.subject,
+        attributes: args.attributes,
+    };
     (args.first..args.first + args.people).into_par_iter().try_for_each(|number| {
-        let person = Person::new(args.seed, number);
-        paint_person(&person, &args, || bar.inc(1))
+        let folder = args.out.join(format!("person-{number:04}"));
+        portraits.paint(&Person::new(args.seed, number), &folder, || bar.inc(1))
     })?;
     bar.finish_and_clear();
     if output.json {
@@ -77,63 +83,6 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         progress::note(format_args!("painted {images} images of {people} people in `{out}`"));
     }
     Ok(())
-}
-
-/// Writes the images and captions of one person, then what is known about them.
-fn paint_person(person: &Person, args: &Args, painted: impl Fn()) -> Result<()> {
-    let folder = args.out.join(format!("person-{:04}", person.number));
-    std::fs::create_dir_all(&folder)
-        .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
-    let options = CaptionOptions { subject: &args.subject, attributes: args.attributes, drop: 0.0 };
-    let mut records = Vec::new();
-    for number in 1..=args.images {
-        progress::check()?;
-        let scene = match args.scenes {
-            Some(seed) => args.world.shared_scene(seed, number),
-            None => args.world.scene(person, number),
-        };
-        let rgb = synthetic::paint(person, &scene, args.size.into(), args.supersample.into());
-        let caption = match (args.world, args.attributes) {
-            (World::Varied, _) => synthetic::caption(person, &scene, options, args.seed),
-            (World::Aligned, attributes) => {
-                let detail = if attributes == 0 { Detail::Short } else { Detail::All };
-                synthetic::describe(
-                    person,
-                    &scene,
-                    &args.subject,
-                    detail,
-                    &mut train::rng(args.seed, scene.grain),
-                )
-            }
-        };
-        let image = format!("{number:04}.png");
-        Image { width: args.size.into(), height: args.size.into(), rgb }.save(&folder.join(&image), None)?;
-        let text = folder.join(&image).with_extension("txt");
-        files::write_whole(&text, format!("{caption}\n").as_bytes())?;
-        records.push(serde_json::to_string(&Record { image, caption, scene })?);
-        painted();
-    }
-    files::write_whole(&folder.join("person.json"), about(person, &records)?.as_bytes())
-}
-
-/// What is known about one image.
-#[derive(Serialize)]
-struct Record {
-    #[serde(rename = "picture")]
-    image: String,
-    caption: String,
-    scene: Scene,
-}
-
-/// `person.json`: seed, number, identity words and factors, and one line an image.
-fn about(person: &Person, records: &[String]) -> Result<String> {
-    let Person { seed, number, identity } = person;
-    let words = serde_json::to_string(&synthetic::identity_words(identity))?;
-    let factors = serde_json::to_string(identity)?;
-    let images = records.join(",\n");
-    Ok(format!(
-        "{{\"seed\":{seed},\"number\":{number},\"words\":{words},\n\"identity\":{factors},\n\"pictures\":[\n{images}\n]}}\n"
-    ))
 }
 
 /// Makes the folder and tries to write in it, before any work is done.

@@ -8,6 +8,7 @@ mod descriptions;
 pub mod image_set;
 mod painter;
 mod people;
+pub mod portraits;
 pub mod scenes;
 mod world;
 
