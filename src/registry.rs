@@ -246,11 +246,14 @@ pub fn identify(files: &ModelFiles, name: &str, weights: &str) -> Result<ModelId
 /// name it, else SDXL's.
 ///
 /// # Errors
-/// [`Failure::Unusable`] for a file that cannot be read, [`Failure::Usage`] for files of different bases.
+/// [`Failure::Usage`] for files of different bases.
 pub fn block_layout_of_loras(loras: &[PathBuf]) -> Result<BlockLayout> {
     let mut bases: Vec<(&PathBuf, String)> = Vec::new();
     for path in loras {
-        let header = Header::read(&mut file::open(path)?).map_err(|error| Failure::unusable(path, error))?;
+        // A file that cannot be read is refused when the command reads it, behind its other checks.
+        let Some(header) = file::open(path).ok().and_then(|mut file| Header::read(&mut file).ok()) else {
+            continue;
+        };
         bases.extend(header.metadata.get(metadata::BASE).map(|base| (path, base.clone())));
     }
     let Some((tiny, _)) = bases.iter().find(|(_, base)| base == BUILT_IN) else {

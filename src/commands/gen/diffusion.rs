@@ -15,7 +15,7 @@ use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
 use crate::lora::metadata;
 use crate::progress::Stage;
-use crate::recipes::dreambooth::functional_loss::CAPTION;
+use crate::recipes::dreambooth::refine::CAPTION;
 use crate::registry;
 use crate::weights::model_folder::ModelFiles;
 use crate::weights::model_id::ModelId;
