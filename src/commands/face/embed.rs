@@ -1,16 +1,15 @@
 //! `face embed`: the largest face of each image as a unit vector.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::Result;
-use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
 use super::inputs::{Encoder, Images, People, short_names};
 use super::print_json;
 use crate::files;
 use crate::output::print_line;
+use crate::weights::header::{Header, Storage};
 
 pub(super) fn embed(images: &Images, encoder: &Encoder, out: &Path, json: bool) -> Result<()> {
     files::refuse_inputs(&[out], &images.images)?;
@@ -37,12 +36,12 @@ pub(super) fn write_vectors<'a>(
     tensors: impl Iterator<Item = (Vec<usize>, &'a [f32])>,
     about: [(&str, String); 2],
 ) -> Result<()> {
-    let tensors: Vec<(Vec<usize>, Vec<u8>)> = tensors
-        .map(|(shape, values)| (shape, values.iter().flat_map(|value| value.to_le_bytes()).collect()))
-        .collect();
-    let views = names.iter().zip(&tensors).map(|(name, (shape, bytes))| {
-        (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).expect("four bytes a number"))
-    });
-    let about: HashMap<String, String> = about.map(|(key, value)| (key.to_string(), value)).into();
-    files::write_whole(out, &safetensors::serialize(views, Some(about))?)
+    let mut rows: Vec<_> = names.iter().zip(tensors).collect();
+    rows.sort_by_key(|(name, _)| *name);
+    let entries = rows.iter().map(|(name, (shape, _))| (name.as_str(), Storage::F32, &shape[..]));
+    let about = about.map(|(key, value)| (key.to_string(), value)).into();
+    let mut bytes = Header::of(about, entries).to_bytes();
+    let values = rows.iter().flat_map(|(_, (_, values))| values.iter());
+    bytes.extend(values.flat_map(|value| value.to_le_bytes()));
+    files::write_whole(out, &bytes)
 }
