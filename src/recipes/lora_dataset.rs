@@ -376,7 +376,9 @@ impl DatasetBuilder {
             }
             progress::check()
         })?;
-        let loss = known_loss.unwrap_or(loss / losses);
+        // 15 digits are the same number after they were read from the manifest, 17 need not be.
+        let rounded = |loss: f64| format!("{loss:.14e}").parse().unwrap_or(loss);
+        let loss = known_loss.unwrap_or(rounded(loss / losses));
         Ok(people.into_iter().zip(loras).map(|(person, lora)| Finished { person, lora, loss }).collect())
     }
 
