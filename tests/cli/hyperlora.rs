@@ -236,6 +236,10 @@ fn photos_are_averaged_people_mixed_and_faces_chosen() {
             .filter(|(key, _)| !key.ends_with("alpha"))
             .all(|(key, tensor)| far(tensor, &both[key]) < 2e-3)
     );
+    let (report, refined) = folders.lora(&["--ref", PHOTO, "--refine", "1"]);
+    assert!(report["person"]["refined"]["before"].is_number() && !same(&one, &refined));
+    let (_, peft) = folders.lora(&["--ref", PHOTO, "--lora-format", "peft"]);
+    assert!(peft.keys().all(|key| key.starts_with("unet.") && key.contains(".lora_")), "{:?}", peft.keys());
     let (report, second) = folders.lora(&["--ref", PHOTO, "--face", "2"]);
     assert!(report["person"]["references"][0]["faces"].as_u64().unwrap() > 1 && !same(&one, &second));
 }
