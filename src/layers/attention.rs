@@ -6,7 +6,8 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use gemm::Parallelism;
 
 use crate::layers::cpu::{self, Matrix, Product, Shared, Weight};
-use crate::layers::gemm::microkernel::{self, ElemType};
+use crate::layers::gemm::isa::ElemType;
+use crate::layers::gemm::microkernel;
 use crate::layers::gemm::operands::{ContiguousDepth, PackA, PackB, StridedDepth};
 
 /// softmax(q·kᵀ/√d)·v for each head. `q` (B, N, H·d), `k` and `v` (B, M, H·d) → (B, N, H·d).

@@ -14,11 +14,11 @@ use super::linear::uniform;
 use super::lora_linear::Adapter;
 use super::winograd::{Kernels, Winograd};
 use crate::layers::cpu::{self, Matrix, Product, Weight};
+use crate::layers::gemm::isa::ElemType;
 use crate::layers::gemm::matmul::matmul;
-use crate::layers::gemm::microkernel::{
-    ElemType, NR, pack_contiguous, pack_gathered, pack_strided, pack_transposed,
-};
+use crate::layers::gemm::microkernel::NR;
 use crate::layers::gemm::operands::{Accumulate, ContiguousDepth, OutputLayout, PackA, PackB, Size};
+use crate::layers::gemm::packing::{pack_contiguous, pack_gathered, pack_strided, pack_transposed};
 
 /// A convolution; `weight` (out, in, k, k), `bias` (out).
 #[derive(Clone, Debug)]

@@ -9,7 +9,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::layers::gemm::microkernel::ElemType;
+use crate::layers::gemm::isa::ElemType;
 
 /// Whether the hand-written kernels apply to `x`.
 pub(super) fn is_cpu_f32(x: &Tensor) -> bool {

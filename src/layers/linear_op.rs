@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use super::Pass;
 use super::backward::gradient;
 use super::cpu::{self, Shared, Weight};
-use super::gemm::microkernel::ElemType;
+use super::gemm::isa::ElemType;
 use super::gemm::operands::{Accumulate, ContiguousDepth, OutputLayout, Size, StridedDepth};
 use crate::layers::gemm::matmul::{self, matmul};
 

@@ -84,7 +84,7 @@ pub fn compute_dtype(stored: DType, device: &Device) -> DType {
 
 /// The instruction set that the CPU kernels use on this machine.
 pub fn instruction_set() -> &'static str {
-    gemm::microkernel::instruction_set()
+    gemm::isa::instruction_set()
 }
 
 /// Whether oneDNN's library is found; nothing in builds without the feature `onednn`.

@@ -14,8 +14,10 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::layers::cpu::{self, Shared, Weight};
-use crate::layers::gemm::microkernel::{DEPTH, ElemType, MR, NR, STRIDE, pack_gathered, pack_strided, tile};
+use crate::layers::gemm::isa::ElemType;
+use crate::layers::gemm::microkernel::{DEPTH, MR, NR, STRIDE, tile};
 use crate::layers::gemm::operands::as_stored;
+use crate::layers::gemm::packing::{pack_gathered, pack_strided};
 
 /// Side of a tile of the output.
 const TILE: usize = 4;

@@ -9,7 +9,8 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::microkernel::{DEPTH, ElemType, MR, NR, prefetch, tile};
+use super::isa::ElemType;
+use super::microkernel::{DEPTH, MR, NR, prefetch, tile};
 #[cfg(feature = "onednn")]
 use super::onednn;
 use super::operands::{Accumulate, Lines, OutputLayout, PackA, PackB, Size};

@@ -14,7 +14,8 @@ use std::ops::Range;
 use library::Product;
 
 use crate::layers::cpu::{Shared, vectorised};
-use crate::layers::gemm::microkernel::{DEPTH, ElemType, NR};
+use crate::layers::gemm::isa::ElemType;
+use crate::layers::gemm::microkernel::{DEPTH, NR};
 use crate::layers::gemm::operands::{Accumulate, OutputLayout, PackA, PackB, Size};
 
 /// Rows that are matmul at once.

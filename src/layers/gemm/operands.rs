@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use super::microkernel::{ElemType, MR, NR, pack_contiguous, pack_lines, pack_strided};
+use super::isa::ElemType;
+use super::microkernel::{MR, NR};
+use super::packing::{pack_contiguous, pack_lines, pack_strided};
 use crate::layers::cpu::Weight;
 
 /// The operand whose rows are the rows of the result.

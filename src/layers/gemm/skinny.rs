@@ -3,7 +3,8 @@
 //! All read the long operand once, where it lies: packing it would take as long as the product.
 
 use crate::layers::cpu::{self, Shared};
-use crate::layers::gemm::microkernel::{self, ElemType, MR, NR};
+use crate::layers::gemm::isa::{self, ElemType};
+use crate::layers::gemm::microkernel::{self, MR, NR};
 
 /// Sizes of a product between (rows, width) and (rank, width).
 #[derive(Clone, Copy)]
@@ -21,7 +22,7 @@ const LARGEST_RANK: usize = 32;
 impl SkinnyGemm {
     /// Whether these kernels take it.
     pub(in crate::layers) fn fits(self) -> bool {
-        microkernel::has_avx512()
+        isa::has_avx512()
             && (1..=LARGEST_RANK).contains(&self.rank)
             && self.width > 0
             && self.width.is_multiple_of(NR)
