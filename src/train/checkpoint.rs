@@ -164,6 +164,7 @@ fn compare(place: &str, before: &Value, now: &Value, differences: &mut Vec<Strin
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
+    use serde_json::json;
 
     use super::*;
 
@@ -172,14 +173,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.checkpoint.safetensors");
         let tensor = Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
-        #[derive(Serialize)]
-        struct Settings {
-            lr: f64,
-            // JSON has it with more digits than its own.
-            drop: f32,
-            name: &'static str,
-        }
-        let settings = Settings { lr: 0.1, drop: 0.1, name: "two words" };
+        let settings = json!({ "lr": 0.1, "name": "two words" });
         let parts = [("weights", BTreeMap::from([("w".to_string(), tensor)]))];
         save(&path, 7, &settings, &parts).unwrap();
         let whole = std::fs::read(&path).unwrap();
@@ -200,5 +194,20 @@ mod tests {
                 refused(&bytes, &format!("a flipped bit at {at}"));
             }
         }
+    }
+
+    #[test]
+    fn settings_with_a_float_of_32_bits_are_the_same_when_they_are_read() {
+        #[derive(Serialize)]
+        struct Settings {
+            // JSON has it with more digits than its own.
+            drop: f32,
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.checkpoint.safetensors");
+        let tensor = Tensor::new(&[1f32], &Device::Cpu).unwrap();
+        let parts = [("weights", BTreeMap::from([("w".to_string(), tensor)]))];
+        save(&path, 3, &Settings { drop: 0.1 }, &parts).unwrap();
+        assert_eq!(load(&path, &Settings { drop: 0.1 }).unwrap().step, 3);
     }
 }
