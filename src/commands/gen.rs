@@ -8,6 +8,7 @@ mod images;
 mod outputs;
 mod person;
 mod plan;
+mod prompts;
 mod references;
 
 use std::path::Path;
@@ -21,8 +22,8 @@ use crate::commands::r#gen::images::Images;
 use crate::commands::r#gen::outputs::Outputs;
 use crate::commands::r#gen::person::{Person, make_lora};
 use crate::commands::r#gen::plan::Plan;
+use crate::commands::r#gen::prompts::Prompts;
 use crate::device::Precision;
-use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Missing};
 use crate::output::{Output, print_line};
 use crate::progress::{self, Stage};
@@ -32,9 +33,10 @@ use crate::sdxl::pipeline::SdxlLoader;
 use crate::weights::model_folder::WeightType;
 
 /// Predicts the person's LoRA, writes it, and generates the images.
-pub fn run(mut args: Args, output: &Output) -> Result<()> {
+pub fn run(args: Args, output: &Output) -> Result<()> {
     let start = Instant::now();
-    let outputs = Outputs::plan(&args)?;
+    let mut prompts = Prompts::read(&args)?;
+    let outputs = Outputs::plan(&args, &prompts)?;
     let device = args.device.open()?;
     let base = Base::open(&args.base, &args.base_options)?;
     let plan = match args.prompt.is_empty() {
@@ -68,7 +70,7 @@ pub fn run(mut args: Args, output: &Output) -> Result<()> {
         progress::note(format_args!(
             "the LoRA needs `{words}` in the prompt; `gen` puts it in front where it is not there"
         ));
-        args.prompt.iter_mut().for_each(|prompt| *prompt = hyperlora::with_trigger(prompt, words));
+        prompts.texts.iter_mut().for_each(|prompt| *prompt = hyperlora::with_trigger(prompt, words));
     }
     if let Some((plan, model)) = plan {
         if args.base == BUILT_IN {
@@ -78,10 +80,17 @@ pub fn run(mut args: Args, output: &Output) -> Result<()> {
             );
         }
         let clock = Stage::begin("reading LoRAs");
-        let loras = lora_stack(&args, person.as_ref(), &base)?;
+        let loras = lora_stack(&args, &prompts, person.as_ref(), &base)?;
         clock.end();
         report["loras"] = loras.check(&model)?;
-        let images = Images { args: &args, plan: &plan, model: &model, base: &base_id, loras: &loras };
+        let images = Images {
+            args: &args,
+            plan: &plan,
+            prompts: &prompts,
+            model: &model,
+            base: &base_id,
+            loras: &loras,
+        };
         report["pictures"] = images.generate(&outputs.images, output)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
@@ -91,8 +100,8 @@ pub fn run(mut args: Args, output: &Output) -> Result<()> {
     Ok(())
 }
 
-/// The person's LoRA and those of `--lora`.
-fn lora_stack(args: &Args, person: Option<&Person>, base: &Base) -> Result<LoraStack> {
+/// The person's LoRA, and those of `--lora` and of the prompts.
+fn lora_stack(args: &Args, prompts: &Prompts, person: Option<&Person>, base: &Base) -> Result<LoraStack> {
     let mut stack = LoraStack {
         loras: Vec::new(),
         mode: args.lora_mode,
@@ -107,8 +116,7 @@ fn lora_stack(args: &Args, person: Option<&Person>, base: &Base) -> Result<LoraS
         let scale = args.lora_scale.unwrap_or(person.scale);
         stack.push(&person.lora, &name, scale, args.lora_format, &base.block_layout)?;
     }
-    for text in &args.lora {
-        let (path, strength) = BlockWeights::split(text)?;
+    for (path, strength) in prompts.all_loras(args)? {
         stack.push_file(&path, strength, &base.block_layout)?;
     }
     Ok(stack)

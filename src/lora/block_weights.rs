@@ -18,6 +18,12 @@ impl BlockWeights {
         Self { everywhere: weight, parts: Vec::new() }
     }
 
+    /// One weight for the text encoders, another for all else.
+    pub fn te_and_unet(te: f64, unet: f64) -> Self {
+        let parts = ["text_encoder", "text_encoder_2"].map(|prefix| (prefix.to_string(), te));
+        Self { everywhere: unet, parts: if te == unet { Vec::new() } else { parts.into() } }
+    }
+
     /// The weight of a module, by its path as in [`Lora`](super::Lora).
     pub fn of(&self, module: &str) -> f64 {
         let below = |prefix: &str| match prefix {

@@ -22,6 +22,8 @@ pub(super) fn kind(key: &str) -> Option<&'static str> {
         (".miss_", "MiSS"),
         (".delora_", "DeLoRA"),
         (".road_theta", "RoAd"),
+        (".set_weight", "a weight that ComfyUI replaces"),
+        (".reshape_weight", "a weight that ComfyUI reshapes"),
         (".modules_to_save.", "a layer that PEFT saved whole (`modules_to_save`)"),
     ];
     kinds.into_iter().find_map(|(mark, kind)| key.contains(mark).then_some(kind))

@@ -4,6 +4,7 @@
 
 pub mod architecture;
 mod blocks;
+mod chunks;
 pub mod counts;
 pub mod folder;
 pub mod infotext;
@@ -12,6 +13,7 @@ pub mod loader;
 pub mod lora_stack;
 pub mod pipeline;
 pub mod preview;
+pub mod prompt;
 pub mod single_file;
 pub mod text;
 pub mod tokenizer;

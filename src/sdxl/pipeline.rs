@@ -245,7 +245,11 @@ impl Denoiser<'_> {
             shape[0] = b;
             Ok(Tensor::cat(&[&uncond.broadcast_as(shape)?.contiguous()?, cond], 0)?.to_dtype(dtype)?)
         };
-        let context = both(&prompts.context, &negative.context)?;
+        let (prompt, unconditional) = match guided {
+            true => equally_long(&prompts.context, &negative.context)?,
+            false => (prompts.context.clone(), negative.context.clone()),
+        };
+        let context = both(&prompt, &unconditional)?;
         let pooled = both(&prompts.pooled, &negative.pooled)?;
         let (rows, device) = (context.dim(0)?, context.device());
         let sizes = params.sizes.unwrap_or(Sizes::of(self.factor * w, self.factor * h));
@@ -281,6 +285,17 @@ impl Denoiser<'_> {
         ensure!(is_finite(&latents)?, "the latents are NaN or infinite after the last step");
         Ok(latents)
     }
+}
+
+/// Two contexts (B, N, D) and (1, M, D) of the same length: each repeated as a whole, which attention does not see, since
+/// equal keys share what one of them would get.
+fn equally_long(one: &Tensor, two: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (n, m) = (one.dim(1)?, two.dim(1)?);
+    let mut length = n.max(m);
+    while !(length.is_multiple_of(n) && length.is_multiple_of(m)) {
+        length += n.max(m);
+    }
+    Ok((one.repeat((1, length / n, 1))?, two.repeat((1, length / m, 1))?))
 }
 
 /// Images (B, 3, h·f, w·f) in about [−1, 1], f32, of the diffusion model's latents (B, C, h, w).

@@ -233,7 +233,7 @@ impl ClipTextModel {
     }
 
     /// Width of a token, D.
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.position_embedding.dims()[1]
     }
 

@@ -34,7 +34,20 @@ const PATTERN: &str =
 #[derive(Clone)]
 pub struct ClipTokenizer {
     tokenizer: Tokenizer,
+    /// The same without cutting and padding.
+    whole: Tokenizer,
     max_length: usize,
+    special: SpecialTokens,
+}
+
+/// Numbers of tokens that a sequence is built with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SpecialTokens {
+    pub(super) begin: u32,
+    pub(super) end: u32,
+    pub(super) pad: u32,
+    /// Of `,</w>`, where the vocabulary has it.
+    pub(super) comma: Option<u32>,
 }
 
 impl ClipTokenizer {
@@ -86,6 +99,16 @@ impl ClipTokenizer {
         Ok(prompt.get(start..).map(str::trim).filter(|end| !end.is_empty()))
     }
 
+    /// The numbers of the tokens in `text` alone, however many.
+    pub(super) fn tokens(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.whole.encode(text, false).map_err(|error| anyhow!(error))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    pub(super) fn special(&self) -> SpecialTokens {
+        self.special
+    }
+
     /// The numbers of several prompts: (B, N) of `u32`.
     pub fn encode_batch(&self, prompts: &[&str], device: &Device) -> Result<Tensor> {
         let mut ids = Vec::with_capacity(prompts.len() * self.max_length);
@@ -109,6 +132,8 @@ impl ClipTokenizer {
             vocab.get(token).copied().with_context(|| format!("the special token `{token}` is not in it"))
         };
         let (bos_id, eos_id, pad_id) = (number(&bos)?, number(&eos)?, number(&pad)?);
+        let comma = vocab.get(&format!(",{WORD_END}")).copied();
+        let special = SpecialTokens { begin: bos_id, end: eos_id, pad: pad_id, comma };
         let model = BPE::builder()
             .vocab_and_merges(vocab.clone().into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges)
             .unk_token(unk)
@@ -123,6 +148,7 @@ impl ClipTokenizer {
             RobertaProcessing::new((eos, eos_id), (bos, bos_id)).trim_offsets(false).add_prefix_space(false),
         ));
         tokenizer.add_tokens(config.added_tokens()).map_err(fail)?;
+        let whole = tokenizer.clone();
         let truncation = TruncationParams { max_length, ..TruncationParams::default() };
         tokenizer.with_truncation(Some(truncation)).map_err(fail)?;
         tokenizer.with_padding(Some(PaddingParams {
@@ -131,7 +157,7 @@ impl ClipTokenizer {
             pad_token: pad,
             ..PaddingParams::default()
         }));
-        Ok(Self { tokenizer, max_length })
+        Ok(Self { tokenizer, whole, max_length, special })
     }
 }
 

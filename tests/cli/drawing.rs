@@ -260,7 +260,17 @@ fn a_long_prompt_is_drawn_with_a_warning_that_says_what_was_cut() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("x.png");
     let long = "a photo of a person, ".repeat(30) + "Red Background";
-    let run = difflora(&["gen", "--prompt", &long, "--steps", "1", "--out", text(&out)]);
+    let run = difflora(&[
+        "gen",
+        "--prompt",
+        &long,
+        "--prompt-syntax",
+        "plain",
+        "--steps",
+        "1",
+        "--out",
+        text(&out),
+    ]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     let warned = run.stderr.lines().find(|line| line.starts_with("warning:")).unwrap();
     assert!(warned.contains("tokens") && warned.ends_with("Red Background"), "{warned}");

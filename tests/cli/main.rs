@@ -13,6 +13,7 @@ mod lora_files;
 mod models;
 mod options;
 mod own_files;
+mod prompts;
 mod train_dit;
 mod train_lae;
 mod train_lora;

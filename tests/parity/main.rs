@@ -5,6 +5,7 @@
 //! | UNet, VAE, CLIP text and image encoders | diffusers, transformers: outputs and every gradient | small random models |
 //! | seven samplers: timesteps, sigmas, results | diffusers, 310 settings: tables to 1e-6, results to 1e-5 | – |
 //! | text to image | diffusers' `StableDiffusionXLPipeline`, 208 cases: latents to 5e-6, pixels to 1/255 | four small random models, two with the shapes of SSD-1B, KOALA and LCM |
+//! | weighted prompts | A1111 (auto1111sdk 0.0.95) and ComfyUI: pieces, contexts to 1e-4, 25 prompts | a small random model |
 //! | LoRA files (kohya with LDM and diffusers names, PEFT) | diffusers and peft: ΔW, both ways | small random models |
 //! | LoCon, LoHa, LoKr, full, norms, IA3, OFT, BOFT, GLoRA, DoRA | LyCORIS and peft: ΔW, 1e-5 relative | small random layers |
 //! | LoRA key names | ComfyUI's and A1111's rules; stable-diffusion.cpp's conversion (`scripts/check_sdcpp.py`): 2166, 2166 and 1444 tensors of the three spellings, all matched | 722 modules of SDXL |
@@ -30,6 +31,7 @@ mod lora_damage;
 mod lora_kinds;
 mod lora_round_trip;
 mod pipeline;
+mod prompts;
 mod samplers;
 mod sdxl_parts;
 mod single_file;

@@ -10,6 +10,7 @@ use crate::lora::file::Format;
 use crate::registry::{BUILT_IN, BaseOptions};
 use crate::sdxl::lora_stack::LoraMode;
 use crate::sdxl::pipeline::{Sampler, Tiling};
+use crate::sdxl::prompt::PromptSyntax;
 
 /// Arguments of `difflora gen`.
 ///
@@ -29,6 +30,12 @@ pub struct Args {
     /// Negative prompt.
     #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
     pub(super) negative_prompt: Option<String>,
+    /// Syntax of the prompts: a1111 reads (word:1.2), [word], BREAK and <lora:NAME:WEIGHT>; plain reads text.
+    #[arg(help_heading = "Input", long, value_enum, default_value = "a1111", env = "DIFFLORA_PROMPT_SYNTAX")]
+    pub(super) prompt_syntax: PromptSyntax,
+    /// Folder of the LoRAs that prompts call as <lora:NAME:WEIGHT> [default: the working folder].
+    #[arg(help_heading = "Model", long, value_name = "DIR", env = "DIFFLORA_LORA_DIR")]
+    pub(super) lora_dir: Option<PathBuf>,
     /// Hypernetwork: tiny (built in), hyperlora or hyperlora:edit (HyperLoRA's released weights for SDXL, after `difflora
     /// models pull`), a folder, or a hub repository owner/name[@revision].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = BUILT_IN, env = "DIFFLORA_HYPERNET")]

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::commands::r#gen::Args;
 use crate::commands::r#gen::plan::Plan;
+use crate::commands::r#gen::prompts::Prompts;
 use crate::diffusion::noise;
 use crate::files;
 use crate::image::Image;
@@ -17,6 +18,7 @@ use crate::sdxl::infotext::Settings;
 use crate::sdxl::lora_stack::LoraStack;
 use crate::sdxl::pipeline::{Denoiser, SdxlLoader, Step, decode};
 use crate::sdxl::preview::LatentColours;
+use crate::sdxl::prompt::PromptSyntax;
 use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
 use crate::sdxl::vae::Vae;
@@ -26,6 +28,7 @@ use crate::weights::model_id::ModelId;
 pub(super) struct Images<'a> {
     pub args: &'a Args,
     pub plan: &'a Plan,
+    pub prompts: &'a Prompts,
     pub model: &'a SdxlLoader,
     pub base: &'a ModelId,
     pub loras: &'a LoraStack,
@@ -36,7 +39,7 @@ impl Images<'_> {
     ///
     /// Each component is freed before the next is loaded: text encoders, UNet, VAE.
     pub(super) fn generate(&self, paths: &[PathBuf], output: &Output) -> Result<Value> {
-        let Self { args, plan, model, base, loras } = *self;
+        let Self { args, plan, model, base, loras, .. } = *self;
         let (prompts, negative) = self.encode()?;
         let mut vae = None;
         let preview = match args.preview {
@@ -50,8 +53,8 @@ impl Images<'_> {
         for (k, path) in paths.iter().enumerate() {
             let which = k / args.num_images as usize;
             let settings = Settings {
-                prompt: &args.prompt[which],
-                negative_prompt: args.negative_prompt.as_deref(),
+                prompt: &self.prompts.texts[which],
+                negative_prompt: self.prompts.negative.as_deref(),
                 sampler: plan.params.sampler,
                 steps: args.steps,
                 guidance: args.guidance,
@@ -111,11 +114,13 @@ impl Images<'_> {
     /// Each prompt's conditioning, and that of the negative prompt. The text encoders are freed on return.
     fn encode(&self) -> Result<(Vec<TextConditioning>, TextConditioning)> {
         let Self { args, model, .. } = *self;
+        let Prompts { texts, negative, syntax, .. } = self.prompts;
         let clock = Stage::begin("loading the text encoders");
         let mut text = model.load_text()?;
         self.loras.apply_to_text(&mut text)?;
         clock.end();
-        for prompt in args.prompt.iter().chain(&args.negative_prompt) {
+        let plain = texts.iter().chain(negative).filter(|_| *syntax == PromptSyntax::Plain);
+        for prompt in plain {
             if let Some(end) = text.cut(prompt)? {
                 let most = text.tokenizer.max_length();
                 progress::warn(format_args!(
@@ -125,9 +130,12 @@ impl Images<'_> {
         }
         let clock = Stage::begin("encoding the prompts");
         let negative = match model.unet.takes_two_passes(args.guidance) {
-            true => model.negative(&text, args.negative_prompt.as_deref())?,
+            true => match negative {
+                Some(prompt) => text.encode(prompt, *syntax)?,
+                None => model.negative(&text, None)?,
+            },
             false => {
-                if args.negative_prompt.is_some() {
+                if negative.is_some() {
                     progress::note(
                         "the negative prompt has no effect: guidance is disabled (--guidance 1 or less)",
                     );
@@ -135,7 +143,7 @@ impl Images<'_> {
                 text.zeros()? // not used by a single pass
             }
         };
-        let prompts = args.prompt.iter().map(|prompt| text.encode_prompts(&[prompt]));
+        let prompts = texts.iter().map(|prompt| text.encode(prompt, *syntax));
         let prompts = prompts.collect::<Result<_>>()?;
         clock.end();
         Ok((prompts, negative))

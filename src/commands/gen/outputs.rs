@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::commands::r#gen::Args;
+use crate::commands::r#gen::prompts::Prompts;
 use crate::failure::Failure;
 use crate::files;
 use crate::identity::photos::Photos;
 use crate::image::FileFormat;
-use crate::lora::block_weights::BlockWeights;
 use crate::sdxl::lora_stack::LoraMode;
 
 /// The output paths, checked before the work begins.
@@ -19,7 +19,7 @@ pub(super) struct Outputs {
 }
 
 impl Outputs {
-    pub(super) fn plan(args: &Args) -> Result<Self> {
+    pub(super) fn plan(args: &Args, prompts: &Prompts) -> Result<Self> {
         args.identity.check(!args.reference.is_empty())?;
         if !args.has_person() && args.prompt.is_empty() {
             return Err(Failure::Usage(
@@ -63,7 +63,7 @@ impl Outputs {
             (1..=count).map(numbered).collect()
         };
         let outputs: Vec<&Path> = images.iter().chain(&lora).map(PathBuf::as_path).collect();
-        files::refuse_inputs(&outputs, &inputs(args)?)?;
+        files::refuse_inputs(&outputs, &inputs(args, prompts)?)?;
         if let Some(folder) = args.out.as_deref().filter(|_| folder) {
             let why = || format!("cannot make the folder `{}`", folder.display());
             std::fs::create_dir_all(folder).with_context(why)?;
@@ -84,13 +84,11 @@ fn ends_in_separator(path: &Path) -> bool {
 }
 
 /// The files that the command reads: photos and LoRAs.
-fn inputs(args: &Args) -> Result<Vec<PathBuf>> {
+fn inputs(args: &Args, prompts: &Prompts) -> Result<Vec<PathBuf>> {
     let mut inputs: Vec<PathBuf> = args.identity.mixed()?.into_iter().map(|(photo, _)| photo).collect();
     if !args.reference.is_empty() {
         inputs.extend(Photos::find(&args.reference)?.paths().map(Path::to_path_buf));
     }
-    for lora in &args.lora {
-        inputs.push(BlockWeights::split(lora)?.0);
-    }
+    inputs.extend(prompts.all_loras(args)?.into_iter().map(|(path, _)| path));
     Ok(inputs)
 }

@@ -1,0 +1,84 @@
+//! Prompts in the syntaxes of A1111 and ComfyUI against their own code (`scripts/golden_prompts.py`).
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use clap::ValueEnum;
+use difflora::sdxl::prompt::{Piece, PromptSyntax, parse_a1111, parse_comfyui};
+use difflora::sdxl::text::TextEncoders;
+use difflora::weights::model_folder::ModelFiles;
+use serde::Deserialize;
+
+use super::golden::Golden;
+
+#[derive(Deserialize)]
+struct Case {
+    syntax: String,
+    prompt: String,
+    pieces: Vec<(String, f64)>,
+}
+
+fn encoders() -> TextEncoders {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/pipeline/two");
+    TextEncoders::open(&ModelFiles::folder(folder).unwrap(), DType::F32, &Device::Cpu).unwrap()
+}
+
+fn apart(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let norm = |x: &Tensor| f64::from(x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
+    norm(&(a - b).unwrap()) / norm(b)
+}
+
+/// Runs of equal weight joined, without those that are empty: ComfyUI leaves them apart.
+fn joined(pieces: impl Iterator<Item = (String, f64)>) -> Vec<(String, f64)> {
+    let mut all: Vec<(String, f64)> = Vec::new();
+    for (text, weight) in pieces.filter(|(text, _)| !text.is_empty()) {
+        match all.last_mut() {
+            Some((before, same)) if (*same - weight).abs() < 1e-9 => before.push_str(&text),
+            _ => all.push((text, weight)),
+        }
+    }
+    all
+}
+
+#[test]
+fn weighted_prompts_are_those_of_a1111_and_comfyui() {
+    let (golden, text) = (Golden::open("prompts"), encoders());
+    let cases: Vec<Case> = golden.json("cases");
+    let mut weighted = 0;
+    for (number, Case { syntax, prompt, pieces }) in cases.iter().enumerate() {
+        let syntax = PromptSyntax::from_str(syntax, false).unwrap();
+        let ours = if syntax == PromptSyntax::A1111 { parse_a1111(prompt) } else { parse_comfyui(prompt) };
+        let ours = ours.into_iter().map(|piece| match piece {
+            Piece::Text(text, weight) => (text, weight),
+            Piece::Break => ("BREAK".to_string(), -1.0),
+        });
+        let (ours, theirs) = (joined(ours), joined(pieces.iter().cloned()));
+        let same = |((a, v), (b, w)): (&(String, f64), &(String, f64))| a == b && (v - w).abs() < 1e-9;
+        assert!(
+            ours.len() == theirs.len() && ours.iter().zip(&theirs).all(same),
+            "{prompt}: {ours:?} {theirs:?}"
+        );
+        weighted += usize::from(theirs.iter().any(|(_, weight)| *weight != 1.0));
+        let encoded = text.encode(prompt, syntax).unwrap();
+        let context = apart(&encoded.context, &golden.get(&format!("{number}.context")));
+        let pooled = apart(&encoded.pooled, &golden.get(&format!("{number}.pooled")));
+        // The mean that A1111 restores is close to zero, and its f32 sum in another order a little off.
+        assert!(context < 1e-4 && pooled < 1e-5, "{syntax:?} `{prompt}`: {context:.1e} {pooled:.1e}");
+    }
+    assert!(weighted > 10, "{weighted}");
+}
+
+#[test]
+fn plain_prompts_are_the_same_in_every_syntax() {
+    let text = encoders();
+    let prompt = "a photo of a person, smiling";
+    let plain = text.encode(prompt, PromptSyntax::Plain).unwrap();
+    for syntax in [PromptSyntax::A1111, PromptSyntax::Comfyui] {
+        let other = text.encode(prompt, syntax).unwrap();
+        assert_eq!(apart(&other.context, &plain.context), 0.0);
+        assert_eq!(apart(&other.pooled, &plain.pooled), 0.0);
+    }
+    let weighted = text.encode("a photo of a person, (smiling:1.3)", PromptSyntax::A1111).unwrap();
+    assert!(apart(&weighted.context, &plain.context) > 1e-3);
+}
