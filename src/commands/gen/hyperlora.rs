@@ -52,17 +52,16 @@ pub(super) fn predict(
     let lora = network.lora(files, &network.coefficients(&conditions)?)?;
     clock.end();
 
-    let recorded = vec![
-        (metadata::TRIGGER_PHRASE, TRIGGER.to_string()),
-        ("difflora.hypernet_sha256", hypernet_sha256(files)?),
-        ("difflora.face_encoder", face_id.name),
-        ("difflora.face_encoder_sha256", face_id.sha256),
-        ("difflora.image_encoder", image_id.name),
-        ("difflora.image_encoder_sha256", image_id.sha256),
-    ];
     let predicted = Predicted {
         lora,
-        metadata: recorded,
+        metadata: vec![
+            (metadata::TRIGGER_PHRASE, TRIGGER.to_string()),
+            ("difflora.hypernet_sha256", hypernet_sha256(files)?),
+            ("difflora.face_encoder", face_id.name),
+            ("difflora.face_encoder_sha256", face_id.sha256),
+            ("difflora.image_encoder", image_id.name),
+            ("difflora.image_encoder_sha256", image_id.sha256),
+        ],
         gates: Vec::new(),
         seed: args.identity.seed(),
         own_downs: true,
@@ -194,10 +193,8 @@ mod tests {
         let error = check_recogniser(&id("buffalo_l", buffalo)).unwrap_err().to_string();
         assert!(error.contains("antelopev2") && error.contains("buffalo_l"), "{error}");
         assert!(check_recogniser(&id("mobilefacenet512", "0123")).is_err());
-        assert!(
-            check_recogniser(&id("antelopev2", catalog::find("antelopev2").unwrap().recogniser.sha256))
-                .is_ok()
-        );
+        let antelope = catalog::find("antelopev2").unwrap().recogniser.sha256;
+        assert!(check_recogniser(&id("antelopev2", antelope)).is_ok());
         assert!(check_recogniser(&id("mine", "0123")).is_ok());
     }
 }

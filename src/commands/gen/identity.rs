@@ -77,11 +77,8 @@ impl IdentityOptions {
         if let Some(vary) = self.vary.filter(|vary| !(0.0..=1.0).contains(vary)) {
             return usage(format!("--vary {vary}: it goes from 0, the person, to 1, anybody"));
         }
-        if !(self.identity_eta >= 0.0 && self.identity_eta.is_finite()) {
+        if self.identity_eta < 0.0 {
             return usage(format!("--identity-eta {}: it is 0 or more", self.identity_eta));
-        }
-        if !self.identity_strength.is_finite() {
-            return usage(format!("--identity-strength {}: it is a number", self.identity_strength));
         }
         if !photos && self.mix.is_empty() && (self.vary.is_some() || self.refine.is_some()) {
             return usage("--vary and --refine need --ref: they change the LoRA of a person".into());
@@ -144,15 +141,10 @@ impl IdentityOptions {
             ("--identity-strength", self.identity_strength != 1.0),
             ("--vary", self.vary.is_some()),
         ];
-        match given.into_iter().find(|(_, given)| *given) {
-            Some((option, _)) => {
-                let why = format!(
-                    "{option} is for hypernetworks that sample; HyperLoRA predicts the LoRA in one pass"
-                );
-                Err(Failure::Usage(why).into())
-            }
-            None => Ok(()),
-        }
+        let Some((option, _)) = given.into_iter().find(|(_, given)| *given) else { return Ok(()) };
+        let why =
+            format!("{option} is for hypernetworks that sample; HyperLoRA predicts the LoRA in one pass");
+        Err(Failure::Usage(why).into())
     }
 
     /// How far from the person, where that is asked for.
