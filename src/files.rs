@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use anyhow::{Context, Result};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::failure::Failure;
 
@@ -42,9 +42,7 @@ fn write_beside(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> Result<()>
             std::io::copy(&mut File::open(whole.path())?, &mut device)?;
             return Ok(());
         }
-        let folder = folder_of(&target);
-        remove_leftovers(folder);
-        let mut beside = temporary().tempfile_in(folder)?;
+        let mut beside = temporary_file(&target)?;
         let permissions = match before {
             Some(before) => before.permissions(),
             None => beside.as_file().metadata()?.permissions(),
@@ -59,8 +57,22 @@ fn write_beside(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> Result<()>
     write().with_context(|| format!("cannot write `{}`", path.display()))
 }
 
+/// A temporary file beside `path`. Those that killed processes left there are removed.
+pub fn temporary_file(path: &Path) -> std::io::Result<NamedTempFile> {
+    let folder = folder_of(path);
+    remove_leftovers(folder);
+    temporary().tempfile_in(folder)
+}
+
+/// A temporary folder beside `path`. Those that killed processes left there are removed.
+pub fn temporary_folder(path: &Path) -> std::io::Result<TempDir> {
+    let folder = folder_of(path);
+    remove_leftovers(folder);
+    tempfile::Builder::new().prefix(&temporary_prefix()).tempdir_in(folder)
+}
+
 /// Names of temporary files begin with the machine and the process that writes them.
-pub fn temporary_prefix() -> String {
+fn temporary_prefix() -> String {
     format!(".difflora-{}-{}-", machine(), std::process::id())
 }
 
@@ -414,5 +426,11 @@ mod tests {
         std::fs::write(&alive, b"").unwrap();
         write_whole(&folder.path().join("file"), b"").unwrap();
         assert!(!dead.exists() && alive.exists());
+
+        let other = tempfile::tempdir().unwrap();
+        let dead = other.path().join(dead.file_name().unwrap());
+        std::fs::create_dir_all(dead.join("unet")).unwrap();
+        let beside = temporary_folder(&other.path().join("model")).unwrap();
+        assert!(!dead.exists() && beside.path().exists());
     }
 }

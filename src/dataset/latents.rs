@@ -43,10 +43,7 @@ impl LatentFile {
             }
         }
         let cannot = || format!("cannot write `{}`", path.display());
-        let mut beside = tempfile::Builder::new()
-            .prefix(".difflora-")
-            .tempfile_in(files::folder_of(path))
-            .with_context(cannot)?;
+        let mut beside = files::temporary_file(path).with_context(cannot)?;
         beside.write_all(&header).with_context(cannot)?;
         let bar = progress::bar(people as u64, "encoding");
         for from in (0..people).step_by(CHUNK) {

@@ -149,8 +149,7 @@ impl<'a> Merge<'a> {
         };
         let changed: Vec<&WeightFile> = self.files.iter().filter(touched).collect();
         let beside =
-            tempfile::Builder::new().prefix(&files::temporary_prefix()).tempdir_in(files::folder_of(out));
-        let beside = beside.with_context(|| format!("cannot make `{}`", out.display()))?;
+            files::temporary_folder(out).with_context(|| format!("cannot make `{}`", out.display()))?;
         for name in file_names(self.base)? {
             progress::check()?;
             let target = beside.path().join(&name);
