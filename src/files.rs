@@ -24,9 +24,15 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Re
     write_beside(path, |beside| fill(beside.as_file_mut()))
 }
 
-/// The same where the temporary file is opened, or replaced, by its name.
+/// The same where `fill` makes the file by its name; in a folder of its own, since it may open temporary files of its own
+/// beside that name.
 pub fn write_at(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    write_beside(path, |beside| fill(beside.path()))
+    write_beside(path, |beside| {
+        let folder = temporary_folder(beside.path())?;
+        let file = folder.path().join("file");
+        fill(&file)?;
+        Ok(std::fs::rename(file, beside.path())?)
+    })
 }
 
 fn write_beside(path: &Path, fill: impl FnOnce(&mut NamedTempFile) -> Result<()>) -> Result<()> {
@@ -432,5 +438,13 @@ mod tests {
         std::fs::create_dir_all(dead.join("unet")).unwrap();
         let beside = temporary_folder(&other.path().join("model")).unwrap();
         assert!(!dead.exists() && beside.path().exists());
+        drop(beside);
+        let fill = |path: &Path| {
+            assert_ne!(path.parent(), Some(other.path()), "a killed `fill` would leave its files there");
+            Ok(std::fs::write(path, b"whole")?)
+        };
+        write_at(&other.path().join("state"), fill).unwrap();
+        assert_eq!(std::fs::read(other.path().join("state")).unwrap(), b"whole");
+        assert_eq!(std::fs::read_dir(other.path()).unwrap().count(), 1);
     }
 }
