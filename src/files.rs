@@ -312,7 +312,7 @@ impl FolderLock {
 
 impl Drop for FolderLock {
     fn drop(&mut self) {
-        // Before the lock is released, so that nobody's file is removed.
+        // Before the lock is released, so that no other process's file is removed.
         let _ = std::fs::remove_file(&self.path);
     }
 }

@@ -81,7 +81,7 @@ impl Rendering {
 }
 
 impl Renderer {
-    /// Encodes `captions` and draws the noise of their `scenes`, at the base's native size.
+    /// Encodes `captions` and samples the noise of their `scenes`, at the base's native size.
     pub fn batch(&self, scenes: &[Scene], captions: &[String], sampling: &Sampling) -> Result<PromptBatch> {
         let size = self.model.native_size();
         let shape = self.model.latent_shape(size, size)?;

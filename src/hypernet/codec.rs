@@ -157,7 +157,7 @@ impl LoraCodec {
     /// One latent z (1, L) → the LoRA.
     ///
     /// # Errors
-    /// Values that are not finite: better no file than one that draws black images.
+    /// Values that are not finite: better no file than one that gives black images.
     pub fn lora(&self, z: &Tensor) -> Result<Lora> {
         let vector = self.decode(z)?.squeeze(0)?.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
         ensure!(

@@ -31,7 +31,7 @@ impl Image {
         Self { width, height, rgb: colour.repeat(width * height) }
     }
 
-    /// The image in a tensor of shape (3, height, width) with values in −1…1, as the VAE draws them.
+    /// The image in a tensor of shape (3, height, width) with values in −1…1, as the VAE decodes them.
     ///
     /// # Errors
     /// Numbers that are not finite, or another shape.

@@ -109,10 +109,10 @@ impl Reading<'_> {
 
 /// Sentences about the parts of a file that are not used, whose keys are `unknown`.
 fn left_out(file: &mut (impl Read + Seek), unknown: &[String]) -> Result<Vec<String>> {
-    let mut told = Vec::new();
+    let mut warnings = Vec::new();
     let tokens: Vec<String> = bundled_embeddings(unknown).into_iter().map(String::from).collect();
     if !tokens.is_empty() {
-        told.push(format!(
+        warnings.push(format!(
             "it brings textual inversion embeddings for {}, which are not used; in a prompt these words have the \
              meaning that the base gives them, and the likeness is weaker",
             listed(&tokens)
@@ -125,7 +125,7 @@ fn left_out(file: &mut (impl Read + Seek), unknown: &[String]) -> Result<Vec<Str
         let all: f64 = header.tensors.iter().map(|entry| size(&entry)).sum();
         let lost: f64 =
             header.tensors.iter().filter(|entry| others.contains(&entry.key)).map(|e| size(&e)).sum();
-        told.push(format!(
+        warnings.push(format!(
             "{} of {} tensors, {:.0} % of its weights, belong to no known layer and are left out: {}",
             others.len(),
             header.tensors.len(),
@@ -133,7 +133,7 @@ fn left_out(file: &mut (impl Read + Seek), unknown: &[String]) -> Result<Vec<Str
             listed_for_user(&others)
         ));
     }
-    Ok(told)
+    Ok(warnings)
 }
 
 /// The weights of a LoRA that was saved as a folder: PEFT's, diffusers', or the only `.safetensors` there is; for a

@@ -127,7 +127,7 @@ impl DatasetBuilder {
     }
 
     /// Latents of `people` in the training scenes of `seed`, with the captions.
-    fn lessons(&self, people: &[Person], seed: u64) -> Result<LockstepDataset> {
+    fn training_set(&self, people: &[Person], seed: u64) -> Result<LockstepDataset> {
         let ImageSettings { world, size, scenes, .. } = self.settings.images;
         let scenes = training_scenes(world, seed, scenes);
         let captions = training_captions(world, &scenes, seed);
@@ -164,9 +164,9 @@ impl DatasetBuilder {
             // A population of its own.
             let people = population(self.settings.people.seed ^ 0xba515, 1..=basis.people);
             let recipe = LockstepConfig { steps: basis.steps, ..recipe.clone() };
-            let lessons = self.lessons(&people, self.settings.images.seed)?;
+            let data = self.training_set(&people, self.settings.images.seed)?;
             let bar = progress::bar(basis.steps, "basis");
-            downs = lockstep::train_shared_down(self.frozen(), &downs, &lessons, &recipe, |loss| {
+            downs = lockstep::train_shared_down(self.frozen(), &downs, &data, &recipe, |loss| {
                 bar.set_message(format!("loss {:.4}", loss / basis.people as f64));
                 bar.inc(1);
                 progress::check()
@@ -225,12 +225,12 @@ impl DatasetBuilder {
         let bar = progress::bar(2 * self.settings.recipe.steps, "repeatability");
         let mut runs = Vec::new();
         for again in 0..2u64 {
-            let lessons = self.lessons(&people, self.settings.images.seed + 1000 * again)?;
+            let data = self.training_set(&people, self.settings.images.seed + 1000 * again)?;
             let recipe = LockstepConfig {
                 seed: self.settings.recipe.seed + 1000 * again,
                 ..self.settings.recipe.clone()
             };
-            let loras = lockstep::train(self.frozen(), downs, &lessons, &recipe, |_| {
+            let loras = lockstep::train(self.frozen(), downs, &data, &recipe, |_| {
                 bar.inc(1);
                 progress::check()
             })?;
@@ -365,11 +365,11 @@ impl DatasetBuilder {
         known_loss: Option<f64>,
     ) -> Result<Vec<Finished>> {
         let people = population(self.settings.people.seed, numbers.iter().copied());
-        let lessons = self.lessons(&people, self.settings.images.seed)?;
+        let data = self.training_set(&people, self.settings.images.seed)?;
         let (mut loss, mut losses) = (0.0, 0.0);
         let steps = self.settings.recipe.steps;
         let mut step = 0;
-        let loras = lockstep::train(self.frozen(), downs, &lessons, &self.settings.recipe, |value| {
+        let loras = lockstep::train(self.frozen(), downs, &data, &self.settings.recipe, |value| {
             step += 1;
             if 10 * step > 9 * steps {
                 (loss, losses) = (loss + value / people.len() as f64, losses + 1.0);

@@ -88,7 +88,7 @@ fn of_index(index: &Value, unet: &Value) -> Option<String> {
             "it is the SDXL refiner, which improves images of another model; give the base model"
         }
         "StableDiffusionXLInpaintPipeline" if unet["in_channels"] == 9 => {
-            "it is an SDXL inpainting model; give one that draws from text alone"
+            "it is an SDXL inpainting model; give a text-to-image model"
         }
         _ if class.starts_with("StableDiffusionXL") => return None,
         _ if class.starts_with("StableDiffusion3") => "it is Stable Diffusion 3, which is no SDXL",
@@ -100,7 +100,7 @@ fn of_index(index: &Value, unet: &Value) -> Option<String> {
             "it is Stable Diffusion 2, which is no SDXL"
         }
         "" => "it has no `_class_name`",
-        other => return Some(format!("it is a `{other}`; difflora draws with `StableDiffusionXLPipeline`")),
+        other => return Some(format!("it is a `{other}`; difflora needs a `StableDiffusionXLPipeline`")),
     };
     Some(it.to_string())
 }
@@ -134,7 +134,7 @@ pub(super) fn of_tensors(shapes: &Shapes) -> Option<String> {
         .get("model.diffusion_model.input_blocks.0.0.weight")
         .is_some_and(|s| s.get(1) == Some(&9))
     {
-        "it is an SDXL inpainting model; give one that draws from text alone"
+        "it is an SDXL inpainting model; give a text-to-image model"
     } else {
         return None;
     };

@@ -213,7 +213,7 @@ impl ClipTextModel {
         );
         let full = vb.pp("text_model");
         let inner = if full.contains_tensor("final_layer_norm.weight") { full } else { vb.clone() };
-        // transformers draws both with this deviation.
+        // transformers initialises both with this deviation.
         let init = Init::Randn { mean: 0.0, stdev: 0.02 };
         let table = |rows: usize, name: &str| {
             inner.pp("embeddings").pp(name).get_with_hints((rows, width), "weight", init)

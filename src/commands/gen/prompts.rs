@@ -54,14 +54,17 @@ impl Prompts {
             }
             negative = Some(text);
         }
-        let mut told: Vec<&str> = Vec::new();
+        let mut unsupported: Vec<&str> = Vec::new();
         for text in texts.iter().chain(&negative) {
-            told.extend(not_supported(text, syntax));
+            unsupported.extend(not_supported(text, syntax));
         }
-        told.sort_unstable();
-        told.dedup();
-        if !told.is_empty() {
-            progress::warn(format_args!("not supported in prompts, and read as text: {}", told.join(", ")));
+        unsupported.sort_unstable();
+        unsupported.dedup();
+        if !unsupported.is_empty() {
+            progress::warn(format_args!(
+                "not supported in prompts, and read as text: {}",
+                unsupported.join(", ")
+            ));
         }
         let emphasised = |text: &&String| emphasis(text, syntax).is_some();
         if let Some((word, weight)) =

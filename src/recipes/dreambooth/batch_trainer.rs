@@ -276,7 +276,7 @@ impl BatchTrainer {
         Ok(trainers.iter_mut().zip(gradients).map(apply).collect())
     }
 
-    /// Draws a sheet when its time has come.
+    /// Writes a contact sheet at the steps that ask for one.
     fn sample(&self, trainer: &LoraTrainer) -> Result<()> {
         let (Some(previewer), Some(captions)) = (&self.previewer, &self.sample_captions) else {
             return Ok(());

@@ -12,7 +12,7 @@ use crate::recipes::dreambooth::previews::Previewer;
 use crate::sdxl::pipeline::SdxlLoader;
 use crate::sdxl::text::TextEncoders;
 
-/// Draws as many images into `folder` as are missing there, number by number, so that it goes on where it was stopped.
+/// Generates the images that are missing in `folder`, number by number, so that an interrupted run continues.
 /// Images of other names in the folder count too.
 pub fn complete(
     folder: &Path,

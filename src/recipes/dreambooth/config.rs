@@ -51,7 +51,7 @@ pub struct Factors {
     pub alpha: Option<f64>,
     /// Which layers.
     pub targets: Targets,
-    /// `down` stays as the seed draws it.
+    /// `down` keeps its random initial value.
     pub freeze_a: bool,
     /// The text encoders get a LoRA too.
     pub text_encoders: bool,

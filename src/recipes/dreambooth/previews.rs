@@ -1,4 +1,4 @@
-//! Images that a LoRA in training draws, as contact sheets.
+//! Preview images of a LoRA in training, as contact sheets.
 
 use std::path::Path;
 
@@ -43,7 +43,7 @@ impl Previewer {
         })
     }
 
-    /// Draws an image of each prompt from the noise of `seed`, `seed` + 1, ….
+    /// Generates an image of each prompt from the noise of `seed`, `seed` + 1, ….
     pub fn draw(
         &self,
         networks: &Networks,
@@ -77,7 +77,7 @@ impl Previewer {
         Ok(images)
     }
 
-    /// Draws what `lora` has learnt: a row of images a prompt, the same noise at every time, into `path`.
+    /// Generates previews with `lora`: a row of images a prompt, the same noise at every time, into `path`.
     pub fn sheet(
         &self,
         networks: &Networks,
