@@ -170,14 +170,58 @@ fn outer_brackets(text: &str) -> Vec<&str> {
     parts
 }
 
-/// The first text of a prompt that has another weight than 1, and its weight.
-pub fn emphasis(prompt: &str, syntax: PromptSyntax) -> Option<(String, f64)> {
-    let pieces = match syntax {
+/// The parts of a prompt.
+fn pieces(prompt: &str, syntax: PromptSyntax) -> Vec<Piece> {
+    match syntax {
         PromptSyntax::A1111 => parse_a1111(prompt),
         PromptSyntax::Comfyui => parse_comfyui(prompt),
-        PromptSyntax::Plain => return None,
+        PromptSyntax::Plain => vec![Piece::Text(prompt.into(), 1.0)],
+    }
+}
+
+/// Brackets within brackets that a prompt may have; parsing takes stack and time by their number.
+const MAX_NESTING: usize = 64;
+
+/// The largest weight of a text in magnitude. Users write up to 2; far larger ones overflow the text encoders' output.
+const MAX_WEIGHT: f64 = 100.0;
+
+/// Refuses brackets and weights that no image can be generated with.
+///
+/// # Errors
+/// The reason, with the text and the limit.
+pub fn check(prompt: &str, syntax: PromptSyntax) -> Result<(), String> {
+    if syntax == PromptSyntax::Plain {
+        return Ok(());
+    }
+    let (mut level, mut deepest) = (0usize, 0);
+    for c in prompt.chars() {
+        match c {
+            '(' | '[' => level += 1,
+            ')' | ']' => level = level.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(level);
+    }
+    if deepest > MAX_NESTING {
+        return Err(format!(
+            "a prompt has {deepest} brackets within each other; at most {MAX_NESTING} are read"
+        ));
+    }
+    let too_large = |piece| match piece {
+        Piece::Text(text, weight) if weight.abs() > MAX_WEIGHT => Some((text, weight)),
+        _ => None,
     };
-    pieces.into_iter().find_map(|piece| match piece {
+    match pieces(prompt, syntax).into_iter().find_map(too_large) {
+        Some((text, weight)) => Err(format!(
+            "`{text}` has the weight {weight} by its brackets; weights go from -{MAX_WEIGHT} to {MAX_WEIGHT}"
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The first text of a prompt that has another weight than 1, and its weight.
+pub fn emphasis(prompt: &str, syntax: PromptSyntax) -> Option<(String, f64)> {
+    pieces(prompt, syntax).into_iter().find_map(|piece| match piece {
         Piece::Text(text, weight) if weight != 1.0 => Some((text, weight)),
         _ => None,
     })
@@ -311,26 +355,22 @@ mod tests {
     }
 
     #[test]
-    fn a1111_s_own_examples() {
-        // The docstring of `parse_prompt_attention`.
+    fn a1111_brackets_multiply_weights() {
         for (prompt, wanted) in [
-            ("normal text", vec![("normal text", 1.0)]),
-            ("an (important) word", vec![("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
-            ("(unbalanced", vec![("unbalanced", 1.1)]),
-            ("\\(literal\\]", vec![("(literal]", 1.0)]),
-            ("(unnecessary)(parens)", vec![("unnecessaryparens", 1.1)]),
+            ("a red hat", vec![("a red hat", 1.0)]),
+            ("a (red) hat", vec![("a ", 1.0), ("red", 1.1), (" hat", 1.0)]),
+            ("(hat", vec![("hat", 1.1)]),
+            ("\\(hat\\]", vec![("(hat]", 1.0)]),
+            ("(red)(hat)", vec![("redhat", 1.1)]),
             (
-                "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+                "one (((cat:1.2)) [sits] by (a lake:0.5)",
                 vec![
-                    ("a ", 1.0),
-                    ("house", 1.573),
+                    ("one ", 1.0),
+                    ("cat", 1.452),
                     (" ", 1.1),
-                    ("on", 1.0),
-                    (" a ", 1.1),
-                    ("hill", 0.55),
-                    (", sun, ", 1.1),
-                    ("sky", 1.4641),
-                    (".", 1.1),
+                    ("sits", 1.0),
+                    (" by ", 1.1),
+                    ("a lake", 0.55),
                 ],
             ),
             ("a BREAK b, BREAKFAST", vec![("a", 1.0), ("BREAK", -1.0), ("b, BREAKFAST", 1.0)]),
@@ -341,6 +381,17 @@ mod tests {
                 wanted.into_iter().map(|(text, weight)| (text.into(), weight)).collect();
             assert_eq!(texts(&parse_a1111(prompt)), wanted, "{prompt}");
         }
+    }
+
+    #[test]
+    fn deep_brackets_and_large_weights_are_refused() {
+        let deep = "(".repeat(60_000) + "a" + &")".repeat(60_000);
+        for syntax in [PromptSyntax::A1111, PromptSyntax::Comfyui] {
+            assert!(check(&deep, syntax).unwrap_err().contains("60000 brackets"));
+            assert!(check("a (hat:101)", syntax).unwrap_err().contains("101"));
+            assert_eq!(check("a ((hat:-1.5)) \\(", syntax), Ok(()));
+        }
+        assert_eq!(check(&deep, PromptSyntax::Plain), Ok(()));
     }
 
     #[test]

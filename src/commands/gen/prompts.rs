@@ -8,7 +8,7 @@ use crate::commands::r#gen::Args;
 use crate::failure::Failure;
 use crate::lora::block_weights::BlockWeights;
 use crate::progress;
-use crate::sdxl::prompt::{LoraTag, PromptSyntax, emphasis, lora_tags, not_supported};
+use crate::sdxl::prompt::{LoraTag, PromptSyntax, check, emphasis, lora_tags, not_supported};
 
 /// Folders below --lora-dir that are looked through.
 const DEPTH: usize = 8;
@@ -56,6 +56,7 @@ impl Prompts {
         }
         let mut unsupported: Vec<&str> = Vec::new();
         for text in texts.iter().chain(&negative) {
+            check(text, syntax).map_err(Failure::Usage)?;
             unsupported.extend(not_supported(text, syntax));
         }
         unsupported.sort_unstable();
