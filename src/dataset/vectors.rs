@@ -78,8 +78,7 @@ impl Vectors {
     }
 
     /// Number of vectors in memory.
-    #[cfg(test)]
-    pub(super) fn held(&self) -> usize {
+    pub fn held(&self) -> usize {
         self.cached.iter().filter(|row| row.get().is_some()).count()
     }
 }

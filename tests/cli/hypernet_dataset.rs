@@ -19,7 +19,7 @@ const MODULES: [&str; 2] = [
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
 ];
-const RANK: usize = 2;
+pub const RANK: usize = 2;
 
 /// A dataset of `train` and 12 held-out people: `up` depends linearly on four hidden factors, and so do the
 /// embeddings of two noisy reference images.

@@ -9,6 +9,7 @@ mod hyperlora;
 mod hypernet_dataset;
 mod identity;
 mod lora;
+mod lora_dataset;
 mod lora_files;
 mod models;
 mod options;
