@@ -53,6 +53,7 @@ pub mod device;
 pub mod diagnostics;
 pub mod failure;
 pub mod files;
+pub mod guides;
 pub mod image;
 pub mod limits;
 pub mod output;

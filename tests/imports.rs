@@ -15,7 +15,7 @@ const ORDER: [&[&str]; 9] = [
     &["sdxl", "hypernet", "lora", "identity", "synthetic"],
     &["train", "weights", "image"],
     &["diffusion", "layers"],
-    &["device", "threads", "statistics", "limits", "files", "progress", "failure"],
+    &["device", "threads", "statistics", "limits", "files", "progress", "failure", "guides"],
 ];
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
