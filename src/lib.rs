@@ -10,6 +10,7 @@
 //! | to find | look in |
 //! |---|---|
 //! | LoRA autoencoder (LAE), weight-preserved loss | [`hypernet::lae`], [`recipes`] |
+//! | photos of a person → their LoRA, the whole way | [`personal_lora`] |
 //! | gated mixer (MIF), diffusion transformer (DiT) | [`hypernet::mixer`], [`hypernet::dit`] |
 //! | HyperLoRA's networks, its face preparation | [`hypernet::hyperlora`], [`identity::hyperlora`] |
 //! | DDIM and the other samplers, schedules | [`diffusion`] |
@@ -30,6 +31,7 @@
 pub mod cli;
 pub mod commands;
 pub mod eval;
+pub mod personal_lora;
 pub mod recipes;
 pub mod registry;
 

@@ -1,6 +1,7 @@
 //! Which model a name means: a built-in one, a folder, a file, or a repository of the Hugging Face hub.
 
 pub mod hyperlora;
+pub mod listing;
 
 use std::path::{Path, PathBuf};
 

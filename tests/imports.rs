@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const ORDER: [&[&str]; 9] = [
     &["main", "lib", "cli"],
     &["commands", "diagnostics"],
-    &["eval"],
+    &["eval", "personal_lora"],
     &["recipes"],
     &["dataset", "registry", "output"],
     &["sdxl", "hypernet", "lora", "identity", "synthetic"],

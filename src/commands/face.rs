@@ -2,7 +2,6 @@
 
 mod crop;
 mod detect;
-mod draw;
 mod embed;
 mod embed_image;
 mod group;

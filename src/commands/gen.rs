@@ -1,33 +1,32 @@
 //! `difflora gen`: photos of a person (+ prompt) → LoRA file (+ images).
 
 mod args;
-mod diffusion;
-mod hyperlora;
 mod identity;
-mod images;
 mod outputs;
 mod person;
 mod plan;
 mod prompts;
-mod references;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 
-pub use crate::commands::r#gen::args::Args;
-use crate::commands::r#gen::images::Images;
-use crate::commands::r#gen::outputs::Outputs;
-use crate::commands::r#gen::person::{Person, make_lora};
-use crate::commands::r#gen::plan::Plan;
-use crate::commands::r#gen::prompts::Prompts;
+pub use self::args::Args;
+use self::outputs::Outputs;
+use self::person::make_lora;
+use self::plan::Plan;
 use crate::device::Precision;
+use crate::files;
+use crate::hypernet::hyperlora::with_trigger;
+use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Missing};
 use crate::output::{Output, print_line};
+use crate::personal_lora::PersonalLora;
 use crate::progress::{self, Stage};
 use crate::registry::{BUILT_IN, Base};
+use crate::sdxl::image_series::ImageSeries;
 use crate::sdxl::lora_stack::LoraStack;
 use crate::sdxl::pipeline::SdxlLoader;
 use crate::weights::model_folder::WeightType;
@@ -35,8 +34,8 @@ use crate::weights::model_folder::WeightType;
 /// Predicts the person's LoRA, writes it, and generates the images.
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let start = Instant::now();
-    let mut prompts = Prompts::read(&args)?;
-    let outputs = Outputs::plan(&args, &prompts)?;
+    let (mut prompts, loras) = prompts::read(&args)?;
+    let outputs = Outputs::plan(&args, &loras)?;
     let device = args.device.open()?;
     let base = Base::open(&args.base, &args.base_options)?;
     let plan = match args.prompt.is_empty() {
@@ -70,7 +69,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         progress::note(format_args!(
             "the LoRA needs `{words}` in the prompt; `gen` puts it in front where it is not there"
         ));
-        prompts.texts.iter_mut().for_each(|prompt| *prompt = hyperlora::with_trigger(prompt, words));
+        prompts.texts.iter_mut().for_each(|prompt| *prompt = with_trigger(prompt, words));
     }
     if let Some((plan, model)) = plan {
         if args.base == BUILT_IN {
@@ -80,18 +79,22 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             );
         }
         let clock = Stage::begin("reading LoRAs");
-        let loras = lora_stack(&args, &prompts, person.as_ref(), &base)?;
+        let loras = lora_stack(&args, &loras, person.as_ref(), &base)?;
         clock.end();
         report["loras"] = loras.check(&model)?;
-        let images = Images {
-            args: &args,
-            plan: &plan,
-            prompts: &prompts,
+        let series = ImageSeries {
             model: &model,
             base: &base_id,
             loras: &loras,
+            prompts: &prompts,
+            params: plan.params,
+            size: plan.size,
+            start: plan.start,
+            images_per_prompt: args.num_images as usize,
+            seed: args.seed,
+            preview_every: args.preview.map(|every| every as usize),
         };
-        report["pictures"] = images.generate(&outputs.images, output)?;
+        report["pictures"] = write_images(&series, &args, &outputs.images, output)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
     if output.json {
@@ -101,7 +104,12 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
 }
 
 /// The person's LoRA, and those of `--lora` and of the prompts.
-fn lora_stack(args: &Args, prompts: &Prompts, person: Option<&Person>, base: &Base) -> Result<LoraStack> {
+fn lora_stack(
+    args: &Args,
+    loras: &[(PathBuf, BlockWeights)],
+    person: Option<&PersonalLora>,
+    base: &Base,
+) -> Result<LoraStack> {
     let mut stack = LoraStack {
         loras: Vec::new(),
         mode: args.lora_mode,
@@ -116,8 +124,31 @@ fn lora_stack(args: &Args, prompts: &Prompts, person: Option<&Person>, base: &Ba
         let scale = args.lora_scale.unwrap_or(person.scale);
         stack.push(&person.lora, &name, scale, args.lora_format, &base.block_layout)?;
     }
-    for (path, strength) in prompts.all_loras(args)? {
-        stack.push_file(&path, strength, &base.block_layout)?;
+    for (path, strength) in loras {
+        stack.push_file(path, strength.clone(), &base.block_layout)?;
     }
     Ok(stack)
+}
+
+/// Generates and writes every image; returns the settings of each.
+fn write_images(series: &ImageSeries, args: &Args, paths: &[PathBuf], output: &Output) -> Result<Value> {
+    let mut written = Vec::new();
+    series.generate(
+        |k, preview| preview.save(&paths[k].with_extension("preview.png"), None),
+        |k, image, settings| {
+            let path = &paths[k];
+            let text = settings.parameters();
+            image.save(path, (!args.no_metadata).then_some(&text))?;
+            let mut record = settings.to_json();
+            record["file"] = json!(path.display().to_string());
+            if output.json {
+                files::write_whole(&path.with_extension("json"), format!("{record:#}\n").as_bytes())?;
+            } else {
+                print_line!("image {}", path.display())?;
+            }
+            written.push(record);
+            Ok(())
+        },
+    )?;
+    Ok(written.into())
 }

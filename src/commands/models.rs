@@ -10,17 +10,12 @@ use serde_json::json;
 
 use crate::failure::Failure;
 use crate::files as disk;
-use crate::output::Output;
-use crate::output::print_line;
-use crate::registry::hyperlora::{self, Variant};
-use crate::registry::{self, BUILT_IN, BaseOptions, NAMES};
-use crate::sdxl::architecture;
-use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
-use crate::sdxl::unet::UNet;
-use crate::sdxl::unet::UNetConfig;
-use crate::sdxl::vae::{Vae, VaeConfig};
+use crate::output::{Output, print_line};
+use crate::registry::listing::{self, Listed};
+use crate::registry::{self, BUILT_IN, BaseOptions};
+use crate::sdxl::loader;
 use crate::weights::hub::{self, Repository};
-use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::weights::model_folder::ModelFiles;
 
 /// Arguments of `difflora models`.
 #[derive(Debug, clap::Args)]
@@ -79,40 +74,11 @@ fn on_the_hub(name: &str) -> Result<Repository> {
 }
 
 fn list(output: &Output) -> Result<()> {
-    let state = |repository: &Repository| match (repository.cached(), repository.folder()) {
-        (Ok(folder), _) => ("whole", Some(folder)),
-        (Err(_), Some(folder)) => ("in part", Some(folder)),
-        (Err(_), None) => ("not fetched", None),
-    };
-    let named = NAMES.iter().filter_map(|(name, id)| Some((*name, Repository::parse(id)?)));
-    let cached = hub::repositories().into_iter().filter(|it| NAMES.iter().all(|(_, id)| *id != it.id));
-    // Models of other kinds share the cache; only those with an index of parts can be bases.
-    let cached =
-        cached.filter(|it| it.folder().is_some_and(|folder| folder.join("model_index.json").exists()));
-    let mut rows = vec![(BUILT_IN.to_string(), String::new(), "built in", None)];
-    for variant in Variant::ALL {
-        let (folder, missing) = variant.cached();
-        let state = match missing.len() {
-            0 => "whole",
-            4 => "not fetched",
-            _ => "in part",
-        };
-        let folder = folder.filter(|folder| folder.is_dir());
-        rows.push((variant.name().to_string(), hyperlora::REPOSITORY.to_string(), state, folder));
-    }
-    for (name, repository) in named.chain(cached.map(|repository| ("", repository))) {
-        let (state, folder) = state(&repository);
-        rows.push((name.to_string(), repository.id, state, folder));
-    }
+    let models = listing::all();
     if output.json {
-        let rows: Vec<_> = rows
-            .iter()
-            .map(|(name, id, state, folder)| json!({ "name": name, "id": id, "state": state, "folder": folder }))
-            .collect();
-        print_line!("{:#}", json!(rows))?;
-        return Ok(());
+        return print_line!("{:#}", json!(models));
     }
-    for (name, id, state, folder) in rows {
+    for Listed { name, id, state, folder } in models {
         let folder = folder.map(|folder| folder.display().to_string()).unwrap_or_default();
         print_line!("{}", format!("{name:<14} {id:<42} {state:<12} {folder}").trim_end())?;
     }
@@ -122,15 +88,7 @@ fn list(output: &Output) -> Result<()> {
 /// Checks every part of a model without keeping it.
 fn verify(name: &str, options: &BaseOptions, output: &Output) -> Result<()> {
     let files = registry::find_base(name, options)?;
-    architecture::require_sdxl(&files)?;
-    let unet: UNetConfig = files.config("unet/config.json")?;
-    files.check("unet", DIFFUSERS_WEIGHTS, |vb| UNet::new(&unet, vb))?;
-    let vae: VaeConfig = files.config("vae/config.json")?;
-    files.check("vae", DIFFUSERS_WEIGHTS, |vb| Vae::new(&vae, vb))?;
-    for folder in ["text_encoder", "text_encoder_2"] {
-        let config: ClipTextConfig = files.config(&format!("{folder}/config.json"))?;
-        files.check(folder, TRANSFORMERS_WEIGHTS, |vb| ClipTextModel::new(&config, vb))?;
-    }
+    loader::verify(&files)?;
     let mut checksums = 0;
     if !Path::new(name).exists() {
         checksums = match &files {

@@ -58,6 +58,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
+use sha2::{Digest, Sha256};
 
 pub use codec::LoraCodec;
 pub use config::{Config, FORMAT};
@@ -69,6 +70,7 @@ use crate::diffusion::noise;
 use crate::identity::Identity;
 use crate::lora::Lora;
 use crate::weights::model_folder::{ModelFiles, save_json};
+use crate::weights::sha256;
 
 /// A trained hypernetwork.
 #[derive(Clone, Debug)]
@@ -111,6 +113,18 @@ impl Hypernet {
             return Err(files.unusable("config.json", why));
         }
         Ok(Self { codec, denoiser })
+    }
+
+    /// SHA-256 of the files that a hypernetwork consists of, one after the other.
+    ///
+    /// # Errors
+    /// A file is missing or cannot be read.
+    pub fn sha256(files: &ModelFiles) -> Result<String> {
+        let mut hash = Sha256::new();
+        for file in ["config.json", "lae.safetensors", "dit.safetensors", "stats.safetensors"] {
+            hash.update(files.read(file)?);
+        }
+        Ok(sha256::in_hex(hash))
     }
 
     /// Writes the folder; networks are stored as `dtype`, statistics always as f32. f16 halves the folder.

@@ -16,6 +16,7 @@ use super::onnx_header::Header;
 use super::recognise::Recogniser;
 use crate::failure::Failure;
 use crate::progress;
+use crate::weights::hub::Repository;
 use crate::weights::sha256;
 
 /// A face encoder that is not built in.
@@ -102,6 +103,20 @@ impl FaceModel {
     /// All its files.
     pub fn files_and_landmarks(&self) -> impl Iterator<Item = &ModelFile> {
         self.files().chain(&self.landmarks)
+    }
+
+    /// Fetches all its files from the hub and checks their hashes; gives the folder of the repository. Its licence has to
+    /// be shown.
+    ///
+    /// # Errors
+    /// The hub cannot be reached; [`Failure::Unusable`] for a file of other bytes.
+    pub fn fetch(&self) -> Result<PathBuf> {
+        let repository = Repository { id: self.repo.into(), revision: "main".into(), file: None };
+        let folder = repository.fetch_files(self.files_and_landmarks().map(|file| file.path))?;
+        for file in self.files_and_landmarks() {
+            sha256::demand(&folder.join(file.path), self.name, file.sha256)?;
+        }
+        Ok(folder)
     }
 }
 

@@ -1,6 +1,17 @@
 //! Faces grouped by person.
 
 use super::cosine;
+use super::outliers::mean_direction;
+
+/// [`groups`] with the cosine of each face to the mean direction of its group.
+pub fn by_person(faces: &[Vec<f32>], threshold: f32) -> Vec<Vec<(usize, f32)>> {
+    let with_cosines = |members: Vec<usize>| {
+        let vectors: Vec<&[f32]> = members.iter().map(|&face| &faces[face][..]).collect();
+        let centre = mean_direction(&vectors);
+        members.into_iter().map(|face| (face, cosine(&faces[face], &centre))).collect()
+    };
+    groups(faces, threshold).into_iter().map(with_cosines).collect()
+}
 
 /// Groups of faces by person, each a list of places in `faces` (unit vectors); the largest group first, otherwise in
 /// the order of their first face.
@@ -53,7 +64,6 @@ pub fn groups(faces: &[Vec<f32>], threshold: f32) -> Vec<Vec<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::outliers::mean_direction;
     use super::*;
 
     /// Unit vectors at these angles, in degrees.

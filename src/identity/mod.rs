@@ -13,6 +13,7 @@ pub mod clip;
 pub mod clustering;
 pub mod crop;
 pub mod detector;
+pub mod draw;
 pub mod face;
 pub mod hyperlora;
 pub mod landmarks;
@@ -22,6 +23,7 @@ pub mod outliers;
 pub mod photos;
 pub mod quality;
 pub mod recognise;
+pub mod references;
 mod scrfd;
 pub mod verification;
 mod yunet;
@@ -37,6 +39,7 @@ pub use quality::Quality;
 pub use recognise::cosine;
 
 use crate::image::Image;
+use crate::weights::model_id::ModelId;
 use detector::Detector;
 use recognise::Recogniser;
 
@@ -107,6 +110,12 @@ impl FaceEncoder {
             Ok(times[times.len() / 2])
         };
         Ok([median(&self.detector.blank_run())?, median(&self.recogniser.blank_run())?])
+    }
+
+    /// Name and SHA-256 of the recogniser, by which hypernetworks name their face encoder.
+    pub fn id(&self) -> ModelId {
+        let recogniser = self.recogniser.network();
+        ModelId { name: recogniser.name().into(), sha256: recogniser.sha256() }
     }
 
     /// Name and SHA-256 of the detector and of the recogniser, for the record.

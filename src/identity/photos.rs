@@ -7,6 +7,7 @@ use anyhow::Result;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use super::FaceEncoder;
 use crate::failure::Failure;
 use crate::files;
 use crate::image::{Image, files_in, has_image_name};
@@ -193,10 +194,51 @@ fn listed(names: impl ExactSizeIterator<Item = String>, between: &str) -> String
 impl<T> Seen<T> {
     /// `left_out` for a report in JSON.
     pub fn left_out_json(&self) -> Value {
-        self.left_out
-            .iter()
-            .map(|(file, why)| json!({ "file": file.display().to_string(), "why": why }))
-            .collect()
+        left_out_json(&self.left_out)
+    }
+
+    /// Notes which photos have several faces, where the largest of them is used.
+    pub fn note_several_faces(&self, faces: impl Fn(&T) -> usize) {
+        for (file, seen) in self.photos.iter().filter(|(_, seen)| faces(seen) > 1) {
+            progress::note(format_args!(
+                "{} faces in `{}`: the largest is taken",
+                faces(seen),
+                file.display()
+            ));
+        }
+    }
+}
+
+/// Files that could not be used, each with the reason, for a report in JSON.
+pub fn left_out_json(left_out: &[(PathBuf, String)]) -> Value {
+    left_out.iter().map(|(file, why)| json!({ "file": file.display().to_string(), "why": why })).collect()
+}
+
+/// Unit vectors of the largest face of each photo.
+pub struct EmbeddedFaces {
+    /// The photos, in order.
+    pub files: Vec<PathBuf>,
+    /// A unit vector for each.
+    pub vectors: Vec<Vec<f32>>,
+    /// Files that could not be used, for a report in JSON.
+    pub left_out: Value,
+}
+
+impl EmbeddedFaces {
+    /// Embeds the largest face of each photo, and notes which photos have several.
+    ///
+    /// # Errors
+    /// As [`Photos::find`] and [`Photos::look`].
+    pub fn of(photos: &[PathBuf], encoder: &FaceEncoder) -> Result<Self> {
+        let seen = Photos::find(photos)?.look(|_, file, image| {
+            let search = encoder.search(image)?;
+            let face = search.largest(&file.display().to_string())?;
+            Ok((search.faces.len(), encoder.embed(image, face)?))
+        })?;
+        seen.note_several_faces(|(faces, _)| *faces);
+        let left_out = seen.left_out_json();
+        let (files, vectors) = seen.photos.into_iter().map(|(file, (_, vector))| (file, vector)).unzip();
+        Ok(Self { files, vectors, left_out })
     }
 }
 

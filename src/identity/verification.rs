@@ -3,6 +3,8 @@
 //! AUC = P(genuine > impostor) + ½ P(equal), the Mann–Whitney statistic. At a threshold t, FAR is the share of
 //! impostor pairs with a cosine of t or more, FRR that of genuine pairs below t; at the EER both are equal.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 /// Cosines of pairs: of one person and of two.
@@ -123,6 +125,20 @@ impl Spread {
     }
 }
 
+/// Whose image a file is: the name of its folder inside `root`; for a file that lies in `root` itself, what stands
+/// before the last `-`, `_` or space of its name.
+pub fn person_of(root: &Path, file: &Path) -> String {
+    let inside = file.strip_prefix(root).unwrap_or(file);
+    match inside.parent() {
+        Some(folder) if folder != Path::new("") => folder.to_string_lossy().into_owned(),
+        _ => {
+            let name = file.file_stem().unwrap_or_default().to_string_lossy();
+            let end = name.rfind(['-', '_', ' ']).filter(|&end| end > 0);
+            name[..end.unwrap_or(name.len())].to_string()
+        }
+    }
+}
+
 fn sorted(cosines: &[f32]) -> Vec<f32> {
     let mut sorted = cosines.to_vec();
     sorted.sort_by(f32::total_cmp);
@@ -189,5 +205,19 @@ mod tests {
         let spread = Spread::of(&[-1.0, 0.05, 1.0, 0.95]).unwrap();
         assert_eq!((spread.histogram[0], spread.histogram[10], spread.histogram[19]), (1, 1, 2));
         assert!((spread.mean - 0.25).abs() < 1e-6 && spread.pairs == 4 && spread.least == -1.0);
+    }
+
+    #[test]
+    fn people_are_named_by_folder_or_by_the_start_of_the_file_name() {
+        for (file, name) in [
+            ("album/anna/1.jpg", "anna"),
+            ("album/anna/old/1.jpg", "anna/old"),
+            ("album/anna-1.jpg", "anna"),
+            ("album/anna_b_02.png", "anna_b"),
+            ("album/anna.png", "anna"),
+            ("album/-1.png", "-1"),
+        ] {
+            assert_eq!(person_of(Path::new("album"), Path::new(file)), name);
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Image files in folders.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
@@ -54,4 +55,74 @@ pub fn is_skipped(name: &OsStr) -> bool {
 /// Whether a file is an image by its extension.
 pub fn has_image_name(path: &Path) -> bool {
     path.extension().is_some_and(|e| EXTENSIONS.iter().any(|known| e.eq_ignore_ascii_case(known)))
+}
+
+/// Paths of `count` images for an output `out`: `out` itself for one; `0001.png`, … in a folder, which may be written
+/// with a separator at the end and need not exist; else `me-0001.png`, … for `me.png`.
+pub fn numbered(out: &Path, count: usize) -> Vec<PathBuf> {
+    if is_written_as_folder(out) || out.is_dir() {
+        return (1..=count).map(|i| out.join(format!("{i:04}.png"))).collect();
+    }
+    if count == 1 {
+        return vec![out.to_path_buf()];
+    }
+    let (stem, extension) = (out.with_extension(""), out.extension().unwrap_or_default());
+    let numbered = |i: usize| {
+        let mut name = stem.clone().into_os_string();
+        name.push(format!("-{i:04}."));
+        name.push(extension);
+        PathBuf::from(name)
+    };
+    (1..=count).map(numbered).collect()
+}
+
+/// Whether a path ends in a separator, as in `images/`.
+pub fn is_written_as_folder(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().last().is_some_and(|last| std::path::is_separator(char::from(*last)))
+}
+
+/// A PNG in the folder `out` for each image, named after it; no two have one name.
+pub fn pngs_for(out: &Path, sources: &[PathBuf]) -> Vec<PathBuf> {
+    let mut taken = HashSet::new();
+    let target = |name: String| {
+        let name = name.replace(['/', '\\'], "-");
+        let short = Path::new(&name).with_extension("png");
+        // `a.jpg` and `a.webp` do not fall on one file.
+        let file = if taken.insert(short.clone()) { short } else { PathBuf::from(format!("{name}.png")) };
+        out.join(file)
+    };
+    short_names(sources).into_iter().map(target).collect()
+}
+
+/// File names where they differ, else whole paths.
+pub fn short_names(files: &[PathBuf]) -> Vec<String> {
+    let name = |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut times = HashMap::new();
+    for file in files {
+        *times.entry(name(file)).or_insert(0) += 1;
+    }
+    files
+        .iter()
+        .map(|file| if times[&name(file)] == 1 { name(file) } else { file.display().to_string() })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_images_are_numbered_behind_the_stem_or_in_the_folder() {
+        let paths = |out: &str, count| numbered(Path::new(out), count);
+        assert_eq!(paths("me.png", 1), [PathBuf::from("me.png")]);
+        assert_eq!(paths("a/me.webp", 2), ["a/me-0001.webp", "a/me-0002.webp"].map(PathBuf::from));
+        assert_eq!(paths("new/", 1), [PathBuf::from("new/0001.png")]);
+    }
+
+    #[test]
+    fn drawings_of_different_images_have_different_names() {
+        let sources = ["x/a.jpg", "x/a.webp", "y/b.jpg", "z/b.jpg"].map(PathBuf::from);
+        let names = pngs_for(Path::new("out"), &sources);
+        assert_eq!(names, ["out/a.png", "out/a.webp.png", "out/y-b.png", "out/z-b.png"].map(PathBuf::from));
+    }
 }

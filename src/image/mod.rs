@@ -11,7 +11,9 @@ use candle_core::{DType, Device, Tensor};
 
 pub use decode::{MAX_MEGAPIXELS, set_max_megapixels};
 pub use encode::FileFormat;
-pub use folder::{files_in, has_image_name, images_in, is_skipped};
+pub use folder::{
+    files_in, has_image_name, images_in, is_skipped, is_written_as_folder, numbered, pngs_for, short_names,
+};
 pub use resize::Filter;
 
 /// An upright RGB image with 8 bits a channel.

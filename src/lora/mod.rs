@@ -54,6 +54,7 @@ pub mod weighted_file;
 pub mod arithmetic;
 pub mod extract;
 pub mod low_rank;
+pub mod named;
 pub mod summary;
 
 mod error;

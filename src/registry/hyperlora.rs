@@ -6,8 +6,12 @@ use anyhow::Result;
 
 use crate::failure::Failure;
 use crate::hypernet::hyperlora::{FILES, Shapes};
+use crate::identity::catalog::{self, FACE_MODELS};
+use crate::progress;
 use crate::weights::hub::{self, Repository};
 use crate::weights::model_folder::ModelFiles;
+use crate::weights::model_id::ModelId;
+use crate::weights::sha256;
 
 /// The publisher's repository on the hub.
 pub const REPOSITORY: &str = "bytedance-research/HyperLoRA";
@@ -23,6 +27,32 @@ pub const CLIP_SHA256: &str = "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a31
 
 /// The face encoder that the weights were trained with.
 pub const FACE_ENCODER: &str = "antelopev2";
+
+/// Refuses another known recogniser in the place of [`FACE_ENCODER`]'s: its vectors mean another person. Unknown bytes,
+/// as of another export of the same network, are used with a warning.
+///
+/// # Errors
+/// [`Failure::Usage`] with both names.
+pub fn check_face_encoder(found: &ModelId) -> Result<()> {
+    let Some(wanted) = catalog::find(FACE_ENCODER) else { return Ok(()) };
+    let wanted = ModelId { name: wanted.name.into(), sha256: wanted.recogniser.sha256.into() };
+    let builtin = catalog::is_known(&found.name) && catalog::find(&found.name).is_none();
+    if builtin || FACE_MODELS.iter().any(|model| model.recogniser.sha256 == found.sha256) {
+        return wanted.demand(found, "face encoder");
+    }
+    if let Err(error) = wanted.demand(found, "face encoder") {
+        progress::warn(format_args!("{error}; it is used because its bytes are of no other known encoder"));
+    }
+    Ok(())
+}
+
+/// Warns where an image encoder is not [`CLIP`].
+pub fn check_image_encoder(found: &ModelId) {
+    let wanted = ModelId { name: CLIP.into(), sha256: CLIP_SHA256.into() };
+    if let Err(error) = wanted.demand(found, "image encoder") {
+        progress::warn(format_args!("{error}; it is used, but the likeness may suffer"));
+    }
+}
 
 /// What is fetched for them, and under which licence, as the publishers say.
 pub const LICENCES: [(&str, &str); 3] = [
@@ -90,6 +120,20 @@ impl Variant {
         (folder, missing)
     }
 
+    /// Fetches the weights and [`CLIP`] from the hub and checks their hashes; gives the folder of the repository. Their
+    /// licences have to be accepted first.
+    ///
+    /// # Errors
+    /// The hub cannot be reached; [`Failure::Unusable`] for a file of other bytes.
+    pub fn fetch(self) -> Result<PathBuf> {
+        let folder = repository().fetch_files(self.files().iter().map(String::as_str))?;
+        hub::verify_checksums(&folder)?;
+        let clip = Repository { id: CLIP.into(), revision: "main".into(), file: None };
+        let clip = clip.fetch_files(CLIP_FILES.into_iter())?;
+        sha256::demand(&clip.join("model.safetensors"), CLIP, CLIP_SHA256)?;
+        Ok(folder)
+    }
+
     /// The weights in the hub's cache. They are never fetched unasked: their licence has to be accepted first.
     ///
     /// # Errors
@@ -153,5 +197,17 @@ mod tests {
         std::fs::write(edit.join(FILES[3]), "x").unwrap();
         assert_eq!(inside(root.path()), Some(edit.clone()));
         assert_eq!(inside(&edit), Some(edit));
+    }
+
+    #[test]
+    fn other_known_recognisers_are_refused_with_both_names() {
+        let id = |name: &str, sha256: &str| ModelId { name: name.into(), sha256: sha256.into() };
+        let buffalo = catalog::find("buffalo_l").unwrap().recogniser.sha256;
+        let error = check_face_encoder(&id("buffalo_l", buffalo)).unwrap_err().to_string();
+        assert!(error.contains("antelopev2") && error.contains("buffalo_l"), "{error}");
+        assert!(check_face_encoder(&id("mobilefacenet512", "0123")).is_err());
+        let antelope = catalog::find("antelopev2").unwrap().recogniser.sha256;
+        assert!(check_face_encoder(&id("antelopev2", antelope)).is_ok());
+        assert!(check_face_encoder(&id("mine", "0123")).is_ok());
     }
 }

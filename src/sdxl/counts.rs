@@ -13,9 +13,12 @@ use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use serde::Serialize;
 
+use super::architecture;
 use super::text::{ClipTextConfig, ClipTextModel};
 use super::unet::{UNet, UNetConfig};
 use super::vae::{Vae, VaeConfig};
+use crate::failure::Failure;
+use crate::weights::model_folder::ModelFiles;
 
 /// Parameters and MACs of a part of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -32,6 +35,53 @@ impl Cost {
     /// Both countings together.
     pub fn with_attention(&self) -> u64 {
         self.multiply_adds + self.attention_products
+    }
+}
+
+/// The costs of a model for one prompt, one step without guidance and one image.
+pub struct ModelCost {
+    /// Width of the image in pixels.
+    pub width: usize,
+    /// Its height.
+    pub height: usize,
+    /// Length of the prompt.
+    pub tokens: u64,
+    /// Each part by its name.
+    pub parts: [(&'static str, Cost); 5],
+}
+
+impl ModelCost {
+    /// From the configs of a model; width and height are its native size where they are not given.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] for a size that the VAE cannot decode; [`Failure::Unusable`] with the config that is wrong.
+    pub fn of(files: &ModelFiles, size: [Option<usize>; 2]) -> Result<Self> {
+        architecture::require_sdxl(files)?;
+        let config: UNetConfig = files.config("unet/config.json")?;
+        let vae_config: VaeConfig = files.config("vae/config.json")?;
+        let one: ClipTextConfig = files.config("text_encoder/config.json")?;
+        let two: ClipTextConfig = files.config("text_encoder_2/config.json")?;
+
+        let factor = vae_config.factor();
+        let [width, height] = size.map(|side| side.unwrap_or(config.sample_size * factor));
+        if width == 0 || height == 0 || !width.is_multiple_of(factor) || !height.is_multiple_of(factor) {
+            let why = format!("{width}×{height} pixels: this model needs multiples of {factor}");
+            return Err(Failure::Usage(why).into());
+        }
+        let tokens = one.max_position_embeddings as u64;
+        let latents = [(height / factor) as u64, (width / factor) as u64];
+        let unusable =
+            |file: &'static str| move |error: anyhow::Error| files.unusable(file, format!("{error:#}"));
+        let [encoder, decoder] =
+            vae(&vae_config, [height as u64, width as u64]).map_err(unusable("vae/config.json"))?;
+        let parts = [
+            ("text_encoder", text_encoder(&one, tokens).map_err(unusable("text_encoder/config.json"))?),
+            ("text_encoder_2", text_encoder(&two, tokens).map_err(unusable("text_encoder_2/config.json"))?),
+            ("unet", unet(&config, latents, tokens).map_err(unusable("unet/config.json"))?),
+            ("vae decoder", decoder),
+            ("vae encoder", encoder),
+        ];
+        Ok(Self { width, height, tokens, parts })
     }
 }
 

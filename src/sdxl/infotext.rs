@@ -16,7 +16,7 @@ pub struct Settings<'a> {
     /// Sampling method.
     pub sampler: Sampler,
     /// Sampling steps.
-    pub steps: u32,
+    pub steps: usize,
     /// Guidance scale.
     pub guidance: f64,
     /// Seed of the noise.

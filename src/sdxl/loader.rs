@@ -1,7 +1,9 @@
 //! Opens a model's configs first and each of its components later.
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 
 use super::text::{ClipTextConfig, ClipTextModel, TextConditioning, TextEncoders};
 use super::unet::{UNet, UNetConfig};
@@ -9,8 +11,10 @@ use super::vae::{Vae, VaeConfig};
 use super::{architecture, counts};
 use crate::diffusion::sampler::Sampler;
 use crate::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
+use crate::failure::Failure;
 use crate::layers::Visit;
-use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, WeightType};
+use crate::weights;
+use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS, WeightType};
 
 /// A model whose configs are read and whose weights are not yet: each component is loaded when it is needed, so that
 /// memory need not hold all of them.
@@ -120,6 +124,48 @@ impl SdxlSkeleton {
         }
     }
 }
+
+/// Checks every tensor of a model, by name, shape and finite values, without keeping any.
+///
+/// # Errors
+/// [`Failure::Unusable`] with the file and the tensor.
+pub fn verify(files: &ModelFiles) -> Result<()> {
+    architecture::require_sdxl(files)?;
+    let unet: UNetConfig = files.config("unet/config.json")?;
+    files.check("unet", DIFFUSERS_WEIGHTS, |vb| UNet::new(&unet, vb))?;
+    let vae: VaeConfig = files.config("vae/config.json")?;
+    files.check("vae", DIFFUSERS_WEIGHTS, |vb| Vae::new(&vae, vb))?;
+    for folder in ["text_encoder", "text_encoder_2"] {
+        let config: ClipTextConfig = files.config(&format!("{folder}/config.json"))?;
+        files.check(folder, TRANSFORMERS_WEIGHTS, |vb| ClipTextModel::new(&config, vb))?;
+    }
+    Ok(())
+}
+
+/// The tensor `latents` (1, C, h, w) of a safetensors file, unit normal noise to start from, as f32; `shape` is (C, h, w).
+///
+/// # Errors
+/// [`Failure::Unusable`] with the file for latents that are missing, of another shape, or not finite numbers.
+pub fn read_latents(path: &Path, shape: [usize; 3]) -> Result<Tensor> {
+    let wanted = [1, shape[0], shape[1], shape[2]];
+    let latents = weights::read_file(path)?
+        .remove("latents")
+        .ok_or_else(|| Failure::unusable(path, "it holds no tensor `latents`"))?;
+    if latents.dims() != wanted {
+        let why = format!("`latents` has shape {:?}, this model and size want {wanted:?}", latents.dims());
+        return Err(Failure::unusable(path, why));
+    }
+    if !latents.dtype().is_float() {
+        let why = format!("`latents` holds {:?}, wanted floating-point numbers", latents.dtype());
+        return Err(Failure::unusable(path, why));
+    }
+    let latents = latents.to_dtype(DType::F32)?;
+    if !latents.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+        return Err(Failure::unusable(path, "`latents` holds NaN or infinity"));
+    }
+    Ok(latents)
+}
+
 pub(super) fn latent_shape(
     unet: &UNetConfig,
     vae: &VaeConfig,

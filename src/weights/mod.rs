@@ -24,6 +24,7 @@ use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 use crate::files;
+use header::{Header, Storage};
 
 /// The tensors of a `.safetensors` file, as stored.
 ///
@@ -37,6 +38,25 @@ pub fn read_file(path: &Path) -> Result<HashMap<String, Tensor>> {
 /// The tensors of a `.safetensors` file that is in memory, as stored.
 pub fn read_bytes(bytes: &[u8]) -> Result<HashMap<String, Tensor>> {
     candle_core::safetensors::load_buffer(bytes, &Device::Cpu).context("not a readable safetensors file")
+}
+
+/// Writes a `.safetensors` file of f32 tensors (name, shape, values), sorted by name.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_f32<'a>(
+    path: &Path,
+    metadata: impl IntoIterator<Item = (&'a str, String)>,
+    tensors: impl IntoIterator<Item = (&'a str, Vec<usize>, &'a [f32])>,
+) -> Result<()> {
+    let mut tensors: Vec<_> = tensors.into_iter().collect();
+    tensors.sort_by_key(|(name, ..)| *name);
+    let metadata = metadata.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+    let entries = tensors.iter().map(|(name, shape, _)| (*name, Storage::F32, &shape[..]));
+    let mut bytes = Header::of(metadata, entries).to_bytes();
+    let values = tensors.iter().flat_map(|(_, _, values)| values.iter());
+    bytes.extend(values.flat_map(|value| value.to_le_bytes()));
+    files::write_whole(path, &bytes)
 }
 
 /// Tensors as the source of a network's weights; they get no gradients.

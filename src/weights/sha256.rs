@@ -41,6 +41,19 @@ pub fn of_file(path: &Path) -> Result<String> {
     of_files(&[path.to_path_buf()])
 }
 
+/// Refuses a downloaded file whose SHA-256 is not that of `model`.
+///
+/// # Errors
+/// [`Failure::Unusable`] with both hashes.
+pub fn demand(path: &Path, model: &str, wanted: &str) -> Result<()> {
+    let found = of_file(path)?;
+    if found == wanted {
+        return Ok(());
+    }
+    let why = format!("its SHA-256 is {found}, that of {model} is {wanted}; delete it and pull again");
+    Err(Failure::unusable(path, why))
+}
+
 /// SHA-256 of several files one after the other, remembered when they are large.
 ///
 /// # Errors

@@ -1,17 +1,17 @@
 //! `face crop`: the largest face of each image, aligned.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::inputs::{Images, note_several_faces, short_names};
+use super::inputs::Images;
 use super::print_json;
 use crate::files;
 use crate::identity::FaceEncoder;
 use crate::identity::align::align;
 use crate::identity::photos::Photos;
+use crate::image::pngs_for;
 use crate::output::print_line;
 
 pub(super) fn crop(
@@ -29,7 +29,7 @@ pub(super) fn crop(
         align(image, &face.points, size).save(&targets[at], Some("difflora face crop"))?;
         Ok((search.faces.len(), targets[at].clone()))
     })?;
-    note_several_faces(&seen, |(faces, _)| *faces);
+    seen.note_several_faces(|(faces, _)| *faces);
     if json {
         let written: Vec<_> =
             seen.photos.iter().map(|(file, (_, face))| json!({ "file": file.display().to_string(), "face": face.display().to_string() })).collect();
@@ -43,15 +43,7 @@ pub(super) fn crop(
 pub(super) fn pngs_in(out: &Path, photos: &Photos) -> Result<Vec<PathBuf>> {
     std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder `{}`", out.display()))?;
     let sources: Vec<PathBuf> = photos.paths().map(Path::to_path_buf).collect();
-    let mut taken = HashSet::new();
-    let mut target = |name: String| {
-        let name = name.replace(['/', '\\'], "-");
-        let short = Path::new(&name).with_extension("png");
-        // `a.jpg` and `a.webp` do not fall on one file.
-        let file = if taken.insert(short.clone()) { short } else { PathBuf::from(format!("{name}.png")) };
-        out.join(file)
-    };
-    let targets: Vec<PathBuf> = short_names(&sources).into_iter().map(&mut target).collect();
+    let targets = pngs_for(out, &sources);
     let outputs: Vec<&Path> = targets.iter().map(PathBuf::as_path).collect();
     files::refuse_inputs(&outputs, &sources)?;
     targets.iter().try_for_each(|path| files::check_writable(path))?;

@@ -6,9 +6,10 @@ use anyhow::Result;
 
 use super::crop::pngs_in;
 use super::inputs::Images;
-use super::{draw, print_json};
+use super::print_json;
 use crate::failure::Failure;
 use crate::files;
+use crate::identity::draw::draw;
 use crate::identity::landmarks::{LandmarkDetector, Landmarks};
 use crate::identity::photos::Photos;
 use crate::identity::{Face, FaceEncoder, Quality};
@@ -29,7 +30,7 @@ pub(super) fn detect(
         let landmarks = search.faces.iter().map(find).collect::<Result<Vec<_>>>()?;
         if let Some(drawings) = &drawings {
             let landmarks: Vec<&Landmarks> = landmarks.iter().flatten().collect();
-            draw::draw(image, &search.faces, &landmarks).save(&drawings[at], Some("difflora face detect"))?;
+            draw(image, &search.faces, &landmarks).save(&drawings[at], Some("difflora face detect"))?;
         }
         let quality = search.faces.first().map(|face| Quality::of(image, face, &search.faces));
         let nothing = search.largest(&file.display().to_string()).err();

@@ -5,14 +5,15 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::embed::write_vectors;
-use super::inputs::{Encoder, Images, note_several_faces, short_names};
+use super::inputs::{Encoder, Images};
 use super::print_json;
 use crate::files;
 use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};
 use crate::identity::photos::Photos;
+use crate::image::short_names;
 use crate::output::print_line;
 use crate::registry;
+use crate::weights::write_f32;
 
 /// Embeddings of an image encoder instead of a face encoder's.
 #[derive(Debug, clap::Args)]
@@ -87,13 +88,17 @@ pub fn embed(
         let vector = image_encoder.embed_whole(&shown)?;
         Ok((count, vec![vector.len()], vector))
     })?;
-    note_several_faces(&seen, |(faces, ..)| *faces);
+    seen.note_several_faces(|(faces, ..)| *faces);
     let left_out = seen.left_out_json();
     let paths: Vec<_> = seen.photos.iter().map(|(file, _)| file.clone()).collect();
     let names = short_names(&paths);
-    let tensors = seen.photos.iter().map(|(_, (_, shape, values))| (shape.clone(), &values[..]));
-    let about = [("image_encoder", id.name.clone()), ("image_encoder_sha256", id.sha256.clone())];
-    write_vectors(out, &names, tensors, about)?;
+    let tensors = names.iter().zip(&seen.photos);
+    let tensors = tensors.map(|(name, (_, (_, shape, values)))| (name.as_str(), shape.clone(), &values[..]));
+    write_f32(
+        out,
+        [("image_encoder", id.name.clone()), ("image_encoder_sha256", id.sha256.clone())],
+        tensors,
+    )?;
     if json {
         print_json(
             &json!({ "out": out.display().to_string(), "names": names, "image_encoder": id.name, "left_out": left_out }),

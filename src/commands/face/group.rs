@@ -5,15 +5,15 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::inputs::{Images, People};
+use super::inputs::Images;
 use super::print_json;
-use crate::identity::clustering::groups;
-use crate::identity::outliers::mean_direction;
+use crate::identity::clustering::by_person;
+use crate::identity::photos::EmbeddedFaces;
 use crate::identity::{FaceEncoder, cosine};
 use crate::output::print_line;
 
 pub(super) fn compare(images: &Images, encoder: &FaceEncoder, json: bool) -> Result<()> {
-    let people = People::embed(images, encoder)?;
+    let people = EmbeddedFaces::of(&images.images, encoder)?;
     let cosines: Vec<Vec<f32>> =
         people.vectors.iter().map(|a| people.vectors.iter().map(|b| cosine(a, b)).collect()).collect();
     if json {
@@ -38,15 +38,11 @@ pub(super) fn dedupe(
     json: bool,
 ) -> Result<()> {
     let threshold = threshold.unwrap_or(encoder.same_person());
-    let people = People::embed(images, encoder)?;
+    let people = EmbeddedFaces::of(&images.images, encoder)?;
     let mut list = Vec::new();
-    for (number, members) in groups(&people.vectors, threshold).into_iter().enumerate() {
-        let vectors: Vec<&[f32]> = members.iter().map(|&face| &people.vectors[face][..]).collect();
-        let centre = mean_direction(&vectors);
-        let rows: Vec<(&Path, f32)> = members
-            .iter()
-            .map(|&face| (people.files[face].as_path(), cosine(&people.vectors[face], &centre)))
-            .collect();
+    for (number, person) in by_person(&people.vectors, threshold).into_iter().enumerate() {
+        let rows = person.into_iter().map(|(face, cosine)| (people.files[face].as_path(), cosine));
+        let rows: Vec<(&Path, f32)> = rows.collect();
         if json {
             let images: Vec<_> = rows
                 .iter()

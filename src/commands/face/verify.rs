@@ -5,10 +5,11 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
-use super::inputs::{Encoder, Images, People};
+use super::inputs::Encoder;
 use super::print_json;
 use crate::failure::Failure;
-use crate::identity::verification::{Pairs, Spread};
+use crate::identity::photos::EmbeddedFaces;
+use crate::identity::verification::{Pairs, Spread, person_of};
 use crate::output::print_line;
 
 /// Embeds all images, compares each with each, and prints what tells people apart.
@@ -21,8 +22,8 @@ pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
         .into());
     }
     let encoder = encoder.load()?;
-    let people = People::embed(&Images { images: vec![folder.to_path_buf()] }, &encoder)?;
-    let names: Vec<String> = people.files.iter().map(|file| person(folder, file)).collect();
+    let people = EmbeddedFaces::of(&[folder.to_path_buf()], &encoder)?;
+    let names: Vec<String> = people.files.iter().map(|file| person_of(folder, file)).collect();
     let pairs = Pairs::of(&people.vectors, &names);
     let mut different = names.clone();
     different.sort();
@@ -67,37 +68,4 @@ pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {
         found.best_threshold,
         found.accepted_at_far_1e3
     )
-}
-
-/// Whose image a file is: the name of its folder inside `root`; for a file that lies in `root` itself, what stands
-/// before the last `-`, `_` or space of its name.
-fn person(root: &Path, file: &Path) -> String {
-    let inside = file.strip_prefix(root).unwrap_or(file);
-    match inside.parent() {
-        Some(folder) if folder != Path::new("") => folder.to_string_lossy().into_owned(),
-        _ => {
-            let name = file.file_stem().unwrap_or_default().to_string_lossy();
-            let end = name.rfind(['-', '_', ' ']).filter(|&end| end > 0);
-            name[..end.unwrap_or(name.len())].to_string()
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn people_are_named_by_folder_or_by_the_start_of_the_file_name() {
-        for (file, name) in [
-            ("album/anna/1.jpg", "anna"),
-            ("album/anna/old/1.jpg", "anna/old"),
-            ("album/anna-1.jpg", "anna"),
-            ("album/anna_b_02.png", "anna_b"),
-            ("album/anna.png", "anna"),
-            ("album/-1.png", "-1"),
-        ] {
-            assert_eq!(person(Path::new("album"), Path::new(file)), name);
-        }
-    }
 }

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::commands::r#gen::Args;
-use crate::commands::r#gen::prompts::Prompts;
 use crate::failure::Failure;
 use crate::files;
 use crate::identity::photos::Photos;
-use crate::image::FileFormat;
+use crate::image::{FileFormat, is_written_as_folder, numbered};
+use crate::lora::block_weights::BlockWeights;
 use crate::sdxl::lora_stack::LoraMode;
 
 /// The output paths, checked before the work begins.
@@ -19,7 +19,7 @@ pub(super) struct Outputs {
 }
 
 impl Outputs {
-    pub(super) fn plan(args: &Args, prompts: &Prompts) -> Result<Self> {
+    pub(super) fn plan(args: &Args, loras: &[(PathBuf, BlockWeights)]) -> Result<Self> {
         args.identity.check(!args.reference.is_empty())?;
         if !args.has_person() && args.prompt.is_empty() {
             return Err(Failure::Usage(
@@ -46,25 +46,11 @@ impl Outputs {
             None => args.prompt.is_empty().then(|| PathBuf::from("difflora.safetensors")),
         };
         let count = args.prompt.len() * args.num_images as usize;
-        let out = args.out.clone().unwrap_or_else(|| PathBuf::from("difflora.png"));
-        let folder = ends_in_separator(&out);
-        let images: Vec<PathBuf> = if folder || out.is_dir() {
-            (1..=count).map(|i| out.join(format!("{i:04}.png"))).collect()
-        } else if count == 1 {
-            vec![out]
-        } else {
-            let (stem, extension) = (out.with_extension(""), out.extension().unwrap_or_default());
-            let numbered = |i: usize| {
-                let mut name = stem.clone().into_os_string();
-                name.push(format!("-{i:04}."));
-                name.push(extension);
-                PathBuf::from(name)
-            };
-            (1..=count).map(numbered).collect()
-        };
+        let out = args.out.as_deref().unwrap_or(Path::new("difflora.png"));
+        let images = numbered(out, count);
         let outputs: Vec<&Path> = images.iter().chain(&lora).map(PathBuf::as_path).collect();
-        files::refuse_inputs(&outputs, &inputs(args, prompts)?)?;
-        if let Some(folder) = args.out.as_deref().filter(|_| folder) {
+        files::refuse_inputs(&outputs, &inputs(args, loras)?)?;
+        if let Some(folder) = args.out.as_deref().filter(|out| is_written_as_folder(out)) {
             let why = || format!("cannot make the folder `{}`", folder.display());
             std::fs::create_dir_all(folder).with_context(why)?;
         }
@@ -78,17 +64,12 @@ impl Outputs {
     }
 }
 
-/// Whether the path is written as a folder, `images/`, which need not exist yet.
-fn ends_in_separator(path: &Path) -> bool {
-    path.as_os_str().as_encoded_bytes().last().is_some_and(|last| std::path::is_separator(char::from(*last)))
-}
-
 /// The files that the command reads: photos and LoRAs.
-fn inputs(args: &Args, prompts: &Prompts) -> Result<Vec<PathBuf>> {
+fn inputs(args: &Args, loras: &[(PathBuf, BlockWeights)]) -> Result<Vec<PathBuf>> {
     let mut inputs: Vec<PathBuf> = args.identity.mixed()?.into_iter().map(|(photo, _)| photo).collect();
     if !args.reference.is_empty() {
         inputs.extend(Photos::find(&args.reference)?.paths().map(Path::to_path_buf));
     }
-    inputs.extend(prompts.all_loras(args)?.into_iter().map(|(path, _)| path));
+    inputs.extend(loras.iter().map(|(path, _)| path.clone()));
     Ok(inputs)
 }

@@ -1,23 +1,19 @@
 //! How the images are sampled.
 
-use std::path::Path;
-
 use anyhow::Result;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use crate::commands::r#gen::Args;
 use crate::failure::Failure;
 use crate::progress;
+use crate::sdxl::loader::read_latents;
 use crate::sdxl::pipeline::{GenerationParams, Sampler, SdxlLoader, Sizes};
-use crate::weights;
 
 /// Sampling settings and start of the images, checked before any weight is loaded.
 pub(super) struct Plan {
     pub(super) params: GenerationParams,
     /// Width and height.
     pub(super) size: [usize; 2],
-    /// (C, h, w)
-    pub(super) shape: [usize; 3],
     /// Of `--init-latents`.
     pub(super) start: Option<Tensor>,
 }
@@ -30,7 +26,7 @@ impl Plan {
         let native = model.native_size();
         let (width, height) = (args.width.unwrap_or(native), args.height.unwrap_or(native));
         let shape = model.latent_shape(width, height).map_err(usage)?;
-        let start = args.init_latents.as_deref().map(|path| init_latents(path, shape)).transpose()?;
+        let start = args.init_latents.as_deref().map(|path| read_latents(path, shape)).transpose()?;
         let sampler = args.sampler.or(model.sampler).unwrap_or_else(|| {
             progress::note("the base model names no sampler that difflora has; using euler");
             Sampler::Euler
@@ -47,27 +43,6 @@ impl Plan {
             }),
             vae_tiling: args.vae_tiling,
         };
-        Ok(Self { params, size: [width, height], shape, start })
+        Ok(Self { params, size: [width, height], start })
     }
-}
-
-/// The tensor `latents` of a file, (1, C, h, w).
-fn init_latents(path: &Path, shape: [usize; 3]) -> Result<Tensor> {
-    let wanted = [1, shape[0], shape[1], shape[2]];
-    let latents = weights::read_file(path)?
-        .remove("latents")
-        .ok_or_else(|| Failure::unusable(path, "it holds no tensor `latents`"))?;
-    if latents.dims() != wanted {
-        let why = format!("`latents` has shape {:?}, this model and size want {wanted:?}", latents.dims());
-        return Err(Failure::unusable(path, why));
-    }
-    if !latents.dtype().is_float() {
-        let why = format!("`latents` holds {:?}, wanted floating-point numbers", latents.dtype());
-        return Err(Failure::unusable(path, why));
-    }
-    let latents = latents.to_dtype(DType::F32)?;
-    if !latents.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
-        return Err(Failure::unusable(path, "`latents` holds NaN or infinity"));
-    }
-    Ok(latents)
 }

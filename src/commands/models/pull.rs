@@ -1,6 +1,6 @@
 //! `difflora models pull`: fetches a model from the hub.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 
@@ -9,9 +9,8 @@ use crate::failure::Failure;
 use crate::identity::catalog::{self, FaceModel};
 use crate::output::print_line;
 use crate::progress;
-use crate::registry::hyperlora::{self, CLIP, CLIP_FILES, CLIP_SHA256, LICENCES, Variant};
-use crate::weights::hub::{self, Repository, Weights};
-use crate::weights::sha256;
+use crate::registry::hyperlora::{self, LICENCES, Variant};
+use crate::weights::hub::{self, Weights};
 
 /// Arguments of `difflora models pull`. An interrupted download continues where it ended.
 #[derive(Debug, clap::Args)]
@@ -56,36 +55,15 @@ fn pull_hyperlora(variant: Variant, accepted: bool) -> Result<PathBuf> {
         return Err(Failure::Usage(why).into());
     }
     progress::note(format_args!("{name}, under the licences of its publishers:{licences}"));
-    let files = variant.files();
-    let folder = hyperlora::repository().fetch_files(files.iter().map(String::as_str))?;
-    hub::verify_checksums(&folder)?;
-    let clip = Repository { id: CLIP.into(), revision: "main".into(), file: None };
-    let clip = clip.fetch_files(CLIP_FILES.into_iter())?;
-    check(&clip.join("model.safetensors"), CLIP, CLIP_SHA256)?;
+    let fetched = variant.fetch()?;
     if let Some(model) = catalog::find(hyperlora::FACE_ENCODER) {
         pull_faces(model)?;
     }
-    let (found, _) = variant.cached();
-    Ok(found.unwrap_or(folder))
+    Ok(variant.cached().0.unwrap_or(fetched))
 }
 
-/// Fetches a face encoder and holds its files against their checksums.
+/// Fetches a face encoder, whose licence is shown.
 fn pull_faces(model: &FaceModel) -> Result<PathBuf> {
     progress::note(format_args!("{}: {}; licence: {}", model.name, model.about, model.licence));
-    let repository = Repository { id: model.repo.into(), revision: "main".into(), file: None };
-    let folder = repository.fetch_files(model.files_and_landmarks().map(|file| file.path))?;
-    for file in model.files_and_landmarks() {
-        check(&folder.join(file.path), model.name, file.sha256)?;
-    }
-    Ok(folder)
-}
-
-/// Refuses a file whose SHA-256 is not that of `model`.
-fn check(path: &Path, model: &str, wanted: &str) -> Result<()> {
-    let found = sha256::of_file(path)?;
-    if found == wanted {
-        return Ok(());
-    }
-    let why = format!("its SHA-256 is {found}, that of {model} is {wanted}; delete it and pull again");
-    Err(Failure::unusable(path, why))
+    model.fetch()
 }

@@ -4,16 +4,10 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::commands::values::pixels;
-use crate::failure::Failure;
-use crate::hypernet::hyperlora::{FILES, Shapes};
-use crate::output::Output;
-use crate::output::print_line;
+use crate::hypernet::hyperlora::{self, Shapes};
+use crate::output::{Output, print_line};
 use crate::registry::{self, BaseOptions, find_base};
-use crate::sdxl::architecture;
-use crate::sdxl::counts::{self, Cost};
-use crate::sdxl::text::ClipTextConfig;
-use crate::sdxl::unet::UNetConfig;
-use crate::sdxl::vae::VaeConfig;
+use crate::sdxl::counts::{Cost, ModelCost};
 use crate::weights::model_folder::ModelFiles;
 
 /// Arguments of `difflora models show`.
@@ -40,35 +34,7 @@ pub fn run(args: &Args, output: &Output) -> Result<()> {
         return show_hyperlora(args, &files, output);
     }
     let files = find_base(&args.base, &args.options)?;
-    architecture::require_sdxl(&files)?;
-    let unet: UNetConfig = files.config("unet/config.json")?;
-    let vae: VaeConfig = files.config("vae/config.json")?;
-    let one: ClipTextConfig = files.config("text_encoder/config.json")?;
-    let two: ClipTextConfig = files.config("text_encoder_2/config.json")?;
-
-    let factor = vae.factor();
-    let own = unet.sample_size * factor;
-    let (width, height) = (args.width.unwrap_or(own), args.height.unwrap_or(own));
-    if width == 0 || height == 0 || !width.is_multiple_of(factor) || !height.is_multiple_of(factor) {
-        let why = format!("{width}×{height} pixels: this model needs multiples of {factor}");
-        return Err(Failure::Usage(why).into());
-    }
-    let tokens = one.max_position_embeddings as u64;
-    let latents = [(height / factor) as u64, (width / factor) as u64];
-    let unusable = |file: &str, error: anyhow::Error| files.unusable(file, format!("{error:#}"));
-    let text = |config: &ClipTextConfig, folder: &str| {
-        counts::text_encoder(config, tokens)
-            .map_err(|error| unusable(&format!("{folder}/config.json"), error))
-    };
-    let [encoder, decoder] = counts::vae(&vae, [height as u64, width as u64])
-        .map_err(|error| unusable("vae/config.json", error))?;
-    let parts = [
-        ("text_encoder", text(&one, "text_encoder")?),
-        ("text_encoder_2", text(&two, "text_encoder_2")?),
-        ("unet", counts::unet(&unet, latents, tokens).map_err(|error| unusable("unet/config.json", error))?),
-        ("vae decoder", decoder),
-        ("vae encoder", encoder),
-    ];
+    let ModelCost { width, height, tokens, parts } = ModelCost::of(&files, [args.width, args.height])?;
     let parameters: u64 = parts.iter().map(|(_, cost)| cost.parameters).sum();
 
     if output.json {
@@ -105,13 +71,7 @@ pub fn run(args: &Args, output: &Output) -> Result<()> {
 /// Prints the parameters of HyperLoRA's files.
 fn show_hyperlora(args: &Args, files: &ModelFiles, output: &Output) -> Result<()> {
     let shapes = Shapes::read(files)?;
-    let mut parts = Vec::new();
-    for file in FILES.into_iter().filter_map(|file| file.strip_suffix(".safetensors")) {
-        let stored = files.reader("", file)?;
-        let sizes =
-            stored.names().into_iter().map(|name| Ok(stored.shape(&name)?.iter().product::<usize>() as u64));
-        parts.push((file, sizes.sum::<Result<u64>>()?));
-    }
+    let parts = hyperlora::parameters(files)?;
     let (layers, rank) = (shapes.layers().count(), shapes.rank());
     let parameters: u64 = parts.iter().map(|(_, count)| count).sum();
     if output.json {

@@ -16,6 +16,8 @@ mod resampler;
 #[cfg(test)]
 mod tests;
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 
@@ -24,6 +26,7 @@ use resampler::{IdProjector, Resampler};
 
 use crate::lora::Lora;
 use crate::weights::model_folder::{ModelFiles, WeightType};
+use crate::weights::sha256;
 
 /// The files of a folder with HyperLoRA's weights.
 pub const FILES: [&str; 4] = [
@@ -41,6 +44,34 @@ pub const CAPTION: &str = "fcsks fxhks fhyks, a photo of a person";
 
 /// The weight at which the LoRA is used unless another is asked for; the publisher recommends 0.75 to 0.85.
 pub const LORA_SCALE: f64 = 0.8;
+
+/// The prompt with the words that a LoRA needs in front, unless it holds them.
+pub fn with_trigger(prompt: &str, words: &str) -> String {
+    if prompt.contains(words) { prompt.to_string() } else { format!("{words}, {prompt}") }
+}
+
+/// SHA-256 of the four files, one after the other; remembered until one changes.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn sha256(files: &ModelFiles) -> Result<String> {
+    let folder = files.name();
+    sha256::remembered(&FILES.map(|file| Path::new(&folder).join(file)))
+}
+
+/// The numbers in each weight file, by its name without extension; reads only headers.
+///
+/// # Errors
+/// [`crate::failure::Failure::Unusable`] for a file that is missing or damaged.
+pub fn parameters(files: &ModelFiles) -> Result<Vec<(&'static str, u64)>> {
+    let count = |file| {
+        let stored = files.reader("", file)?;
+        let names = stored.names().into_iter();
+        let sizes = names.map(|name| Ok(stored.shape(&name)?.iter().product::<usize>() as u64));
+        Ok((file, sizes.sum::<Result<u64>>()?))
+    };
+    FILES.into_iter().filter_map(|file| file.strip_suffix(".safetensors")).map(count).collect()
+}
 
 /// Width of an attention head, the one size that no tensor shows.
 const HEAD_WIDTH: usize = 64;

@@ -285,3 +285,10 @@ fn the_released_sizes_give_sdxl_s_560_layers() {
     // 2 972 712 960 bytes of bases hold 128 matrices a factor.
     assert_eq!(2 * 128 * numbers, 2_972_712_960);
 }
+
+#[test]
+fn trigger_words_come_first_and_once() {
+    let prompt = with_trigger("a man, smiling", TRIGGER);
+    assert_eq!(prompt, "fcsks fxhks fhyks, a man, smiling");
+    assert_eq!(with_trigger(&prompt, TRIGGER), prompt);
+}

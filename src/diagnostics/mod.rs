@@ -1,4 +1,6 @@
-//! Diagnostics of this build and this machine: features, CPU kernels, threads, GPUs, folders.
+//! Diagnostics of this build and this machine: features, CPU kernels, threads, GPUs, folders, models.
+
+pub mod models;
 
 use std::path::Path;
 use std::process::Command;

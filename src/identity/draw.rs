@@ -1,7 +1,7 @@
 //! Boxes, landmarks and numbers of faces, painted into their image.
 
-use crate::identity::Face;
-use crate::identity::landmarks::Landmarks;
+use super::Face;
+use super::landmarks::Landmarks;
 use crate::image::Image;
 
 /// One colour a face, the largest first; then they repeat.

@@ -1,0 +1,174 @@
+//! A series of images: each network of the model is loaded when it is needed and freed before the next, so that memory
+//! holds one of them at a time.
+
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
+
+use super::infotext::Settings;
+use super::lora_stack::LoraStack;
+use super::pipeline::{Denoiser, GenerationParams, SdxlLoader, Step, decode};
+use super::preview::LatentColours;
+use super::prompt::PromptSyntax;
+use super::prompt_set::PromptSet;
+use super::text::TextConditioning;
+use super::unet::UNet;
+use super::vae::Vae;
+use crate::diffusion::noise;
+use crate::image::Image;
+use crate::progress::{self, Stage};
+use crate::weights::model_id::ModelId;
+
+/// Images of some prompts.
+pub struct ImageSeries<'a> {
+    /// The model.
+    pub model: &'a SdxlLoader,
+    /// Its name and hash, for the settings of each image.
+    pub base: &'a ModelId,
+    /// LoRAs on the model.
+    pub loras: &'a LoraStack,
+    /// What the images show.
+    pub prompts: &'a PromptSet,
+    /// How they are sampled.
+    pub params: GenerationParams,
+    /// Width and height.
+    pub size: [usize; 2],
+    /// Unit normal latents (1, C, h, w) to start from, instead of the seed's.
+    pub start: Option<Tensor>,
+    /// Images of each prompt.
+    pub images_per_prompt: usize,
+    /// Seed of the first image; the next ones count up.
+    pub seed: u64,
+    /// Steps between previews.
+    pub preview_every: Option<usize>,
+}
+
+impl ImageSeries<'_> {
+    /// Generates the images, prompt by prompt. `preview(k, image)` gets a rough image along the way, `done(k, image,
+    /// settings)` the image k.
+    ///
+    /// # Errors
+    /// NaN or infinity, with the part where it appeared; what the callbacks refuse; Ctrl-C.
+    pub fn generate(
+        &self,
+        preview: impl Fn(usize, Image) -> Result<()>,
+        mut done: impl FnMut(usize, Image, &Settings) -> Result<()>,
+    ) -> Result<()> {
+        let Self { model, params, .. } = self;
+        let [c, h, w] = model.latent_shape(self.size[0], self.size[1])?;
+        let (prompts, negative) = self.encode()?;
+        let mut vae = None;
+        let colours = match self.preview_every {
+            Some(_) => Some(LatentColours::fit(vae.insert(self.load_vae()?), &model.device)?),
+            None => None,
+        };
+        let mut unet = Some(self.load_unet()?);
+
+        let count = prompts.len() * self.images_per_prompt;
+        let bar = progress::bar((count * params.steps) as u64, "sampling");
+        for k in 0..count {
+            let which = k / self.images_per_prompt;
+            let seed = self.seed.wrapping_add(k as u64);
+            let latents = match &self.start {
+                Some(latents) => latents.clone(),
+                None => noise::normal(seed, 0, (1, c, h, w), &Device::Cpu)?,
+            };
+            // Stream 0 is the start, so that fresh noise never repeats it.
+            let fresh = |step: usize| Ok(noise::normal(seed, 1 + step as u64, (1, c, h, w), &Device::Cpu)?);
+            let mut clock = Stage::begin("a step");
+            let step = |step: &Step| {
+                bar.inc(1);
+                bar.suspend(|| std::mem::replace(&mut clock, Stage::begin("a step")).end());
+                match (&colours, self.preview_every) {
+                    (Some(colours), Some(every)) if step.number.is_multiple_of(every) => {
+                        preview(k, colours.image(&step.denoised()?)?)?;
+                    }
+                    _ => {}
+                }
+                progress::check()
+            };
+            let network = unet.as_ref().context("the UNet stays until the last image")?;
+            let denoiser = Denoiser { unet: network, schedule: &model.schedule, factor: model.vae.factor() };
+            let latents = denoiser.denoise(&latents, &prompts[which], &negative, *params, fresh, step)?;
+            if k + 1 == count {
+                unet = None; // 10 GB in SDXL
+            }
+            let codec = match &mut vae {
+                Some(codec) => codec,
+                none => none.insert(self.load_vae()?),
+            };
+            let clock = Stage::begin("decoding");
+            let image = Image::from_tensor(&decode(codec, &latents, params.vae_tiling)?.squeeze(0)?)?;
+            clock.end();
+            bar.suspend(|| done(k, image, &self.settings(which, seed)))?;
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// What the image of prompt `which` depends on.
+    fn settings(&self, which: usize, seed: u64) -> Settings<'_> {
+        Settings {
+            prompt: &self.prompts.texts[which],
+            negative_prompt: self.prompts.negative.as_deref(),
+            sampler: self.params.sampler,
+            steps: self.params.steps,
+            guidance: self.params.guidance_scale,
+            seed,
+            size: self.size,
+            base: self.base,
+            loras: &self.loras.loras,
+        }
+    }
+
+    /// Each prompt's conditioning, and that of the negative prompt. The text encoders are freed on return.
+    fn encode(&self) -> Result<(Vec<TextConditioning>, TextConditioning)> {
+        let (model, PromptSet { texts, negative, syntax, .. }) = (self.model, self.prompts);
+        let clock = Stage::begin("loading the text encoders");
+        let mut text = model.load_text()?;
+        self.loras.apply_to_text(&mut text)?;
+        clock.end();
+        let plain = texts.iter().chain(negative).filter(|_| *syntax == PromptSyntax::Plain);
+        for prompt in plain {
+            if let Some(end) = text.cut(prompt)? {
+                let most = text.tokenizer.max_length();
+                progress::warn(format_args!(
+                    "a prompt has more than {most} tokens; this end is left out: {end}"
+                ));
+            }
+        }
+        let clock = Stage::begin("encoding the prompts");
+        let negative = match model.unet.takes_two_passes(self.params.guidance_scale) {
+            true => match negative {
+                Some(prompt) => text.encode(prompt, *syntax)?,
+                None => model.negative(&text, None)?,
+            },
+            false => {
+                if negative.is_some() {
+                    progress::note(
+                        "the negative prompt has no effect: guidance is disabled (--guidance 1 or less)",
+                    );
+                }
+                text.zeros()? // not used by a single pass
+            }
+        };
+        let prompts = texts.iter().map(|prompt| text.encode(prompt, *syntax));
+        let prompts = prompts.collect::<Result<_>>()?;
+        clock.end();
+        Ok((prompts, negative))
+    }
+
+    fn load_unet(&self) -> Result<UNet> {
+        let clock = Stage::begin("loading the UNet");
+        let mut unet = self.model.load_unet()?;
+        self.loras.apply_to_unet(&mut unet)?;
+        clock.end();
+        Ok(unet)
+    }
+
+    fn load_vae(&self) -> Result<Vae> {
+        let clock = Stage::begin("loading the VAE");
+        let vae = self.model.load_vae()?;
+        clock.end();
+        Ok(vae)
+    }
+}
