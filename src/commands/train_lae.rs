@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::commands::run_args::{DeviceArgs, RunArgs};
@@ -11,11 +11,10 @@ use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::files::{self, FolderLock};
 use crate::limits::read_toml;
 use crate::output::{Output, print_line};
-use crate::progress;
 use crate::recipes::hypernet_config::HypernetTrainConfig;
 use crate::recipes::lae::config::{LaeTrainConfig, Sweep};
 use crate::recipes::lae::report;
-use crate::recipes::lae::train::{TrainOptions, finished_report, train_into};
+use crate::recipes::lae::train::{TrainOptions, train_into, train_variants};
 use crate::train::checkpoint;
 use crate::train::distributed;
 use crate::weights::model_folder::save_json;
@@ -83,28 +82,10 @@ fn run_sweep(
     options: &TrainOptions,
     output: &Output,
 ) -> Result<()> {
-    // All configurations first: a mistake in the last one should not cost the time of the others.
-    let variants = sweep.variant.iter().map(|variant| Ok((&variant.name, variant.apply(config)?)));
-    let variants: Vec<_> = variants.collect::<Result<_>>()?;
+    let variants = sweep.variants(config)?;
     let folders: Vec<PathBuf> = variants.iter().map(|(name, _)| args.run.out.join(name)).collect();
     let _lock = begin(args, &folders)?;
-    let mut reports = Vec::new();
-    let mut set: Option<LoraDataset> = None;
-    for (name, config) in variants {
-        progress::note(format_args!("sweep: {name}"));
-        let out = args.run.out.join(name);
-        if let Some(report) = args.run.resume.then(|| finished_report(&out, &config)).flatten() {
-            reports.push((name.clone(), report));
-            continue;
-        }
-        // Read again only for another canonical form.
-        let fits = set.take().filter(|set| set.form.kind() == config.canonical);
-        let opened = fits.map_or_else(|| open_dataset(args, &config), Ok)?;
-        let report = train_into(&config, &opened, &out, options)
-            .with_context(|| format!("variant `{name}` of the sweep"))?;
-        set = Some(opened);
-        reports.extend(report.map(|report| (name.clone(), report)));
-    }
+    let reports = train_variants(variants, &args.run.out, options, |config| open_dataset(args, config))?;
     if !distributed::is_main_process() {
         return Ok(());
     }

@@ -3,21 +3,18 @@
 mod args;
 mod options;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
 pub use args::Args;
 
-use crate::failure::Failure;
 use crate::files::{self, FolderLock};
 use crate::image::files_in;
 use crate::output::{Output, print_line};
 use crate::progress;
 use crate::recipes::dreambooth::batch_trainer::JobQueue;
-use crate::recipes::dreambooth::config::{Crop, Settings};
-use crate::recipes::dreambooth::image_dataset;
 use crate::recipes::dreambooth::lora_trainer::{CHECKPOINT, Job};
 use crate::recipes::dreambooth::setup::{self, RunConfig};
 use crate::recipes::dreambooth::training_folder::TrainingFolder;
@@ -50,7 +47,8 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     });
     let folders = folders.collect::<Result<Vec<_>>>()?;
     let side = if settings.images.resolution == 0 { base.native_size } else { settings.images.resolution };
-    check_options(&args, &settings, side)?;
+    let several = !alone && args.people_per_batch > 1;
+    settings.check_run(side, several, args.options.class_images.is_some())?;
 
     let steps = folders.iter().map(|folder| settings.steps(folder.images.len())).sum();
     let run = RunConfig {
@@ -74,45 +72,16 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     report(&args, output, &queue)
 }
 
-/// Refuses options that exclude each other.
-fn check_options(args: &Args, settings: &Settings, side: usize) -> Result<()> {
-    let buckets = settings.images.crop == Crop::Buckets;
-    let class_images = settings.objective.class_images > 0;
-    let why = if buckets && args.many.is_some() && args.people_per_batch > 1 {
-        "people in one forward pass need images of one size: --crop center or random".into()
-    } else if buckets && class_images {
-        "class images are squares: use --crop center or random with them".into()
-    } else if buckets && !side.is_multiple_of(16) {
-        format!("buckets need a --resolution in multiples of 16, not {side}")
-    } else if class_images && args.options.class_images.is_none() {
-        "class images need a folder: --class-images DIR".into()
-    } else {
-        return Ok(());
-    };
-    Err(Failure::Usage(why).into())
-}
-
 /// The people to train, and where each LoRA goes.
 fn jobs(args: &Args) -> Result<Vec<Job>> {
-    let person = |images: &Path, out: PathBuf| Job {
-        name: images.file_name().map_or("images".into(), |name| name.to_string_lossy().into()),
-        images: images.to_path_buf(),
-        folder: out.with_extension("training"),
-        out,
-    };
     let people = match (&args.many, &args.images) {
         (Some(folder), _) => {
-            let folders = image_dataset::people_in(folder)?;
+            let people = Job::of_people(folder, &args.out)?;
             std::fs::create_dir_all(&args.out)
                 .with_context(|| format!("cannot make `{}`", args.out.display()))?;
-            let out = |folder: &Path| {
-                let mut name = folder.file_name().unwrap_or_default().to_os_string();
-                name.push(".safetensors");
-                args.out.join(name)
-            };
-            folders.iter().map(|folder| person(folder, out(folder))).collect()
+            people
         }
-        (None, Some(images)) => vec![person(images, args.out.clone())],
+        (None, Some(images)) => vec![Job::new(images, args.out.clone())],
         (None, None) => Vec::new(),
     };
     for Job { out, .. } in &people {

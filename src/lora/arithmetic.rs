@@ -37,6 +37,30 @@ pub struct Kept {
     pub share: f64,
 }
 
+/// What shortening left of a file.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct KeptSummary {
+    /// How many modules have each rank.
+    pub ranks: BTreeMap<usize, usize>,
+    /// Mean share of Σ σ² that is left of a module.
+    pub kept_mean: f64,
+    /// The smallest share.
+    pub kept_least: f64,
+}
+
+impl KeptSummary {
+    /// Over all modules.
+    pub fn of(kept: &BTreeMap<String, Kept>) -> Self {
+        let mut ranks: BTreeMap<usize, usize> = BTreeMap::new();
+        kept.values().for_each(|kept| *ranks.entry(kept.after).or_default() += 1);
+        Self {
+            ranks,
+            kept_mean: kept.values().map(|kept| kept.share).sum::<f64>() / kept.len().max(1) as f64,
+            kept_least: kept.values().map(|kept| kept.share).fold(1.0, f64::min),
+        }
+    }
+}
+
 /// How alike two files are in one module.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Similarity {

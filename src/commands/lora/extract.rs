@@ -6,8 +6,9 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::BaseArgs;
-use super::write::{Written, summary};
+use super::write::Written;
 use crate::files::{check_writable, refuse_inputs};
+use crate::lora::arithmetic::KeptSummary;
 use crate::lora::extract::{ExtractOptions, Extracted, extract};
 use crate::lora::file::Format;
 use crate::lora::{listed_for_user, metadata};
@@ -56,7 +57,7 @@ pub(super) fn run(args: Args, base: &BaseArgs, output: &Output) -> Result<()> {
     }
     adapters.metadata.insert(metadata::RESOLUTION.into(), metadata::resolution(before.native_size));
     adapters.metadata.insert(metadata::TITLE.into(), "the difference of two models, by difflora".into());
-    let mut report = summary(&kept);
+    let mut report = serde_json::to_value(KeptSummary::of(&kept))?;
     report["biases_and_norms"] = json!(biases_and_norms);
     report["left_out"] = json!(left_out);
     let written = Written { out: &args.out, format: args.format, layout: &before.block_layout, output };

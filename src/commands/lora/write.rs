@@ -1,6 +1,5 @@
 //! What the subcommands that write a LoRA share.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -10,7 +9,7 @@ use crate::commands::values::number;
 use crate::failure::Failure;
 use crate::files;
 use crate::lora::adapter::AdapterFile;
-use crate::lora::arithmetic::{self, Keep, Kept};
+use crate::lora::arithmetic::{self, Keep, KeptSummary};
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Format, Reading};
 use crate::lora::ldm_keys::BlockLayout;
@@ -88,16 +87,7 @@ pub(super) fn write_sum(loras: &[WeightedFile], keep: Keep, written: &Written) -
     let names: Vec<String> = loras.iter().map(|lora| lora.path.display().to_string()).collect();
     let (sum, kept) = arithmetic::sum(&files, keep)
         .map_err(|error| Failure::Unusable(format!("cannot use {}: {error}", listed(&names))))?;
-    written.write(&sum, summary(&kept))
-}
-
-/// Ranks and shares over all modules.
-pub(super) fn summary(kept: &BTreeMap<String, Kept>) -> Value {
-    let lowest = kept.values().map(|kept| kept.share).fold(1.0, f64::min);
-    let mean = kept.values().map(|kept| kept.share).sum::<f64>() / kept.len().max(1) as f64;
-    let mut ranks: BTreeMap<usize, usize> = BTreeMap::new();
-    kept.values().for_each(|kept| *ranks.entry(kept.after).or_default() += 1);
-    json!({ "ranks": ranks, "kept_mean": mean, "kept_least": lowest })
+    written.write(&sum, serde_json::to_value(KeptSummary::of(&kept))?)
 }
 
 /// Prints a report as JSON, or a line for each of its values.

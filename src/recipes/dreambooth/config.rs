@@ -337,6 +337,30 @@ impl Settings {
     }
 }
 
+impl Settings {
+    /// Refuses settings that exclude each other, with images of `side` pixels, `several` people in one forward pass, and
+    /// a folder for class images or not.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] with the options to change.
+    pub fn check_run(&self, side: usize, several: bool, class_folder: bool) -> Result<()> {
+        let buckets = self.images.crop == Crop::Buckets;
+        let class_images = self.objective.class_images > 0;
+        let why = if buckets && several {
+            "people in one forward pass need images of one size: --crop center or random".into()
+        } else if buckets && class_images {
+            "class images are squares: use --crop center or random with them".into()
+        } else if buckets && !side.is_multiple_of(16) {
+            format!("buckets need a --resolution in multiples of 16, not {side}")
+        } else if class_images && !class_folder {
+            "class images need a folder: --class-images DIR".into()
+        } else {
+            return Ok(());
+        };
+        Err(Failure::Usage(why).into())
+    }
+}
+
 /// Keys of earlier versions and their present spelling.
 const RENAMED_KEYS: [(&str, &str); 3] =
     [("pictures", "images"), ("class_pictures", "class_images"), ("steps_per_picture", "steps_per_image")];

@@ -1,7 +1,7 @@
 //! One person's LoRA in training: what it learns from, where it stands, and when it stops.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
@@ -11,7 +11,7 @@ use crate::diffusion::noise;
 use crate::progress;
 use crate::recipes::dreambooth::config::{LossScale, ScaleRule, Settings};
 use crate::recipes::dreambooth::data_order;
-use crate::recipes::dreambooth::image_dataset::{ImageDataset, Scaling};
+use crate::recipes::dreambooth::image_dataset::{self, ImageDataset, Scaling};
 use crate::recipes::dreambooth::lockstep::{SharedDown, TargetModule, TrainableLora};
 use crate::recipes::dreambooth::loss::{Batch, Captions};
 use crate::sdxl::text::TextConditioning;
@@ -29,6 +29,31 @@ pub struct Job {
     pub out: PathBuf,
     /// State, log and samples.
     pub folder: PathBuf,
+}
+
+impl Job {
+    /// For the person whose images lie in the folder `images`, named after it; state and samples go beside `out`.
+    pub fn new(images: &Path, out: PathBuf) -> Self {
+        Self {
+            name: images.file_name().map_or("images".into(), |name| name.to_string_lossy().into()),
+            images: images.to_path_buf(),
+            folder: out.with_extension("training"),
+            out,
+        }
+    }
+
+    /// One for each folder of images in `people`, to `PERSON.safetensors` in the folder `out`.
+    ///
+    /// # Errors
+    /// [`crate::failure::Failure::Unusable`] where there is no folder.
+    pub fn of_people(people: &Path, out: &Path) -> Result<Vec<Self>> {
+        let job = |images: &PathBuf| {
+            let mut name = images.file_name().unwrap_or_default().to_os_string();
+            name.push(".safetensors");
+            Self::new(images, out.join(name))
+        };
+        Ok(image_dataset::people_in(people)?.iter().map(job).collect())
+    }
 }
 
 /// What all LoRAs of a run start from.

@@ -107,6 +107,16 @@ pub struct Sweep {
     pub variant: Vec<Variant>,
 }
 
+impl Sweep {
+    /// Every variant's name and configuration: a mistake in the last one does not cost the time of the others.
+    ///
+    /// # Errors
+    /// As [`Variant::apply`].
+    pub fn variants(&self, config: &LaeTrainConfig) -> Result<Vec<(String, LaeTrainConfig)>> {
+        self.variant.iter().map(|variant| Ok((variant.name.clone(), variant.apply(config)?))).collect()
+    }
+}
+
 /// One autoencoder of a comparison.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Variant {

@@ -76,6 +76,37 @@ pub fn train_into(
     Ok(Some(report))
 }
 
+/// Trains the variants of a sweep, each in a folder of its own below `out`, and returns their reports. Variants that an
+/// earlier run finished are not trained again when the run continues. `open` opens the dataset in the form that a
+/// configuration needs; it is asked again only where the form changes.
+///
+/// # Errors
+/// The first error, with the name of the variant.
+pub fn train_variants(
+    variants: Vec<(String, LaeTrainConfig)>,
+    out: &Path,
+    options: &TrainOptions,
+    open: impl Fn(&LaeTrainConfig) -> Result<LoraDataset>,
+) -> Result<Vec<(String, Value)>> {
+    let mut reports = Vec::new();
+    let mut set: Option<LoraDataset> = None;
+    for (name, config) in variants {
+        progress::note(format_args!("sweep: {name}"));
+        let out = out.join(&name);
+        if let Some(report) = options.resume.then(|| finished_report(&out, &config)).flatten() {
+            reports.push((name, report));
+            continue;
+        }
+        let fits = set.take().filter(|set| set.form.kind() == config.canonical);
+        let opened = fits.map_or_else(|| open(&config), Ok)?;
+        let report = train_into(&config, &opened, &out, options)
+            .with_context(|| format!("variant `{name}` of the sweep"))?;
+        set = Some(opened);
+        reports.extend(report.map(|report| (name, report)));
+    }
+    Ok(reports)
+}
+
 /// Trains an autoencoder; its weights are the moving averages.
 ///
 /// # Errors
@@ -194,7 +225,7 @@ impl LaeTrainer<'_> {
 }
 
 /// The report of an autoencoder in `out` whose training finished with the same configuration.
-pub fn finished_report(out: &Path, config: &LaeTrainConfig) -> Option<Value> {
+fn finished_report(out: &Path, config: &LaeTrainConfig) -> Option<Value> {
     let report: Value =
         serde_json::from_slice(&std::fs::read(out.join("training/report.json")).ok()?).ok()?;
     (report["finished"] == true && report["recipe"] == serde_json::to_value(config).ok()?).then_some(report)
