@@ -93,8 +93,9 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             images_per_prompt: args.num_images as usize,
             seed: args.seed,
             preview_every: args.preview.map(|every| every as usize),
+            strip_columns: args.strip.map(|columns| columns as usize),
         };
-        report["pictures"] = write_images(&series, &args, &outputs.images, output)?;
+        report["pictures"] = write_images(&series, &args, &outputs, output)?;
     }
     report["seconds"] = json!(start.elapsed().as_secs_f64());
     if output.json {
@@ -131,9 +132,10 @@ fn lora_stack(
 }
 
 /// Generates and writes every image; returns the settings of each.
-fn write_images(series: &ImageSeries, args: &Args, paths: &[PathBuf], output: &Output) -> Result<Value> {
+fn write_images(series: &ImageSeries, args: &Args, outputs: &Outputs, output: &Output) -> Result<Value> {
+    let paths = &outputs.images;
     let mut written = Vec::new();
-    series.generate(
+    let strip = series.generate(
         |k, preview| preview.save(&paths[k].with_extension("preview.png"), None),
         |k, image, settings| {
             let path = &paths[k];
@@ -150,5 +152,16 @@ fn write_images(series: &ImageSeries, args: &Args, paths: &[PathBuf], output: &O
             Ok(())
         },
     )?;
+    if let (Some(strip), Some(path)) = (strip, &outputs.strip) {
+        let text = format!(
+            "denoising strip\nSteps: {}, Version: difflora {}",
+            args.steps,
+            env!("CARGO_PKG_VERSION")
+        );
+        strip.save(path, Some(&text))?;
+        if !output.json {
+            print_line!("strip {}", path.display())?;
+        }
+    }
     Ok(written.into())
 }

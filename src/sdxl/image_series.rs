@@ -14,9 +14,23 @@ use super::text::TextConditioning;
 use super::unet::UNet;
 use super::vae::Vae;
 use crate::diffusion::noise;
-use crate::image::Image;
+use crate::image::{Image, contact_sheet};
 use crate::progress::{self, Stage};
 use crate::weights::model_id::ModelId;
+
+/// Longer side of an image in a strip, in pixels.
+const STRIP_CELL: usize = 256;
+
+/// `columns` of the steps 1 … `steps`, the first and the last among them.
+fn evenly(columns: usize, steps: usize) -> Vec<usize> {
+    let columns = columns.clamp(1, steps);
+    let last = (columns - 1).max(1);
+    let mut shown: Vec<usize> = (0..columns).map(|i| 1 + (i * (steps - 1) + last / 2) / last).collect();
+    if columns == 1 {
+        shown = vec![steps];
+    }
+    shown
+}
 
 /// Images of some prompts.
 pub struct ImageSeries<'a> {
@@ -40,11 +54,14 @@ pub struct ImageSeries<'a> {
     pub seed: u64,
     /// Steps between previews.
     pub preview_every: Option<usize>,
+    /// Columns of a strip of the first image of each prompt on its way from noise.
+    pub strip_columns: Option<usize>,
 }
 
 impl ImageSeries<'_> {
     /// Generates the images, prompt by prompt. `preview(k, image)` gets a rough image along the way, `done(k, image,
-    /// settings)` the image k.
+    /// settings)` the image k. Returns the strip, where one is asked for: for each prompt a row of noisy latents and below it
+    /// the predicted x_0 of the same steps, all decoded.
     ///
     /// # Errors
     /// NaN or infinity, with the part where it appeared; what the callbacks refuse; Ctrl-C.
@@ -52,7 +69,7 @@ impl ImageSeries<'_> {
         &self,
         preview: impl Fn(usize, Image) -> Result<()>,
         mut done: impl FnMut(usize, Image, &Settings) -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Option<Image>> {
         let Self { model, params, .. } = self;
         let [c, h, w] = model.latent_shape(self.size[0], self.size[1])?;
         let (prompts, negative) = self.encode()?;
@@ -64,6 +81,8 @@ impl ImageSeries<'_> {
         let mut unet = Some(self.load_unet()?);
 
         let count = prompts.len() * self.images_per_prompt;
+        let shown = self.strip_columns.map_or(Vec::new(), |columns| evenly(columns, params.steps));
+        let mut strip: Vec<Vec<Image>> = Vec::new();
         let bar = progress::bar((count * params.steps) as u64, "sampling");
         for k in 0..count {
             let which = k / self.images_per_prompt;
@@ -74,9 +93,14 @@ impl ImageSeries<'_> {
             };
             // Stream 0 is the start, so that fresh noise never repeats it.
             let fresh = |step: usize| Ok(noise::normal(seed, 1 + step as u64, (1, c, h, w), &Device::Cpu)?);
+            let in_strip = k.is_multiple_of(self.images_per_prompt);
+            let mut way = Vec::new();
             let mut clock = Stage::begin("a step");
             let step = |step: &Step| {
                 bar.inc(1);
+                if in_strip && shown.contains(&step.number) {
+                    way.push((step.noisy().clone(), step.denoised()?));
+                }
                 bar.suspend(|| std::mem::replace(&mut clock, Stage::begin("a step")).end());
                 match (&colours, self.preview_every) {
                     (Some(colours), Some(every)) if step.number.is_multiple_of(every) => {
@@ -99,10 +123,19 @@ impl ImageSeries<'_> {
             let clock = Stage::begin("decoding");
             let image = Image::from_tensor(&decode(codec, &latents, params.vae_tiling)?.squeeze(0)?)?;
             clock.end();
+            if !way.is_empty() {
+                let decoded = |latents: &Tensor| {
+                    Image::from_tensor(&decode(codec, latents, params.vae_tiling)?.squeeze(0)?)
+                };
+                strip.push(way.iter().map(|(noisy, _)| decoded(noisy)).collect::<Result<_>>()?);
+                strip.push(way.iter().map(|(_, x0)| decoded(x0)).collect::<Result<_>>()?);
+            }
             bar.suspend(|| done(k, image, &self.settings(which, seed)))?;
         }
         bar.finish_and_clear();
-        Ok(())
+        let rows: Vec<Vec<&Image>> = strip.iter().map(|row| row.iter().collect()).collect();
+        let cell = self.size[0].max(self.size[1]).min(STRIP_CELL);
+        Ok((!rows.is_empty()).then(|| contact_sheet(&rows, cell, 4)))
     }
 
     /// What the image of prompt `which` depends on.
@@ -170,5 +203,18 @@ impl ImageSeries<'_> {
         let vae = self.model.load_vae()?;
         clock.end();
         Ok(vae)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_of_a_strip_go_from_the_first_to_the_last_step() {
+        assert_eq!(evenly(5, 21), [1, 6, 11, 16, 21]);
+        assert_eq!(evenly(3, 4), [1, 3, 4]);
+        assert_eq!(evenly(9, 3), [1, 2, 3]);
+        assert_eq!(evenly(1, 7), [7]);
     }
 }

@@ -101,6 +101,11 @@ pub struct Step<'a> {
 }
 
 impl Step<'_> {
+    /// The noisy latents x_t that the step began with, (B, C, h, w), with a variance of about 1 at every t.
+    pub fn noisy(&self) -> &Tensor {
+        self.x_t
+    }
+
     /// The current estimate of x_0, (B, C, h, w).
     pub fn denoised(&self) -> Result<Tensor> {
         let t = self.t.round() as usize;

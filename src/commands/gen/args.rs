@@ -133,6 +133,10 @@ pub struct Args {
     /// Write a rough preview every N steps: `me.preview.png` beside `me.png`.
     #[arg(help_heading = "Output", long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), env = "DIFFLORA_PREVIEW")]
     pub(super) preview: Option<u32>,
+    /// Write `me.strip.png` beside the first image: for each prompt's first image N steps on its way from noise, above the
+    /// noisy latents and below the predicted x_0.
+    #[arg(help_heading = "Output", long, value_name = "N", requires = "prompt", value_parser = clap::value_parser!(u32).range(1..=64), env = "DIFFLORA_STRIP")]
+    pub(super) strip: Option<u32>,
     /// LoRA to write [default without --prompt: difflora.safetensors].
     #[arg(help_heading = "Output", long, value_name = "FILE.safetensors", env = "DIFFLORA_LORA_OUT")]
     pub(super) lora_out: Option<PathBuf>,

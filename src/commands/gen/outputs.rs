@@ -16,6 +16,8 @@ use crate::sdxl::lora_stack::LoraMode;
 pub(super) struct Outputs {
     pub(super) lora: Option<PathBuf>,
     pub(super) images: Vec<PathBuf>,
+    /// Of `--strip`.
+    pub(super) strip: Option<PathBuf>,
 }
 
 impl Outputs {
@@ -48,7 +50,8 @@ impl Outputs {
         let count = args.prompt.len() * args.num_images as usize;
         let out = args.out.as_deref().unwrap_or(Path::new("difflora.png"));
         let images = numbered(out, count);
-        let outputs: Vec<&Path> = images.iter().chain(&lora).map(PathBuf::as_path).collect();
+        let strip = args.strip.and(images.first()).map(|first| first.with_extension("strip.png"));
+        let outputs: Vec<&Path> = images.iter().chain(&lora).chain(&strip).map(PathBuf::as_path).collect();
         files::refuse_inputs(&outputs, &inputs(args, loras)?)?;
         if let Some(folder) = args.out.as_deref().filter(|out| is_written_as_folder(out)) {
             let why = || format!("cannot make the folder `{}`", folder.display());
@@ -60,7 +63,7 @@ impl Outputs {
         for path in &images {
             FileFormat::of(path)?;
         }
-        Ok(Self { lora, images })
+        Ok(Self { lora, images, strip })
     }
 }
 
