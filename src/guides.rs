@@ -11,7 +11,7 @@ pub struct Guide {
 }
 
 /// All guides.
-pub static GUIDES: [Guide; 7] = [
+pub static GUIDES: [Guide; 8] = [
     Guide {
         name: "generate",
         about: "LoRAs from photos, images from prompts, precision and memory",
@@ -34,8 +34,13 @@ pub static GUIDES: [Guide; 7] = [
     },
     Guide {
         name: "hypernetwork",
-        about: "the dataset of LoRAs, autoencoder, transformer, evaluation",
+        about: "the dataset of LoRAs, autoencoder, transformer",
         text: include_str!("docs/hypernetwork.md"),
+    },
+    Guide {
+        name: "evaluation",
+        about: "people, methods, measures, figures of the paper",
+        text: include_str!("docs/evaluation.md"),
     },
     Guide {
         name: "small-world",

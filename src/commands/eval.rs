@@ -2,6 +2,7 @@
 //! noise, and measured by networks that took part in no training.
 
 mod args;
+mod compress;
 
 use std::path::Path;
 use std::time::Instant;
@@ -11,16 +12,21 @@ use candle_core::{DType, Device};
 use serde_json::json;
 
 pub use args::Args;
+use args::{Figure, PeopleArgs};
 
+use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
+use crate::eval::held_out::HeldOut;
+use crate::eval::image_judges::ImageJudge;
 use crate::eval::judges::Judges;
-use crate::eval::methods::{Generator, PeopleOptions};
+use crate::eval::methods::{Generator, Method, PeopleOptions};
+use crate::eval::people::People;
+use crate::eval::prompts::PromptSet;
 use crate::eval::renderer::Renderer;
 use crate::eval::report::Findings;
-use crate::eval::subjects::HeldOut;
-use crate::eval::{base_model, people};
+use crate::eval::{base_model, people, people_folder, perturbation};
 use crate::failure::Failure;
 use crate::files;
-use crate::hypernet::{Hypernet, SampleOptions};
+use crate::hypernet::{DenoiserConfig, Hypernet, SampleOptions};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder};
 use crate::output::{self, Output, print_line};
@@ -31,65 +37,124 @@ use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::attribute_classifier::AttributeClassifier;
 use crate::weights::model_id::ModelId;
 
-/// Evaluates a hypernetwork, or a base model alone.
+/// Evaluates a hypernetwork or a base model alone, or makes one of the paper's figures.
 pub fn run(args: Args, output: &Output) -> Result<()> {
+    match args.figure {
+        None => evaluate(&args.people, output, Ok),
+        Some(Figure::Perturb(mut people)) => {
+            people.methods = perturbation::methods();
+            evaluate(&people, output, perturbation::figure)
+        }
+        Some(Figure::Compress(args)) => compress::run(&args, output),
+    }
+}
+
+/// Evaluates, and writes what `finish` makes of the findings.
+fn evaluate(args: &PeopleArgs, output: &Output, finish: impl Fn(Findings) -> Result<Findings>) -> Result<()> {
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out)
             .with_context(|| format!("cannot make the folder `{}`", out.display()))?;
         files::check_writable(&out.join("table.json"))?;
     }
     let begin = Instant::now();
-    let mut findings = match (args.base_only, &args.dataset) {
-        (Some(count), _) => {
+    let findings = match args.base_only {
+        Some(count) => {
             let device = args.device.open()?;
-            let renderer = open_renderer(&args, FaceEncoder::builtin()?, &device)?;
+            let renderer = open_renderer(args, FaceEncoder::builtin()?, &device)?;
             base_model::evaluate(&renderer, count, &args.sampling())?
         }
-        (None, Some(dataset)) => evaluate_people(&args, dataset)?,
-        (None, None) => return Err(Failure::Usage("eval needs --dataset, or --base-only".into()).into()),
+        None => evaluate_people(args)?,
     };
+    let mut findings = finish(findings)?;
     findings.report["seconds"] = json!(begin.elapsed().as_secs_f64().round());
-    let Findings { report, text, sheet } = findings;
     if let Some(out) = &args.out {
-        let json = serde_json::to_string_pretty(&report)? + "\n";
-        files::write_whole(&out.join("table.json"), json.as_bytes())?;
-        files::write_whole(&out.join("table.md"), text.as_bytes())?;
-        sheet.save(&out.join("sheet.png"), None)?;
+        findings.write(out)?;
     }
+    let Findings { report, text, .. } = findings;
     if output.json { print_line!("{report}") } else { output::print(format_args!("{text}")) }
 }
 
-fn evaluate_people(args: &Args, dataset: &Path) -> Result<Findings> {
-    let hypernet_files = registry::find_hypernet(&args.hypernet, args.base_options.offline)?;
+fn evaluate_people(args: &PeopleArgs) -> Result<Findings> {
     let device = args.device.open()?;
-    let hypernet = Hypernet::open(&hypernet_files, &device)?;
-    let wanted = &hypernet.denoiser.config;
-    let detector = match wanted.face_encoder.name.as_str() {
-        name if identity::catalog::is_known(name) => FaceEncoder::open(name)?,
-        _ => FaceEncoder::builtin()?,
+    let methods = args.chosen_methods()?;
+    let generator = match methods.iter().any(Method::needs_hypernet) {
+        true => Some(open_generator(args, &device)?),
+        false => None,
     };
-    let [_, (name, sha256)] = detector.provenance();
-    wanted.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
+    let detector = match &generator {
+        Some(generator) => open_detector(&generator.hypernet.denoiser.config)?,
+        None => FaceEncoder::builtin()?,
+    };
     let renderer = open_renderer(args, detector, &device)?;
-    hypernet.codec.base.demand(&renderer.base, "base model")?;
-    let encoder_files = registry::find(&args.image_encoder, "image_encoder")?;
-    let image_id = registry::identify(&encoder_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;
-    wanted.image_encoder.demand(&image_id, "image encoder")?;
-    let image_encoder = ImageEncoder::open(&encoder_files)?.with_input(wanted.image_input);
-    let held_out = HeldOut::read(dataset, &renderer.base, args.people.map(|people| people as usize))?;
+    if let Some(Generator { hypernet, .. }) = &generator {
+        hypernet.codec.base.demand(&renderer.base, "base model")?;
+    }
+    let maximum = args.max_people.map(|people| people as usize);
+    let references = args.references as usize;
+    let held_out = match &args.dataset {
+        Some(dataset) => Some(HeldOut::read(dataset, &renderer.base, args.most_held_out()?, references)?),
+        None => None,
+    };
+    let read;
+    let subjects = match (&held_out, &args.people) {
+        (Some(held_out), _) => &held_out.subjects[..],
+        (None, Some(people)) => {
+            read = people_folder::read(people, references, &args.class, maximum)?;
+            &read[..]
+        }
+        (None, None) => {
+            return Err(Failure::Usage("eval needs --dataset, --people or --base-only".into()).into());
+        }
+    };
+    let prompts = match (&args.prompts, &held_out) {
+        (Some(name), _) => PromptSet::open(name, args.images)?,
+        (None, Some(held_out)) => {
+            renderer.judges.demand_world(held_out.world)?;
+            PromptSet::painted(held_out.world, args.images.unwrap_or(4))
+        }
+        (None, None) => PromptSet::open("photomaker-40", args.images)?,
+    };
     let options = PeopleOptions {
-        images: args.images,
+        methods,
         sampling: args.sampling(),
-        refinement: args.refine.map(|steps| Refinement {
+        refinement: generator.as_ref().zip(args.refine).map(|(generator, steps)| Refinement {
             steps,
             rate: args.refine_rate,
             seed: args.seed,
-            downs: !hypernet.codec.layout.shared_down,
+            downs: !generator.hypernet.codec.layout.shared_down,
             caption: CAPTION,
         }),
+        judge_only: args.judge_only,
+        require_all: args.require,
     };
-    let generator = Generator {
+    let loras = open_loras(args.dataset.as_deref(), generator.as_ref());
+    let people = People {
+        subjects,
+        prompts: &prompts,
+        training_people: held_out.as_ref().map(|held_out| &held_out.training_people),
+        loras: loras.as_ref(),
+    };
+    let temporary;
+    let images = match &args.out {
+        Some(out) => out.join("images"),
+        None => {
+            temporary = tempfile::tempdir().context("cannot make a folder for images")?;
+            temporary.path().to_path_buf()
+        }
+    };
+    people::evaluate(&renderer, generator.as_ref(), &people, &options, &images)
+}
+
+fn open_generator(args: &PeopleArgs, device: &Device) -> Result<Generator> {
+    let hypernet =
+        Hypernet::open(&registry::find_hypernet(&args.hypernet, args.base_options.offline)?, device)?;
+    let wanted = &hypernet.denoiser.config;
+    let encoder_files = registry::find(&args.image_encoder, "image_encoder")?;
+    let image_id = registry::identify(&encoder_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;
+    wanted.image_encoder.demand(&image_id, "image encoder")?;
+    Ok(Generator {
         name: args.hypernet.clone(),
+        image_encoder: ImageEncoder::open(&encoder_files)?.with_input(wanted.image_input),
         options: SampleOptions {
             seed: args.seed,
             samples: args.samples as usize,
@@ -97,12 +162,36 @@ fn evaluate_people(args: &Args, dataset: &Path) -> Result<Findings> {
             ..hypernet.options()
         },
         hypernet,
-        image_encoder,
-    };
-    people::evaluate(&renderer, &generator, &held_out, &options)
+    })
 }
 
-fn open_renderer(args: &Args, detector: FaceEncoder, device: &Device) -> Result<Renderer> {
+/// All LoRAs of the dataset, for comparisons of the LoRAs themselves; none, with a note, where they do not fit.
+fn open_loras(dataset: Option<&Path>, generator: Option<&Generator>) -> Option<LoraDataset> {
+    let options = ReadOptions {
+        form: FormWanted::Of(generator?.hypernet.codec.form.clone()),
+        ..ReadOptions::default()
+    };
+    match LoraDataset::open(dataset?, &options) {
+        Ok(loras) => Some(loras),
+        Err(error) => {
+            progress::note(format_args!("the LoRAs themselves are not compared: {error:#}"));
+            None
+        }
+    }
+}
+
+/// The face encoder that the hypernetwork was made for; it detects, too.
+fn open_detector(wanted: &DenoiserConfig) -> Result<FaceEncoder> {
+    let detector = match wanted.face_encoder.name.as_str() {
+        name if identity::catalog::is_known(name) => FaceEncoder::open(name)?,
+        _ => FaceEncoder::builtin()?,
+    };
+    let [_, (name, sha256)] = detector.provenance();
+    wanted.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
+    Ok(detector)
+}
+
+fn open_renderer(args: &PeopleArgs, detector: FaceEncoder, device: &Device) -> Result<Renderer> {
     let base = Base::open(&args.base, &args.base_options)?;
     let attributes = match &args.judge {
         Some(name) => Some(AttributeClassifier::open(&registry::find(name, "judge")?)?),
@@ -114,10 +203,21 @@ fn open_renderer(args: &Args, detector: FaceEncoder, device: &Device) -> Result<
             }
         },
     };
+    let recognisers =
+        args.recognisers.iter().map(|name| identity::Judge::open(name)).collect::<Result<_>>()?;
+    let clip = |name: &String| {
+        let files = registry::find(name, "image_encoder")?;
+        ImageJudge::clip(&files, registry::identify(&files, name, registry::ENCODER_WEIGHTS)?)
+    };
+    let dino = |name: &String| {
+        let files = registry::find(name, "dino")?;
+        ImageJudge::dino(&files, registry::identify(&files, name, registry::ENCODER_WEIGHTS)?)
+    };
+    let encoders = args.clip.iter().map(clip).chain(args.dino.iter().map(dino)).collect::<Result<_>>()?;
     Ok(Renderer {
         base: base.id()?,
         model: Sdxl::open(&base.files, DType::F32, device)?,
         block_layout: base.block_layout,
-        judges: Judges { detector, recogniser: identity::Judge::sface()?, attributes },
+        judges: Judges { detector, recognisers, encoders, attributes },
     })
 }

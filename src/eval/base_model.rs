@@ -3,8 +3,9 @@
 use anyhow::Result;
 use serde_json::json;
 
+use crate::eval::metrics::Observation;
 use crate::eval::metrics::{PromptAccuracy, prompt_accuracy, requested_classes};
-use crate::eval::renderer::{Renderer, Rendering, Sampling};
+use crate::eval::renderer::{Renderer, Sampling};
 use crate::eval::report::{Findings, sheet};
 use crate::eval::tables::{accuracy_of, plain, table};
 use crate::image::Image;
@@ -27,11 +28,11 @@ pub fn evaluate(renderer: &Renderer, count: u64, sampling: &Sampling) -> Result<
         (0..scenes.len()).map(|i| caption_of(world, i, &people[i], &scenes[i])).collect();
     let rendered = render(renderer, &scenes, &captions, sampling)?;
 
-    let observations = || rendered.iter().flat_map(|rendering| &rendering.observations);
+    let observations = || rendered.iter().map(|(_, observation)| observation);
     let detection = |wanted: &dyn Fn(&Scene) -> bool| {
         let chosen = scenes.iter().zip(observations()).filter(|(scene, _)| wanted(scene));
         let found: Vec<f64> =
-            chosen.map(|(_, observation)| f64::from(u8::from(observation.face.is_some()))).collect();
+            chosen.map(|(_, observation)| f64::from(u8::from(observation.faces.is_some()))).collect();
         Mean::of(&found)
     };
     let mut detections = vec![("all", detection(&|_| true))];
@@ -62,9 +63,9 @@ pub fn evaluate(renderer: &Renderer, count: u64, sampling: &Sampling) -> Result<
         "obedience": accuracy,
         "judge": record,
     });
-    let images: Vec<&Image> = rendered.iter().flat_map(|rendering| &rendering.images).take(100).collect();
+    let images: Vec<&Image> = rendered.iter().map(|(image, _)| image).take(100).collect();
     let rows: Vec<Vec<&Image>> = images.chunks(10).map(<[_]>::to_vec).collect();
-    Ok(Findings { report, text, sheet: sheet(&rows) })
+    Ok(Findings { report, text, sheet: sheet(&rows), html: None, csv: None, rows: Vec::new() })
 }
 
 /// In the varied world zero to five words about the person in turn, as in training; in the aligned one everything.
@@ -85,18 +86,20 @@ fn render(
     scenes: &[Scene],
     captions: &[String],
     sampling: &Sampling,
-) -> Result<Vec<Rendering>> {
+) -> Result<Vec<(Image, Observation)>> {
     let bar = progress::bar(scenes.len() as u64, "generating");
     let batches: Vec<usize> = (0..scenes.len()).step_by(BATCH).collect();
     let rendered = in_threads_or_turn(renderer.model.device(), batches.len(), |batch| {
         let range = batches[batch]..scenes.len().min(batches[batch] + BATCH);
-        let batch = renderer.batch(&scenes[range.clone()], &captions[range.clone()], sampling)?;
-        let rendering = renderer.render(&batch, None)?;
+        let prompts: Vec<(String, u64)> =
+            range.clone().map(|i| (captions[i].clone(), scenes[i].grain)).collect();
+        let images = renderer.render(&renderer.batch(&prompts, sampling)?, &renderer.merge(None)?)?;
+        let observations = renderer.judges.observe(&images)?;
         bar.inc(range.len() as u64);
-        Ok(rendering)
+        Ok(images.into_iter().zip(observations).collect::<Vec<_>>())
     })?;
     bar.finish_and_clear();
-    Ok(rendered)
+    Ok(rendered.into_iter().flatten().collect())
 }
 
 fn detection_table(detections: &[(&str, Option<Mean>)]) -> String {

@@ -2,20 +2,27 @@
 
 use anyhow::Result;
 
+use crate::eval::image_judges::ImageJudge;
 use crate::eval::metrics::{Attributes, Observation};
 use crate::failure::Failure;
-use crate::identity::{self, FaceEncoder};
+use crate::identity::align::align;
+use crate::identity::{self, Face, FaceEncoder};
 use crate::image::Image;
 use crate::synthetic::World;
 use crate::synthetic::attribute_classifier::{AttributeClassifier, Record};
 use crate::weights::model_id::ModelId;
 
-/// Face detector, face recogniser, and the classifier of painted attributes.
+/// Side of an aligned face, in pixels.
+const ALIGNED: usize = 112;
+
+/// Face detector, face recognisers, image encoders, and the classifier of painted attributes.
 pub struct Judges {
     /// Finds faces; it is the hypernetwork's own encoder, whose vectors are not used as a measure.
     pub detector: FaceEncoder,
-    /// Embeds faces for the similarity.
-    pub recogniser: identity::Judge,
+    /// Embed faces for the similarity; the first is the one of the table's main columns.
+    pub recognisers: Vec<identity::Judge>,
+    /// Embed whole images.
+    pub encoders: Vec<ImageJudge>,
     /// Measures prompt accuracy and factors, where there is one.
     pub attributes: Option<AttributeClassifier>,
 }
@@ -23,6 +30,11 @@ pub struct Judges {
 impl Judges {
     /// Measures each image on its own.
     pub fn observe(&self, images: &[Image]) -> Result<Vec<Observation>> {
+        Ok(self.observe_faces(images)?.into_iter().map(|(observation, _)| observation).collect())
+    }
+
+    /// As [`Self::observe`], with the aligned face of each image.
+    pub fn observe_faces(&self, images: &[Image]) -> Result<Vec<(Observation, Option<Image>)>> {
         let attributes: Vec<Option<Attributes>> = match &self.attributes {
             Some(classifier) => {
                 let both = classifier.classes(images)?.into_iter().zip(classifier.factors(images)?);
@@ -32,10 +44,25 @@ impl Judges {
         };
         let observe = |(image, attributes): (&Image, Option<Attributes>)| {
             let faces = self.detector.detect(image)?;
-            let face = faces.first().map(|face| self.recogniser.embed(image, face)).transpose()?;
-            Ok(Observation { face, attributes })
+            let face = faces.first();
+            let observation = Observation {
+                faces: face.map(|face| self.embed_faces(image, face)).transpose()?,
+                images: self.embed_image(image)?,
+                attributes,
+            };
+            Ok((observation, face.map(|face| align(image, &face.points, ALIGNED))))
         };
         images.iter().zip(attributes).map(observe).collect()
+    }
+
+    /// The vector of `face` by each recogniser.
+    pub fn embed_faces(&self, image: &Image, face: &Face) -> Result<Vec<Vec<f32>>> {
+        self.recognisers.iter().map(|recogniser| recogniser.embed(image, face)).collect()
+    }
+
+    /// The vector of `image` by each image encoder.
+    pub fn embed_image(&self, image: &Image) -> Result<Vec<Vec<f32>>> {
+        self.encoders.iter().map(|encoder| encoder.embed(image)).collect()
     }
 
     /// The world whose attributes the classifier names; the varied one where there is no classifier.
@@ -70,9 +97,12 @@ impl Judges {
         factors.iter().enumerate().filter(|(_, factor)| factor.r2 >= 0.5).map(|(i, _)| i).collect()
     }
 
-    /// Name and hash of the recogniser.
-    pub fn recogniser_id(&self) -> ModelId {
-        let (name, sha256) = self.recogniser.provenance();
-        ModelId { name: name.into(), sha256 }
+    /// Name and hash of each recogniser.
+    pub fn recogniser_ids(&self) -> Vec<ModelId> {
+        let id = |recogniser: &identity::Judge| {
+            let (name, sha256) = recogniser.provenance();
+            ModelId { name: name.into(), sha256 }
+        };
+        self.recognisers.iter().map(id).collect()
     }
 }

@@ -10,8 +10,10 @@ use crate::synthetic::{Facing, Identity, Person, Scene, World};
 /// Measurements of one image.
 #[derive(Clone, Debug)]
 pub struct Observation {
-    /// The recogniser's vector of the largest face, where one was found.
-    pub face: Option<Vec<f32>>,
+    /// Each recogniser's vector of the largest face, where one was found.
+    pub faces: Option<Vec<Vec<f32>>>,
+    /// Each image encoder's unit vector of the whole image.
+    pub images: Vec<Vec<f32>>,
     /// Of the attribute classifier, where there is one.
     pub attributes: Option<Attributes>,
 }
@@ -28,10 +30,24 @@ pub struct Attributes {
 /// The person that images should show.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// The recogniser's mean vector of the photos that are not the condition.
-    pub face: Vec<f32>,
+    /// Each recogniser's mean vector of the photos that are not the condition; empty where there are none.
+    pub faces: Vec<Vec<f32>>,
+    /// Each image encoder's vectors of these photos.
+    pub images: Vec<Vec<Vec<f32>>>,
     /// True factors of a painted person.
     pub factors: Option<[f32; Identity::COUNT]>,
+}
+
+/// What the images of one method are measured against.
+pub struct Measurement<'a> {
+    /// Of each person the images.
+    pub observations: &'a [&'a [Observation]],
+    /// Whom they should show.
+    pub targets: &'a [&'a Target],
+    /// What each prompt asks for.
+    pub requested: &'a [RequestedClasses],
+    /// Indices of the factors that the classifier predicts well.
+    pub visible: &'a [usize],
 }
 
 /// Metrics of one method. Means and intervals are over people.
@@ -75,63 +91,87 @@ pub struct PromptAccuracy {
     pub images: usize,
 }
 
-impl Metrics {
-    /// `observations[i]` are of the images that should show `targets[i]`, generated from prompts that ask for
-    /// `requested`. `visible` are the indices of the factors that the classifier predicts well.
-    pub fn compute(
-        observations: &[&[Observation]],
-        targets: &[Target],
-        requested: &[RequestedClasses],
-        visible: &[usize],
-    ) -> Self {
-        let mut values: [Vec<f64>; 6] = Default::default();
-        let [similarity, with_misses, detection, others, gap, first] = &mut values;
-        let (mut ranks, mut per_person) = (Vec::new(), Vec::new());
+/// Likeness to the person by one recogniser, each value a person's mean.
+#[derive(Clone, Debug, Default)]
+pub struct Likeness {
+    /// Cosine to the person; none without a face or a photo to compare with.
+    pub same: Vec<Option<f64>>,
+    /// The same with 0 for every image without a face.
+    pub with_misses: Vec<Option<f64>>,
+    /// Cosine to the other people.
+    pub different: Vec<Option<f64>>,
+    /// Part of the images that are most like the person.
+    pub first: Vec<Option<f64>>,
+    /// Place of the person among all, of each image with a face.
+    pub ranks: Vec<f64>,
+}
+
+impl Likeness {
+    /// By recogniser number `at`.
+    pub fn of(observations: &[&[Observation]], targets: &[&Target], at: usize) -> Self {
+        let known: Vec<usize> = (0..targets.len()).filter(|i| targets[*i].faces.len() > at).collect();
+        let mut all = Self::default();
         for (i, images) in observations.iter().enumerate() {
+            let Some(place_of_own) = known.iter().position(|other| *other == i) else {
+                for values in [&mut all.same, &mut all.with_misses, &mut all.different, &mut all.first] {
+                    values.push(None);
+                }
+                continue;
+            };
             let mut own = Vec::new();
             let (mut different, mut hits) = (Vec::new(), 0);
-            for face in images.iter().filter_map(|image| image.face.as_ref()) {
-                let cosines: Vec<f64> =
-                    targets.iter().map(|target| f64::from(cosine(face, &target.face))).collect();
-                own.push(cosines[i]);
-                different
-                    .extend(cosines.iter().enumerate().filter(|(other, _)| *other != i).map(|(_, c)| *c));
-                let place = rank(&cosines, i);
-                ranks.push(place as f64);
+            for faces in images.iter().filter_map(|image| image.faces.as_ref()) {
+                let cosines: Vec<f64> = known
+                    .iter()
+                    .map(|other| f64::from(cosine(&faces[at], &targets[*other].faces[at])))
+                    .collect();
+                own.push(cosines[place_of_own]);
+                let others = cosines.iter().enumerate().filter(|(other, _)| *other != place_of_own);
+                different.extend(others.map(|(_, c)| *c));
+                let place = rank(&cosines, place_of_own);
+                all.ranks.push(place as f64);
                 hits += usize::from(place == 1);
             }
             let count = images.len().max(1) as f64;
             // The sum of nothing is −0, which would be printed so.
-            with_misses.push((own.iter().sum::<f64>() + 0.0) / count);
-            detection.push(own.len() as f64 / count);
-            first.push(hits as f64 / count);
-            let (same, different) = (mean(&own), mean(&different));
-            similarity.extend(same);
-            others.extend(different);
-            gap.extend(same.zip(different).map(|(same, different)| same - different));
-            per_person.push(same);
+            all.with_misses.push(Some((own.iter().sum::<f64>() + 0.0) / count));
+            all.first.push(Some(hits as f64 / count));
+            all.same.push(mean(&own));
+            all.different.push(mean(&different));
         }
-        let [
-            similarity,
-            similarity_misses_zero,
-            detection,
-            similarity_to_others,
-            same_minus_different,
-            rank_1,
-        ] = values.map(|values| Mean::of(&values));
-        let images = observations.iter().flat_map(|images| images.iter().zip(requested));
+        all
+    }
+}
+
+/// The mean of the values that are there, with its interval.
+pub fn mean_of(values: &[Option<f64>]) -> Option<Mean> {
+    Mean::of(&values.iter().copied().flatten().collect::<Vec<_>>())
+}
+
+impl Metrics {
+    /// By the first recogniser and the attribute classifier.
+    pub fn compute(of: &Measurement) -> Self {
+        let Measurement { observations, targets, requested, visible } = of;
+        let likeness = Likeness::of(observations, targets, 0);
+        let found = |images: &&[Observation]| {
+            let found = images.iter().filter(|image| image.faces.is_some()).count();
+            found as f64 / images.len().max(1) as f64
+        };
+        let gap = likeness.same.iter().zip(&likeness.different);
+        let gap: Vec<Option<f64>> = gap.map(|(same, different)| Some((*same)? - (*different)?)).collect();
+        let images = observations.iter().flat_map(|images| images.iter().zip(*requested));
         let images = images.filter_map(|(image, requested)| Some((image.attributes.as_ref()?, requested)));
         Self {
-            similarity,
-            similarity_misses_zero,
-            detection,
-            similarity_to_others,
-            same_minus_different,
-            rank_1,
-            mean_rank: mean(&ranks),
+            similarity: mean_of(&likeness.same),
+            similarity_misses_zero: mean_of(&likeness.with_misses),
+            detection: Mean::of(&observations.iter().map(found).collect::<Vec<_>>()),
+            similarity_to_others: mean_of(&likeness.different),
+            same_minus_different: mean_of(&gap),
+            rank_1: mean_of(&likeness.first),
+            mean_rank: mean(&likeness.ranks),
             factor_correlation: factor_correlation(observations, targets, visible),
             prompt_accuracy: prompt_accuracy(images),
-            per_person,
+            per_person: likeness.same,
         }
     }
 }
@@ -182,7 +222,11 @@ pub fn paired_difference(of: &Metrics, over: &Metrics) -> Option<Mean> {
     Mean::of(&pairs.filter_map(|(of, over)| Some((*of)? - (*over)?)).collect::<Vec<_>>())
 }
 
-fn factor_correlation(observations: &[&[Observation]], targets: &[Target], visible: &[usize]) -> Option<f64> {
+fn factor_correlation(
+    observations: &[&[Observation]],
+    targets: &[&Target],
+    visible: &[usize],
+) -> Option<f64> {
     let of_factor = |factor: &usize| {
         let predicted = |images: &[Observation]| {
             let values: Option<Vec<f64>> = images
@@ -211,7 +255,11 @@ mod tests {
     /// Two people whose faces are at right angles.
     fn targets() -> Vec<Target> {
         [[1.0, 0.0], [0.0, 1.0]]
-            .map(|face| Target { face: face.into(), factors: Some([face[0]; Identity::COUNT]) })
+            .map(|face| Target {
+                faces: vec![face.into()],
+                images: Vec::new(),
+                factors: Some([face[0]; Identity::COUNT]),
+            })
             .into()
     }
 
@@ -219,10 +267,20 @@ mod tests {
         requested_classes(World::Varied, None, scene)
     }
 
+    fn compute(
+        observations: &[&[Observation]],
+        requested: &[RequestedClasses],
+        visible: &[usize],
+    ) -> Metrics {
+        let targets = targets();
+        let targets: Vec<&Target> = targets.iter().collect();
+        Metrics::compute(&Measurement { observations, targets: &targets, requested, visible })
+    }
+
     fn observation(face: Option<[f32; 2]>, factor: f32) -> Observation {
         let classes = Scene::draw(1, 1).classes().to_vec();
         let attributes = Some(Attributes { classes, factors: [factor; Identity::COUNT] });
-        Observation { face: face.map(Vec::from), attributes }
+        Observation { faces: face.map(|face| vec![face.into()]), images: Vec::new(), attributes }
     }
 
     #[test]
@@ -232,7 +290,7 @@ mod tests {
             [observation(Some([0.6, 0.8]), 0.2), observation(None, 0.2)],
         );
         let asked = vec![requested(&Scene::draw(1, 1)); 2];
-        let metrics = Metrics::compute(&[&first, &second], &targets(), &asked, &[0, 3]);
+        let metrics = compute(&[&first, &second], &asked, &[0, 3]);
         let mean = |mean: Option<Mean>| (mean.unwrap().mean * 1e4).round() / 1e4;
         assert_eq!(mean(metrics.similarity), 0.9);
         assert_eq!(mean(metrics.similarity_misses_zero), 0.45);
@@ -241,12 +299,7 @@ mod tests {
         assert_eq!(mean(metrics.same_minus_different), 0.6);
         assert_eq!(mean(metrics.rank_1), 0.5);
         assert_eq!(metrics.mean_rank, Some(1.0));
-        let missed = Metrics::compute(
-            &[&[observation(None, 0.0)], &[observation(None, 0.0)]],
-            &targets(),
-            &asked,
-            &[],
-        );
+        let missed = compute(&[&[observation(None, 0.0)], &[observation(None, 0.0)]], &asked, &[]);
         assert!(
             missed.similarity.is_none() && missed.similarity_misses_zero.unwrap().mean.is_sign_positive()
         );
@@ -255,9 +308,21 @@ mod tests {
     }
 
     #[test]
+    fn a_person_without_a_photo_to_compare_with_is_not_measured() {
+        let mut targets = targets();
+        targets.push(Target { faces: Vec::new(), images: Vec::new(), factors: None });
+        let targets: Vec<&Target> = targets.iter().collect();
+        let images = [observation(Some([1.0, 0.0]), 0.9)];
+        let likeness = Likeness::of(&[&images, &images, &images], &targets, 0);
+        assert_eq!(likeness.same, [Some(1.0), Some(0.0), None]);
+        assert_eq!(likeness.first, [Some(1.0), Some(0.0), None]);
+        assert_eq!(likeness.ranks, [1.0, 2.0]);
+    }
+
+    #[test]
     fn the_same_images_for_everyone_identify_no_one() {
         let same = [observation(Some([0.6, 0.8]), 0.5)];
-        let metrics = Metrics::compute(&[&same, &same], &targets(), &[requested(&Scene::draw(1, 1))], &[0]);
+        let metrics = compute(&[&same, &same], &[requested(&Scene::draw(1, 1))], &[0]);
         assert!(metrics.same_minus_different.unwrap().mean.abs() < 1e-6);
         assert_eq!(metrics.rank_1.unwrap().mean, 0.5);
         assert_eq!(metrics.factor_correlation, Some(0.0));

@@ -1,146 +1,151 @@
-//! The people of an evaluation. One photo is the condition; a person's images are judged against the other photos.
+//! The people of an evaluation. Some photos are the condition; a person's images are judged against the others.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use crate::dataset::manifest::{Header, ImageSettings, Row, read_manifest};
-use crate::eval::baselines::{NearestNeighbour, mean_vector};
+use crate::eval::baselines::mean_vector;
 use crate::eval::judges::Judges;
 use crate::eval::metrics::{Observation, Target};
-use crate::failure::Failure;
 use crate::identity::Identity;
 use crate::identity::clip::ImageEncoder;
+use crate::identity::outliers::mean_direction;
 use crate::image::Image;
+use crate::progress;
 use crate::synthetic::scenes::{paint_image, reference_scene};
 use crate::synthetic::{Person, World};
-use crate::weights::model_id::ModelId;
 
 /// A person before anything is generated.
 pub struct Subject {
-    /// Name in messages.
+    /// Name in messages and in the folder of images.
     pub id: String,
+    /// Word of the person in prompts, such as `woman`.
+    pub class: String,
     /// The person's own LoRA, where there is one.
     pub own_lora: Option<PathBuf>,
-    photos: PaintedPhotos,
+    /// Photos that are the condition; the others are judged against.
+    pub references: usize,
+    /// All photos.
+    pub photos: Photos,
+}
+
+/// Photos of a person.
+pub enum Photos {
+    /// Painted when they are looked at.
+    Painted(PaintedPhotos),
+    /// Files, in order.
+    Files(Vec<PathBuf>),
 }
 
 /// Reference photos of a painted person.
-struct PaintedPhotos {
-    person: Person,
-    world: World,
-    count: u64,
-    seed: u64,
-    size: usize,
+pub struct PaintedPhotos {
+    /// Who is painted.
+    pub person: Person,
+    /// In which world.
+    pub world: World,
+    /// How many.
+    pub count: u64,
+    /// Selects the scenes.
+    pub seed: u64,
+    /// Side in pixels.
+    pub size: usize,
 }
 
 /// What a LoRA is generated from.
 pub struct Condition {
-    /// The photo.
-    pub photo: Image,
-    /// Its embeddings.
+    /// The photos, one or more.
+    pub photos: Vec<Image>,
+    /// Mean of their embeddings; the image's is missing where no hypernetwork asks for it.
     pub identity: Identity,
 }
 
 /// A person whose photos have been embedded.
 pub struct EmbeddedSubject {
-    /// From the first photo with a face.
+    /// From the first photos with a face.
     pub condition: Condition,
-    /// Measurements of that photo.
+    /// Measurements of the first of these photos.
     pub photo_observation: Observation,
     /// From the other photos.
     pub target: Target,
+    /// What detection and embedding of the condition took.
+    pub seconds: f64,
 }
 
 impl Subject {
-    /// Detects and embeds the faces of all photos.
+    /// Detects and embeds the faces of all photos. A photo without a face is left out.
     ///
     /// # Errors
-    /// Fewer than two photos with a face.
-    pub fn embed(&self, judges: &Judges, image_encoder: &ImageEncoder) -> Result<EmbeddedSubject> {
-        let mut condition = None;
-        let mut others: Vec<Vec<f32>> = Vec::new();
-        for photo in self.photos.paint() {
+    /// A file that is no image; no photo with a face.
+    pub fn embed(&self, judges: &Judges, image_encoder: Option<&ImageEncoder>) -> Result<EmbeddedSubject> {
+        let mut condition =
+            Condition { photos: Vec::new(), identity: Identity { face: Vec::new(), image: None } };
+        let (mut faces, mut images) = (Vec::new(), Vec::new());
+        let (mut others, mut photos) = (Vec::new(), Vec::new());
+        let mut seconds = 0.0;
+        self.photos.each(|name, photo| {
+            let clock = Instant::now();
             let search = judges.detector.search(&photo)?;
-            let Some(face) = search.faces.first() else { continue };
-            if condition.is_none() {
-                let image = Some(image_encoder.embed(&photo, face)?);
-                let identity = Identity { face: judges.detector.embed(&photo, face)?, image };
-                condition = Some(Condition { photo, identity });
+            let Some(face) = search.faces.first() else {
+                if let Some(name) = name {
+                    progress::warn(format_args!("`{}` is left out: no face was found", name.display()));
+                }
+                return Ok(());
+            };
+            if condition.photos.len() < self.references {
+                faces.push(judges.detector.embed(&photo, face)?);
+                images.extend(image_encoder.map(|encoder| encoder.embed(&photo, face)).transpose()?);
+                seconds += clock.elapsed().as_secs_f64();
+                condition.photos.push(photo);
             } else {
-                others.push(judges.recogniser.embed(&photo, face)?);
+                others.push(judges.embed_faces(&photo, face)?);
+                photos.push(judges.embed_image(&photo)?);
             }
-        }
-        let condition = condition.context("no face was found in any reference image")?;
-        let observation = judges.observe(std::slice::from_ref(&condition.photo))?.pop();
+            Ok(())
+        })?;
+        anyhow::ensure!(!faces.is_empty(), "no face was found in any photo");
+        condition.identity.face = direction(faces);
+        condition.identity.image = (!images.is_empty()).then(|| direction(images));
+        let of_recogniser = |at: usize| {
+            mean_vector(&others.iter().map(|faces: &Vec<Vec<f32>>| faces[at].clone()).collect::<Vec<_>>())
+        };
+        let observation = judges.observe(&condition.photos[..1])?.pop();
         Ok(EmbeddedSubject {
             photo_observation: observation.context("an image has an observation")?,
             condition,
             target: Target {
-                face: mean_vector(&others).context("a face was found in one reference image only")?,
-                factors: Some(self.photos.person.identity.to_array()),
+                faces: (0..judges.recognisers.len()).filter_map(of_recogniser).collect(),
+                images: photos,
+                factors: match &self.photos {
+                    Photos::Painted(painted) => Some(painted.person.identity.to_array()),
+                    Photos::Files(_) => None,
+                },
             },
+            seconds,
         })
     }
 }
 
-impl PaintedPhotos {
-    fn paint(&self) -> impl Iterator<Item = Image> {
-        let scenes = (0..self.count).map(|i| reference_scene(self.world, self.seed, i));
-        scenes.map(|scene| paint_image(&self.person, &scene, self.size))
+/// The one vector as it is, or the direction of the mean.
+fn direction(mut vectors: Vec<Vec<f32>>) -> Vec<f32> {
+    if vectors.len() == 1 { vectors.remove(0) } else { mean_direction(&vectors) }
+}
+
+impl Photos {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Painted(painted) => painted.count as usize,
+            Self::Files(files) => files.len(),
+        }
     }
-}
 
-/// The held-out people of a dataset, and those that its hypernetworks are trained on.
-pub struct HeldOut {
-    /// World of all subjects.
-    pub world: World,
-    /// Two or more.
-    pub subjects: Vec<Subject>,
-    /// For the nearest-neighbour baseline.
-    pub training_people: NearestNeighbour,
-}
-
-impl HeldOut {
-    /// Reads the dataset in `folder`, whose LoRAs must be for `base`; at most `maximum` held-out people.
-    ///
-    /// # Errors
-    /// [`Failure::Unusable`] for another base, fewer than two people, or files that are missing or damaged.
-    pub fn read(folder: &Path, base: &ModelId, maximum: Option<usize>) -> Result<Self> {
-        let header = Header::read(folder)?;
-        if header.base.sha256 != base.sha256 {
-            let why = format!("its LoRAs are for the base `{}`, not for `{}`", header.base.name, base.name);
-            return Err(Failure::unusable(&folder.join("dataset.json"), why));
+    /// Shows one after the other, with its file.
+    fn each(&self, mut look: impl FnMut(Option<&Path>, Image) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Painted(PaintedPhotos { person, world, count, seed, size }) => (0..*count)
+                .try_for_each(|i| look(None, paint_image(person, &reference_scene(*world, *seed, i), *size))),
+            Self::Files(files) => files.iter().try_for_each(|file| look(Some(file), Image::open(file)?)),
         }
-        let rows = read_manifest(folder)?;
-        let (held_out, training): (Vec<Row>, Vec<Row>) =
-            rows.into_iter().partition(|row| row.split == "held-out");
-        let count = maximum.map_or(held_out.len(), |maximum| held_out.len().min(maximum));
-        if count < 2 {
-            let why = format!("it has {} held-out people; at least two are needed", held_out.len());
-            return Err(Failure::unusable(&folder.join("manifest.jsonl"), why));
-        }
-        let ImageSettings { world, size, seed, references, .. } = ImageSettings::read(folder)?;
-        ensure!(
-            references > 1,
-            "`{}` has {references} reference images a person; one is the condition, so two are needed",
-            folder.display()
-        );
-        let subject = |row: Row| Subject {
-            id: row.id,
-            own_lora: Some(folder.join(row.lora)),
-            photos: PaintedPhotos {
-                person: Person::new(row.person.0, row.person.1),
-                world,
-                count: references,
-                seed,
-                size,
-            },
-        };
-        Ok(Self {
-            world,
-            subjects: held_out.into_iter().take(count).map(subject).collect(),
-            training_people: NearestNeighbour::read(folder, &training)?,
-        })
     }
 }

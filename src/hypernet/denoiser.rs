@@ -289,6 +289,11 @@ impl Denoiser {
         }
     }
 
+    /// Whether there is a [`Self::linear_guess`].
+    pub fn has_linear_guess(&self) -> bool {
+        self.guess.is_some()
+    }
+
     /// Gate values (B, 2): image and face; none where the mixer has no gate.
     pub fn gates(&self, face: &Tensor, image: &Tensor) -> Result<Option<Tensor>> {
         Ok(self.mixer.forward(&self.stats.face.apply(face)?, &self.stats.image.apply(image)?)?.gates)

@@ -158,6 +158,12 @@ impl Hypernet {
         self.denoiser.sample(&face, &image, options)
     }
 
+    /// The linear guess of a person's latent, z (1, L), without the transformer; zero where there is none.
+    pub fn guess_latent(&self, identity: &Identity) -> Result<Tensor> {
+        let (face, image) = self.denoiser.embeddings(identity, self.codec.device())?;
+        self.denoiser.linear_guess(&face, &image)
+    }
+
     /// How much of the condition comes from the face, from 0 to 1; none where the mixer has no gate.
     pub fn gate(&self, identity: &Identity) -> Result<Option<f32>> {
         let (face, image) = self.denoiser.embeddings(identity, self.codec.device())?;

@@ -125,7 +125,8 @@ impl FaceEncoder {
     }
 }
 
-/// SFace, the recogniser of the evaluation: no part of the hypernetwork was trained with it. `Send` and `Sync`.
+/// A recogniser of the evaluation: SFace, with which no part of the hypernetwork was trained, or another one.
+/// `Send` and `Sync`.
 pub struct Judge(Recogniser);
 
 impl Judge {
@@ -134,7 +135,18 @@ impl Judge {
         Ok(Self(Recogniser::sface()?))
     }
 
-    /// The unit vector of a face, 128 numbers.
+    /// `sface`, or the recogniser of a face model of [`catalog`].
+    ///
+    /// # Errors
+    /// As [`FaceEncoder::open`].
+    pub fn open(name: &str) -> Result<Self> {
+        if name == "sface" {
+            return Self::sface();
+        }
+        Ok(Self(FaceEncoder::open(name)?.recogniser))
+    }
+
+    /// The unit vector of a face, with SFace 128 numbers.
     pub fn embed(&self, image: &Image, face: &Face) -> Result<Vec<f32>> {
         self.0.embed(image, face)
     }

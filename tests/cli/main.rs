@@ -3,6 +3,7 @@
 mod build_dataset;
 mod doctor;
 mod drawing;
+mod eval;
 mod face;
 mod hostile_numbers;
 mod hyperlora;

@@ -16,12 +16,14 @@
 //! | SCRFD, ArcFace (iresnet50) | the insightface package 2.1, onnxruntime | same graphs, few channels, random weights |
 //! | HyperLoRA: every layer, coefficients, 16 linear layers' factors (unit tests) | PyTorch to 1e-5; the official code's published numbers to 5e-6 | two small random models |
 //! | HyperLoRA's crops, 2d106det (unit tests) | the official code's and Pillow's bytes; onnxruntime, 0.01 pixels | 25 outlines; same blocks, few channels |
+//! | DINO, DINOv2, SSIM, PSNR, Fréchet distance, KID | transformers, scikit-image, scipy | small random models and images |
 //! | LAE, mixer, DiT, ridge | PyTorch and numpy: outputs, gradients, ten steps | small random models |
 //! | DreamBooth | diffusers and peft: gradients at the first step, ten losses, the LoRA after ten steps | a tiny random SDXL |
 //!
 //! Not compared: real SDXL weights, GPUs, 16-bit types on real models.
 
 mod denoiser;
+mod eval;
 mod face;
 mod golden;
 mod hypernet;

@@ -2,9 +2,13 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
+
 use crate::commands::run_args::DeviceArgs;
 use crate::commands::values::{learning_rate, number, seed};
+use crate::eval::methods::Method;
 use crate::eval::renderer::Sampling;
+use crate::failure::Failure;
 use crate::registry;
 use crate::sdxl::pipeline::Sampler;
 
@@ -14,17 +18,74 @@ use crate::sdxl::pipeline::Sampler;
 /// another person's photo, the LoRA of the nearest training person, the person's own DreamBooth LoRA, and that LoRA
 /// through the autoencoder; all from the same noise and prompts. SFace, which took part in no training, measures the
 /// similarity to other photos of the person.
+///
+/// Images are kept in OUT/images, so that a run that was stopped goes on. Beside the table, OUT gets report.html with
+/// plots and everyone's images, and images.csv with a line an image.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
-    /// Dataset folder of `build-dataset`.
+    #[command(subcommand)]
+    pub(super) figure: Option<Figure>,
+    #[command(flatten)]
+    pub(super) people: PeopleArgs,
+}
+
+/// Figures of the DiffLoRA paper.
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Figure {
+    /// Which weights of a LoRA carry the person: the largest or smallest quarter of own LoRAs replaced (figure 4).
+    Perturb(Box<PeopleArgs>),
+    /// How well images and LoRAs are restored from autoencoders at several compressions (figure 2).
+    Compress(super::compress::Args),
+}
+
+/// Arguments of an evaluation of people, or of a base.
+#[derive(Debug, clap::Args)]
+pub struct PeopleArgs {
+    /// Dataset folder of `build-dataset`, whose held-out people are evaluated.
     #[arg(
         help_heading = "Input",
         long,
         value_name = "DIR",
-        required_unless_present = "base_only",
+        required_unless_present_any = ["base_only", "people"],
         env = "DIFFLORA_DATASET"
     )]
     pub(super) dataset: Option<PathBuf>,
+    /// Folder with a folder of photos for each person; or, with --dataset, the maximum number of people.
+    #[arg(help_heading = "Input", long, value_name = "DIR|N", env = "DIFFLORA_PEOPLE")]
+    pub(super) people: Option<PathBuf>,
+    /// Maximum number of people [default: all].
+    #[arg(help_heading = "Input", long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "DIFFLORA_MAX_PEOPLE")]
+    pub(super) max_people: Option<u64>,
+    /// Photos of each person that are the condition; images are judged against the others.
+    #[arg(help_heading = "Input", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100), env = "DIFFLORA_REFERENCES")]
+    pub(super) references: u64,
+    /// Word of a person in prompts, where the person's folder has no class.txt.
+    #[arg(
+        help_heading = "Input",
+        long,
+        value_name = "WORD",
+        default_value = "person",
+        env = "DIFFLORA_CLASS"
+    )]
+    pub(super) class: String,
+    /// Prompts with {class} for the person: photomaker-40, dreambooth-25, or a text file with one a line [default: of
+    /// the dataset's painted world, else photomaker-40].
+    #[arg(help_heading = "Input", long, value_name = "NAME|FILE", env = "DIFFLORA_PROMPTS")]
+    pub(super) prompts: Option<String>,
+    /// Methods to compare, in order: none, mean, shuffled, nearest, ridge, generated, refined, restored, own, photo,
+    /// and lora:DIR for DIR/PERSON.safetensors of another program [default: all that are possible].
+    #[arg(
+        help_heading = "Input",
+        long,
+        value_name = "METHOD,…",
+        value_delimiter = ',',
+        env = "DIFFLORA_METHODS"
+    )]
+    pub(super) methods: Vec<Method>,
+    /// Judge the images of an earlier run in OUT/images, and generate none.
+    #[arg(help_heading = "Output", long, requires = "out", env = "DIFFLORA_JUDGE_ONLY")]
+    pub(super) judge_only: bool,
     /// Hypernetwork: tiny (built in), a folder, or a hub repository.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_HYPERNET")]
     pub(super) hypernet: String,
@@ -39,12 +100,29 @@ pub struct Args {
     /// Attribute classifier, which measures prompt accuracy and factors [default: the built-in one].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_JUDGE")]
     pub(super) judge: Option<String>,
-    /// Maximum number of held-out people [default: all].
-    #[arg(help_heading = "Input", long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "DIFFLORA_PEOPLE")]
-    pub(super) people: Option<u64>,
-    /// Images per person and method; four prompts alternate.
-    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64), alias = "pictures", env = "DIFFLORA_IMAGES")]
-    pub(super) images: u64,
+    /// Face recognisers that measure the similarity: sface (built in), or those of `models show`; the first is the main
+    /// one.
+    #[arg(
+        help_heading = "Model",
+        long,
+        value_name = "NAME,…",
+        value_delimiter = ',',
+        default_value = "sface",
+        env = "DIFFLORA_RECOGNISERS"
+    )]
+    pub(super) recognisers: Vec<String>,
+    /// CLIP models for CLIP-I and CLIP-T: tiny (built in, CLIP-I only), or folders in transformers' layout.
+    #[arg(help_heading = "Model", long, value_name = "NAME|DIR", num_args = 1.., env = "DIFFLORA_CLIP")]
+    pub(super) clip: Vec<String>,
+    /// DINO or DINOv2 models: folders in transformers' layout.
+    #[arg(help_heading = "Model", long, value_name = "DIR", num_args = 1.., env = "DIFFLORA_DINO")]
+    pub(super) dino: Vec<String>,
+    /// Fail where a measure cannot be taken, instead of leaving it out with a note.
+    #[arg(help_heading = "Output", long, env = "DIFFLORA_REQUIRE")]
+    pub(super) require: bool,
+    /// Images per person and method; the prompts alternate [default: 4 in a painted world, else one a prompt].
+    #[arg(help_heading = "Sampling", long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000), alias = "pictures", env = "DIFFLORA_IMAGES")]
+    pub(super) images: Option<u64>,
     /// Number of sampling steps.
     #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_STEPS")]
     pub(super) steps: u64,
@@ -82,7 +160,8 @@ pub struct Args {
     /// Where to compute.
     #[command(flatten)]
     pub(super) device: DeviceArgs,
-    /// Folder for table.json, table.md and sheet.png, created if missing.
+    /// Folder for table.json, table.md, sheet.png and the images, created if missing. The images of an earlier run with
+    /// the same settings are kept.
     #[arg(help_heading = "Output", long, value_name = "DIR", env = "DIFFLORA_OUT")]
     pub(super) out: Option<PathBuf>,
     /// Evaluate only the base model, on N images (100) from random captions.
@@ -90,7 +169,47 @@ pub struct Args {
     pub(super) base_only: Option<u64>,
 }
 
-impl Args {
+impl PeopleArgs {
+    /// The methods in the order of the table: those of --methods, or all.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] for one that is named twice, or `refined` without --refine.
+    pub(super) fn chosen_methods(&self) -> Result<Vec<Method>> {
+        let usage = |why: String| Err(Failure::Usage(format!("--methods: {why}")).into());
+        if self.methods.is_empty() {
+            return Ok(Method::all()
+                .filter(|method| *method != Method::Refined || self.refine.is_some())
+                .collect());
+        }
+        for (i, method) in self.methods.iter().enumerate() {
+            if self.methods[..i].iter().any(|other| other.key() == method.key()) {
+                return usage(format!("`{method}` is named twice"));
+            }
+        }
+        if self.methods.contains(&Method::Refined) && self.refine.is_none() {
+            return usage("`refined` needs --refine STEPS".into());
+        }
+        if self.methods.contains(&Method::Shuffled) && !self.methods.contains(&Method::Generated) {
+            return usage("`shuffled` needs `generated`, whose images it exchanges".into());
+        }
+        Ok(self.methods.clone())
+    }
+
+    /// The maximum number of a dataset's people: --max-people, or --people with a number.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] for a folder in --people beside --dataset.
+    pub(super) fn most_held_out(&self) -> Result<Option<usize>> {
+        let Some(people) = &self.people else { return Ok(self.max_people.map(|people| people as usize)) };
+        match people.to_str().and_then(|text| text.parse().ok()) {
+            Some(number) if number > 0 => Ok(Some(number)),
+            _ => {
+                let why = "--people: with --dataset it is a number of people from 1; a folder of people stands alone";
+                Err(Failure::Usage(why.into()).into())
+            }
+        }
+    }
+
     /// How images are sampled.
     pub(super) fn sampling(&self) -> Sampling {
         Sampling {
