@@ -7,7 +7,7 @@ use gemm::Parallelism;
 
 use crate::layers::cpu::{self, Matrix, Product, Shared, Weight};
 use crate::layers::gemm::isa::ElemType;
-use crate::layers::gemm::microkernel;
+use crate::layers::gemm::microkernel::{self, Tile};
 use crate::layers::gemm::operands::{ContiguousDepth, PackA, PackB, StridedDepth};
 
 /// softmax(q·kᵀ/√d)·v for each head. `q` (B, N, H·d), `k` and `v` (B, M, H·d) → (B, N, H·d).
@@ -226,6 +226,13 @@ struct Gathered {
     sums: Vec<f32>,
 }
 
+/// Some rows of [`Gathered`].
+struct GatheredRows<'a> {
+    top: &'a mut [f32],
+    total: &'a mut [f32],
+    sums: &'a mut [f32],
+}
+
 impl Head<'_> {
     /// Attention of `queries`, written to rows `width` apart.
     ///
@@ -277,47 +284,53 @@ impl Head<'_> {
                         let width = microkernel::NR.min(block.len() - from);
                         // SAFETY: both are packed, and a row of scores has room for all keys.
                         unsafe {
-                            microkernel::tile(
+                            microkernel::compute(
                                 ElemType::F32,
-                                height,
-                                width,
-                                count,
-                                left.as_ptr(),
-                                microkernel::STRIDE,
-                                right,
-                                microkernel::NR,
-                                to,
-                                microkernel::STRIDE,
-                                i > 0,
+                                &Tile {
+                                    rows: height,
+                                    columns: width,
+                                    depth: count,
+                                    left: left.as_ptr(),
+                                    step: microkernel::STRIDE,
+                                    right,
+                                    right_step: microkernel::NR,
+                                    out: to,
+                                    row: microkernel::STRIDE,
+                                    add: i > 0,
+                                },
                             )
                         }
                     }
                 }
                 let causal = self.causal.then_some([queries.start + row + 1, first]);
                 let now = &mut gathered;
-                let (top, total) = (&mut now.top[rows.clone()], &mut now.total[rows.clone()]);
-                let sums = &mut now.sums[row * d..][..height * d];
+                let so_far = GatheredRows {
+                    top: &mut now.top[rows.clone()],
+                    total: &mut now.total[rows.clone()],
+                    sums: &mut now.sums[row * d..][..height * d],
+                };
                 let scale = 1.0 / (d as f32).sqrt();
-                weigh(&mut scores, block.len(), causal, scale, top, total, sums);
+                weigh(&mut scores, block.len(), causal, scale, so_far);
                 for (j, from) in (0..d).step_by(microkernel::NR).enumerate() {
                     let right = packed_v[j * panel..].as_ptr();
-                    let to = sums[from..].as_mut_ptr();
+                    let to = gathered.sums[row * d + from..].as_mut_ptr();
                     let width = microkernel::NR.min(d - from);
                     // SAFETY: both are packed, and a row of sums has `d` values.
                     unsafe {
-                        let left = scores.as_ptr().cast();
-                        microkernel::tile(
+                        microkernel::compute(
                             ElemType::F32,
-                            height,
-                            width,
-                            block.len(),
-                            left,
-                            microkernel::STRIDE,
-                            right,
-                            microkernel::NR,
-                            to,
-                            d,
-                            first > 0,
+                            &Tile {
+                                rows: height,
+                                columns: width,
+                                depth: block.len(),
+                                left: scores.as_ptr().cast(),
+                                step: microkernel::STRIDE,
+                                right,
+                                right_step: microkernel::NR,
+                                out: to,
+                                row: d,
+                                add: first > 0,
+                            },
                         )
                     }
                 }
@@ -339,10 +352,9 @@ cpu::vectorised! {
         keys: usize,
         causal: Option<[usize; 2]>,
         scale: f32,
-        top: &mut [f32],
-        total: &mut [f32],
-        sums: &mut [f32],
+        gathered: GatheredRows,
     ) {
+        let GatheredRows { top, total, sums } = gathered;
         let d = sums.len() / top.len();
         let rows = scores.chunks_exact_mut(microkernel::STRIDE).zip(top).zip(total).zip(sums.chunks_exact_mut(d));
         for (i, (((row, top), total), sums)) in rows.enumerate() {

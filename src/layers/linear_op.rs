@@ -6,7 +6,7 @@ use super::Pass;
 use super::backward::gradient;
 use super::cpu::{self, Shared, Weight};
 use super::gemm::isa::ElemType;
-use super::gemm::operands::{Accumulate, ContiguousDepth, OutputLayout, Size, StridedDepth};
+use super::gemm::operands::{Accumulate, ContiguousDepth, Output, OutputLayout, Size, StridedDepth};
 use crate::layers::gemm::matmul::{self, matmul};
 
 /// x·Wᵀ + b. `x` (…, in), `weight` (out, in), `bias` (out) → (…, out).
@@ -127,10 +127,9 @@ fn grad_weight(grad: &Tensor, x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> 
             let right = StridedDepth::new(Weight::F32(x), n, n, rows);
             let write = |out: Shared, add: bool| {
                 let start = if add { Accumulate::Output } else { Accumulate::Zero };
+                let output = Output { to: out, start, place: OutputLayout::matrix(n) };
                 // SAFETY: the gradient has n rows of k values.
-                unsafe {
-                    matmul::write(ElemType::F32, size, &left, &right, start, out, OutputLayout::matrix(n))
-                }
+                unsafe { matmul::write(ElemType::F32, size, &left, &right, output) }
             };
             // SAFETY: a product writes all its values.
             unsafe { gradient(w, write) }

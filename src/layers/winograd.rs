@@ -10,12 +10,15 @@
 //! transformed, 12 rows of them after the other and never all, matmul by those matrices, and what comes out is
 //! transformed back while it is in the cache. Every sum is taken in the same order whatever the number of threads.
 
+mod transforms;
+
 use std::cell::RefCell;
 use std::ops::Range;
 
+use self::transforms::{Lanes, sort, transform_kernels, transform_patch, transform_sums};
 use crate::layers::cpu::{self, Shared, Weight};
 use crate::layers::gemm::isa::ElemType;
-use crate::layers::gemm::microkernel::{DEPTH, MR, NR, STRIDE, tile};
+use crate::layers::gemm::microkernel::{self, DEPTH, MR, NR, STRIDE, Tile};
 use crate::layers::gemm::operands::as_stored;
 use crate::layers::gemm::packing::{pack_gathered, pack_strided};
 
@@ -149,7 +152,7 @@ impl Winograd {
         assert!(bias.is_empty() || bias.len() == self.c_out);
         let len = self.b * self.c_out * self.h_out * self.w_out;
         let mut out: Vec<f32> = Vec::with_capacity(len);
-        let to = Shared::new(out.as_mut_ptr());
+        let operands = Operands { x, kernels, bias, out: Shared::new(out.as_mut_ptr()) };
         let (tiles, threads) = (self.tiles(), cpu::threads());
         let most = (CACHED / (POINTS * 4 * self.c_in) / NR * NR).clamp(NR, 256);
         let parts = tiles.div_ceil(most);
@@ -159,7 +162,7 @@ impl Winograd {
         let count = tiles.div_ceil(parts).next_multiple_of(NR);
         let compute = |i: usize| {
             let part = self.part(i * count..((i + 1) * count).min(tiles));
-            self.compute(x, kernels, bias, &part, to, !apart);
+            self.compute(&operands, &part, !apart);
         };
         if apart {
             cpu::for_each(tiles.div_ceil(count), compute);
@@ -172,7 +175,7 @@ impl Winograd {
     }
 
     /// Computes the tiles of `part`, in all channels, on this thread or `together` with the others.
-    fn compute(&self, x: &[f32], kernels: &Kernels, bias: &[f32], part: &Part, out: Shared, together: bool) {
+    fn compute(&self, operands: &Operands, part: &Part, together: bool) {
         let for_each = |count: usize, work: &(dyn Fn(usize) + Sync)| {
             if together { cpu::for_each(count, work) } else { (0..count).for_each(work) }
         };
@@ -185,12 +188,12 @@ impl Winograd {
         for_each(self.c_in.div_ceil(8), &|i| {
             let channels = 8 * i..(8 * (i + 1)).min(self.c_in);
             // SAFETY: the channels part the matrices, which have room for 36 · `step` values.
-            unsafe { self.transform_patches(x, part, channels, to, step) }
+            unsafe { self.transform_patches(operands.x, part, channels, to, step) }
         });
         for_each(self.c_out.div_ceil(MR), &|i| {
             let rows = MR * i..(MR * (i + 1)).min(self.c_out);
             // SAFETY: all channels are transformed; the rows part the output.
-            unsafe { self.multiply(to, step, part, kernels, rows, bias, out) }
+            unsafe { self.multiply(operands, part, to, step, rows) }
         });
         SCRATCH.with_borrow_mut(|scratch| scratch.patches = patches);
     }
@@ -287,17 +290,15 @@ impl Winograd {
     ///
     /// # Safety
     /// `patches` is what `transform_patches` has filled for all channels; no one else writes these rows.
-    #[allow(clippy::too_many_arguments)]
     unsafe fn multiply(
         &self,
+        operands: &Operands,
+        part: &Part,
         patches: Shared,
         step: usize,
-        part: &Part,
-        kernels: &Kernels,
         rows: Range<usize>,
-        bias: &[f32],
-        out: Shared,
     ) {
+        let Operands { kernels, bias, out, .. } = *operands;
         let panels = part.panels();
         let (mut transformed, mut sums) = SCRATCH.with_borrow_mut(|scratch| {
             (std::mem::take(&mut scratch.kernels), std::mem::take(&mut scratch.sums))
@@ -319,18 +320,20 @@ impl Winograd {
                     // SAFETY: the caller's promise; the sums of each row have 36 · 32 places.
                     unsafe {
                         let right = patches.get().add(point * step + (panel * self.c_in + first) * NR);
-                        tile(
+                        microkernel::compute(
                             ElemType::F32,
-                            rows.len(),
-                            NR,
-                            depth.len(),
-                            left,
-                            STRIDE,
-                            right.cast(),
-                            NR,
-                            sums,
-                            POINTS * NR,
-                            first > 0,
+                            &Tile {
+                                rows: rows.len(),
+                                columns: NR,
+                                depth: depth.len(),
+                                left,
+                                step: STRIDE,
+                                right: right.cast(),
+                                right_step: NR,
+                                out: sums,
+                                row: POINTS * NR,
+                                add: first > 0,
+                            },
                         );
                     }
                 }
@@ -360,162 +363,12 @@ impl Winograd {
     }
 }
 
-/// √½ and √2: with their negatives, 0 and ∞, where the polynomials are evaluated.
-const A: f32 = std::f32::consts::FRAC_1_SQRT_2;
-const B: f32 = std::f32::consts::SQRT_2;
-
-/// Bᵀ d: the values at the six points of what stands in six places.
-#[inline(always)]
-fn to_points(d: [f32; PATCH]) -> [f32; PATCH] {
-    let (even, odd) = (d[4] - d[2] * 2.0, (d[3] - d[1] * 2.0) * A);
-    let (even_2, odd_2) = (d[4] - d[2] * 0.5, (d[3] - d[1] * 0.5) * B);
-    [
-        d[0] + d[4] - d[2] * 2.5,
-        even + odd,
-        even - odd,
-        even_2 + odd_2,
-        even_2 - odd_2,
-        d[1] + d[5] - d[3] * 2.5,
-    ]
-}
-
-/// G g: likewise of the three places of a kernel.
-#[inline(always)]
-fn kernel_to_points(g: [f32; 3]) -> [f32; PATCH] {
-    let (even, odd) = ((g[0] + g[2] * 0.5) * (-2.0 / 3.0), g[1] * (-2.0 / 3.0 * A));
-    let (even_2, odd_2) = ((g[0] + g[2] * 2.0) * (1.0 / 6.0), g[1] * (B / 6.0));
-    [g[0], even + odd, even - odd, even_2 + odd_2, even_2 - odd_2, g[2]]
-}
-
-/// Aᵀ m: the four pixels of products at the six points.
-#[inline(always)]
-fn from_points(m: [f32; PATCH]) -> [f32; TILE] {
-    let (even, odd) = (m[1] + m[2], (m[1] - m[2]) * A);
-    let (even_2, odd_2) = (m[3] + m[4], (m[3] - m[4]) * B);
-    [m[0] + even + even_2, odd + odd_2, even * 0.5 + even_2 * 2.0, odd * 0.5 + odd_2 * 2.0 + m[5]]
-}
-
-/// A value for each of 16 tiles or kernels; the innermost loops below run over them, in vectors.
-type Lanes = [f32; 16];
-
-cpu::vectorised! {
-    /// Sorts a row by the remainder of places to 4, with `pad` (at most 2) zeros before it and as many as there is room
-    /// for behind.
-    fn sort(row: &[f32], pad: usize, to: &mut [f32]) {
-        let length = to.len() / TILE;
-        let (a, rest) = to.split_at_mut(length);
-        let (b, rest) = rest.split_at_mut(length);
-        let (c, d) = rest.split_at_mut(length);
-        // The first four, all that are whole, and the last ones.
-        let (head, rest) = row.split_at(row.len().min(TILE - pad));
-        let mut first = [0f32; TILE];
-        first[pad..][..head.len()].copy_from_slice(head);
-        [a[0], b[0], c[0], d[0]] = first;
-        let (whole, tail) = rest.as_chunks::<TILE>();
-        let whole = &whole[..whole.len().min(length - 1)];
-        let end = whole.len() + 1;
-        let places = a[1..end].iter_mut().zip(&mut b[1..end]).zip(&mut c[1..end]).zip(&mut d[1..end]);
-        for ((((a, b), c), d), four) in places.zip(whole) {
-            [*a, *b, *c, *d] = *four;
-        }
-        for (k, places) in [a, b, c, d].into_iter().enumerate() {
-            if end < length {
-                places[end] = tail.get(k).copied().unwrap_or(0.0);
-                places[end + 1..].fill(0.0);
-            }
-        }
-    }
-}
-
-cpu::vectorised! {
-    /// Bᵀ d B of 16 patches.
-    #[allow(clippy::needless_range_loop)] // Plain loops over lanes become vectors.
-    fn transform_patch(patch: &[[u32; 16]; POINTS], points: &mut [Lanes; POINTS]) {
-        let mut half = [[0f32; 16]; POINTS];
-        for j in 0..PATCH {
-            for lane in 0..16 {
-                let at = |i: usize| f32::from_bits(patch[i * PATCH + j][lane]);
-                let column = to_points([at(0), at(1), at(2), at(3), at(4), at(5)]);
-                for i in 0..PATCH {
-                    half[i * PATCH + j][lane] = column[i];
-                }
-            }
-        }
-        for i in 0..PATCH {
-            for lane in 0..16 {
-                let at = |j: usize| half[i * PATCH + j][lane];
-                let row = to_points([at(0), at(1), at(2), at(3), at(4), at(5)]);
-                for j in 0..PATCH {
-                    points[i * PATCH + j][lane] = row[j];
-                }
-            }
-        }
-    }
-}
-
-cpu::vectorised! {
-    /// G g Gᵀ of 16 kernels; point `p` goes to `to[p · MR · STRIDE..]`.
-    #[allow(clippy::needless_range_loop)] // Plain loops over lanes become vectors.
-    fn transform_kernels(taps: &[[u32; 16]; TAPS], turned: bool, to: &mut [u32]) {
-        let mut half = [[0f32; 16]; 3 * PATCH];
-        for j in 0..3 {
-            let taps: [_; 3] = std::array::from_fn(|i| &taps[if turned { 8 - 3 * i - j } else { 3 * i + j }]);
-            for lane in 0..16 {
-                let at = |i: usize| f32::from_bits(taps[i][lane]);
-                let column = kernel_to_points([at(0), at(1), at(2)]);
-                for i in 0..PATCH {
-                    half[i * 3 + j][lane] = column[i];
-                }
-            }
-        }
-        for i in 0..PATCH {
-            let mut points = [[0u32; 16]; PATCH];
-            for lane in 0..16 {
-                let at = |j: usize| half[i * 3 + j][lane];
-                let row = kernel_to_points([at(0), at(1), at(2)]);
-                for j in 0..PATCH {
-                    points[j][lane] = row[j].to_bits();
-                }
-            }
-            for (j, values) in points.iter().enumerate() {
-                to[(i * PATCH + j) * MR * STRIDE..][..16].copy_from_slice(values);
-            }
-        }
-    }
-}
-
-cpu::vectorised! {
-    /// Aᵀ m A + `start` of 16 tiles (6, 6, 32), as 4 rows of 16 · 4 pixels.
-    #[allow(clippy::needless_range_loop)] // Plain loops over lanes become vectors.
-    fn transform_sums(sums: &[f32], start: f32, pixels: &mut [[f32; TILE * 16]; TILE]) {
-        let mut half = [[0f32; 16]; TILE * PATCH];
-        for j in 0..PATCH {
-            let column: [&Lanes; PATCH] =
-                std::array::from_fn(|i| sums[(i * PATCH + j) * NR..].first_chunk().expect("16 of 32 sums"));
-            for lane in 0..16 {
-                let at = |i: usize| column[i][lane];
-                let column = from_points([at(0), at(1), at(2), at(3), at(4), at(5)]);
-                for i in 0..TILE {
-                    half[i * PATCH + j][lane] = column[i];
-                }
-            }
-        }
-        for i in 0..TILE {
-            let mut row = [[0f32; 16]; TILE];
-            for lane in 0..16 {
-                let at = |j: usize| half[i * PATCH + j][lane];
-                let four = from_points([at(0), at(1), at(2), at(3), at(4), at(5)]);
-                for j in 0..TILE {
-                    row[j][lane] = four[j] + start;
-                }
-            }
-            for lane in 0..16 {
-                for j in 0..TILE {
-                    pixels[i][TILE * lane + j] = row[j][lane];
-                }
-            }
-        }
-    }
+/// What a convolution computes with, and where to.
+struct Operands<'a> {
+    x: &'a [f32],
+    kernels: &'a Kernels<'a>,
+    bias: &'a [f32],
+    out: Shared,
 }
 
 #[cfg(test)]

@@ -10,10 +10,10 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::isa::ElemType;
-use super::microkernel::{DEPTH, MR, NR, prefetch, tile};
+use super::microkernel::{self, DEPTH, MR, NR, Tile, prefetch};
 #[cfg(feature = "onednn")]
 use super::onednn;
-use super::operands::{Accumulate, Lines, OutputLayout, PackA, PackB, Size};
+use super::operands::{Accumulate, Lines, Output, OutputLayout, PackA, PackB, Size};
 use crate::layers::cpu::{self, Shared};
 
 /// Columns of the right operand that are packed together.
@@ -41,7 +41,7 @@ pub(in crate::layers) fn matmul<L: PackA, R: PackB>(
     let mut out: Vec<f32> = Vec::with_capacity(len);
     // SAFETY: `place` is a permutation of 0..m · n, so that every value is within the capacity and is written.
     unsafe {
-        write(elem, size, left, right, start, Shared::new(out.as_mut_ptr()), place);
+        write(elem, size, left, right, Output { to: Shared::new(out.as_mut_ptr()), start, place });
         out.set_len(len);
     }
     out
@@ -54,19 +54,18 @@ fn is_dense(size: Size, place: OutputLayout) -> bool {
             || (size.n.is_multiple_of(place.part) && place.part_step == size.m * place.part))
 }
 
-/// left · right, added to `start`.
+/// left · right, added to the start of `output`.
 ///
 /// # Safety
-/// `out` may be written wherever `place` reaches for i < m and j < n; different (i, j) are different places.
+/// `output.to` may be written wherever its layout reaches for i < m and j < n; different (i, j) are different places.
 pub(in crate::layers) unsafe fn write<L: PackA, R: PackB>(
     elem: ElemType,
     size: Size,
     left: &L,
     right: &R,
-    start: Accumulate,
-    out: Shared,
-    place: OutputLayout,
+    output: Output,
 ) {
+    let Output { start, place, .. } = output;
     if let Accumulate::Rows(values) = start {
         assert!(values.len() == size.m || values.len() == size.m * (size.n / place.part));
     }
@@ -87,6 +86,7 @@ pub(in crate::layers) unsafe fn write<L: PackA, R: PackB>(
         }
         lines => lines,
     };
+    let operands = Operands { elem, size, left, lines, right };
     let work = |task: usize| {
         let (i, j) = (task % row_parts * rows, task / row_parts * columns);
         let rows = i.min(size.m)..(i + rows).min(size.m);
@@ -95,7 +95,7 @@ pub(in crate::layers) unsafe fn write<L: PackA, R: PackB>(
             return;
         }
         // SAFETY: the tasks part the result.
-        unsafe { block(elem, rows, columns, size, left, lines, right, start, out, place) }
+        unsafe { block(&operands, rows, columns, output) }
     };
     cpu::for_each_on(threads, row_parts * column_parts, work);
     WHOLE_LEFT.set(whole);
@@ -159,28 +159,30 @@ thread_local! {
     static WHOLE_LEFT: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// The operands of a product.
+struct Operands<'a, L, R> {
+    elem: ElemType,
+    size: Size,
+    left: &'a L,
+    /// Rows of the left operand that need not be packed.
+    lines: Option<Lines>,
+    right: &'a R,
+}
+
 /// The rows and columns that one task computes.
 ///
 /// # Safety
 /// As [`write`]; `lines` are those of the left operand.
-#[allow(clippy::too_many_arguments)]
 unsafe fn block<L: PackA, R: PackB>(
-    elem: ElemType,
+    &Operands { elem, size, left, lines, right }: &Operands<L, R>,
     rows: Range<usize>,
     columns: Range<usize>,
-    size: Size,
-    left: &L,
-    lines: Option<Lines>,
-    right: &R,
-    start: Accumulate,
-    out: Shared,
-    place: OutputLayout,
+    output: Output,
 ) {
     #[cfg(feature = "onednn")]
     if elem == ElemType::Bf16 {
         // SAFETY: the caller's promise.
-        let done =
-            unsafe { onednn::block(rows.clone(), columns.clone(), size, left, right, start, out, place) };
+        let done = unsafe { onednn::block(rows.clone(), columns.clone(), size, left, right, output) };
         if done {
             return;
         }
@@ -223,9 +225,9 @@ unsafe fn block<L: PackA, R: PackB>(
                     (scratch.left.as_ptr(), left_step)
                 }
             };
-            let sums = Tile { elem, height, width: NR, count, m: size.m, left, left_step };
+            let sums = RowTiles { elem, height, width: NR, count, m: size.m, left, left_step };
             for (panel, j) in columns.clone().step_by(NR).enumerate() {
-                let sums = Tile { width: NR.min(columns.end - j), ..sums };
+                let sums = RowTiles { width: NR.min(columns.end - j), ..sums };
                 if let Some(lines) = lines {
                     // The next rows come nearer meanwhile, a share with each tile.
                     let share = count.div_ceil(panels).next_multiple_of(16);
@@ -238,14 +240,7 @@ unsafe fn block<L: PackA, R: PackB>(
                 // SAFETY: the operands are packed; the caller's promise.
                 unsafe {
                     let right = scratch.right.as_ptr().add(panel * step);
-                    sums.write(
-                        right,
-                        i,
-                        j,
-                        if first == 0 { start } else { Accumulate::Output },
-                        out.get(),
-                        place,
-                    );
+                    sums.write(right, [i, j], output.after(first));
                 }
             }
         }
@@ -253,9 +248,9 @@ unsafe fn block<L: PackA, R: PackB>(
     SCRATCH.set(scratch);
 }
 
-/// One tile of one depth block.
+/// A tile of one depth block, without its right operand.
 #[derive(Clone, Copy)]
-struct Tile {
+struct RowTiles {
     elem: ElemType,
     height: usize,
     width: usize,
@@ -266,20 +261,13 @@ struct Tile {
     left_step: usize,
 }
 
-impl Tile {
+impl RowTiles {
     /// Adds its sums to the places of rows from `i` and columns from `j` on.
     ///
     /// # Safety
-    /// As [`tile`], and [`write`] for the places.
-    unsafe fn write(
-        &self,
-        right: *const u32,
-        i: usize,
-        j: usize,
-        start: Accumulate,
-        out: *mut f32,
-        place: OutputLayout,
-    ) {
+    /// As [`microkernel::compute`], and [`write`] for the places.
+    unsafe fn write(&self, right: *const u32, [i, j]: [usize; 2], Output { to: out, start, place }: Output) {
+        let out = out.get();
         let Self { elem, height, width, count, m, left, left_step } = *self;
         let at = |j: usize| j / place.part * place.part_step + j % place.part;
         let together = j % place.part + width <= place.part;
@@ -315,18 +303,20 @@ impl Tile {
                     Accumulate::Zero | Accumulate::Output => break,
                 }
             }
-            tile(
+            microkernel::compute(
                 elem,
-                height,
-                width,
-                count,
-                left,
-                left_step,
-                right,
-                NR,
-                to,
-                row,
-                !matches!(start, Accumulate::Zero),
+                &Tile {
+                    rows: height,
+                    columns: width,
+                    depth: count,
+                    left,
+                    step: left_step,
+                    right,
+                    right_step: NR,
+                    out: to,
+                    row,
+                    add: !matches!(start, Accumulate::Zero),
+                },
             );
             if !together {
                 for (r, values) in apart.chunks_exact(NR).enumerate().take(height) {

@@ -35,76 +35,67 @@ pub(in crate::layers) fn prefetch(at: *const u32) {
     let _ = at;
 }
 
-/// `out[i · row + j] = or += Σ left[i, w] · right[w, j]` for `rows` (at most 12) and `columns` (at most 32).
+/// A tile of sums and the packed operands that it is made of:
+/// `out[i · row + j] = or += Σ left[i · step + w] · right[w · right_step + j]` for i < rows, j < columns and w < depth.
+#[derive(Clone, Copy)]
+pub(in crate::layers) struct Tile {
+    /// At most 12.
+    pub rows: usize,
+    /// At most 32.
+    pub columns: usize,
+    /// Words.
+    pub depth: usize,
+    /// Packed rows; read to the next multiple of 4, all 12 without AVX-512.
+    pub left: *const u32,
+    /// Words from one row to the next.
+    pub step: usize,
+    /// `depth` rows of 32 words.
+    pub right: *const u32,
+    /// Words from one of these rows to the next.
+    pub right_step: usize,
+    /// The sums.
+    pub out: *mut f32,
+    /// Values from one row of them to the next.
+    pub row: usize,
+    /// Add to what is in `out`.
+    pub add: bool,
+}
+
+/// Computes a tile.
 ///
 /// # Safety
-/// `left` has `rows` rows, `step` words from one to the next; they are read to the next multiple of 4, all 12 without
-/// AVX-512. `right` has `depth` rows of 32 elem, `right_step` words from one to the next, and `out` may be written within its bounds.
-#[allow(clippy::too_many_arguments)]
-pub(in crate::layers) unsafe fn tile(
-    elem: ElemType,
-    rows: usize,
-    columns: usize,
-    depth: usize,
-    left: *const u32,
-    step: usize,
-    right: *const u32,
-    right_step: usize,
-    out: *mut f32,
-    row: usize,
-    add: bool,
-) {
-    debug_assert!(rows <= MR && columns <= NR);
+/// The operands are there as [`Tile`] says, and `out` may be written within its bounds.
+pub(in crate::layers) unsafe fn compute(elem: ElemType, tile: &Tile) {
+    debug_assert!(tile.rows <= MR && tile.columns <= NR);
     #[cfg(target_arch = "x86_64")]
     {
         if has_avx512() {
             // SAFETY: the processor has AVX-512, and bf16 where words are pairs.
             return unsafe {
                 match elem {
-                    ElemType::F32 => {
-                        x86::tile_f32(rows, columns, depth, left, step, right, right_step, out, row, add)
-                    }
-                    ElemType::Bf16 => {
-                        x86::tile_bf16(rows, columns, depth, left, step, right, right_step, out, row, add)
-                    }
+                    ElemType::F32 => x86::tile_f32(tile),
+                    ElemType::Bf16 => x86::tile_bf16(tile),
                 }
             };
         }
         use std::arch::is_x86_feature_detected as has;
         if has!("avx2") && has!("fma") {
             // SAFETY: the processor has AVX2 and FMA.
-            return unsafe {
-                x86::tile_avx2(rows, columns, depth, left, step, right, right_step, out, row, add)
-            };
+            return unsafe { x86::tile_avx2(tile) };
         }
     }
     debug_assert!(elem == ElemType::F32, "pairs need a processor that multiplies bf16");
     // SAFETY: the caller's promise.
-    unsafe {
-        tile_plain::<{ cfg!(target_arch = "aarch64") }>(
-            rows, columns, depth, left, step, right, right_step, out, row, add,
-        )
-    }
+    unsafe { tile_plain::<{ cfg!(target_arch = "aarch64") }>(tile) }
 }
 
 /// Six rows and 16 columns at a time, which is what 16 vectors of 8 hold.
 ///
 /// # Safety
-/// As [`tile`].
+/// As [`compute`].
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn tile_plain<const FUSED: bool>(
-    rows: usize,
-    columns: usize,
-    depth: usize,
-    left: *const u32,
-    step: usize,
-    right: *const u32,
-    right_step: usize,
-    out: *mut f32,
-    row: usize,
-    add: bool,
-) {
+unsafe fn tile_plain<const FUSED: bool>(tile: &Tile) {
+    let Tile { rows, columns, depth, left, step, right, right_step, out, row, add } = *tile;
     for i in (0..rows).step_by(6) {
         for j in (0..columns).step_by(16) {
             let mut sums = [[0f32; 16]; 6];
@@ -137,7 +128,7 @@ unsafe fn tile_plain<const FUSED: bool>(
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::tile_plain;
+    use super::{Tile, tile_plain};
     use crate::layers::gemm::isa::mask;
 
     macro_rules! tile_forms {
@@ -145,49 +136,20 @@ mod x86 {
             /// # Safety
             /// As [`crate::layers::gemm::microkernel`].
             #[target_feature(enable = $feature)]
-            #[allow(clippy::too_many_arguments)]
-            pub(in crate::layers) unsafe fn $tile(
-                rows: usize,
-                columns: usize,
-                depth: usize,
-                left: *const u32,
-                step: usize,
-                right: *const u32,
-                right_step: usize,
-                out: *mut f32,
-                row: usize,
-                add: bool,
-            ) {
+            pub(super) unsafe fn $tile(tile: &Tile) {
                 // SAFETY: the caller's promise; rows are read in fours.
                 unsafe {
-                    match rows {
-                        0..=4 => {
-                            $tile_of::<4>(rows, columns, depth, left, step, right, right_step, out, row, add)
-                        }
-                        5..=8 => {
-                            $tile_of::<8>(rows, columns, depth, left, step, right, right_step, out, row, add)
-                        }
-                        _ => {
-                            $tile_of::<12>(rows, columns, depth, left, step, right, right_step, out, row, add)
-                        }
+                    match tile.rows {
+                        0..=4 => $tile_of::<4>(tile),
+                        5..=8 => $tile_of::<8>(tile),
+                        _ => $tile_of::<12>(tile),
                     }
                 }
             }
 
             #[target_feature(enable = $feature)]
-            #[allow(clippy::too_many_arguments)]
-            unsafe fn $tile_of<const R: usize>(
-                rows: usize,
-                columns: usize,
-                depth: usize,
-                left: *const u32,
-                step: usize,
-                right: *const u32,
-                right_step: usize,
-                out: *mut f32,
-                row: usize,
-                add: bool,
-            ) {
+            unsafe fn $tile_of<const R: usize>(tile: &Tile) {
+                let Tile { rows, columns, depth, left, step, right, right_step, out, row, add } = *tile;
                 // What the sums are added to comes into the cache while they are computed.
                 for i in 0..R {
                     for j in [0, 16, 31] {
@@ -248,20 +210,8 @@ mod x86 {
     /// # Safety
     /// As [`crate::layers::gemm::microkernel`].
     #[target_feature(enable = "avx2,fma")]
-    #[allow(clippy::too_many_arguments)]
-    pub(in crate::layers) unsafe fn tile_avx2(
-        rows: usize,
-        columns: usize,
-        depth: usize,
-        left: *const u32,
-        step: usize,
-        right: *const u32,
-        right_step: usize,
-        out: *mut f32,
-        row: usize,
-        add: bool,
-    ) {
+    pub(super) unsafe fn tile_avx2(tile: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { tile_plain::<true>(rows, columns, depth, left, step, right, right_step, out, row, add) }
+        unsafe { tile_plain::<true>(tile) }
     }
 }

@@ -13,10 +13,10 @@ use std::ops::Range;
 
 use library::Product;
 
-use crate::layers::cpu::{Shared, vectorised};
+use crate::layers::cpu::vectorised;
 use crate::layers::gemm::isa::ElemType;
 use crate::layers::gemm::microkernel::{DEPTH, NR};
-use crate::layers::gemm::operands::{Accumulate, OutputLayout, PackA, PackB, Size};
+use crate::layers::gemm::operands::{Accumulate, Output, PackA, PackB, Size};
 
 /// Rows that are matmul at once.
 const MR: usize = 192;
@@ -43,17 +43,14 @@ struct Scratch {
 /// Computes some rows and columns of a product of bf16. `false` where oneDNN cannot: they have to be computed anew then.
 ///
 /// # Safety
-/// `out` may be written wherever `place` reaches for these rows and columns.
-#[allow(clippy::too_many_arguments)]
+/// `output.to` may be written wherever its layout reaches for these rows and columns.
 pub(in crate::layers) unsafe fn block<L: PackA, R: PackB>(
     rows: Range<usize>,
     columns: Range<usize>,
     size: Size,
     left: &L,
     right: &R,
-    start: Accumulate,
-    out: Shared,
-    place: OutputLayout,
+    output: Output,
 ) -> bool {
     thread_local! {
         static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -94,10 +91,10 @@ pub(in crate::layers) unsafe fn block<L: PackA, R: PackB>(
             if !library::multiply(product, lines, packed, sums) {
                 return false;
             }
-            let start = if from == 0 { start } else { Accumulate::Output };
+            let output = output.after(from);
             for (i, sums) in rows.zip(sums.chunks_exact(columns.len())) {
                 // SAFETY: the caller's promise.
-                unsafe { put(i, columns.clone(), sums, size, start, out, place) }
+                unsafe { put(i, columns.clone(), sums, size, output) }
             }
         }
     }
@@ -120,9 +117,7 @@ unsafe fn put(
     columns: Range<usize>,
     sums: &[f32],
     size: Size,
-    start: Accumulate,
-    out: Shared,
-    place: OutputLayout,
+    Output { to: out, start, place }: Output,
 ) {
     for part in columns.start / place.part..columns.end.div_ceil(place.part) {
         let here = columns.start.max(part * place.part)..columns.end.min((part + 1) * place.part);

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::isa::ElemType;
 use super::microkernel::{MR, NR};
 use super::packing::{pack_contiguous, pack_lines, pack_strided};
-use crate::layers::cpu::Weight;
+use crate::layers::cpu::{Shared, Weight};
 
 /// The operand whose rows are the rows of the result.
 pub(in crate::layers) trait PackA: Sync {
@@ -70,6 +70,21 @@ pub(in crate::layers) struct OutputLayout {
     pub part: usize,
     /// From one part to the next.
     pub part_step: usize,
+}
+
+/// Memory for a product.
+#[derive(Clone, Copy)]
+pub(in crate::layers) struct Output<'a> {
+    pub to: Shared,
+    pub start: Accumulate<'a>,
+    pub place: OutputLayout,
+}
+
+impl Output<'_> {
+    /// For the block of the depth from `first` on.
+    pub(in crate::layers) fn after(self, first: usize) -> Self {
+        Self { start: if first == 0 { self.start } else { Accumulate::Output }, ..self }
+    }
 }
 
 impl OutputLayout {

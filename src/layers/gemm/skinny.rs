@@ -4,7 +4,7 @@
 
 use crate::layers::cpu::{self, Shared};
 use crate::layers::gemm::isa::{self, ElemType};
-use crate::layers::gemm::microkernel::{self, MR, NR};
+use crate::layers::gemm::microkernel::{self, MR, NR, Tile};
 
 /// Sizes of a product between (rows, width) and (rank, width).
 #[derive(Clone, Copy)]
@@ -60,21 +60,20 @@ impl SkinnyGemm {
                 for j in (0..width).step_by(NR) {
                     // SAFETY: `h` has whole tiles of rows, and the panels part the columns.
                     unsafe {
-                        let right = factor[j..].as_ptr().cast();
-                        let out = out[i * width + j..].as_mut_ptr();
-                        let height = MR.min(count - i);
-                        microkernel::tile(
+                        microkernel::compute(
                             ElemType::F32,
-                            height,
-                            NR,
-                            rank,
-                            left,
-                            rank,
-                            right,
-                            width,
-                            out,
-                            width,
-                            true,
+                            &Tile {
+                                rows: MR.min(count - i),
+                                columns: NR,
+                                depth: rank,
+                                left,
+                                step: rank,
+                                right: factor[j..].as_ptr().cast(),
+                                right_step: width,
+                                out: out[i * width + j..].as_mut_ptr(),
+                                row: width,
+                                add: true,
+                            },
                         );
                     }
                 }
@@ -94,21 +93,20 @@ impl SkinnyGemm {
             for r in (0..rank).step_by(MR) {
                 // SAFETY: `turned` has whole tiles of rows, and each panel writes its own columns.
                 unsafe {
-                    let (left, right) = (turned[r * rows..].as_ptr().cast(), x[j..].as_ptr().cast());
-                    let out = out.get().add(r * width + j);
-                    let height = MR.min(rank - r);
-                    microkernel::tile(
+                    microkernel::compute(
                         ElemType::F32,
-                        height,
-                        NR,
-                        rows,
-                        left,
-                        rows,
-                        right,
-                        width,
-                        out,
-                        width,
-                        false,
+                        &Tile {
+                            rows: MR.min(rank - r),
+                            columns: NR,
+                            depth: rows,
+                            left: turned[r * rows..].as_ptr().cast(),
+                            step: rows,
+                            right: x[j..].as_ptr().cast(),
+                            right_step: width,
+                            out: out.get().add(r * width + j),
+                            row: width,
+                            add: false,
+                        },
                     );
                 }
             }
