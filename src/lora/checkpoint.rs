@@ -19,8 +19,9 @@ use super::{LoraError, apply, metadata};
 use crate::failure::Failure;
 use crate::files;
 use crate::progress;
+use crate::weights::assembled::Form;
 use crate::weights::header::{Entry, Header, Storage};
-use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, Form, ModelFiles, TRANSFORMERS_WEIGHTS};
+use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles, TRANSFORMERS_WEIGHTS};
 
 /// LoRAs that fit a base, ready to be merged into it.
 pub struct Merge<'a> {

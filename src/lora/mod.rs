@@ -39,6 +39,7 @@ mod foreign;
 pub mod keys;
 pub mod ldm_keys;
 pub mod metadata;
+mod parts;
 mod peft_config;
 
 pub mod adapter;

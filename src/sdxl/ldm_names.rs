@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use crate::lora::ldm_keys::{self, BlockLayout};
-use crate::weights::model_folder::Form;
+use crate::weights::assembled::Form;
 
 /// The diffusers names of a stored tensor, and the form in which each lies in it.
 pub(super) type Names = Option<Vec<(String, Form)>>;

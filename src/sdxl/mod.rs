@@ -20,4 +20,5 @@ pub mod single_file;
 pub mod text;
 pub mod tokenizer;
 pub mod unet;
+mod unet_config;
 pub mod vae;

@@ -3,6 +3,8 @@
 //! Every network here is built by `new(config, vb)` from a [`VarBuilder`]. [`frozen`] gives plain tensors,
 //! through which no gradient is computed for the weight; [`Trainable`] gives variables and remembers them by name.
 
+pub mod assembled;
+mod component;
 pub mod header;
 pub mod hub;
 pub mod model_folder;

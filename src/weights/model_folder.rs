@@ -9,16 +9,19 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use include_dir::Dir;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::assembled::Assembled;
+pub use super::component::TensorReader;
+use super::component::{Entries, Ledger, ShardIndex, Weights};
 use super::safetensors::Stored;
 use crate::failure::Failure;
 use crate::files::{self, write_whole};
@@ -83,86 +86,12 @@ impl From<DType> for WeightType {
     }
 }
 
-/// A folder that is not there: configs in memory, and the tensors of one `.safetensors` under other names.
-#[derive(Debug)]
-pub struct Assembled {
-    /// The weight file.
-    pub file: PathBuf,
-    /// Configs and vocabularies by their path in a folder, for example `unet/config.json`.
-    pub texts: BTreeMap<String, Cow<'static, str>>,
-    /// For each component, for example `unet`, where its tensors lie.
-    pub tensors: BTreeMap<String, BTreeMap<String, Place>>,
-}
-
-/// Where a tensor lies in an [`Assembled`] model.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Its name in the weight file.
-    pub stored: String,
-    /// How it lies there.
-    pub form: Form,
-    /// Name of the factor that its numbers are to be multiplied by: one, or one for each row.
-    pub scale: Option<String>,
-}
-
-impl Place {
-    /// A tensor without a factor.
-    pub fn new(stored: impl Into<String>, form: Form) -> Self {
-        Self { stored: stored.into(), form, scale: None }
-    }
-}
-
-/// How a tensor is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// As the network wants it.
-    Whole,
-    /// The n-th of three along the first axis: OpenCLIP keeps query, key and value together.
-    Third(usize),
-    /// Rows and columns exchanged.
-    Transposed,
-    /// As a 1×1 convolution, wanted as a matrix.
-    Pointwise,
-}
-
-impl Form {
-    /// The tensor as the network wants it.
-    pub fn take(self, stored: Tensor) -> candle_core::Result<Tensor> {
-        match self {
-            Self::Whole => Ok(stored),
-            Self::Third(n) => {
-                let rows = stored.dim(0)? / 3;
-                stored.narrow(0, n * rows, rows)?.contiguous()
-            }
-            Self::Transposed => stored.t()?.contiguous(),
-            Self::Pointwise => stored.flatten_from(1),
-        }
-    }
-
-    /// The stored tensor with `part`, which the network wants, put into its place.
-    pub fn put(self, stored: &Tensor, part: Tensor) -> candle_core::Result<Tensor> {
-        match self {
-            Self::Whole => Ok(part),
-            Self::Third(n) => {
-                let rows = stored.dim(0)? / 3;
-                let thirds =
-                    (0..3).map(|i| if i == n { Ok(part.clone()) } else { stored.narrow(0, i * rows, rows) });
-                Tensor::cat(&thirds.collect::<candle_core::Result<Vec<_>>>()?, 0)
-            }
-            Self::Transposed => part.t()?.contiguous(),
-            Self::Pointwise => part.reshape(stored.shape()),
-        }
-    }
-
-    /// The shape that the network wants of a tensor that is stored in this one.
-    pub fn shape(self, stored: &[usize]) -> Vec<usize> {
-        match (self, stored) {
-            (Self::Third(_), [rows, rest @ ..]) => [&[rows / 3], rest].concat(),
-            (Self::Transposed, [rows, columns]) => vec![*columns, *rows],
-            (Self::Pointwise, [out, rest @ ..]) => vec![*out, rest.iter().product()],
-            _ => stored.to_vec(),
-        }
-    }
+/// How the weights of a network are loaded.
+struct Loading<'a> {
+    weights: WeightType,
+    device: &'a Device,
+    /// Check them, and build the network of zeros.
+    only_check: bool,
 }
 
 impl ModelFiles {
@@ -266,7 +195,7 @@ impl ModelFiles {
         device: &Device,
         build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
     ) -> Result<T> {
-        self.build(folder, stem, weights.into(), device, false, build)
+        self.build([folder, stem], Loading { weights: weights.into(), device, only_check: false }, build)
     }
 
     /// Checks the weights as [`ModelFiles::load`] does, and keeps none: what `build` is given is all zeros.
@@ -276,16 +205,14 @@ impl ModelFiles {
         stem: &str,
         build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
     ) -> Result<()> {
-        self.build(folder, stem, DType::F32.into(), &Device::Cpu, true, build).map(|_| ())
+        let (weights, device) = (DType::F32.into(), &Device::Cpu);
+        self.build([folder, stem], Loading { weights, device, only_check: true }, build).map(|_| ())
     }
 
     fn build<T>(
         &self,
-        folder: &str,
-        stem: &str,
-        WeightType { dtype, halves }: WeightType,
-        device: &Device,
-        only_check: bool,
+        [folder, stem]: [&str; 2],
+        Loading { weights: WeightType { dtype, halves }, device, only_check }: Loading,
         build: impl FnOnce(VarBuilder<'static>) -> Result<T>,
     ) -> Result<T> {
         let (file, weights) = self.weights(folder, stem)?;
@@ -451,159 +378,6 @@ pub fn save_json(path: &Path, value: &Value) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value).context("cannot serialise a config")?;
     text.push('\n');
     write_whole(path, text.as_bytes())
-}
-
-/// The tensors of all parts of a component.
-#[derive(Default)]
-struct Weights {
-    parts: Vec<Stored>,
-    /// Where they lie, when not under their own names.
-    places: Option<BTreeMap<String, Place>>,
-}
-
-impl Weights {
-    fn names(&self) -> BTreeSet<String> {
-        match &self.places {
-            Some(places) => places.keys().cloned().collect(),
-            None => self.parts.iter().flat_map(Stored::names).map(String::from).collect(),
-        }
-    }
-
-    fn contains(&self, name: &str) -> bool {
-        match &self.places {
-            Some(places) => places.contains_key(name),
-            None => self.parts.iter().any(|part| part.contains(name)),
-        }
-    }
-
-    /// Where the tensor `name` lies.
-    fn find(&self, name: &str) -> Option<(Place, &Stored)> {
-        let place = match &self.places {
-            Some(places) => places.get(name)?.clone(),
-            None => Place::new(name, Form::Whole),
-        };
-        let part = self.parts.iter().find(|part| part.contains(&place.stored))?;
-        Some((place, part))
-    }
-
-    /// Whether the tensor `name` is stored as f16.
-    fn is_half(&self, name: &str) -> bool {
-        self.find(name).is_some_and(|(place, part)| place.scale.is_none() && part.is_half(&place.stored))
-    }
-
-    /// The tensor `name` on the CPU, as `dtype` or as stored.
-    fn load(&self, name: &str, dtype: Option<DType>) -> candle_core::Result<Tensor> {
-        let Some((place, part)) = self.find(name) else { candle_core::bail!("there is no tensor `{name}`") };
-        let Some(scale) = &place.scale else { return place.form.take(part.load(&place.stored, dtype)?) };
-        let stored = part.load(&place.stored, Some(DType::F32))?;
-        let scale = part.load(scale, Some(DType::F32))?.flatten_all()?;
-        let scale = match scale.elem_count() {
-            1 => scale.reshape(vec![1; stored.rank()])?,
-            rows => {
-                let mut shape = vec![1; stored.rank()];
-                shape[0] = rows;
-                scale.reshape(shape)?
-            }
-        };
-        let scaled = place.form.take(stored.broadcast_mul(&scale)?)?;
-        dtype.map_or(Ok(scaled.clone()), |dtype| scaled.to_dtype(dtype))
-    }
-}
-
-/// The tensors of a component, read one by one; see [`ModelFiles::reader`].
-pub struct TensorReader<'a> {
-    files: &'a ModelFiles,
-    /// What messages call the file.
-    file: String,
-    weights: Weights,
-}
-
-impl TensorReader<'_> {
-    /// All names.
-    pub fn names(&self) -> BTreeSet<String> {
-        self.weights.names()
-    }
-
-    /// The shape of the tensor `name`, without reading it.
-    ///
-    /// # Errors
-    /// [`Failure::Unusable`] when there is no such tensor.
-    pub fn shape(&self, name: &str) -> Result<Vec<usize>> {
-        match self
-            .weights
-            .find(name)
-            .and_then(|(place, part)| Some(place.form.shape(part.shape(&place.stored)?)))
-        {
-            Some(shape) => Ok(shape),
-            None => Err(self.unusable(format!("the tensor `{name}` is missing"))),
-        }
-    }
-
-    /// The tensor `name` on the CPU, as `dtype` or as it is stored.
-    ///
-    /// # Errors
-    /// [`Failure::Unusable`] when it is missing, or holds NaN or infinity.
-    pub fn load(&self, name: &str, dtype: Option<DType>) -> Result<Tensor> {
-        self.weights.load(name, dtype).map_err(|error| self.unusable(error))
-    }
-
-    /// An error about the file.
-    pub fn unusable(&self, why: impl std::fmt::Display) -> anyhow::Error {
-        self.files.unusable(&self.file, why)
-    }
-}
-
-/// `stem.safetensors.index.json`: which part each tensor lies in.
-#[derive(serde::Deserialize)]
-struct ShardIndex {
-    weight_map: BTreeMap<String, String>,
-}
-
-/// Weights, and the names that a network asked for.
-#[derive(Default)]
-struct Ledger {
-    weights: Weights,
-    /// Whether to give zeros, once a tensor has been looked at.
-    only_check: bool,
-    /// Whether what is stored as f16 stays so.
-    halves: bool,
-    asked: Mutex<BTreeSet<String>>,
-}
-
-struct Entries(Arc<Ledger>);
-
-impl SimpleBackend for Entries {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        _: Init,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        self.0.asked.lock().expect("no thread panics while it holds the names").insert(name.to_string());
-        if !self.0.weights.contains(name) {
-            // All missing tensors are reported together once the network is built.
-            return Tensor::zeros(shape, dtype, device);
-        }
-        let dtype = if self.0.halves && self.0.weights.is_half(name) { DType::F16 } else { dtype };
-        let tensor = self.0.weights.load(name, Some(dtype))?;
-        if tensor.shape() != &shape {
-            candle_core::bail!("tensor `{name}` has shape {:?}, wanted {shape:?}", tensor.shape());
-        }
-        if self.0.only_check {
-            return Tensor::zeros((), dtype, device)?.broadcast_as(shape);
-        }
-        tensor.to_device(device)
-    }
-
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        candle_core::bail!("tensor `{name}` was asked for without its shape")
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.0.weights.contains(name)
-    }
 }
 
 #[cfg(test)]
