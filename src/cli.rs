@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::output::Output;
+use crate::commands::output::Output;
 use crate::{commands, files, image, progress};
 
 /// From one photo of a face to a personal SDXL LoRA, and images generated with it.

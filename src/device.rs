@@ -5,19 +5,22 @@ use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
+use crate::named::named;
 use crate::progress;
 
-/// A number type for weights. Where the device is a CPU they are widened as they are used: half the memory, and the
-/// arithmetic of f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Precision {
-    /// 32-bit floats.
-    F32,
-    /// 16-bit floats, IEEE half precision.
-    F16,
-    /// 16-bit floats with the exponent of f32 (bfloat16).
-    Bf16,
+named! {
+    /// A number type for weights. Where the device is a CPU they are widened as they are used: half the memory, and the
+    /// arithmetic of f32.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum Precision {
+        /// 32-bit floats.
+        F32 = "f32",
+        /// 16-bit floats, IEEE half precision.
+        F16 = "f16",
+        /// 16-bit floats with the exponent of f32 (bfloat16).
+        Bf16 = "bf16",
+    }
 }
 
 impl From<Precision> for DType {

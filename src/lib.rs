@@ -58,7 +58,7 @@ pub mod files;
 pub mod guides;
 pub mod image;
 pub mod limits;
-pub mod output;
+pub mod named;
 pub mod progress;
 pub mod statistics;
 pub mod threads;

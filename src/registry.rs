@@ -53,17 +53,14 @@ pub fn built_in(part: &'static str) -> Result<ModelFiles> {
 }
 
 /// Where to look for a base model.
-#[derive(Clone, Debug, Default, clap::Args)]
+#[derive(Clone, Debug, Default)]
 pub struct BaseOptions {
     /// Settings of a single-file base that its tensors do not show: a diffusers folder, or a JSON file with the keys
     /// `unet`, `vae`, `text_encoder`, `text_encoder_2`, `scheduler`, `tokenizer`, `tokenizer_2`, `model_index`.
-    #[arg(help_heading = "Model", long, value_name = "FILE|DIR", env = "DIFFLORA_BASE_CONFIG")]
     pub base_config: Option<PathBuf>,
     /// Branch, tag or commit of a base on the hub.
-    #[arg(help_heading = "Model", long, value_name = "REVISION", env = "DIFFLORA_REVISION")]
     pub revision: Option<String>,
     /// Use only cached models, never the network (as HF_HUB_OFFLINE).
-    #[arg(help_heading = "Model", long, env = "DIFFLORA_OFFLINE")]
     pub offline: bool,
 }
 

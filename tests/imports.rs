@@ -11,11 +11,11 @@ const ORDER: [&[&str]; 9] = [
     &["commands", "diagnostics"],
     &["eval", "personal_lora"],
     &["recipes"],
-    &["dataset", "registry", "output"],
+    &["dataset", "registry"],
     &["sdxl", "hypernet", "lora", "identity", "synthetic"],
     &["train", "weights", "image"],
     &["diffusion", "layers"],
-    &["device", "threads", "statistics", "limits", "files", "progress", "failure", "guides"],
+    &["device", "threads", "statistics", "limits", "files", "progress", "failure", "guides", "named"],
 ];
 
 fn sources(folder: &Path) -> Vec<PathBuf> {

@@ -5,15 +5,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use candle_core::DType;
 
-use crate::commands::run_args::DeviceArgs;
+use crate::commands::output::{Output, print_line};
+use crate::commands::run_args::{BaseOptionArgs, DeviceArgs};
 use crate::dataset::manifest::Header;
 use crate::files::FolderLock;
 use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
 use crate::limits::read_toml;
-use crate::output::{Output, print_line};
 use crate::recipes::lora_dataset::{DatasetBuilder, DatasetSettings, settings_hash};
-use crate::registry::{self, Base};
+use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 
 /// Arguments of `difflora build-dataset`.
@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
-    base_options: registry::BaseOptions,
+    base_options: BaseOptionArgs,
     /// CLIP image encoder.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub image_encoder: String,
@@ -67,7 +67,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;
     }
     let lock = FolderLock::acquire(&args.out)?;
-    let base = Base::open(&args.base, &args.base_options)?;
+    let base = args.base_options.open(&args.base)?;
     let base_id = base.id()?;
     let image_files = registry::find(&args.image_encoder, "image_encoder")?;
     let image_encoder = registry::identify(&image_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;

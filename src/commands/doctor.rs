@@ -3,8 +3,8 @@
 use anyhow::{Result, bail};
 use serde_json::json;
 
+use crate::commands::output::{Output, print_line};
 use crate::diagnostics::{self, Check, Status, models};
-use crate::output::{Output, print_line};
 
 /// Arguments of `difflora doctor`.
 #[derive(Debug, clap::Args)]

@@ -14,6 +14,7 @@ use serde_json::json;
 pub use args::Args;
 use args::{Figure, PeopleArgs};
 
+use crate::commands::output::{self, Output, print_line};
 use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::eval::held_out::HeldOut;
 use crate::eval::image_judges::ImageJudge;
@@ -29,13 +30,11 @@ use crate::files;
 use crate::hypernet::{DenoiserConfig, Hypernet, SampleOptions};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::{self, FaceEncoder};
-use crate::output::{self, Output, print_line};
 use crate::progress;
 use crate::recipes::dreambooth::refine::{CAPTION, Refinement};
-use crate::registry::{self, Base};
+use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::attribute_classifier::AttributeClassifier;
-use crate::weights::model_id::ModelId;
 
 /// Evaluates a hypernetwork or a base model alone, or makes one of the paper's figures.
 pub fn run(args: Args, output: &Output) -> Result<()> {
@@ -186,13 +185,12 @@ fn open_detector(wanted: &DenoiserConfig) -> Result<FaceEncoder> {
         name if identity::catalog::is_known(name) => FaceEncoder::open(name)?,
         _ => FaceEncoder::builtin()?,
     };
-    let [_, (name, sha256)] = detector.provenance();
-    wanted.face_encoder.demand(&ModelId { name: name.into(), sha256 }, "face encoder")?;
+    wanted.face_encoder.demand(&detector.id(), "face encoder")?;
     Ok(detector)
 }
 
 fn open_renderer(args: &PeopleArgs, detector: FaceEncoder, device: &Device) -> Result<Renderer> {
-    let base = Base::open(&args.base, &args.base_options)?;
+    let base = args.base_options.open(&args.base)?;
     let attributes = match &args.judge {
         Some(name) => Some(AttributeClassifier::open(&registry::find(name, "judge")?)?),
         None => match registry::built_in("judge") {

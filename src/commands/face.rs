@@ -14,9 +14,9 @@ use anyhow::Result;
 use serde_json::json;
 
 use self::inputs::{Encoder, Images};
+use crate::commands::output::{Output, print_line};
 use crate::identity::FaceEncoder;
 use crate::identity::align::SIDE;
-use crate::output::{Output, print_line};
 
 /// Arguments of `difflora face`.
 #[derive(Debug, clap::Args)]

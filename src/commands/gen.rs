@@ -17,12 +17,12 @@ pub use self::args::Args;
 use self::outputs::Outputs;
 use self::person::make_lora;
 use self::plan::Plan;
+use crate::commands::output::{Output, print_line};
 use crate::device::Precision;
 use crate::files;
 use crate::hypernet::hyperlora::with_trigger;
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::file::{self, Missing};
-use crate::output::{Output, print_line};
 use crate::personal_lora::PersonalLora;
 use crate::progress::{self, Stage};
 use crate::registry::{BUILT_IN, Base};
@@ -37,7 +37,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let (mut prompts, loras) = prompts::read(&args)?;
     let outputs = Outputs::plan(&args, &loras)?;
     let device = args.device.open()?;
-    let base = Base::open(&args.base, &args.base_options)?;
+    let base = args.base_options.open(&args.base)?;
     let plan = match args.prompt.is_empty() {
         true => None,
         false => {
@@ -115,7 +115,7 @@ fn lora_stack(
         loras: Vec::new(),
         mode: args.lora_mode,
         positive_only: args.lora_positive_only,
-        guidance: args.guidance,
+        guidance: args.sampling.guidance,
         widen: args.dtype == Precision::F32,
         missing: if args.strict { Missing::Refuse } else { Missing::Warn },
     };
@@ -155,7 +155,7 @@ fn write_images(series: &ImageSeries, args: &Args, outputs: &Outputs, output: &O
     if let (Some(strip), Some(path)) = (strip, &outputs.strip) {
         let text = format!(
             "denoising strip\nSteps: {}, Version: difflora {}",
-            args.steps,
+            args.sampling.steps,
             env!("CARGO_PKG_VERSION")
         );
         strip.save(path, Some(&text))?;

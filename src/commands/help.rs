@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
+use crate::commands::output;
 use crate::failure::Failure;
 use crate::guides::GUIDES;
-use crate::output;
 
 /// Arguments of `difflora help`.
 #[derive(Debug, clap::Args)]

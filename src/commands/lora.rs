@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use crate::commands::output::Output;
 use crate::lora::file::{Missing, Reading};
-use crate::output::Output;
 use crate::registry::{self, Base, BaseOptions};
 
 /// Arguments of `difflora lora`.

@@ -8,6 +8,7 @@ pub mod r#gen;
 pub mod help;
 pub mod lora;
 pub mod models;
+pub mod output;
 pub mod portraits;
 pub mod run_args;
 pub mod shell;

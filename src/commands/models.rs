@@ -8,9 +8,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
+use crate::commands::output::{Output, print_line};
+use crate::commands::run_args::BaseOptionArgs;
 use crate::failure::Failure;
 use crate::files as disk;
-use crate::output::{Output, print_line};
 use crate::registry::listing::{self, Listed};
 use crate::registry::{self, BUILT_IN, BaseOptions};
 use crate::sdxl::loader;
@@ -41,7 +42,7 @@ enum Command {
         /// A folder, a file, owner/name[@revision], or a name.
         name: String,
         #[command(flatten)]
-        options: BaseOptions,
+        options: BaseOptionArgs,
     },
     /// Parameters and multiply-adds of a model, part by part.
     Show(show::Args),
@@ -56,7 +57,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             Ok(())
         }
         Command::Pull(args) => pull::run(&args),
-        Command::Verify { name, options } => verify(&name, &options, output),
+        Command::Verify { name, options } => verify(&name, &options.options(), output),
         Command::Show(args) => show::run(&args, output),
     }
 }

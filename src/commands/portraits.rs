@@ -6,9 +6,9 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 use serde_json::json;
 
-use crate::commands::values::seed;
+use crate::commands::output::{Output, print_line};
+use crate::commands::values::{named, seed};
 use crate::failure::Failure;
-use crate::output::{Output, print_line};
 use crate::progress;
 use crate::synthetic::portraits::Portraits;
 use crate::synthetic::{Person, World};
@@ -36,7 +36,7 @@ pub struct Args {
     seed: u64,
     /// How scenes vary: `varied`, or `aligned` with the face at one place, more styles and things, and captions that
     /// name all of it.
-    #[arg(long, value_enum, default_value = "varied", env = "DIFFLORA_WORLD")]
+    #[arg(long, value_parser = named::<World>(), default_value = "varied", env = "DIFFLORA_WORLD")]
     world: World,
     /// Show all people in the same scenes, generated from this seed.
     #[arg(long, value_name = "SEED", env = "DIFFLORA_SCENES", allow_negative_numbers = true, value_parser = seed)]

@@ -7,10 +7,12 @@ use anyhow::Result;
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 
-use crate::commands::values::minutes;
+use crate::commands::values::{minutes, named, number};
 use crate::device;
 use crate::limits;
 use crate::progress;
+use crate::registry::{Base, BaseOptions};
+use crate::sdxl::pipeline::Sampler;
 use crate::train::trainer::{Outcome, RunOptions};
 
 /// Settings, output folder, and how long to train.
@@ -42,6 +44,51 @@ pub struct DeviceArgs {
         env = "DIFFLORA_DEVICE"
     )]
     name: String,
+}
+
+/// Where to look for a base model.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BaseOptionArgs {
+    /// Settings of a single-file base that its tensors do not show: a diffusers folder, or a JSON file with the keys
+    /// `unet`, `vae`, `text_encoder`, `text_encoder_2`, `scheduler`, `tokenizer`, `tokenizer_2`, `model_index`.
+    #[arg(help_heading = "Model", long, value_name = "FILE|DIR", env = "DIFFLORA_BASE_CONFIG")]
+    base_config: Option<PathBuf>,
+    /// Branch, tag or commit of a base on the hub.
+    #[arg(help_heading = "Model", long, value_name = "REVISION", env = "DIFFLORA_REVISION")]
+    revision: Option<String>,
+    /// Use only cached models, never the network (as HF_HUB_OFFLINE).
+    #[arg(help_heading = "Model", long, env = "DIFFLORA_OFFLINE")]
+    pub offline: bool,
+}
+
+impl BaseOptionArgs {
+    /// The options for the library.
+    pub fn options(&self) -> BaseOptions {
+        let Self { base_config, revision, offline } = self.clone();
+        BaseOptions { base_config, revision, offline }
+    }
+
+    /// Opens the base model `name`.
+    ///
+    /// # Errors
+    /// As [`Base::open`].
+    pub fn open(&self, name: &str) -> Result<Base> {
+        Base::open(name, &self.options())
+    }
+}
+
+/// How images are sampled.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SamplingArgs {
+    /// Number of sampling steps.
+    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_STEPS")]
+    pub steps: u32,
+    /// Classifier-free guidance scale; 1 or less disables guidance.
+    #[arg(help_heading = "Sampling", long, value_name = "F", default_value_t = 3.0, env = "DIFFLORA_GUIDANCE", value_parser = number)]
+    pub guidance: f64,
+    /// Sampling method [default: the base model's].
+    #[arg(help_heading = "Sampling", long, value_parser = named::<Sampler>(), env = "DIFFLORA_SAMPLER")]
+    pub sampler: Option<Sampler>,
 }
 
 impl From<&str> for DeviceArgs {

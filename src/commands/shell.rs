@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::commands::output;
 use crate::files;
-use crate::output;
 
 /// Arguments of `difflora completions`.
 #[derive(Debug, clap::Args)]

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::commands::output::{Output, print_line};
 use crate::commands::run_args::{RunArgs, note_pause};
 use crate::device;
 use crate::files;
-use crate::output::{Output, print_line};
 use crate::recipes::base::config::Settings;
 use crate::recipes::base::{unet, vae};
 use crate::synthetic::attribute_classifier::AttributeClassifier;

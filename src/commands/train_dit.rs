@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use anyhow::Result;
 use candle_core::DType;
 
+use crate::commands::output::{Output, print_line};
 use crate::commands::run_args::{DeviceArgs, RunArgs, note_pause};
 use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::files;
 use crate::hypernet::{Hypernet, LoraCodec};
-use crate::output::{Output, print_line};
 use crate::progress;
 use crate::recipes::dit::config::FunctionalLossConfig;
 use crate::recipes::dit::image_loss::ImageLoss;

@@ -3,9 +3,9 @@
 use anyhow::Result;
 use serde_json::json;
 
+use crate::commands::output::{Output, print_line};
 use crate::commands::run_args::{RunArgs, note_pause};
 use crate::files;
-use crate::output::{Output, print_line};
 use crate::recipes::encoder::config::Settings;
 use crate::recipes::encoder::{attributes, image};
 use crate::train::trainer::Outcome;

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use crate::commands::output::{Output, print_line};
 use crate::commands::run_args::{DeviceArgs, RunArgs};
 use crate::commands::values::number;
 use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::files::{self, FolderLock};
 use crate::limits::read_toml;
-use crate::output::{Output, print_line};
 use crate::recipes::hypernet_config::HypernetTrainConfig;
 use crate::recipes::lae::config::{LaeTrainConfig, Sweep};
 use crate::recipes::lae::report;

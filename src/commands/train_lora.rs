@@ -10,15 +10,14 @@ use serde_json::json;
 
 pub use args::Args;
 
+use crate::commands::output::{Output, print_line};
 use crate::files::{self, FolderLock};
 use crate::image::files_in;
-use crate::output::{Output, print_line};
 use crate::progress;
 use crate::recipes::dreambooth::batch_trainer::JobQueue;
 use crate::recipes::dreambooth::lora_trainer::{CHECKPOINT, Job};
 use crate::recipes::dreambooth::setup::{self, RunConfig};
 use crate::recipes::dreambooth::training_folder::TrainingFolder;
-use crate::registry::Base;
 use crate::threads::in_threads;
 use crate::train::checkpoint;
 
@@ -27,7 +26,7 @@ const SMALL_LATENTS: usize = 32;
 
 /// Trains the LoRAs and writes them.
 pub fn run(args: Args, output: &Output) -> Result<()> {
-    let base = Base::open(&args.base, &args.base_options)?;
+    let base = args.base_options.open(&args.base)?;
     let base_id = base.id()?;
     let preset = if base.latent_size <= SMALL_LATENTS { "tiny" } else { "sdxl-dreambooth" };
     let settings = args.options.settings(args.config.as_deref(), preset)?;

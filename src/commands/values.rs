@@ -1,5 +1,16 @@
 //! Value parsers that options of several commands share.
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+
+use crate::named::Named;
+
+/// One of the values of an enum by its name; help lists the names and what they stand for.
+pub fn named<T: Named + Send + Sync>() -> impl TypedValueParser<Value = T> {
+    let value = |value: &T| PossibleValue::new(value.name()).help(value.about()).aliases(value.aliases());
+    PossibleValuesParser::new(T::ALL.iter().map(value))
+        .try_map(|name| T::from_name(&name).ok_or_else(|| format!("`{name}` is not one of them")))
+}
+
 /// A finite number of at most 10¹² in magnitude.
 pub fn number(text: &str) -> Result<f64, String> {
     match text.trim().parse::<f64>() {

@@ -13,27 +13,26 @@ use candle_core::Tensor;
 
 use super::schedule::NoiseSchedule;
 use super::sigmas::Sigmas;
+use crate::named::named;
 
-/// How latents become less noisy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Sampler {
-    /// DDIM, deterministic (Song et al. 2020).
-    Ddim,
-    /// Euler's method in sigma, SDXL's default.
-    Euler,
-    /// Euler's method with ancestral noise.
-    EulerA,
-    /// DPM-Solver++, second-order multistep.
-    #[value(name = "dpmpp-2m")]
-    Dpmpp2m,
-    /// DPM-Solver++ 2M with Karras sigmas.
-    #[value(name = "dpmpp-2m-karras")]
-    Dpmpp2mKarras,
-    /// UniPC, second-order predictor-corrector.
-    #[value(name = "unipc")]
-    UniPc,
-    /// Latent consistency sampling, for LCM-distilled models: 1 to 8 steps, guidance 1 to 2.
-    Lcm,
+named! {
+    /// How latents become less noisy.
+    pub enum Sampler {
+        /// DDIM, deterministic (Song et al. 2020).
+        Ddim = "ddim",
+        /// Euler's method in sigma, SDXL's default.
+        Euler = "euler",
+        /// Euler's method with ancestral noise.
+        EulerA = "euler-a",
+        /// DPM-Solver++, second-order multistep.
+        Dpmpp2m = "dpmpp-2m",
+        /// DPM-Solver++ 2M with Karras sigmas.
+        Dpmpp2mKarras = "dpmpp-2m-karras",
+        /// UniPC, second-order predictor-corrector.
+        UniPc = "unipc",
+        /// Latent consistency sampling, for LCM-distilled models: 1 to 8 steps, guidance 1 to 2.
+        Lcm = "lcm",
+    }
 }
 
 impl Sampler {
@@ -81,7 +80,7 @@ impl Sampler {
         let config = &schedule.config;
         let prediction = config.prediction_type;
         match self {
-            Self::Ddim => ddim(predict, x, schedule, steps, 0.0, noise),
+            Self::Ddim => ddim(predict, x, Ddim { schedule, steps, eta: 0.0 }, noise),
             Self::Lcm => lcm(predict, x, schedule, steps, noise),
             Self::Euler => {
                 let levels = schedule.euler_sigmas(steps)?;
@@ -133,15 +132,23 @@ fn scaled_end(x: Tensor, levels: &Sigmas) -> Result<Tensor> {
     Ok((x / (last * last + 1.0).sqrt())?)
 }
 
-/// DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16). `x` (B, …) unit normal → (B, …).
-///
-/// `eta` 0 is deterministic, 1 is DDPM; `noise` is not asked when `eta` is 0.
+/// The way of [`ddim`] from noise to a sample.
+#[derive(Clone, Copy, Debug)]
+pub struct Ddim<'a> {
+    /// Noise levels.
+    pub schedule: &'a NoiseSchedule,
+    /// Number of steps.
+    pub steps: usize,
+    /// Fresh noise in each step: 0 is deterministic, 1 is DDPM.
+    pub eta: f64,
+}
+
+/// DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16). `x` (B, …) unit normal → (B, …). `noise` is not asked when
+/// `eta` is 0.
 pub fn ddim(
     mut predict: impl FnMut(&Tensor, f64) -> Result<Tensor>,
     x: Tensor,
-    schedule: &NoiseSchedule,
-    steps: usize,
-    eta: f64,
+    Ddim { schedule, steps, eta }: Ddim,
     mut noise: impl FnMut(usize) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let prediction = schedule.config.prediction_type;

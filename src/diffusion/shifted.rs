@@ -18,7 +18,7 @@
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
-use super::sampler;
+use super::sampler::{self, Ddim};
 use super::schedule::{NoiseSchedule, Prediction};
 
 /// Where diffusion ends: N(μ, diag(σ²)), one for each sample of a batch or one for all.
@@ -54,7 +54,7 @@ impl Shift {
 
     /// DDIM. `predict(z_t, t)` answers with z_0; unit normal `y` (B, L) → z_0 (B, L).
     ///
-    /// `eta` 0 is deterministic, 1 takes the posterior's noise; `noise(i)` gives the unit normal noise of step i.
+    /// With η = 1 it takes the posterior's noise; `noise(i)` gives the unit normal noise of step i.
     ///
     /// # Errors
     /// A schedule whose network predicts anything but z_0.
@@ -62,17 +62,15 @@ impl Shift {
         &self,
         mut predict: impl FnMut(&Tensor, f64) -> Result<Tensor>,
         y: Tensor,
-        schedule: &NoiseSchedule,
-        steps: usize,
-        eta: f64,
+        ddim: Ddim,
         noise: impl FnMut(usize) -> Result<Tensor>,
     ) -> Result<Tensor> {
         ensure!(
-            schedule.config.prediction_type == Prediction::Sample,
+            ddim.schedule.config.prediction_type == Prediction::Sample,
             "a shifted diffusion is sampled from predictions of the clean sample, `prediction_type` must be `sample`"
         );
         let predict = |y: &Tensor, t: f64| Ok(self.whiten(&predict(&self.colour(y)?, t)?)?);
-        Ok(self.colour(&sampler::ddim(predict, y, schedule, steps, eta, noise)?)?)
+        Ok(self.colour(&sampler::ddim(predict, y, ddim, noise)?)?)
     }
 }
 
@@ -160,8 +158,9 @@ mod tests {
         let noise = normal(5, 0, (3, L), &Device::Cpu).unwrap();
         for (steps, eta) in [(1, 0.0), (7, 0.0), (7, 1.0)] {
             let fresh = |i: usize| Ok(normal(5, 1 + i as u64, (3, L), &Device::Cpu)?);
-            let plain = sampler::ddim(network, noise.clone(), &schedule, steps, eta, fresh).unwrap();
-            let shifted = none().ddim(network, noise.clone(), &schedule, steps, eta, fresh).unwrap();
+            let ddim = Ddim { schedule: &schedule, steps, eta };
+            let plain = sampler::ddim(network, noise.clone(), ddim, fresh).unwrap();
+            let shifted = none().ddim(network, noise.clone(), ddim, fresh).unwrap();
             assert_eq!(values(&plain), values(&shifted));
         }
     }
@@ -174,8 +173,9 @@ mod tests {
         // The same network, which sees z as standardised latents.
         let of_z = |z: &Tensor, t: f64| Ok(shift.colour(&network(&shift.whiten(z)?, t)?)?);
         for eta in [0.0, 0.5, 1.0] {
-            let standardised = sampler::ddim(network, noise.clone(), &schedule, 9, eta, fresh).unwrap();
-            let shifted = shift.ddim(of_z, noise.clone(), &schedule, 9, eta, fresh).unwrap();
+            let ddim = Ddim { schedule: &schedule, steps: 9, eta };
+            let standardised = sampler::ddim(network, noise.clone(), ddim, fresh).unwrap();
+            let shifted = shift.ddim(of_z, noise.clone(), ddim, fresh).unwrap();
             assert!(worst(&shift.colour(&standardised).unwrap(), &shifted) < 1e-5, "eta {eta}");
         }
     }
@@ -195,7 +195,8 @@ mod tests {
             z = (moved + (&shift.mean * (1.0 - c0 - r)).unwrap()).unwrap();
         }
         let fresh = |_| anyhow::bail!("no noise is needed");
-        let sampled = shift.ddim(network, noise, &schedule, 6, 0.0, fresh).unwrap();
+        let sampled =
+            shift.ddim(network, noise, Ddim { schedule: &schedule, steps: 6, eta: 0.0 }, fresh).unwrap();
         assert!(worst(&z, &sampled) < 1e-5);
     }
 
@@ -218,7 +219,8 @@ mod tests {
             let fresh = (fresh(i).unwrap() * &shift.std).unwrap();
             z = (mean + (fresh * deviation).unwrap()).unwrap();
         }
-        let sampled = shift.ddim(network, noise, &schedule, 1000, 1.0, fresh).unwrap();
+        let sampled =
+            shift.ddim(network, noise, Ddim { schedule: &schedule, steps: 1000, eta: 1.0 }, fresh).unwrap();
         // A thousand roundings of f32 on either side.
         assert!(worst(&z, &sampled) < 1e-3, "{}", worst(&z, &sampled));
     }

@@ -8,6 +8,7 @@ use crate::failure::Failure;
 use crate::identity::align::align;
 use crate::identity::{self, Face, FaceEncoder};
 use crate::image::Image;
+use crate::named::Named;
 use crate::synthetic::World;
 use crate::synthetic::attribute_classifier::{AttributeClassifier, Record};
 use crate::weights::model_id::ModelId;
@@ -78,7 +79,7 @@ impl Judges {
         if self.attributes.is_none() || self.world() == world {
             return Ok(());
         }
-        let [people, classifier] = [world, self.world()].map(World::name);
+        let [people, classifier] = [world, self.world()].map(Named::name);
         Err(Failure::Usage(format!(
             "the dataset's people are of the {people} world, the attribute classifier names those of the {classifier} \
              one; give one of the {people} world with --judge"

@@ -7,6 +7,7 @@ use anyhow::Result;
 use crate::eval::metrics::{RequestedClasses, requested_classes};
 use crate::failure::Failure;
 use crate::files;
+use crate::named::Named;
 use crate::synthetic::scenes::scene_caption;
 use crate::synthetic::{Backdrop, Colour, Expression, Glasses, Hat, Held, Lighting, Scene, World};
 

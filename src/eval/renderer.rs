@@ -13,7 +13,7 @@ use crate::lora::apply::{Originals, Unmatched, merge};
 use crate::lora::block_weights::BlockWeights;
 use crate::lora::ldm_keys::BlockLayout;
 use crate::progress;
-use crate::sdxl::pipeline::{GenerationParams, Sampler, Sdxl, Step, Tiling};
+use crate::sdxl::pipeline::{DenoiserInput, GenerationParams, Sampler, Sdxl, Step, Tiling};
 use crate::sdxl::text::TextConditioning;
 use crate::weights::model_id::ModelId;
 
@@ -141,7 +141,8 @@ impl Renderer {
             Ok(noise_of(*seed, grains, 1 + step as u64, &noise.dims()[1..])?.to_device(noise.device())?)
         };
         let step = |_: &Step| progress::check();
-        model.pipeline().generate(noise, prompts, negative, *params, fresh, step)
+        let input = DenoiserInput { latents: noise, prompts, negative, params: *params };
+        model.pipeline().generate(&input, fresh, step)
     }
 }
 

@@ -34,17 +34,28 @@ pub struct LoraCodec {
     weights: Weights,
 }
 
+/// What the vectors of an autoencoder mean.
+#[derive(Clone, Debug)]
+pub struct VectorSpace {
+    /// The base model that the LoRAs are for.
+    pub base: ModelId,
+    /// Which modules a vector holds, in order.
+    pub layout: LoraLayout,
+    /// The form that a LoRA's factors are brought to before they become a vector.
+    pub form: Form,
+    /// Mean and scale of the vectors.
+    pub standardise: StandardScaler,
+}
+
 impl LoraCodec {
     /// Puts a trained autoencoder together on `device`; `weights` are those of `Lae::new(config, …)` by name.
     pub fn new(
-        base: ModelId,
-        layout: LoraLayout,
-        form: Form,
-        standardise: StandardScaler,
+        space: VectorSpace,
         config: &LaeConfig,
         weights: BTreeMap<String, Tensor>,
         device: &Device,
     ) -> Result<Self> {
+        let VectorSpace { base, layout, form, standardise } = space;
         let named: HashMap<String, Tensor> = weights.clone().into_iter().collect();
         let lae = Lae::new(config, frozen(named, DType::F32, device))?;
         let standardise = standardise.to_device(device)?;

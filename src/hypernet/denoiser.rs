@@ -20,10 +20,12 @@ use super::scaler::StandardScaler;
 use super::tensor_names;
 use super::tensors::Weights;
 use crate::diffusion::noise;
+use crate::diffusion::sampler::Ddim;
 use crate::diffusion::schedule::{BetaSchedule, NoiseSchedule, Prediction, SchedulerConfig, Spacing};
 use crate::diffusion::shifted::Shift;
 use crate::identity::Identity;
 use crate::identity::clip::ImageInput;
+use crate::named::named;
 use crate::weights::frozen;
 use crate::weights::model_id::ModelId;
 
@@ -71,14 +73,16 @@ pub fn diffusion_of_latents() -> SchedulerConfig {
     }
 }
 
-/// Combination of several samples.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Choice {
-    /// Their mean: nearest to all samples, with less detail than each.
-    #[default]
-    Mean,
-    /// The sample nearest to their mean.
-    Typical,
+named! {
+    /// Combination of several samples.
+    #[derive(Default)]
+    pub enum Choice {
+        /// Their mean: nearest to all samples, with less detail than each.
+        #[default]
+        Mean = "mean",
+        /// The sample nearest to their mean.
+        Typical = "typical",
+    }
 }
 
 /// How a latent is sampled.
@@ -345,7 +349,7 @@ impl Denoiser {
                 Ok(noise::normal(seed, stream, shape, face.device())?)
             };
             let start = noise::normal(seed, sample as u64, shape, face.device())?;
-            shift.ddim(predict, start, &self.schedule, steps, eta, fresh)
+            shift.ddim(predict, start, Ddim { schedule: &self.schedule, steps, eta }, fresh)
         };
         let guess = self.linear_guess(face, image)?;
         let mut sum = guess.clone();

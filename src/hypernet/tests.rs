@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::codec::VectorSpace;
 use super::dit::DitConfig;
 use super::lae::{Lae, LaeConfig};
 use super::mixer::{MixerConfig, MixerKind};
@@ -57,8 +58,8 @@ fn untrained() -> Hypernet {
     let pca = Pca::fit(&standardise.apply(&vectors).unwrap(), LATENT).unwrap();
     let lae = LaeConfig::Pca { input: layout.parameters(), latent: LATENT };
     let weights = Lae::pca_tensors(&pca).into_iter().collect();
-    let codec = LoraCodec::new(id("base"), layout, Form::default(), standardise, &lae, weights, &Device::Cpu)
-        .unwrap();
+    let space = VectorSpace { base: id("base"), layout, form: Form::default(), standardise };
+    let codec = LoraCodec::new(space, &lae, weights, &Device::Cpu).unwrap();
 
     let z = codec.encode(&vectors).unwrap();
     let mut stats = DenoiserStats {
@@ -250,7 +251,8 @@ fn the_convolutions_of_a_format_1_folder_are_read_as_stages() {
     let weights: BTreeMap<_, _> =
         trainable.vars().into_iter().map(|(name, var)| (name, var.as_tensor().detach())).collect();
     let LoraCodec { base, layout, form, standardise, .. } = codec;
-    let codec = LoraCodec::new(base, layout, form, standardise, &config, weights, &Device::Cpu).unwrap();
+    let space = VectorSpace { base, layout, form, standardise };
+    let codec = LoraCodec::new(space, &config, weights, &Device::Cpu).unwrap();
     codec.save(folder.path(), DType::F32).unwrap();
     // As the first version wrote it.
     let path = folder.path().join("config.json");

@@ -14,6 +14,7 @@ use super::LoraError;
 use super::adapter::{Adapter, AdapterFile, AdapterKind};
 use super::block_weights::BlockWeights;
 use super::low_rank::LowRank;
+use crate::named::named;
 
 /// How short a LoRA becomes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,22 +73,24 @@ pub struct Similarity {
     pub distance: f64,
 }
 
-/// Which weights [`perturb`] touches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Which {
-    /// Largest magnitude.
-    Largest,
-    /// Smallest magnitude.
-    Smallest,
+named! {
+    /// Which weights [`perturb`] touches.
+    pub enum Which {
+        /// Largest magnitude.
+        Largest = "largest",
+        /// Smallest magnitude.
+        Smallest = "smallest",
+    }
 }
 
-/// What [`perturb`] puts in their place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Replacement {
-    /// Zero.
-    Zero,
-    /// Normal noise of the same root mean square.
-    Noise,
+named! {
+    /// What [`perturb`] puts in their place.
+    pub enum Replacement {
+        /// Zero.
+        Zero = "zero",
+        /// Normal noise of the same root mean square.
+        Noise = "noise",
+    }
 }
 
 /// A module's ΔW and what it needs to be stored again.

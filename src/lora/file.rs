@@ -21,20 +21,22 @@ use super::parts::{Parts, is_finite};
 use super::peft_config::{self, ConfigFile, PeftConfig};
 use super::{Lora, LoraError, listed, listed_for_user, metadata};
 use crate::failure::Failure;
+use crate::named::named;
 use crate::progress;
 use crate::weights::header::{Entry, Header, Storage};
 use crate::weights::sha256;
 
-/// How the keys of a file are spelled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Format {
-    /// `lora_unet_…` with LDM block names and alpha, as sd-scripts writes for SDXL; read by all programs. (diffusers
-    /// 0.42.1 uses one alpha for all attention layers; write peft for it where alphas differ.)
-    Kohya,
-    /// `lora_unet_…` with diffusers block names and alpha.
-    KohyaDiffusers,
-    /// `unet.….lora_A.weight`; without alpha, which is multiplied into `lora_B`.
-    Peft,
+named! {
+    /// How the keys of a file are spelled.
+    pub enum Format {
+        /// `lora_unet_…` with LDM block names and alpha, as sd-scripts writes for SDXL; read by all programs. (diffusers
+        /// 0.42.1 uses one alpha for all attention layers; write peft for it where alphas differ.)
+        Kohya = "kohya",
+        /// `lora_unet_…` with diffusers block names and alpha.
+        KohyaDiffusers = "kohya-diffusers",
+        /// `unet.….lora_A.weight`; without alpha, which is multiplied into `lora_B`.
+        Peft = "peft",
+    }
 }
 
 /// Reads a LoRA of linear layers, of any known spelling. Keys that belong to no layer are named in a warning.

@@ -205,6 +205,7 @@ impl SimpleBackend for Recorder {
 mod tests {
     use serde_json::json;
 
+    use super::super::unet::UNetInput;
     use super::*;
 
     /// A UNet of base width `channels`, its widths `times` that, and `depth` transformer blocks a level, 0 for a level
@@ -294,7 +295,14 @@ mod tests {
         };
         let (timesteps, time_ids) = (normal(&[1]).abs().unwrap(), normal(&[1, 6]).abs().unwrap());
         let context = normal(&[1, 5, 16]);
-        let out = net.forward(&normal(&[1, 4, 8, 8]), &timesteps, &context, &normal(&[1, 1280]), &time_ids);
+        let out = net.forward(&UNetInput {
+            latents: &normal(&[1, 4, 8, 8]),
+            timesteps: &timesteps,
+            context: &context,
+            pooled: &normal(&[1, 1280]),
+            time_ids: &time_ids,
+            guidance_scale: None,
+        });
         let sum = out.unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(sum.is_finite() && sum > 0.0);
     }

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 
 use super::infotext::Settings;
 use super::lora_stack::LoraStack;
-use super::pipeline::{Denoiser, GenerationParams, SdxlLoader, Step, decode};
+use super::pipeline::{Denoiser, DenoiserInput, GenerationParams, SdxlLoader, Step, decode};
 use super::preview::LatentColours;
 use super::prompt::PromptSyntax;
 use super::prompt_set::PromptSet;
@@ -112,7 +112,9 @@ impl ImageSeries<'_> {
             };
             let network = unet.as_ref().context("the UNet stays until the last image")?;
             let denoiser = Denoiser { unet: network, schedule: &model.schedule, factor: model.vae.factor() };
-            let latents = denoiser.denoise(&latents, &prompts[which], &negative, *params, fresh, step)?;
+            let (prompts, negative) = (&prompts[which], &negative);
+            let input = DenoiserInput { latents: &latents, prompts, negative, params: *params };
+            let latents = denoiser.denoise(&input, fresh, step)?;
             if k + 1 == count {
                 unet = None; // 10 GB in SDXL
             }

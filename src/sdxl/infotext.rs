@@ -1,9 +1,9 @@
 //! The settings of an image: A1111's `parameters` text in its metadata, and the JSON beside it.
 
-use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use super::lora_stack::StackedLora;
+use crate::named::Named;
 use crate::sdxl::pipeline::Sampler;
 use crate::weights::model_id::ModelId;
 
@@ -69,7 +69,7 @@ impl Settings<'_> {
         json!({
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
-            "sampler": self.sampler.to_possible_value().map(|value| value.get_name().to_string()),
+            "sampler": self.sampler.name(),
             "steps": self.steps,
             "guidance": self.guidance,
             "seed": self.seed,

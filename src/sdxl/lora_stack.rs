@@ -18,6 +18,7 @@ use crate::lora::file::{self, Format, Missing, Reading};
 use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::summary::Summary;
 use crate::lora::{Lora, LoraError, listed_for_user};
+use crate::named::named;
 use crate::progress;
 use crate::weights::sha256;
 
@@ -37,13 +38,14 @@ pub struct StackedLora {
     pub report: Summary,
 }
 
-/// How LoRAs change the base.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum LoraMode {
-    /// Into the weights, once: sampling costs nothing extra.
-    Merge,
-    /// Beside the weights, at each step.
-    Runtime,
+named! {
+    /// How LoRAs change the base.
+    pub enum LoraMode {
+        /// Into the weights, once: sampling costs nothing extra.
+        Merge = "merge",
+        /// Beside the weights, at each step.
+        Runtime = "runtime",
+    }
 }
 
 /// LoRAs and how they are applied.

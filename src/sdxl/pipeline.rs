@@ -6,12 +6,13 @@ use candle_core::{DType, Device, Tensor};
 pub use super::loader::SdxlLoader;
 use super::loader::{latent_shape, negative};
 use super::text::{TextConditioning, TextEncoders};
-use super::unet::UNet;
+use super::unet::{UNet, UNetInput};
 use super::vae::Vae;
 pub use crate::diffusion::sampler::Sampler;
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::image::Image;
 use crate::layers::compute_dtype;
+use crate::named::named;
 use crate::weights::model_folder::ModelFiles;
 
 /// Text encoders, UNet, VAE and schedule of one model.
@@ -73,15 +74,16 @@ impl Sizes {
     }
 }
 
-/// Whether a VAE decodes in strips, which takes a fraction of the memory and gives the same image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Tiling {
-    /// Above 512×512 pixels.
-    Auto,
-    /// Always.
-    On,
-    /// Never.
-    Off,
+named! {
+    /// Whether a VAE decodes in strips, which takes a fraction of the memory and gives the same image.
+    pub enum Tiling {
+        /// Above 512×512 pixels.
+        Auto = "auto",
+        /// Always.
+        On = "on",
+        /// Never.
+        Off = "off",
+    }
 }
 
 /// Most pixels that are decoded in one piece with [`Tiling::Auto`].
@@ -169,18 +171,15 @@ pub struct Pipeline<'a> {
 }
 
 impl Pipeline<'_> {
-    /// Generates an image from each sample of unit normal `latents` (B, C, h, w); see [`Pipeline::denoise`].
+    /// Generates an image from each sample of the latents; see [`Pipeline::denoise`].
     pub fn generate(
         &self,
-        latents: &Tensor,
-        prompts: &TextConditioning,
-        negative: &TextConditioning,
-        params: GenerationParams,
+        input: &DenoiserInput,
         noise: impl FnMut(usize) -> Result<Tensor>,
         step: impl FnMut(&Step) -> Result<()>,
     ) -> Result<Vec<Image>> {
-        let latents = self.denoise(latents, prompts, negative, params, noise, step)?;
-        let decoded = self.decode(&latents, params.vae_tiling)?;
+        let latents = self.denoise(input, noise, step)?;
+        let decoded = self.decode(&latents, input.params.vae_tiling)?;
         let b = decoded.dim(0)?;
         (0..b).map(|i| Image::from_tensor(&decoded.get(i)?).context("decoded image")).collect()
     }
@@ -188,22 +187,32 @@ impl Pipeline<'_> {
     /// See [`Denoiser::denoise`].
     pub fn denoise(
         &self,
-        latents: &Tensor,
-        prompts: &TextConditioning,
-        negative: &TextConditioning,
-        params: GenerationParams,
+        input: &DenoiserInput,
         noise: impl FnMut(usize) -> Result<Tensor>,
         step: impl FnMut(&Step) -> Result<()>,
     ) -> Result<Tensor> {
         let factor = self.vae.config().factor();
         let denoiser = Denoiser { unet: self.unet, schedule: self.schedule, factor };
-        denoiser.denoise(latents, prompts, negative, params, noise, step)
+        denoiser.denoise(input, noise, step)
     }
 
     /// See [`decode`].
     pub fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
         decode(self.vae, latents, tiling)
     }
+}
+
+/// What images are sampled from.
+#[derive(Clone, Copy)]
+pub struct DenoiserInput<'a> {
+    /// Unit normal, (B, C, h, w).
+    pub latents: &'a Tensor,
+    /// B conditionings.
+    pub prompts: &'a TextConditioning,
+    /// One for all.
+    pub negative: &'a TextConditioning,
+    /// Steps, guidance, sampler and sizes.
+    pub params: GenerationParams,
 }
 
 /// Samples latents; the VAE need not be loaded yet.
@@ -218,22 +227,20 @@ pub struct Denoiser<'a> {
 }
 
 impl Denoiser<'_> {
-    /// From unit normal `latents` (B, C, h, w) to clean ones, f32.
+    /// From unit normal latents to clean ones (B, C, h, w), f32.
     ///
-    /// `prompts` holds B conditionings, `negative` one for all. `noise(i)` gives the unit normal noise (B, C, h, w) that
+    /// `noise(i)` gives the unit normal noise (B, C, h, w) that
     /// some samplers add at step i; `step` is called after each sampling step.
     ///
     /// # Errors
     /// NaN or infinity anywhere, with the part and the step at which it appeared.
     pub fn denoise(
         &self,
-        latents: &Tensor,
-        prompts: &TextConditioning,
-        negative: &TextConditioning,
-        params: GenerationParams,
+        input: &DenoiserInput,
         mut noise: impl FnMut(usize) -> Result<Tensor>,
         mut step: impl FnMut(&Step) -> Result<()>,
     ) -> Result<Tensor> {
+        let DenoiserInput { latents, prompts, negative, params } = *input;
         let (b, _, h, w) = latents.dims4()?;
         ensure!(prompts.context.dim(0)? == b, "{b} latents for {} prompts", prompts.context.dim(0)?);
         let dtype = self.unet.compute_dtype();
@@ -265,8 +272,14 @@ impl Denoiser<'_> {
             number += 1;
             let twice = if guided { Tensor::cat(&[x_t, x_t], 0)? } else { x_t.clone() };
             let timesteps = Tensor::full(t as f32, rows, device)?;
-            let (twice, scale) = (twice.to_dtype(dtype)?, params.guidance_scale);
-            let out = self.unet.forward_guided(&twice, &timesteps, &context, &pooled, &time_ids, scale)?;
+            let out = self.unet.forward(&UNetInput {
+                latents: &twice.to_dtype(dtype)?,
+                timesteps: &timesteps,
+                context: &context,
+                pooled: &pooled,
+                time_ids: &time_ids,
+                guidance_scale: Some(params.guidance_scale),
+            })?;
             let out = out.to_dtype(DType::F32)?;
             let out = if guided {
                 let (uncond, cond) = (out.narrow(0, 0, b)?, out.narrow(0, b, b)?);

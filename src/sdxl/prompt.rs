@@ -4,19 +4,22 @@
 //! `modules/sd_hijack_clip.py`, `tokenize_line` and `process_tokens`; `modules/extra_networks.py`, `parse_prompt`), `comfyui`
 //! ComfyUI (`comfy/sd1_clip.py`, `token_weights`). Golden values: `scripts/golden_prompts.py`.
 
+use crate::named::named;
 use std::ops::Range;
 
-/// How a prompt is read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum PromptSyntax {
-    /// As A1111 and Forge: `(word)` `(word:1.3)` `[word]`, `\(` for a bracket, BREAK, `<lora:NAME:WEIGHT>`; long prompts
-    /// in chunks of 75 tokens.
-    #[default]
-    A1111,
-    /// As ComfyUI: `(word)` `(word:1.3)`, `\(` for a bracket, `<lora:NAME:WEIGHT>`; long prompts in chunks of 75 tokens.
-    Comfyui,
-    /// As diffusers: every character is text, and what is over 77 tokens is cut.
-    Plain,
+named! {
+    /// How a prompt is read.
+    #[derive(Default)]
+    pub enum PromptSyntax {
+        /// As A1111 and Forge: `(word)` `(word:1.3)` `[word]`, `\(` for a bracket, BREAK, `<lora:NAME:WEIGHT>`; long prompts
+        /// in chunks of 75 tokens.
+        #[default]
+        A1111 = "a1111",
+        /// As ComfyUI: `(word)` `(word:1.3)`, `\(` for a bracket, `<lora:NAME:WEIGHT>`; long prompts in chunks of 75 tokens.
+        Comfyui = "comfyui",
+        /// As diffusers: every character is text, and what is over 77 tokens is cut.
+        Plain = "plain",
+    }
 }
 
 /// A part of a prompt.

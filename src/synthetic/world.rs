@@ -3,6 +3,7 @@
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::named::named;
 use crate::synthetic::descriptions::{Detail, describe};
 use crate::synthetic::people::{
     Backdrop, Beard, Clothing, Colour, EyeColour, Framing, HairColour, HairStyle, Held, Lighting, Person,
@@ -10,29 +11,23 @@ use crate::synthetic::people::{
 };
 use crate::synthetic::{CaptionOptions, caption};
 
-/// How scenes vary.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum World {
-    /// Head, camera, exposure and grain vary without a word; three styles.
-    #[default]
-    Varied,
-    /// The face is at one place and size, and everything that varies has a word; sixteen styles, scenes and things.
-    Aligned,
+named! {
+    /// How scenes vary.
+    #[derive(Default, Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    pub enum World {
+        /// Head, camera, exposure and grain vary without a word; three styles.
+        #[default]
+        Varied = "varied",
+        /// The face is at one place and size, and everything that varies has a word; sixteen styles, scenes and things.
+        Aligned = "aligned",
+    }
 }
 
 /// One attribute of an image with the words of its classes.
 pub type Attribute = (&'static str, Vec<&'static str>);
 
 impl World {
-    /// As settings files spell it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Varied => "varied",
-            Self::Aligned => "aligned",
-        }
-    }
-
     /// Whether it is the default, which settings files leave out.
     pub fn is_varied(&self) -> bool {
         *self == Self::Varied

@@ -1,5 +1,6 @@
 //! Learning rates over a run.
 
+use crate::named::named;
 use serde::{Deserialize, Serialize};
 
 /// A warm-up to the peak and a way down from it.
@@ -19,17 +20,19 @@ pub struct Schedule {
     pub floor: f64,
 }
 
-/// The way of the rate after the warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum Decay {
-    /// Constant at the peak.
-    Constant,
-    /// Cosine decay to the floor.
-    #[default]
-    Cosine,
-    /// Linear decay to the floor.
-    Linear,
+named! {
+    /// The way of the rate after the warm-up.
+    #[derive(Default, Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    pub enum Decay {
+        /// Constant at the peak.
+        Constant = "constant",
+        /// Cosine decay to the floor.
+        #[default]
+        Cosine = "cosine",
+        /// Linear decay to the floor.
+        Linear = "linear",
+    }
 }
 
 impl Schedule {

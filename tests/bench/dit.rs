@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use difflora::diffusion::noise::normal;
-use difflora::diffusion::sampler::ddim;
+use difflora::diffusion::sampler::{Ddim, ddim};
 use difflora::diffusion::schedule::NoiseSchedule;
 use difflora::hypernet::diffusion_of_latents;
 use difflora::hypernet::dit::{Dit, DitConfig, DitSize, Position};
@@ -58,7 +58,7 @@ fn main() -> anyhow::Result<()> {
     let predict =
         |x: &Tensor, t: f64| Ok(still.1.forward(x, &Tensor::full(t as f32, 1, x.device())?, &condition)?);
     let fresh = |_| anyhow::bail!("no noise is needed");
-    let z = ddim(predict, random(2, (1, LATENT))?, &schedule, 50, 0.0, fresh)?;
+    let z = ddim(predict, random(2, (1, LATENT))?, Ddim { schedule: &schedule, steps: 50, eta: 0.0 }, fresh)?;
     let checked = z.sum_all()?.to_scalar::<f32>()?;
     let sampling = begin.elapsed().as_secs_f64();
     let sampling_peak = peak();

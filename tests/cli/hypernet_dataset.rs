@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use difflora::commands::output::Output;
 use difflora::commands::run_args::RunArgs;
 use difflora::commands::train_lae;
 use difflora::dataset::manifest::{Header, Row};
@@ -12,7 +13,6 @@ use difflora::lora::file::{self, Format};
 use difflora::lora::layout::LoraLayout;
 use difflora::lora::ldm_keys::BlockLayout;
 use difflora::lora::{Lora, LoraLayer};
-use difflora::output::Output;
 use difflora::weights::model_id::ModelId;
 
 const MODULES: [&str; 2] = [

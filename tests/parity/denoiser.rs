@@ -2,6 +2,7 @@
 //! PyTorch and diffusers (`scripts/golden_denoiser.py`).
 
 use candle_core::{DType, Device, Tensor};
+use difflora::diffusion::sampler::Ddim;
 use difflora::diffusion::schedule::{BetaSchedule, NoiseSchedule};
 use difflora::diffusion::shifted::Shift;
 use difflora::hypernet::diffusion_of_latents;
@@ -76,7 +77,9 @@ fn ddim_on_predictions_of_the_sample_is_diffusers() {
             for (eta, text) in [(0.0, "0.0"), (0.5, "0.5"), (1.0, "1.0")] {
                 let network = |x: &Tensor, t: f64| Ok(((x * 0.7)?.tanh()? + (t / 1000.0 - 0.3))?);
                 let fresh = |i: usize| Ok(golden.get("fresh").get(i)?);
-                let x = none.ddim(network, start.clone(), &schedule, steps, eta, fresh).unwrap();
+                let x = none
+                    .ddim(network, start.clone(), Ddim { schedule: &schedule, steps, eta }, fresh)
+                    .unwrap();
                 let what = format!("{name}.{steps}.{text}");
                 // diffusers computes ᾱ in f32, ours in f64: near t = 1000 of the cosine schedule, ᾱ is 2e-9.
                 assert_close(&x, &golden.get(&what), 5e-5, &what);

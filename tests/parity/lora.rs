@@ -13,7 +13,7 @@ use difflora::lora::block_weights::BlockWeights;
 use difflora::lora::file::{self, Format};
 use difflora::lora::ldm_keys::BlockLayout;
 use difflora::lora::{Lora, layout::LoraLayout};
-use difflora::sdxl::unet::{UNet, UNetConfig};
+use difflora::sdxl::unet::{UNet, UNetConfig, UNetInput};
 use difflora::weights::{self, Trainable};
 
 const WRITTEN: [(Format, &str); 3] = [
@@ -104,13 +104,14 @@ fn a_merged_and_an_attached_lora_predict_the_same() -> Result<()> {
     let predict = |unet: &UNet| -> Result<Tensor> {
         let timesteps = Tensor::new(&[10f32, 700.0], &Device::Cpu)?;
         let sizes = Tensor::full(8f32, (2, 6), &Device::Cpu)?;
-        unet.forward(
-            &normal(0, &[2, 4, 8, 8])?,
-            &timesteps,
-            &normal(1, &[2, 5, 12])?,
-            &normal(2, &[2, 8])?,
-            &sizes,
-        )
+        unet.forward(&UNetInput {
+            latents: &normal(0, &[2, 4, 8, 8])?,
+            timesteps: &timesteps,
+            context: &normal(1, &[2, 5, 12])?,
+            pooled: &normal(2, &[2, 8])?,
+            time_ids: &sizes,
+            guidance_scale: None,
+        })
     };
     let (lora, plain) = (lora()?, unet()?);
     let (mut merged, mut attached) = (plain.clone(), plain.clone());

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
-use clap::ValueEnum;
 use difflora::image::Image;
-use difflora::sdxl::pipeline::{GenerationParams, Sampler, Sdxl, Sizes, Tiling};
+use difflora::named::Named;
+use difflora::sdxl::pipeline::{DenoiserInput, GenerationParams, Sampler, Sdxl, Sizes, Tiling};
+use difflora::sdxl::unet::UNetInput;
 use difflora::weights::model_folder::ModelFiles;
 use serde::Deserialize;
 
@@ -56,7 +57,7 @@ impl Case {
         GenerationParams {
             steps: self.steps,
             guidance_scale: self.guidance,
-            sampler: Sampler::from_str(&self.sampler, false).unwrap(),
+            sampler: Sampler::from_name(&self.sampler).unwrap(),
             sizes: Some(Sizes {
                 original: self.original_size.map_or(own, turned),
                 crop: self.crops_coords_top_left.unwrap_or([0, 0]),
@@ -75,8 +76,9 @@ impl Case {
         let negative = model.negative(self.negative.as_deref()).unwrap();
         let pipeline = model.pipeline();
         let fresh = |i: usize| Ok(noise.narrow(0, i, 1)?);
-        let latents =
-            pipeline.denoise(&start, &prompt, &negative, self.drawing(), fresh, |_| Ok(())).unwrap();
+        let (latents, prompts, negative) = (&start, &prompt, &negative);
+        let input = DenoiserInput { latents, prompts, negative, params: self.drawing() };
+        let latents = pipeline.denoise(&input, fresh, |_| Ok(())).unwrap();
         let pixels = pipeline.decode(&latents, Tiling::Auto).unwrap();
         (latents, Image::from_tensor(&pixels.i(0).unwrap()).unwrap())
     }
@@ -86,7 +88,7 @@ impl Case {
 fn images_are_those_of_diffusers() {
     for (file, models) in FILES {
         let samplers = images_are_those_of(&Golden::open(file), models);
-        let all = Sampler::value_variants().len();
+        let all = Sampler::ALL.len();
         assert!(file != "pipeline" || samplers == all, "every sampler has its cases");
     }
 }
@@ -140,12 +142,14 @@ fn every_part_gives_what_diffusers_part_gives() {
         let out = model
             .unet
             .forward_watched(
-                &latents,
-                &Tensor::new(&[601f32], &Device::Cpu).unwrap(),
-                &conditioning.context,
-                &conditioning.pooled,
-                &Sizes::of(width, height).time_ids(1, &Device::Cpu).unwrap(),
-                (name == "guided").then_some(5.0),
+                &UNetInput {
+                    latents: &latents,
+                    timesteps: &Tensor::new(&[601f32], &Device::Cpu).unwrap(),
+                    context: &conditioning.context,
+                    pooled: &conditioning.pooled,
+                    time_ids: &Sizes::of(width, height).time_ids(1, &Device::Cpu).unwrap(),
+                    guidance_scale: (name == "guided").then_some(5.0),
+                },
                 &mut |part, x| {
                     watched += 1;
                     near(x, &format!("unet.{part}"));
@@ -191,7 +195,7 @@ fn an_image_is_the_same_alone_and_in_a_batch() {
         let drawing = GenerationParams {
             steps: 3,
             guidance_scale: 4.0,
-            sampler: Sampler::from_str(sampler, false).unwrap(),
+            sampler: Sampler::from_name(sampler).unwrap(),
             sizes: None,
             vae_tiling: Tiling::Auto,
         };
@@ -202,10 +206,9 @@ fn an_image_is_the_same_alone_and_in_a_batch() {
             };
             let prompts = model.text.encode_prompts(prompts).unwrap();
             let fresh = |i: usize| Ok(both(1 + i as u64)?);
-            model
-                .pipeline()
-                .denoise(&both(0).unwrap(), &prompts, &negative, drawing, fresh, |_| Ok(()))
-                .unwrap()
+            let (latents, prompts, negative) = (&both(0).unwrap(), &prompts, &negative);
+            let input = DenoiserInput { latents, prompts, negative, params: drawing };
+            model.pipeline().denoise(&input, fresh, |_| Ok(())).unwrap()
         };
         let together = draw(&[7, 8], &prompts);
         for (i, prompt) in prompts.iter().enumerate() {
@@ -252,7 +255,9 @@ fn not_a_number_is_an_error_that_says_where() {
         let prompt = model.text.encode_prompts(&["a photo"]).unwrap();
         let negative = model.negative(None).unwrap();
         let fresh = |_| anyhow::bail!("Euler needs no noise");
-        let result = model.pipeline().generate(&start, &prompt, &negative, drawing, fresh, |_| Ok(()));
+        let (latents, prompts, negative) = (&start, &prompt, &negative);
+        let input = DenoiserInput { latents, prompts, negative, params: drawing };
+        let result = model.pipeline().generate(&input, fresh, |_| Ok(()));
         format!("{:#}", result.unwrap_err())
     };
     let unet = say(&|model| {

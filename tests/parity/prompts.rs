@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use clap::ValueEnum;
+use difflora::named::Named;
 use difflora::sdxl::prompt::{Piece, PromptSyntax, parse_a1111, parse_comfyui};
 use difflora::sdxl::text::TextEncoders;
 use difflora::weights::model_folder::ModelFiles;
@@ -47,7 +47,7 @@ fn weighted_prompts_are_those_of_a1111_and_comfyui() {
     let cases: Vec<Case> = golden.json("cases");
     let mut weighted = 0;
     for (number, Case { syntax, prompt, pieces }) in cases.iter().enumerate() {
-        let syntax = PromptSyntax::from_str(syntax, false).unwrap();
+        let syntax = PromptSyntax::from_name(syntax).unwrap();
         let ours = if syntax == PromptSyntax::A1111 { parse_a1111(prompt) } else { parse_comfyui(prompt) };
         let ours = ours.into_iter().map(|piece| match piece {
             Piece::Text(text, weight) => (text, weight),

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use clap::ValueEnum;
-use difflora::diffusion::sampler::{self, Sampler};
+use difflora::diffusion::sampler::{self, Ddim, Sampler};
 use difflora::diffusion::schedule::{NoiseSchedule, SchedulerConfig};
+use difflora::named::Named;
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -61,7 +61,7 @@ fn timesteps_sigmas_and_final_latents_are_those_of_diffusers() -> Result<()> {
     for case in &golden.cases {
         let what = format!("{} {} steps eta {} {}", case.sampler, case.steps, case.eta, case.config);
         let schedule = NoiseSchedule::new(&SchedulerConfig::from_json(&case.config.to_string())?)?;
-        let sampler = Sampler::from_str(&case.sampler, false).map_err(anyhow::Error::msg)?;
+        let sampler = Sampler::from_name(&case.sampler).context("a sampler of ours")?;
         let levels = match sampler {
             Sampler::Ddim | Sampler::Lcm => None,
             Sampler::Euler => Some(schedule.euler_sigmas(case.steps)?),
@@ -89,7 +89,8 @@ fn timesteps_sigmas_and_final_latents_are_those_of_diffusers() -> Result<()> {
             toy(x, t)
         };
         let x = if case.eta > 0.0 {
-            sampler::ddim(predict, x, &schedule, case.steps, case.eta, noise)?
+            let ddim = Ddim { schedule: &schedule, steps: case.steps, eta: case.eta };
+            sampler::ddim(predict, x, ddim, noise)?
         } else {
             sampler.sample(&schedule, case.steps, predict, x, noise)?
         };
@@ -103,7 +104,7 @@ fn timesteps_sigmas_and_final_latents_are_those_of_diffusers() -> Result<()> {
         *worst = worst.max(apart);
     }
     println!("largest difference of a final latent: {worst:?}");
-    assert_eq!(worst.len(), Sampler::value_variants().len(), "every sampler has its cases");
+    assert_eq!(worst.len(), Sampler::ALL.len(), "every sampler has its cases");
     Ok(())
 }
 

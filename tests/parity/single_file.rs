@@ -8,7 +8,7 @@ use difflora::diffusion::noise;
 use difflora::sdxl::single_file;
 use difflora::sdxl::text::TextEncoders;
 use difflora::sdxl::tokenizer::{ClipTokenizer, clip_vocabulary};
-use difflora::sdxl::unet::{UNet, UNetConfig};
+use difflora::sdxl::unet::{UNet, UNetConfig, UNetInput};
 use difflora::sdxl::vae::{Vae, VaeConfig};
 use difflora::weights::model_folder::{DIFFUSERS_WEIGHTS, ModelFiles};
 use serde_json::Value;
@@ -29,8 +29,16 @@ fn outputs(files: &ModelFiles) -> Vec<(&'static str, Tensor)> {
     let latents = noise::normal(3, 0, (1, 4, 8, 16), &Device::Cpu).unwrap();
     let time_ids = Tensor::new(&[[64f32, 48.0, 0.0, 8.0, 64.0, 96.0]], &Device::Cpu).unwrap();
     let timesteps = Tensor::new(&[500f32], &Device::Cpu).unwrap();
-    let predicted =
-        unet.forward(&latents, &timesteps, &conditioning.context, &conditioning.pooled, &time_ids).unwrap();
+    let predicted = unet
+        .forward(&UNetInput {
+            latents: &latents,
+            timesteps: &timesteps,
+            context: &conditioning.context,
+            pooled: &conditioning.pooled,
+            time_ids: &time_ids,
+            guidance_scale: None,
+        })
+        .unwrap();
     vec![
         ("decoded", vae.decode(&vae.from_latents(&latents).unwrap()).unwrap()),
         ("encoded", vae.encode(&noise::normal(4, 0, (1, 3, 16, 16), &Device::Cpu).unwrap()).unwrap().0),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 use difflora::layers::Adapter;
-use difflora::sdxl::unet::{UNet, UNetConfig};
+use difflora::sdxl::unet::{UNet, UNetConfig, UNetInput};
 use difflora::train::adamw::{AdamW, AdamWOptions};
 use difflora::train::gradients::Gradients;
 use difflora::weights;
@@ -65,7 +65,14 @@ fn ten_steps_of_lora(dtype: DType, recompute: bool, tolerance: f64) {
         let input = |key: &str| golden.get(&format!("in.{step}.{key}"));
         let context = Var::from_tensor(&input("context")).unwrap();
         let out = unet
-            .forward(&input("latents"), &input("timesteps"), &context, &input("pooled"), &input("time_ids"))
+            .forward(&UNetInput {
+                latents: &input("latents"),
+                timesteps: &input("timesteps"),
+                context: &context,
+                pooled: &input("pooled"),
+                time_ids: &input("time_ids"),
+                guidance_scale: None,
+            })
             .unwrap();
         let loss = (out - input("target")).and_then(|error| error.sqr()?.mean_all()).unwrap();
         assert_close(&loss, &golden.get(&format!("loss.{step}")), tolerance, &format!("loss {step}"));
@@ -112,7 +119,14 @@ fn first_gradients(dtype: DType, recompute: bool) -> BTreeMap<String, Tensor> {
     let input = |key: &str| golden.get(&format!("in.0.{key}"));
     let context = Var::from_tensor(&input("context")).unwrap();
     let out = unet
-        .forward(&input("latents"), &input("timesteps"), &context, &input("pooled"), &input("time_ids"))
+        .forward(&UNetInput {
+            latents: &input("latents"),
+            timesteps: &input("timesteps"),
+            context: &context,
+            pooled: &input("pooled"),
+            time_ids: &input("time_ids"),
+            guidance_scale: None,
+        })
         .unwrap();
     let grads = (out - input("target")).and_then(|error| error.sqr()?.mean_all()?.backward()).unwrap();
     vars.insert("context".into(), context);

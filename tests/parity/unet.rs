@@ -1,20 +1,21 @@
 //! The UNet against diffusers' UNet2DConditionModel (`scripts/golden_unet.py`).
 
 use candle_core::{DType, Device, Tensor};
-use difflora::sdxl::unet::{UNet, UNetConfig};
+use difflora::sdxl::unet::{UNet, UNetConfig, UNetInput};
 use difflora::weights::{self, Trainable};
 
 use crate::golden::{Golden, assert_close};
 
 fn forward(golden: &Golden, name: &str, unet: &UNet) -> Tensor {
     let input = |key: &str| golden.get(&format!("{name}.in.{key}"));
-    unet.forward(
-        &input("latents"),
-        &input("timesteps"),
-        &input("context"),
-        &input("pooled"),
-        &input("time_ids"),
-    )
+    unet.forward(&UNetInput {
+        latents: &input("latents"),
+        timesteps: &input("timesteps"),
+        context: &input("context"),
+        pooled: &input("pooled"),
+        time_ids: &input("time_ids"),
+        guidance_scale: None,
+    })
     .unwrap()
 }
 
@@ -56,13 +57,14 @@ fn a_sample_gives_the_same_alone_and_in_a_batch() {
     let unet = UNet::new(&config, vb).unwrap();
     let second = |key: &str| golden.get(&format!("sdxl.in.{key}")).narrow(0, 1, 1).unwrap();
     let alone = unet
-        .forward(
-            &second("latents"),
-            &second("timesteps"),
-            &second("context"),
-            &second("pooled"),
-            &second("time_ids"),
-        )
+        .forward(&UNetInput {
+            latents: &second("latents"),
+            timesteps: &second("timesteps"),
+            context: &second("context"),
+            pooled: &second("pooled"),
+            time_ids: &second("time_ids"),
+            guidance_scale: None,
+        })
         .unwrap();
     assert_close(&alone, &golden.get("sdxl.out").narrow(0, 1, 1).unwrap(), 1e-5, "alone");
 }

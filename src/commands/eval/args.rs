@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::commands::run_args::DeviceArgs;
+use crate::commands::run_args::{BaseOptionArgs, DeviceArgs, SamplingArgs};
 use crate::commands::values::{learning_rate, number, seed};
 use crate::eval::methods::Method;
 use crate::eval::renderer::Sampling;
@@ -41,6 +41,7 @@ pub(super) enum Figure {
 
 /// Arguments of an evaluation of people, or of a base.
 #[derive(Debug, clap::Args)]
+#[command(mut_args(own_defaults))]
 pub struct PeopleArgs {
     /// Dataset folder of `build-dataset`, whose held-out people are evaluated.
     #[arg(
@@ -93,7 +94,7 @@ pub struct PeopleArgs {
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub(super) base: String,
     #[command(flatten)]
-    pub(super) base_options: registry::BaseOptions,
+    pub(super) base_options: BaseOptionArgs,
     /// CLIP image encoder.
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", default_value = registry::BUILT_IN, env = "DIFFLORA_IMAGE_ENCODER")]
     pub(super) image_encoder: String,
@@ -123,20 +124,8 @@ pub struct PeopleArgs {
     /// Images per person and method; the prompts alternate [default: 4 in a painted world, else one a prompt].
     #[arg(help_heading = "Sampling", long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000), alias = "pictures", env = "DIFFLORA_IMAGES")]
     pub(super) images: Option<u64>,
-    /// Number of sampling steps.
-    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_STEPS")]
-    pub(super) steps: u64,
-    /// Classifier-free guidance scale; 1 or less disables guidance.
-    #[arg(
-        help_heading = "Sampling",
-        long,
-        value_name = "X",
-        default_value_t = 3.0,
-        env = "DIFFLORA_GUIDANCE", value_parser = number)]
-    pub(super) guidance: f64,
-    /// Sampling method.
-    #[arg(help_heading = "Sampling", long, value_enum, default_value_t = Sampler::Euler, env = "DIFFLORA_SAMPLER")]
-    pub(super) sampler: Sampler,
+    #[command(flatten)]
+    pub(super) sampling: SamplingArgs,
     /// Latents to sample and average per person.
     #[arg(help_heading = "Identity", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000), env = "DIFFLORA_SAMPLES")]
     pub(super) samples: u64,
@@ -167,6 +156,16 @@ pub struct PeopleArgs {
     /// Evaluate only the base model, on N images (100) from random captions.
     #[arg(help_heading = "Input", long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "100", value_parser = clap::value_parser!(u64).range(1..=100_000), env = "DIFFLORA_BASE_ONLY")]
     pub(super) base_only: Option<u64>,
+}
+
+/// Sampling options as `eval` has them.
+fn own_defaults(arg: clap::Arg) -> clap::Arg {
+    match arg.get_id().as_str() {
+        "steps" => arg.default_value("20"),
+        "guidance" => arg.value_name("X"),
+        "sampler" => arg.default_value("euler").help("Sampling method"),
+        _ => arg,
+    }
 }
 
 impl PeopleArgs {
@@ -212,11 +211,8 @@ impl PeopleArgs {
 
     /// How images are sampled.
     pub(super) fn sampling(&self) -> Sampling {
-        Sampling {
-            steps: self.steps as usize,
-            guidance: self.guidance,
-            sampler: self.sampler,
-            seed: self.seed,
-        }
+        let SamplingArgs { steps, guidance, sampler } = self.sampling.clone();
+        let sampler = sampler.unwrap_or(Sampler::Euler);
+        Sampling { steps: steps as usize, guidance, sampler, seed: self.seed }
     }
 }

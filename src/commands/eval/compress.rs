@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use crate::commands::output::{self, Output, print_line};
 use crate::commands::values::number;
 use crate::dataset::lora_dataset::{LoraDataset, ReadOptions};
 use crate::eval::compression::{Data, compress, figure};
@@ -12,7 +13,6 @@ use crate::eval::html::Page;
 use crate::eval::painted_rows::PaintedRows;
 use crate::files;
 use crate::hypernet::row_source::RowSource;
-use crate::output::{self, Output, print_line};
 
 /// Arguments of `difflora eval compress`.
 #[derive(Debug, clap::Args)]

@@ -7,12 +7,12 @@ use serde_json::json;
 
 use super::inputs::Images;
 use super::print_json;
+use crate::commands::output::print_line;
 use crate::files;
 use crate::identity::FaceEncoder;
 use crate::identity::align::align;
 use crate::identity::photos::Photos;
 use crate::image::pngs_for;
-use crate::output::print_line;
 
 pub(super) fn crop(
     images: &Images,

@@ -7,13 +7,13 @@ use anyhow::Result;
 use super::crop::pngs_in;
 use super::inputs::Images;
 use super::print_json;
+use crate::commands::output::print_line;
 use crate::failure::Failure;
 use crate::files;
 use crate::identity::draw::draw;
 use crate::identity::landmarks::{LandmarkDetector, Landmarks};
 use crate::identity::photos::Photos;
 use crate::identity::{Face, FaceEncoder, Quality};
-use crate::output::print_line;
 
 pub(super) fn detect(
     images: &Images,

@@ -7,10 +7,10 @@ use serde_json::json;
 
 use super::inputs::{Encoder, Images};
 use super::print_json;
+use crate::commands::output::print_line;
 use crate::files;
 use crate::identity::photos::EmbeddedFaces;
 use crate::image::short_names;
-use crate::output::print_line;
 use crate::weights::write_f32;
 
 pub(super) fn embed(images: &Images, encoder: &Encoder, out: &Path, json: bool) -> Result<()> {

@@ -7,11 +7,11 @@ use serde_json::json;
 
 use super::inputs::{Encoder, Images};
 use super::print_json;
+use crate::commands::output::print_line;
 use crate::files;
 use crate::identity::clip::{ImageEncoder, ImageInput, ImageOutput};
 use crate::identity::photos::Photos;
 use crate::image::short_names;
-use crate::output::print_line;
 use crate::registry;
 use crate::weights::write_f32;
 

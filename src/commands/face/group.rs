@@ -7,10 +7,10 @@ use serde_json::json;
 
 use super::inputs::Images;
 use super::print_json;
+use crate::commands::output::print_line;
 use crate::identity::clustering::by_person;
 use crate::identity::photos::EmbeddedFaces;
 use crate::identity::{FaceEncoder, cosine};
-use crate::output::print_line;
 
 pub(super) fn compare(images: &Images, encoder: &FaceEncoder, json: bool) -> Result<()> {
     let people = EmbeddedFaces::of(&images.images, encoder)?;

@@ -7,10 +7,10 @@ use serde_json::json;
 
 use super::inputs::Encoder;
 use super::print_json;
+use crate::commands::output::print_line;
 use crate::failure::Failure;
 use crate::identity::photos::EmbeddedFaces;
 use crate::identity::verification::{Pairs, Spread, person_of};
-use crate::output::print_line;
 
 /// Embeds all images, compares each with each, and prints what tells people apart.
 pub fn verify(folder: &Path, encoder: &Encoder, json: bool) -> Result<()> {

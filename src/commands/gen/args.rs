@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use super::identity::IdentityOptions;
-use crate::commands::run_args::DeviceArgs;
-use crate::commands::values::{number, pixels, seed};
+use crate::commands::run_args::{BaseOptionArgs, DeviceArgs, SamplingArgs};
+use crate::commands::values::{named, number, pixels, seed};
 use crate::device::Precision;
 use crate::lora::file::Format;
-use crate::registry::{BUILT_IN, BaseOptions};
+use crate::registry::BUILT_IN;
 use crate::sdxl::lora_stack::LoraMode;
-use crate::sdxl::pipeline::{Sampler, Tiling};
+use crate::sdxl::pipeline::Tiling;
 use crate::sdxl::prompt::PromptSyntax;
 
 /// Arguments of `difflora gen`.
@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(help_heading = "Input", long, value_name = "TEXT", env = "DIFFLORA_NEGATIVE_PROMPT")]
     pub(super) negative_prompt: Option<String>,
     /// Syntax of the prompts: a1111 reads (word:1.2), [word], BREAK and <lora:NAME:WEIGHT>; plain reads text.
-    #[arg(help_heading = "Input", long, value_enum, default_value = "a1111", env = "DIFFLORA_PROMPT_SYNTAX")]
+    #[arg(help_heading = "Input", long, value_parser = named::<PromptSyntax>(), default_value = "a1111", env = "DIFFLORA_PROMPT_SYNTAX")]
     pub(super) prompt_syntax: PromptSyntax,
     /// Folder of the LoRAs that prompts call as <lora:NAME:WEIGHT> [default: the working folder].
     #[arg(help_heading = "Model", long, value_name = "DIR", env = "DIFFLORA_LORA_DIR")]
@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = BUILT_IN, env = "DIFFLORA_BASE")]
     pub(super) base: String,
     #[command(flatten)]
-    pub(super) base_options: BaseOptions,
+    pub(super) base_options: BaseOptionArgs,
     /// CLIP image encoder that the hypernetwork was trained with [default: tiny; with HyperLoRA OpenAI's ViT-L/14].
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR", env = "DIFFLORA_IMAGE_ENCODER")]
     pub(super) image_encoder: Option<String>,
@@ -68,25 +68,13 @@ pub struct Args {
         env = "DIFFLORA_LORA_SCALE", value_parser = number)]
     pub(super) lora_scale: Option<f64>,
     /// How LoRAs are applied.
-    #[arg(help_heading = "Model", long, value_enum, default_value = "merge", env = "DIFFLORA_LORA_MODE")]
+    #[arg(help_heading = "Model", long, value_parser = named::<LoraMode>(), default_value = "merge", env = "DIFFLORA_LORA_MODE")]
     pub(super) lora_mode: LoraMode,
     /// Apply LoRAs to the prompt only, not to the negative prompt; requires --lora-mode runtime.
     #[arg(help_heading = "Model", long, env = "DIFFLORA_LORA_POSITIVE_ONLY")]
     pub(super) lora_positive_only: bool,
-    /// Number of sampling steps.
-    #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_STEPS")]
-    pub(super) steps: u32,
-    /// Classifier-free guidance scale; 1 or less disables guidance.
-    #[arg(
-        help_heading = "Sampling",
-        long,
-        value_name = "F",
-        default_value_t = 3.0,
-        env = "DIFFLORA_GUIDANCE", value_parser = number)]
-    pub(super) guidance: f64,
-    /// Sampling method [default: the base model's].
-    #[arg(help_heading = "Sampling", long, value_enum, env = "DIFFLORA_SAMPLER")]
-    pub(super) sampler: Option<Sampler>,
+    #[command(flatten)]
+    pub(super) sampling: SamplingArgs,
     /// Width in pixels, a multiple of 8 (small models: of their VAE's factor) [default: the base's native size].
     #[arg(help_heading = "Sampling", long, value_name = "PX", value_parser = pixels, env = "DIFFLORA_WIDTH")]
     pub(super) width: Option<usize>,
@@ -103,7 +91,7 @@ pub struct Args {
     #[arg(help_heading = "Sampling", long, value_name = "TOP,LEFT", value_parser = top_and_left, default_value = "0,0", env = "DIFFLORA_CROP")]
     pub(super) crop: [usize; 2],
     /// Decode in strips: the same image with less memory.
-    #[arg(help_heading = "Advanced", long, value_enum, default_value = "auto", env = "DIFFLORA_VAE_TILING")]
+    #[arg(help_heading = "Advanced", long, value_parser = named::<Tiling>(), default_value = "auto", env = "DIFFLORA_VAE_TILING")]
     pub(super) vae_tiling: Tiling,
     /// Images per prompt.
     #[arg(help_heading = "Sampling", long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000), env = "DIFFLORA_NUM_IMAGES")]
@@ -118,7 +106,7 @@ pub struct Args {
     #[command(flatten)]
     pub(super) identity: IdentityOptions,
     /// Number type of the base model's weights.
-    #[arg(help_heading = "Advanced", long, value_enum, default_value = "f32", env = "DIFFLORA_DTYPE")]
+    #[arg(help_heading = "Advanced", long, value_parser = named::<Precision>(), default_value = "f32", env = "DIFFLORA_DTYPE")]
     pub(super) dtype: Precision,
     /// Where to compute.
     #[command(flatten)]
@@ -141,7 +129,7 @@ pub struct Args {
     #[arg(help_heading = "Output", long, value_name = "FILE.safetensors", env = "DIFFLORA_LORA_OUT")]
     pub(super) lora_out: Option<PathBuf>,
     /// Key names of the written LoRA.
-    #[arg(help_heading = "Output", long, value_enum, default_value = "kohya", env = "DIFFLORA_LORA_FORMAT")]
+    #[arg(help_heading = "Output", long, value_parser = named::<Format>(), default_value = "kohya", env = "DIFFLORA_LORA_FORMAT")]
     pub(super) lora_format: Format,
 }
 

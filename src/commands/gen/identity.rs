@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::commands::values::{learning_rate, number, seed};
+use crate::commands::values::{learning_rate, named, number, seed};
 use crate::failure::Failure;
 use crate::hypernet::{Choice, Hypernet, SampleOptions};
 
@@ -43,7 +43,7 @@ pub(super) struct IdentityOptions {
     #[arg(
         help_heading = "Identity",
         long,
-        value_enum,
+        value_parser = named::<Choice>(),
         default_value = "mean",
         env = "DIFFLORA_IDENTITY_CHOICE"
     )]

@@ -27,14 +27,14 @@ impl Plan {
         let (width, height) = (args.width.unwrap_or(native), args.height.unwrap_or(native));
         let shape = model.latent_shape(width, height).map_err(usage)?;
         let start = args.init_latents.as_deref().map(|path| read_latents(path, shape)).transpose()?;
-        let sampler = args.sampler.or(model.sampler).unwrap_or_else(|| {
+        let sampler = args.sampling.sampler.or(model.sampler).unwrap_or_else(|| {
             progress::note("the base model names no sampler that difflora has; using euler");
             Sampler::Euler
         });
-        sampler.check(&model.schedule, args.steps as usize).map_err(usage)?;
+        sampler.check(&model.schedule, args.sampling.steps as usize).map_err(usage)?;
         let params = GenerationParams {
-            steps: args.steps as usize,
-            guidance_scale: args.guidance,
+            steps: args.sampling.steps as usize,
+            guidance_scale: args.sampling.guidance,
             sampler,
             sizes: Some(Sizes {
                 original: args.original_size.unwrap_or([width, height]),

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde_json::json;
 
+use crate::commands::output::{Output, print_line};
 use crate::failure::Failure;
 use crate::lora::adapter::AdapterFile;
 use crate::lora::file::Reading;
 use crate::lora::{arithmetic, listed};
-use crate::output::{Output, print_line};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {

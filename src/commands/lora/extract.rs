@@ -6,13 +6,12 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::BaseArgs;
-use super::write::Written;
+use super::write::{KeyNames, Written};
+use crate::commands::output::Output;
 use crate::files::{check_writable, refuse_inputs};
 use crate::lora::arithmetic::KeptSummary;
 use crate::lora::extract::{ExtractOptions, Extracted, extract};
-use crate::lora::file::Format;
 use crate::lora::{listed_for_user, metadata};
-use crate::output::Output;
 use crate::progress;
 
 #[derive(Debug, clap::Args)]
@@ -30,9 +29,8 @@ pub(super) struct Args {
     /// Omit biases and norms, which some programs do not read.
     #[arg(long)]
     layers_only: bool,
-    /// Key names of the written LoRA.
-    #[arg(long, value_enum, default_value = "kohya")]
-    format: Format,
+    #[command(flatten)]
+    names: KeyNames,
 }
 
 pub(super) fn run(args: Args, base: &BaseArgs, output: &Output) -> Result<()> {
@@ -60,6 +58,6 @@ pub(super) fn run(args: Args, base: &BaseArgs, output: &Output) -> Result<()> {
     let mut report = serde_json::to_value(KeptSummary::of(&kept))?;
     report["biases_and_norms"] = json!(biases_and_norms);
     report["left_out"] = json!(left_out);
-    let written = Written { out: &args.out, format: args.format, layout: &before.block_layout, output };
+    let written = Written { out: &args.out, format: args.names.format, layout: &before.block_layout, output };
     written.write(&adapters, report)
 }

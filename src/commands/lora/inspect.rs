@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde_json::json;
 
+use crate::commands::output::{Output, print_line};
 use crate::failure::Failure;
 use crate::lora::file::{self, Missing, Reading};
 use crate::lora::summary::Summary;
 use crate::lora::{LoraError, listed};
-use crate::output::{Output, print_line};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {

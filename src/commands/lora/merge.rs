@@ -6,15 +6,15 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::json;
 
-use super::write::{RankArgs, Written, paths_of, print_report, read_all, write_sum};
+use super::write::{KeyNames, RankArgs, Written, paths_of, print_report, read_all, write_sum};
+use crate::commands::output::Output;
 use crate::failure::Failure;
 use crate::files::{self, check_writable, refuse_inputs};
 use crate::lora::arithmetic::Keep;
 use crate::lora::checkpoint::Merge;
-use crate::lora::file::{Format, Reading};
+use crate::lora::file::Reading;
 use crate::lora::listed_for_user;
 use crate::lora::weighted_file::WeightedFile;
-use crate::output::Output;
 use crate::registry::Base;
 use crate::weights::model_folder::ModelFiles;
 
@@ -28,9 +28,8 @@ pub(super) struct Args {
     out: PathBuf,
     #[command(flatten)]
     rank: RankArgs,
-    /// Key names of the written LoRA.
-    #[arg(long, value_enum, default_value = "kohya")]
-    format: Format,
+    #[command(flatten)]
+    names: KeyNames,
 }
 
 /// Sums the LoRAs into one file.
@@ -38,7 +37,7 @@ pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> 
     refuse_inputs(&[&args.out], &paths_of(&args.lora)?)?;
     check_writable(&args.out)?;
     let loras = read_all(&args.lora, reading)?;
-    let written = Written { out: &args.out, format: args.format, layout: reading.layout, output };
+    let written = Written { out: &args.out, format: args.names.format, layout: reading.layout, output };
     write_sum(&loras, args.rank.keep()?, &written)
 }
 

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::write::{RankArgs, Written, paths_of, read_all, write_sum};
+use super::write::{KeyNames, RankArgs, Written, paths_of, read_all, write_sum};
+use crate::commands::output::Output;
 use crate::failure::Failure;
 use crate::files::{check_writable, refuse_inputs};
-use crate::lora::file::{Format, Reading};
+use crate::lora::file::Reading;
 use crate::lora::weighted_file::WeightedFile;
-use crate::output::Output;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -21,9 +21,8 @@ pub(super) struct Args {
     out: PathBuf,
     #[command(flatten)]
     rank: RankArgs,
-    /// Key names of the written LoRA.
-    #[arg(long, value_enum, default_value = "kohya")]
-    format: Format,
+    #[command(flatten)]
+    names: KeyNames,
 }
 
 pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> {
@@ -36,6 +35,6 @@ pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> 
     }
     let share = |lora: WeightedFile| WeightedFile { weights: lora.weights.times(1.0 / total), ..lora };
     let loras: Vec<WeightedFile> = loras.into_iter().map(share).collect();
-    let written = Written { out: &args.out, format: args.format, layout: reading.layout, output };
+    let written = Written { out: &args.out, format: args.names.format, layout: reading.layout, output };
     write_sum(&loras, args.rank.keep()?, &written)
 }

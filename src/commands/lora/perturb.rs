@@ -6,12 +6,12 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::write::{Written, share};
-use crate::commands::values::{number, seed};
+use crate::commands::output::Output;
+use crate::commands::values::{named, number, seed};
 use crate::failure::Failure;
 use crate::files::{check_writable, refuse_inputs};
 use crate::lora::arithmetic::{self, Replacement, Which};
 use crate::lora::file::{Format, Reading};
-use crate::output::Output;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -20,10 +20,10 @@ pub(super) struct Args {
     /// File to write.
     output: PathBuf,
     /// Weights to replace.
-    #[arg(long, value_enum, default_value = "largest")]
+    #[arg(long, value_parser = named::<Which>(), default_value = "largest")]
     which: Which,
     /// Replacement.
-    #[arg(long, value_enum, default_value = "zero")]
+    #[arg(long, value_parser = named::<Replacement>(), default_value = "zero")]
     with: Replacement,
     /// Share of all weights to replace.
     #[arg(long, default_value_t = 0.25, value_parser = number)]

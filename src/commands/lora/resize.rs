@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use super::write::{RankArgs, Written, write_sum};
+use super::write::{KeyNames, RankArgs, Written, write_sum};
+use crate::commands::output::Output;
 use crate::failure::Failure;
 use crate::files::{check_writable, refuse_inputs};
 use crate::lora::arithmetic::Keep;
-use crate::lora::file::{Format, Reading};
+use crate::lora::file::Reading;
 use crate::lora::weighted_file::WeightedFile;
-use crate::output::Output;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -20,9 +20,8 @@ pub(super) struct Args {
     output: PathBuf,
     #[command(flatten)]
     rank: RankArgs,
-    /// Key names of the written LoRA.
-    #[arg(long, value_enum, default_value = "kohya")]
-    format: Format,
+    #[command(flatten)]
+    names: KeyNames,
 }
 
 pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> {
@@ -36,6 +35,6 @@ pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> 
     write_sum(
         &[lora],
         keep,
-        &Written { out: &args.output, format: args.format, layout: reading.layout, output },
+        &Written { out: &args.output, format: args.names.format, layout: reading.layout, output },
     )
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::commands::values::number;
+use crate::commands::output::{Output, print_line};
+use crate::commands::values::{named, number};
 use crate::failure::Failure;
 use crate::files;
 use crate::lora::adapter::AdapterFile;
@@ -15,7 +16,14 @@ use crate::lora::file::{self, Format, Reading};
 use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::weighted_file::WeightedFile;
 use crate::lora::{LoraError, listed};
-use crate::output::{Output, print_line};
+
+/// Spelling of the result.
+#[derive(Debug, clap::Args)]
+pub(super) struct KeyNames {
+    /// Key names of the written LoRA.
+    #[arg(long, value_parser = named::<Format>(), default_value = "kohya")]
+    pub(super) format: Format,
+}
 
 /// Rank of the result.
 #[derive(Debug, clap::Args)]

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use super::on_the_hub;
+use crate::commands::output::print_line;
 use crate::failure::Failure;
 use crate::identity::catalog::{self, FaceModel};
-use crate::output::print_line;
 use crate::progress;
 use crate::registry::hyperlora::{self, LICENCES, Variant};
 use crate::weights::hub::{self, Weights};

@@ -3,10 +3,11 @@
 use anyhow::Result;
 use serde_json::json;
 
+use crate::commands::output::{Output, print_line};
+use crate::commands::run_args::BaseOptionArgs;
 use crate::commands::values::pixels;
 use crate::hypernet::hyperlora::{self, Shapes};
-use crate::output::{Output, print_line};
-use crate::registry::{self, BaseOptions, find_base};
+use crate::registry::{self, find_base};
 use crate::sdxl::counts::{Cost, ModelCost};
 use crate::weights::model_folder::ModelFiles;
 
@@ -25,7 +26,7 @@ pub struct Args {
     #[arg(long, value_name = "PX", value_parser = pixels)]
     height: Option<usize>,
     #[command(flatten)]
-    options: BaseOptions,
+    options: BaseOptionArgs,
 }
 
 /// Prints the table.
@@ -33,7 +34,7 @@ pub fn run(args: &Args, output: &Output) -> Result<()> {
     if let Some(files) = registry::find_hyperlora(&args.base)? {
         return show_hyperlora(args, &files, output);
     }
-    let files = find_base(&args.base, &args.options)?;
+    let files = find_base(&args.base, &args.options.options())?;
     let ModelCost { width, height, tokens, parts } = ModelCost::of(&files, [args.width, args.height])?;
     let parameters: u64 = parts.iter().map(|(_, cost)| cost.parameters).sum();
 

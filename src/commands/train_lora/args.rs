@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::commands::run_args::DeviceArgs;
+use crate::commands::run_args::{BaseOptionArgs, DeviceArgs};
 use crate::commands::train_lora::options::Options;
 use crate::registry;
 
@@ -44,7 +44,7 @@ pub struct Args {
     #[arg(help_heading = "Model", long, value_name = "NAME|DIR|FILE|REPO", default_value = registry::BUILT_IN, env = "DIFFLORA_BASE")]
     pub base: String,
     #[command(flatten)]
-    pub(super) base_options: registry::BaseOptions,
+    pub(super) base_options: BaseOptionArgs,
     /// Where to compute.
     #[command(flatten)]
     pub device: DeviceArgs,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::commands::values::{number, seed};
+use crate::commands::values::{named, number, seed};
 use crate::device::Precision;
 use crate::failure::Failure;
 use crate::recipes::dreambooth::config::{Crop, LossScale, Settings};
@@ -58,7 +58,7 @@ struct ImageOptions {
     #[arg(help_heading = "Input", long, value_name = "PX", env = "DIFFLORA_RESOLUTION")]
     resolution: Option<usize>,
     /// How images are cropped.
-    #[arg(help_heading = "Input", long, value_enum, env = "DIFFLORA_CROP")]
+    #[arg(help_heading = "Input", long, value_parser = named::<Crop>(), env = "DIFFLORA_CROP")]
     crop: Option<Crop>,
     /// Mirror images at random.
     #[arg(help_heading = "Input", long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FLIP")]
@@ -77,7 +77,7 @@ struct LoraOptions {
     #[arg(help_heading = "Model", long, value_name = "F", env = "DIFFLORA_ALPHA", value_parser = number)]
     alpha: Option<f64>,
     /// Modules to adapt.
-    #[arg(help_heading = "Model", long, value_enum, env = "DIFFLORA_TARGETS")]
+    #[arg(help_heading = "Model", long, value_parser = named::<Targets>(), env = "DIFFLORA_TARGETS")]
     targets: Option<Targets>,
     /// Train only `up`; keep the seeded `down`, so that LoRAs of one seed are comparable.
     #[arg(help_heading = "Model", long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", env = "DIFFLORA_FREEZE_A")]
@@ -114,7 +114,7 @@ struct TrainingOptions {
     #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_TEXT_ENCODER_LR", value_parser = number)]
     text_encoder_lr: Option<f64>,
     /// Learning rate after the warm-up.
-    #[arg(help_heading = "Training", long, value_enum, env = "DIFFLORA_LR_SCHEDULE")]
+    #[arg(help_heading = "Training", long, value_parser = named::<Decay>(), env = "DIFFLORA_LR_SCHEDULE")]
     #[serde(rename = "schedule")]
     lr_schedule: Option<Decay>,
     /// Steps of linear warm-up.
@@ -130,7 +130,7 @@ struct TrainingOptions {
     #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_EMA", value_parser = number)]
     ema: Option<f64>,
     /// Number type of the frozen weights; the LoRA is trained in f32.
-    #[arg(help_heading = "Advanced", long, value_enum, env = "DIFFLORA_DTYPE")]
+    #[arg(help_heading = "Advanced", long, value_parser = named::<Precision>(), env = "DIFFLORA_DTYPE")]
     dtype: Option<Precision>,
     /// Loss scaling against underflow of f16 gradients on a GPU: none, dynamic, or a factor.
     #[arg(help_heading = "Advanced", long, value_name = "none|dynamic|F", env = "DIFFLORA_LOSS_SCALE")]
@@ -143,7 +143,7 @@ struct TrainingOptions {
 #[derive(Debug, clap::Args, Serialize)]
 struct ObjectiveOptions {
     /// Distribution of the timesteps.
-    #[arg(help_heading = "Training", long, value_enum, env = "DIFFLORA_TIMESTEPS")]
+    #[arg(help_heading = "Training", long, value_parser = named::<Timesteps>(), env = "DIFFLORA_TIMESTEPS")]
     timesteps: Option<Timesteps>,
     /// γ of min-SNR loss weighting (5 in the paper); 0 disables it.
     #[arg(help_heading = "Training", long, value_name = "F", env = "DIFFLORA_MIN_SNR_GAMMA", value_parser = number)]

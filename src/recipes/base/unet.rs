@@ -10,7 +10,7 @@ use rand::seq::index;
 use rand_distr::StandardNormal;
 use serde::{Deserialize, Serialize};
 
-use crate::diffusion::sampler;
+use crate::diffusion::sampler::{self, Ddim};
 use crate::diffusion::schedule::{NoiseSchedule, Prediction, SchedulerConfig};
 use crate::image::{Image, contact_sheet};
 use crate::progress;
@@ -18,7 +18,7 @@ use crate::recipes::base::quality::Quality;
 use crate::sdxl::folder::SdxlParts;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel, TextConditioning, TextEncoders};
 use crate::sdxl::tokenizer::{ClipTokenizer, build_vocabulary};
-use crate::sdxl::unet::{UNet, UNetConfig};
+use crate::sdxl::unet::{UNet, UNetConfig, UNetInput};
 use crate::sdxl::vae::{Vae, VaeConfig};
 use crate::synthetic;
 use crate::synthetic::attribute_classifier::AttributeClassifier;
@@ -351,7 +351,14 @@ impl Denoiser {
         let size = self.size as f32;
         let sizes = Tensor::new(&[size, size, 0.0, 0.0, size, size], x.device())?.broadcast_as((b, 6))?;
         let times = Tensor::new(times, x.device())?;
-        self.unet.forward(x, &times, &conditioning.context, &conditioning.pooled, &sizes.contiguous()?)
+        self.unet.forward(&UNetInput {
+            latents: x,
+            timesteps: &times,
+            context: &conditioning.context,
+            pooled: &conditioning.pooled,
+            time_ids: &sizes.contiguous()?,
+            guidance_scale: None,
+        })
     }
 
     /// Images of `prompts`, one each, from noise of (`seed`, place in the list); chunks run on threads of their own.
@@ -372,7 +379,8 @@ impl Denoiser {
                 let (empty, conditioned) = (output.narrow(0, 0, count)?, output.narrow(0, count, count)?);
                 Ok((&empty + ((conditioned - &empty)? * GUIDANCE)?)?)
             };
-            let z = sampler::ddim(denoise, x, &self.schedule, 20, 0.0, |_| unreachable!("eta is 0"))?;
+            let ddim = Ddim { schedule: &self.schedule, steps: 20, eta: 0.0 };
+            let z = sampler::ddim(denoise, x, ddim, |_| unreachable!("eta is 0"))?;
             let z = z.to_device(&Device::Cpu)?;
             let images = vae.decode(&vae.from_latents(&z)?)?.clamp(-1f32, 1f32)?;
             (0..count).map(|i| Image::from_tensor(&images.get(i)?)).collect::<Result<Vec<_>>>()

@@ -20,7 +20,7 @@ use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::image_dataset::{self, Encoders, ImageDataset, Scaling};
 use crate::recipes::dreambooth::lockstep::{Networks, SharedDown, TargetModule, TrainableLora};
-use crate::recipes::dreambooth::lora_trainer::{Job, LoraTrainer, SharedStart};
+use crate::recipes::dreambooth::lora_trainer::{Job, LoraTrainer, SharedData, SharedStart};
 use crate::recipes::dreambooth::loss::{self, Objective, PersonGradients};
 use crate::recipes::dreambooth::metadata::{self, SETTINGS_STAMP};
 use crate::recipes::dreambooth::previews::Previewer;
@@ -258,13 +258,14 @@ impl BatchTrainer {
             min_snr_gamma: settings.objective.min_snr_gamma,
             prior_weight: settings.objective.prior_weight,
         };
-        let batches = |part: u64| {
-            let batch = |trainer: &LoraTrainer| {
-                let timesteps = self.schedule.alphas_bar.len();
-                trainer.batch(settings, self.class.as_ref(), &self.scaling, timesteps, part, &self.device)
-            };
-            trainers.iter().map(batch).collect()
+        let shared = SharedData {
+            settings,
+            class: self.class.as_ref(),
+            scaling: &self.scaling,
+            timesteps: self.schedule.alphas_bar.len(),
+            device: &self.device,
         };
+        let batches = |part: u64| trainers.iter().map(|trainer| trainer.batch(&shared, part)).collect();
         let loras: Vec<&TrainableLora> = trainers.iter().map(|trainer| &trainer.lora).collect();
         let passes = settings.training.accumulate;
         let gradients = loss::gradients(&self.networks, &self.schedule, &weights, &loras, passes, batches)?;

@@ -9,6 +9,7 @@ use crate::device::Precision;
 use crate::failure::Failure;
 use crate::files;
 use crate::limits;
+use crate::named::named;
 use crate::recipes::dreambooth::data_order::Timesteps;
 use crate::recipes::dreambooth::lockstep::Targets;
 use crate::train::adamw::AdamWOptions;
@@ -101,16 +102,18 @@ pub struct Images {
     pub sizes: SizeConditioning,
 }
 
-/// Crop of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Crop {
-    /// The largest centred square.
-    Center,
-    /// A random square each time.
-    Random,
-    /// Aspect-ratio buckets of equal area; images of one batch share a bucket.
-    Buckets,
+named! {
+    /// Crop of an image.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum Crop {
+        /// The largest centred square.
+        Center = "center",
+        /// A random square each time.
+        Random = "random",
+        /// Aspect-ratio buckets of equal area; images of one batch share a bucket.
+        Buckets = "buckets",
+    }
 }
 
 /// Which latents stand for an image.

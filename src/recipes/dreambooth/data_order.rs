@@ -6,15 +6,18 @@ use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
 use crate::diffusion::noise;
+use crate::named::named;
 
-/// How timesteps are drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Timesteps {
-    /// Independent and uniform, as in diffusers.
-    Uniform,
-    /// One per equal part of the range: lower variance between steps.
-    Stratified,
+named! {
+    /// How timesteps are drawn.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum Timesteps {
+        /// Independent and uniform, as in diffusers.
+        Uniform = "uniform",
+        /// One per equal part of the range: lower variance between steps.
+        Stratified = "stratified",
+    }
 }
 
 impl Timesteps {

@@ -21,7 +21,7 @@ use crate::layers::{Adapter, Layer};
 use crate::lora::layout::LoraLayout;
 use crate::sdxl::pipeline::{Sdxl, time_ids};
 use crate::sdxl::text::TextConditioning;
-use crate::sdxl::unet::UNet;
+use crate::sdxl::unet::{UNet, UNetInput};
 use crate::sdxl::vae::Vae;
 use crate::synthetic::Person;
 use crate::synthetic::scenes::{paint_image, training_captions, training_scenes};
@@ -99,7 +99,14 @@ pub fn loss(
     let times: Vec<f32> = t.iter().map(|t| *t as f32).collect();
     let times = Tensor::from_vec(times, samples, device)?;
     let sizes = time_ids(samples, data.size, data.size, device)?;
-    let out = unet.forward(&x_t, &times, &context, &pooled, &sizes)?;
+    let out = unet.forward(&UNetInput {
+        latents: &x_t,
+        timesteps: &times,
+        context: &context,
+        pooled: &pooled,
+        time_ids: &sizes,
+        guidance_scale: None,
+    })?;
     Ok((out - target)?.sqr()?.mean_all()?)
 }
 

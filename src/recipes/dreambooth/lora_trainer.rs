@@ -19,6 +19,21 @@ use crate::train::gradients::Gradients;
 use crate::train::log::Log;
 use crate::train::state::State;
 
+/// What the batches of all people of a run share.
+#[derive(Clone, Copy)]
+pub struct SharedData<'a> {
+    /// Training settings.
+    pub settings: &'a Settings,
+    /// Class images for prior preservation.
+    pub class: Option<&'a ImageDataset>,
+    /// Scale of the latents.
+    pub scaling: &'a Scaling,
+    /// Number of noise levels.
+    pub timesteps: usize,
+    /// Where batches are made.
+    pub device: &'a Device,
+}
+
 /// A LoRA to train.
 pub struct Job {
     /// Name in warnings and logs.
@@ -168,15 +183,8 @@ impl LoraTrainer {
     }
 
     /// Samples of part `part` of the next step, class images included.
-    pub fn batch(
-        &self,
-        settings: &Settings,
-        class: Option<&ImageDataset>,
-        scaling: &Scaling,
-        timesteps: usize,
-        part: u64,
-        device: &Device,
-    ) -> Result<Batch> {
+    pub fn batch(&self, shared: &SharedData, part: u64) -> Result<Batch> {
+        let SharedData { settings, class, scaling, timesteps, device } = *shared;
         let (seed, training) = (settings.seed, &settings.training);
         let pass = self.state.step * training.accumulate + part;
         let chosen = self.dataset.choose(pass, training.batch);

@@ -11,6 +11,7 @@ use candle_core::{DType, Tensor};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::recipes::dreambooth::targets::{Networks, TrainableLora};
 use crate::sdxl::text::TextConditioning;
+use crate::sdxl::unet::UNetInput;
 use crate::train::gradients::Gradients;
 
 /// How samples are weighted.
@@ -93,13 +94,14 @@ pub fn losses(
     let dtype = networks.unet.compute_dtype();
     let out = networks
         .unet
-        .forward(
-            &x_t.to_dtype(dtype)?,
-            &times,
-            &text.context.to_dtype(dtype)?,
-            &text.pooled.to_dtype(dtype)?,
-            &joined(|batch| &batch.time_ids)?,
-        )?
+        .forward(&UNetInput {
+            latents: &x_t.to_dtype(dtype)?,
+            timesteps: &times,
+            context: &text.context.to_dtype(dtype)?,
+            pooled: &text.pooled.to_dtype(dtype)?,
+            time_ids: &joined(|batch| &batch.time_ids)?,
+            guidance_scale: None,
+        })?
         .to_dtype(DType::F32)?;
     let errors = (out - target)?.sqr()?.flatten_from(1)?.mean(1)?; // (K · n)
     let weights =

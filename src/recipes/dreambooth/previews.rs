@@ -12,7 +12,7 @@ use crate::image::{Image, contact_sheet};
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::lockstep::{Networks, TrainableLora};
-use crate::sdxl::pipeline::{GenerationParams, Pipeline, Sampler, SdxlLoader, Tiling};
+use crate::sdxl::pipeline::{DenoiserInput, GenerationParams, Pipeline, Sampler, SdxlLoader, Tiling};
 use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
 
@@ -70,9 +70,9 @@ impl Previewer {
             };
             let pipeline = Pipeline { unet: &networks.unet, vae: &self.vae, schedule: &self.schedule };
             let fresh = |step: usize| Ok(normal(1 + step as u64)?);
-            let drawn = pipeline
-                .generate(&normal(0)?, &prompt, &self.negative, params, fresh, |_| progress::check())?;
-            images.extend(drawn);
+            let (latents, negative) = (&normal(0)?, &self.negative);
+            let input = DenoiserInput { latents, prompts: &prompt, negative, params };
+            images.extend(pipeline.generate(&input, fresh, |_| progress::check())?);
         }
         Ok(images)
     }

@@ -10,23 +10,25 @@ use serde::{Deserialize, Serialize};
 use crate::diffusion::noise;
 use crate::layers::{self, Layer, Visit};
 use crate::lora::adapter::{Adapter, AdapterFile, AdapterKind};
+use crate::named::named;
 use crate::sdxl::text::TextEncoders;
 use crate::sdxl::unet::UNet;
 
-/// Which layers get a LoRA.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Targets {
-    /// Projections of every attention layer (diffusers' default).
-    Attn,
-    /// Attention and feed-forward.
-    #[value(name = "attn+ff", alias = "attn-ff")]
-    #[serde(alias = "attn+ff")]
-    AttnFf,
-    /// Every linear layer (PEFT's `all-linear`).
-    AllLinear,
-    /// Every linear layer and convolution of the UNet's blocks (LoCon; LyCORIS' preset `full`).
-    Conv,
+named! {
+    /// Which layers get a LoRA.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum Targets {
+        /// Projections of every attention layer (diffusers' default).
+        Attn = "attn",
+        /// Attention and feed-forward.
+        #[serde(alias = "attn+ff")]
+        AttnFf = "attn+ff" | "attn-ff",
+        /// Every linear layer (PEFT's `all-linear`).
+        AllLinear = "all-linear",
+        /// Every linear layer and convolution of the UNet's blocks (LoCon; LyCORIS' preset `full`).
+        Conv = "conv",
+    }
 }
 
 impl Targets {

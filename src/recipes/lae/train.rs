@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::dataset::lora_dataset::LoraDataset;
 use crate::failure::Failure;
-use crate::hypernet::codec::{LoraCodec, blocks};
+use crate::hypernet::codec::{LoraCodec, VectorSpace, blocks};
 use crate::hypernet::delta_metrics::DeltaSpace;
 use crate::hypernet::lae::{Lae, LaeConfig};
 use crate::hypernet::pca::{EXACT, Pca};
@@ -137,7 +137,8 @@ pub fn train(
         start => LaeTrainer { config, lae: &lae, set, rows: &rows, device }.run(start, run_options)?,
     };
     let (base, layout) = (set.header.base.clone(), set.layout.clone());
-    let codec = LoraCodec::new(base, layout, set.form.clone(), standardise, &lae, weights, device)?;
+    let space = VectorSpace { base, layout, form: set.form.clone(), standardise };
+    let codec = LoraCodec::new(space, &lae, weights, device)?;
     Ok((codec, end))
 }
 

@@ -32,7 +32,7 @@ pub struct Output {
 /// # Errors
 /// Standard output cannot be written for another reason, for example a full disk behind `> FILE`.
 macro_rules! print_line {
-    ($($part:tt)*) => { $crate::output::print(format_args!("{}\n", format_args!($($part)*))) };
+    ($($part:tt)*) => { $crate::commands::output::print(format_args!("{}\n", format_args!($($part)*))) };
 }
 pub(crate) use print_line;
 
