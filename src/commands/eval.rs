@@ -3,38 +3,27 @@
 
 mod args;
 mod compress;
+mod open;
 
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device};
 use serde_json::json;
 
 pub use args::Args;
 use args::{Figure, PeopleArgs};
 
 use crate::commands::output::{self, Output, print_line};
-use crate::dataset::lora_dataset::{FormWanted, LoraDataset, ReadOptions};
 use crate::eval::held_out::HeldOut;
-use crate::eval::image_judges::ImageJudge;
-use crate::eval::judges::Judges;
 use crate::eval::methods::{Generator, Method, PeopleOptions};
 use crate::eval::people::People;
 use crate::eval::prompts::PromptSet;
-use crate::eval::renderer::Renderer;
 use crate::eval::report::Findings;
 use crate::eval::{base_model, people, people_folder, perturbation};
 use crate::failure::Failure;
 use crate::files;
-use crate::hypernet::{DenoiserConfig, Hypernet, SampleOptions};
-use crate::identity::clip::ImageEncoder;
-use crate::identity::{self, FaceEncoder};
-use crate::progress;
+use crate::identity::FaceEncoder;
 use crate::recipes::dreambooth::refine::{CAPTION, Refinement};
-use crate::registry;
-use crate::sdxl::pipeline::Sdxl;
-use crate::synthetic::attribute_classifier::AttributeClassifier;
 
 /// Evaluates a hypernetwork or a base model alone, or makes one of the paper's figures.
 pub fn run(args: Args, output: &Output) -> Result<()> {
@@ -59,7 +48,7 @@ fn evaluate(args: &PeopleArgs, output: &Output, finish: impl Fn(Findings) -> Res
     let findings = match args.base_only {
         Some(count) => {
             let device = args.device.open()?;
-            let renderer = open_renderer(args, FaceEncoder::builtin()?, &device)?;
+            let renderer = open::renderer(args, FaceEncoder::builtin()?, &device)?;
             base_model::evaluate(&renderer, count, &args.sampling())?
         }
         None => evaluate_people(args)?,
@@ -75,16 +64,16 @@ fn evaluate(args: &PeopleArgs, output: &Output, finish: impl Fn(Findings) -> Res
 
 fn evaluate_people(args: &PeopleArgs) -> Result<Findings> {
     let device = args.device.open()?;
-    let methods = args.chosen_methods()?;
+    let methods = Method::chosen(&args.methods, args.refine.is_some())?;
     let generator = match methods.iter().any(Method::needs_hypernet) {
-        true => Some(open_generator(args, &device)?),
+        true => Some(open::generator(args, &device)?),
         false => None,
     };
     let detector = match &generator {
-        Some(generator) => open_detector(&generator.hypernet.denoiser.config)?,
+        Some(generator) => open::detector(&generator.hypernet.denoiser.config)?,
         None => FaceEncoder::builtin()?,
     };
-    let renderer = open_renderer(args, detector, &device)?;
+    let renderer = open::renderer(args, detector, &device)?;
     if let Some(Generator { hypernet, .. }) = &generator {
         hypernet.codec.base.demand(&renderer.base, "base model")?;
     }
@@ -126,7 +115,7 @@ fn evaluate_people(args: &PeopleArgs) -> Result<Findings> {
         judge_only: args.judge_only,
         require_all: args.require,
     };
-    let loras = open_loras(args.dataset.as_deref(), generator.as_ref());
+    let loras = open::loras(args.dataset.as_deref(), generator.as_ref());
     let people = People {
         subjects,
         prompts: &prompts,
@@ -142,80 +131,4 @@ fn evaluate_people(args: &PeopleArgs) -> Result<Findings> {
         }
     };
     people::evaluate(&renderer, generator.as_ref(), &people, &options, &images)
-}
-
-fn open_generator(args: &PeopleArgs, device: &Device) -> Result<Generator> {
-    let hypernet =
-        Hypernet::open(&registry::find_hypernet(&args.hypernet, args.base_options.offline)?, device)?;
-    let wanted = &hypernet.denoiser.config;
-    let encoder_files = registry::find(&args.image_encoder, "image_encoder")?;
-    let image_id = registry::identify(&encoder_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;
-    wanted.image_encoder.demand(&image_id, "image encoder")?;
-    Ok(Generator {
-        name: args.hypernet.clone(),
-        image_encoder: ImageEncoder::open(&encoder_files)?.with_input(wanted.image_input),
-        options: SampleOptions {
-            seed: args.seed,
-            samples: args.samples as usize,
-            strength: args.strength,
-            ..hypernet.options()
-        },
-        hypernet,
-    })
-}
-
-/// All LoRAs of the dataset, for comparisons of the LoRAs themselves; none, with a note, where they do not fit.
-fn open_loras(dataset: Option<&Path>, generator: Option<&Generator>) -> Option<LoraDataset> {
-    let options = ReadOptions {
-        form: FormWanted::Of(generator?.hypernet.codec.form.clone()),
-        ..ReadOptions::default()
-    };
-    match LoraDataset::open(dataset?, &options) {
-        Ok(loras) => Some(loras),
-        Err(error) => {
-            progress::note(format_args!("the LoRAs themselves are not compared: {error:#}"));
-            None
-        }
-    }
-}
-
-/// The face encoder that the hypernetwork was made for; it detects, too.
-fn open_detector(wanted: &DenoiserConfig) -> Result<FaceEncoder> {
-    let detector = match wanted.face_encoder.name.as_str() {
-        name if identity::catalog::is_known(name) => FaceEncoder::open(name)?,
-        _ => FaceEncoder::builtin()?,
-    };
-    wanted.face_encoder.demand(&detector.id(), "face encoder")?;
-    Ok(detector)
-}
-
-fn open_renderer(args: &PeopleArgs, detector: FaceEncoder, device: &Device) -> Result<Renderer> {
-    let base = args.base_options.open(&args.base)?;
-    let attributes = match &args.judge {
-        Some(name) => Some(AttributeClassifier::open(&registry::find(name, "judge")?)?),
-        None => match registry::built_in("judge") {
-            Ok(files) => Some(AttributeClassifier::open(&files)?),
-            Err(error) => {
-                progress::note(format_args!("prompt accuracy and factors are not measured: {error:#}"));
-                None
-            }
-        },
-    };
-    let recognisers =
-        args.recognisers.iter().map(|name| identity::Judge::open(name)).collect::<Result<_>>()?;
-    let clip = |name: &String| {
-        let files = registry::find(name, "image_encoder")?;
-        ImageJudge::clip(&files, registry::identify(&files, name, registry::ENCODER_WEIGHTS)?)
-    };
-    let dino = |name: &String| {
-        let files = registry::find(name, "dino")?;
-        ImageJudge::dino(&files, registry::identify(&files, name, registry::ENCODER_WEIGHTS)?)
-    };
-    let encoders = args.clip.iter().map(clip).chain(args.dino.iter().map(dino)).collect::<Result<_>>()?;
-    Ok(Renderer {
-        base: base.id()?,
-        model: Sdxl::open(&base.files, DType::F32, device)?,
-        block_layout: base.block_layout,
-        judges: Judges { detector, recognisers, encoders, attributes },
-    })
 }

@@ -13,6 +13,7 @@ use crate::eval::baselines::NearestNeighbour;
 use crate::eval::image_store::Times;
 use crate::eval::renderer::Sampling;
 use crate::eval::subjects::{Condition, Subject};
+use crate::failure::Failure;
 use crate::hypernet::{Hypernet, SampleOptions};
 use crate::identity::clip::ImageEncoder;
 use crate::lora::adapter::AdapterFile;
@@ -69,6 +70,30 @@ impl Method {
     /// All methods but [`Method::Files`] and [`Method::Perturbed`], in the order of the table.
     pub fn all() -> impl Iterator<Item = Self> {
         NAMES.iter().map(|(method, ..)| method.clone())
+    }
+
+    /// The methods in the order of the table: the `wanted` ones, or all where none is named; `refines` says whether
+    /// LoRAs are fine-tuned.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] for one that is named twice, or cannot be had alone.
+    pub fn chosen(wanted: &[Self], refines: bool) -> Result<Vec<Self>> {
+        let usage = |why: String| Err(Failure::Usage(format!("--methods: {why}")).into());
+        if wanted.is_empty() {
+            return Ok(Self::all().filter(|method| *method != Self::Refined || refines).collect());
+        }
+        for (i, method) in wanted.iter().enumerate() {
+            if wanted[..i].iter().any(|other| other.key() == method.key()) {
+                return usage(format!("`{method}` is named twice"));
+            }
+        }
+        if wanted.contains(&Self::Refined) && !refines {
+            return usage("`refined` needs --refine STEPS".into());
+        }
+        if wanted.contains(&Self::Shuffled) && !wanted.contains(&Self::Generated) {
+            return usage("`shuffled` needs `generated`, whose images it exchanges".into());
+        }
+        Ok(wanted.to_vec())
     }
 
     /// Name in reports and of the folder of images.

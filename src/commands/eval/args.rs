@@ -169,31 +169,6 @@ fn own_defaults(arg: clap::Arg) -> clap::Arg {
 }
 
 impl PeopleArgs {
-    /// The methods in the order of the table: those of --methods, or all.
-    ///
-    /// # Errors
-    /// [`Failure::Usage`] for one that is named twice, or `refined` without --refine.
-    pub(super) fn chosen_methods(&self) -> Result<Vec<Method>> {
-        let usage = |why: String| Err(Failure::Usage(format!("--methods: {why}")).into());
-        if self.methods.is_empty() {
-            return Ok(Method::all()
-                .filter(|method| *method != Method::Refined || self.refine.is_some())
-                .collect());
-        }
-        for (i, method) in self.methods.iter().enumerate() {
-            if self.methods[..i].iter().any(|other| other.key() == method.key()) {
-                return usage(format!("`{method}` is named twice"));
-            }
-        }
-        if self.methods.contains(&Method::Refined) && self.refine.is_none() {
-            return usage("`refined` needs --refine STEPS".into());
-        }
-        if self.methods.contains(&Method::Shuffled) && !self.methods.contains(&Method::Generated) {
-            return usage("`shuffled` needs `generated`, whose images it exchanges".into());
-        }
-        Ok(self.methods.clone())
-    }
-
     /// The maximum number of a dataset's people: --max-people, or --people with a number.
     ///
     /// # Errors
