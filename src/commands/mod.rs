@@ -1,4 +1,4 @@
-//! One file a subcommand, to be read aloud; the four rooms meet only here.
+//! The subcommands, one file each: their arguments, the models that names stand for, and what is printed.
 
 pub mod build_dataset;
 pub mod doctor;
