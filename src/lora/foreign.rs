@@ -88,12 +88,11 @@ pub(super) fn guess(keys: &[String]) -> Option<&'static str> {
 /// The trigger words of the textual inversions that a LoRA brings along (A1111's and OneTrainer's
 /// `bundle_emb.TOKEN.clip_l`, `bundle_emb.TOKEN.clip_g`), by the keys that belong to no layer.
 pub fn bundled_embeddings(keys: &[String]) -> std::collections::BTreeSet<&str> {
-    let token = |key: &'_ str| -> Option<usize> {
+    fn token(key: &str) -> Option<&str> {
         let rest = key.strip_prefix("bundle_emb.")?;
-        let end = rest.find(".string_to_param").or_else(|| rest.rfind('.'))?;
-        Some(end)
-    };
-    keys.iter().filter_map(|key| Some(&key["bundle_emb.".len()..][..token(key)?])).collect()
+        Some(&rest[..rest.find(".string_to_param").or_else(|| rest.rfind('.'))?])
+    }
+    keys.iter().filter_map(|key| token(key)).collect()
 }
 
 #[cfg(test)]
@@ -126,6 +125,9 @@ mod tests {
             "bundle_emb.sks person.clip_l",
             "bundle_emb.sks person.clip_g",
             "bundle_emb.v1.5.string_to_param.*",
+            "extra",
+            "äöü",
+            "bundle_emb.",
         ];
         let keys = keys.map(String::from);
         assert_eq!(bundled_embeddings(&keys).into_iter().collect::<Vec<_>>(), ["sks person", "v1.5"]);
