@@ -158,15 +158,16 @@ killed() { # NAME NUMBER
         arguments "$1" killed
         { traced -e trace="$call" -e inject="$call:signal=KILL:when=$number" -o /dev/null; } 2>/dev/null
     else
-        local first=0 wait process
+        local first=0 wait
         (($2 % 8)) && first=$(cat "reference/$1.first")
         wait=$((RANDOM * 32768 + RANDOM))
         wait=$((first + wait % ($(cat "reference/$1.time") - first + 1)))
         moment="after $wait ms"
-        spawn "$1" killed
-        sleep "$((wait / 1000)).$(printf %03d $((wait % 1000)))"
-        kill -9 $process 2>/dev/null
-        wait $process 2>/dev/null
+        arguments "$1" killed
+        # `timeout` sets its clock before the program starts; 0 would mean none.
+        wait=$((wait ? wait : 1))
+        { nice -n 19 timeout -s KILL "$((wait / 1000)).$(printf %03d $((wait % 1000)))" \
+            env LC_ALL="$locale" "$program" --quiet "${line[@]}" >stdout 2>stderr; } 2>/dev/null
     fi
     (($? == 137))
 }
@@ -177,7 +178,7 @@ kill_test() { # NAME NUMBER
     done_before "$test" && return
     reference "$1" || return
     local tries=0
-    until killed "$@"; do ((++tries < 20)) || { note "$test" FAILED "it always ended before it was killed"; return; }; done
+    until killed "$@"; do ((++tries < 20)) || { echo "$test skipped: it always ended before it was killed" >>"$results"; return; }; done
     local torn=$(torn_files "$1" killed)
     [[ -z $torn ]] || { note "$test" FAILED "torn $moment: $torn"; return; }
     local begin=$(date +%s%N) more=$(continues "$1" killed)
