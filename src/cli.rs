@@ -44,7 +44,7 @@ pub enum Command {
     /// Train the mixer and the diffusion transformer: from a person to a LoRA.
     TrainDit(commands::train_dit::Args),
     /// Evaluate a hypernetwork on held-out people, or a base model alone.
-    Eval(commands::eval::Args),
+    Eval(Box<commands::eval::Args>),
     /// Paint people of the small world.
     Portraits(commands::portraits::Args),
     /// Train a small SDXL from scratch on painted portraits.
@@ -148,7 +148,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::BuildDataset(args) => commands::build_dataset::run(args, &cli.output),
         Command::TrainLae(args) => commands::train_lae::run(args, &cli.output),
         Command::TrainDit(args) => commands::train_dit::run(args, &cli.output),
-        Command::Eval(args) => commands::eval::run(args, &cli.output),
+        Command::Eval(args) => commands::eval::run(*args, &cli.output),
         Command::Portraits(args) => commands::portraits::run(args, &cli.output),
         Command::TrainBase(args) => commands::train_base::run(args, &cli.output),
         Command::TrainEncoder(args) => commands::train_encoder::run(args, &cli.output),
