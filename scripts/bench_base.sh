@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which recipe of the base's UNet learns fastest: variants of configs/base-128.toml on the same latents, with the same
+# Which recipe of the base's UNet learns fastest: variants of configs/base-tiny.toml on the same latents, with the same
 # seeds and steps, measured by the attribute classifier along the way (OUT/NAME/training/unet-quality.jsonl).
 #
 #     scripts/bench_base.sh OUT [STEPS]    1,500 steps of 32; each variant resumes, a finished one is skipped
@@ -11,14 +11,17 @@ difflora=${DIFFLORA:-$root/target/release/difflora}
 mkdir -p "$out"
 plain=$out/x0.toml
 # 4,000 people, a small UNet, a linear rate, AdamW.
-sed -E "s/^people = .*/people = 4000/; s/^steps = 100000/steps = $steps/; s/^steps = 12000/steps = 1200/; s/^batch = 64/batch = 32/
-  s/^batch = 8\$/batch = 4/; s/\[48, 96, 160\]/[32, 64, 128]/; s/decay = \"constant\"/decay = \"linear\"/; s/^ema = 0.999/ema = 0.998/
-  s/^sheet_every = 2000/sheet_every = 500/; /^muon/d" "$root/configs/base-128.toml" > "$plain"
+sed -E "s/^people = .*/people = 4000/; s/^steps = 3167/steps = $steps/; s/^steps = 3200/steps = 1200/; s/^batch = 64/batch = 32/
+  s/^batch = 8\$/batch = 4/; s/decay = \"constant\"/decay = \"linear\"/; s/^ema = 0.999/ema = 0.998/
+  s/^sheet_every = 2000/sheet_every = 500/; /^muon/d" "$root/configs/base-tiny.toml" > "$plain"
 sed -E 's/^prediction_type = .*/prediction_type = "v_prediction"/; s/^velocity_floor = .*/velocity_floor = 0/' "$plain" > "$out/v.toml"
 sed -E 's/^weight_decay = 1e-2$/&\nmuon = { momentum = 0.95, rate = 1.0 }/' "$plain" > "$out/x0-muon.toml"
 sed -E '/^\[unet\]/,/^\[unet.plan\]/ s/^(head|features) = .*/\1 = 0/' "$plain" > "$out/x0-plain.toml"
 sed -E 's/^noise_candidates = .*/noise_candidates = 4/' "$plain" > "$out/x0-near.toml"
-"$difflora" train-encoder --kind judge --out "$out/judge" --config "$root/configs/encoder-128.toml" --resume
+resume() { # --resume where the folder holds a checkpoint of this training
+  if [ -e "$1/training/$2.checkpoint.safetensors" ]; then echo --resume; fi
+}
+"$difflora" train-encoder --kind judge --out "$out/judge" --config "$root/configs/encoder-tiny.toml" $(resume "$out/judge" judge)
 for name in x0 v x0-muon x0-plain x0-near; do
   if [ "$name" != x0 ] && [ ! -d "$out/$name" ]; then
     mkdir -p "$out/$name/training"
@@ -27,5 +30,5 @@ for name in x0 v x0-muon x0-plain x0-near; do
   fi
   stage=unet
   [ "$name" = x0 ] && stage=all
-  "$difflora" train-base --out "$out/$name" --config "$out/$name.toml" --stage $stage --resume --judge "$out/judge"
+  "$difflora" train-base --out "$out/$name" --config "$out/$name.toml" --stage $stage $(resume "$out/$name" unet) --judge "$out/judge"
 done

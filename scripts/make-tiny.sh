@@ -4,7 +4,7 @@
 #     scripts/make-tiny.sh OUT            the recipe of configs/, see tests/bench/RESULTS.md for times
 #     scripts/make-tiny.sh OUT --quick    a few steps of everything, to see that it runs
 #     scripts/make-tiny.sh OUT --install  afterwards put the bundle into src/assets/tiny
-#     scripts/make-tiny.sh OUT --device cuda   everything on a GPU; never run
+#     scripts/make-tiny.sh OUT --device cuda   UNet, LoRAs, LAE, DiT and eval on a GPU (VAE and encoders on the CPU)
 #
 # Every stage goes on where it was stopped; a stage that is finished is skipped. Delete its folder to train it again.
 set -euo pipefail
@@ -35,7 +35,7 @@ if [ ! -d "$configs" ]; then
   cp -r "$root/configs" "$configs"
   if [ -n "$quick" ]; then
     # Few people and few steps; the networks keep their sizes.
-    sed -i -E 's/^people = 6000/people = 300/; s/^steps = [0-9]+/steps = 40/' "$configs/base-tiny.toml"
+    sed -i -E 's/^people = 15000/people = 300/; s/^steps = [0-9]+/steps = 40/' "$configs"/base-tiny*.toml
     sed -i -E 's/^steps = [0-9]+/steps = 20/' "$configs/encoder-tiny.toml" "$configs/hypernet-tiny.toml"
     sed -i -E 's/^batch = 64/batch = 32/' "$configs/hypernet-tiny.toml" # at most half the people
     sed -i -E 's/^train = .*/train = 80/; s/^held_out = .*/held_out = 4/; s/^steps = [0-9]+/steps = 3/' "$configs/dataset-tiny.toml"
@@ -54,15 +54,28 @@ stage() { # stage NAME COMMAND...: runs it once, and says how long it took
   echo "$name: $((SECONDS - start)) s" | tee -a "$out/times.txt"
 }
 
-base=$out/base image=$out/image_encoder judge=$out/judge data=$out/dataset lae=$out/lae hypernet=$out/hypernet
-stage vae "$difflora" train-base --out "$base" --config "$configs/base-tiny.toml" --stage vae --resume
-stage unet "$difflora" train-base --out "$base" --config "$configs/base-tiny.toml" --stage unet --resume
-stage image-encoder "$difflora" train-encoder --kind image --out "$image" --config "$configs/encoder-tiny.toml" --resume
-stage judge "$difflora" train-encoder --kind judge --out "$judge" --config "$configs/encoder-tiny.toml" --resume
+resume() { # --resume where OUT holds a checkpoint of the training NAME
+  if [ -e "$1/training/$2.checkpoint.safetensors" ]; then echo --resume; fi
+}
+
+start=$out/base-start base=$out/base image=$out/image_encoder judge=$out/judge data=$out/dataset lae=$out/lae hypernet=$out/hypernet
+stage vae "$difflora" train-base --out "$start" --config "$configs/base-tiny.toml" --stage vae $(resume "$start" vae)
+stage unet "$difflora" train-base --out "$start" --config "$configs/base-tiny.toml" --stage unet $(resume "$start" unet)
+if [ ! -d "$base/training" ]; then
+  # The same latents, which take a while to encode.
+  mkdir -p "$base/training"
+  cp -r "$start/vae" "$base/vae"
+  cp "$start/training/latents.safetensors" "$base/training/"
+fi
+stage unet-decay "$difflora" train-base --out "$base" --config "$configs/base-tiny-decay.toml" --stage unet --from "$start" \
+  $(resume "$base" unet)
+stage image-encoder "$difflora" train-encoder --kind image --out "$image" --config "$configs/encoder-tiny.toml" $(resume "$image" image)
+stage judge "$difflora" train-encoder --kind judge --out "$judge" --config "$configs/encoder-tiny.toml" $(resume "$judge" judge)
 stage dataset "$difflora" build-dataset --out "$data" --config "$configs/dataset-tiny.toml" --base "$base" \
   --image-encoder "$image" --repeatability 16
-stage lae "$difflora" train-lae --dataset "$data" --out "$lae" --config "$configs/hypernet-tiny.toml" --resume
-stage dit "$difflora" train-dit --dataset "$data" --lae "$lae" --out "$hypernet" --config "$configs/hypernet-tiny.toml" --resume
+stage lae "$difflora" train-lae --dataset "$data" --out "$lae" --config "$configs/hypernet-tiny.toml" $(resume "$lae" lae)
+stage dit "$difflora" train-dit --dataset "$data" --lae "$lae" --out "$hypernet" --config "$configs/hypernet-tiny.toml" \
+  $(resume "$hypernet" dit)
 stage eval "$difflora" eval --dataset "$data" --hypernet "$hypernet" --base "$base" --image-encoder "$image" \
   --judge "$judge" --out "$out/eval" --images 8
 
