@@ -73,10 +73,11 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     }
     if let Some((plan, model)) = plan {
         if args.base == BUILT_IN {
-            progress::note(
-                "the built-in model `tiny` generates painted portraits of 64×64 pixels, to try the program; real \
-                 images need SDXL (--base) and a hypernetwork for it (--hypernet)",
-            );
+            let side = model.native_size();
+            progress::note(format_args!(
+                "the built-in model `tiny` generates painted portraits of {side}×{side} pixels, to try the program; real \
+                 images need SDXL (--base) and a hypernetwork for it (--hypernet)"
+            ));
         }
         let clock = Stage::begin("reading LoRAs");
         let loras = lora_stack(&args, &loras, person.as_ref(), &base)?;

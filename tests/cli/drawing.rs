@@ -40,7 +40,7 @@ fn the_same_seed_gives_the_same_bytes_of_lora_and_image() {
             "--json",
         ]);
         assert_eq!(run.code, 0, "{}", run.stderr);
-        assert!(run.stderr.contains("64×64"), "it must say what the built-in model is: {}", run.stderr);
+        assert!(run.stderr.contains("128×128"), "it must say what the built-in model is: {}", run.stderr);
         let report: Value = serde_json::from_str(&run.stdout).unwrap();
         assert_eq!(report["person"]["references"][0]["faces"], 1);
         made.push((fs::read(&image).unwrap(), fs::read(&lora).unwrap()));
@@ -218,9 +218,9 @@ fn number_types_strips_and_sizes_change_what_they_should() {
     assert!(apart("cropped.png", &["--crop", "0,512"]) > 0);
     assert!(apart("enlarged.png", &["--original-size", "8x8"]) > 0);
     // 60 = 15 latents: odd on every level of the UNet.
-    draw("odd.png", &["--width", "60", "--height", "36"]);
+    draw("odd.png", &["--width", "120", "--height", "72"]);
     let odd = Image::open(&at("odd.png")).unwrap();
-    assert_eq!((odd.width, odd.height), (60, 36));
+    assert_eq!((odd.width, odd.height), (120, 72));
 }
 
 #[test]

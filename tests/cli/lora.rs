@@ -585,7 +585,7 @@ fn gen_tells_what_each_lora_is_and_records_where_its_own_comes_from() {
         header.metadata["difflora.reference_sha256"],
         difflora::weights::sha256::of_file(Path::new(photo)).unwrap()
     );
-    assert_eq!(header.metadata["modelspec.resolution"], "64x64");
+    assert_eq!(header.metadata["modelspec.resolution"], "128x128");
     for key in ["hypernet", "base_sha256", "face_encoder", "face_encoder_sha256", "identity_seed", "version"]
     {
         assert!(!header.metadata[&format!("difflora.{key}")].is_empty(), "{key}");

@@ -65,7 +65,7 @@ fn one_file_draws_the_folder_s_image() {
 
 #[test]
 fn show_counts_and_verify_looks_at_every_weight() {
-    let run = difflora(&["models", "show", "tiny", "--width", "128", "--json"]);
+    let run = difflora(&["models", "show", "tiny", "--width", "256", "--json"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     let report: Value = serde_json::from_str(&run.stdout).unwrap();
     let unet = fs::File::open("src/assets/tiny/base/unet/diffusion_pytorch_model.safetensors").unwrap();
@@ -74,7 +74,7 @@ fn show_counts_and_verify_looks_at_every_weight() {
     // Stored as f16: two bytes a number, and a header.
     let (stored, counted) = (unet.metadata().unwrap().len() / 2, counted["parameters"].as_u64().unwrap());
     assert!(counted <= stored && stored < counted + 100_000, "{stored} {counted}");
-    assert_eq!((report["width"].as_u64(), report["height"].as_u64()), (Some(128), Some(64)));
+    assert_eq!((report["width"].as_u64(), report["height"].as_u64()), (Some(256), Some(128)));
     assert_eq!(difflora(&["models", "show", "tiny", "--width", "63"]).code, 2);
     let run = difflora(&["models", "show", "tiny"]);
     assert!(run.stdout.contains("with attention") && run.stdout.contains("vae decoder"), "{}", run.stdout);

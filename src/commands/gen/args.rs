@@ -15,7 +15,7 @@ use crate::sdxl::prompt::PromptSyntax;
 /// Arguments of `difflora gen`.
 ///
 /// With neither --ref nor --lora, images come from the base model alone. The built-in model `tiny` generates painted
-/// portraits of 64×64 pixels, to try the program. Guide: difflora help generate.
+/// portraits of 128×128 pixels, to try the program. Guide: difflora help generate.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Photos of one person: files, patterns such as 'me/*.jpg', or folders. Photos of other people are left out.
