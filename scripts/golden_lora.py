@@ -2,6 +2,7 @@
 
     python scripts/golden_lora.py            # writes tests/data/golden/lora_peft.safetensors and lora_delta.safetensors
     python scripts/golden_lora.py --kinds    # writes tests/data/golden/lora_kinds/, a file of every kind of adapter
+    python scripts/golden_lora.py --replaced # writes tests/data/golden/peft_replaced/, PEFT folders that replace weights and biases
     python scripts/golden_lora.py --check    # the kohya files that the Rust tests hold load in diffusers and give the same
 
 Needs torch, diffusers 0.42.1, peft 0.21.2; --kinds also lycoris-lora 4.1.3. The UNet is a small SDXL: two levels of two layers, attention on the
@@ -16,7 +17,7 @@ import tempfile
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -221,6 +222,39 @@ def make_peft_kinds(folder, expected):
             expected[f"{kind}.1.0.weight.{path}"] = after[f"{path}.weight"] - before[f"{path}.weight"]
 
 
+@torch.no_grad()
+def make_replaced():
+    """`modules_to_save` and `bias`: the base's weights and biases beside those of the merged model, by difference."""
+    folder = GOLDEN / "peft_replaced"
+    folder.mkdir(exist_ok=True)
+    biased = [path for path in LAYERS if not path.endswith("to_k")]  # PEFT adds no bias to a layer without one
+    common = {"r": 3, "lora_alpha": 5, "target_modules": biased, "modules_to_save": ["conv_in", "norm1"]}
+    expected = {}
+    for kind, options in {
+        "all": {"bias": "all"},
+        "lora_only": {"bias": "lora_only", "lora_bias": True},
+        "none": {"modules_to_save": ["conv_in", f"{ATTENTION}.attn2.to_v"], "lora_bias": True, "use_rslora": True},
+    }.items():
+        unet = small_unet()
+        before = weights(unet)
+        model = get_peft_model(unet, LoraConfig(**(common | options)))
+        torch.manual_seed(5)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.save_pretrained(folder / kind)
+        (folder / kind / "README.md").unlink()
+        after = weights(model.merge_and_unload())
+        assert before.keys() == after.keys()
+        for name in before:
+            if torch.equal(before[name], after[name]):
+                continue
+            expected[f"{kind}.after.{name}"] = after[name]
+            expected[f"before.{name}"] = before[name]
+    save_file(expected, folder / "expected.safetensors")
+    print(f"{len(expected)} tensors expected")
+
+
 def check():
     import logging
     import warnings
@@ -246,5 +280,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="load the files that the Rust tests hold")
     parser.add_argument("--kinds", action="store_true", help="write a file of every kind of adapter")
+    parser.add_argument("--replaced", action="store_true", help="write PEFT folders that replace weights and biases")
     arguments = parser.parse_args()
-    check() if arguments.check else make_kinds() if arguments.kinds else make()
+    if arguments.replaced:
+        make_replaced()
+    else:
+        check() if arguments.check else make_kinds() if arguments.kinds else make()

@@ -6,10 +6,14 @@
 Runs `parse_prompt_attention` and `FrozenCLIPEmbedderForSDXLWithCustomWords` of A1111, and `SDTokenizer` and
 `ClipTokenWeightEncoder` of ComfyUI (commit 00728eb20fce05955f89ef1ccf5f6167416e94cf), over transformers 5.23.0 and the text
 encoders of tests/data/golden/pipeline/two. Writes tests/data/golden/prompts.safetensors: for each prompt the parsed pieces
-(in the metadata), the context and the pooled output.
+(in the metadata), the context and the pooled output. `--embeddings` instead of a path writes
+tests/data/golden/embeddings.safetensors: random textual inversions, and prompts that call them, by A1111's
+`EmbeddingDatabase` and `EmbeddingsWithFixes`, and by transformers with the vectors as added tokens, as diffusers'
+`load_textual_inversion` adds them.
 """
 
 import ast
+import copy
 import importlib.util
 import json
 import sys
@@ -131,6 +135,90 @@ def comfyui_encoder(module, tokenizer, transformer):
     return lambda prompt: Encoder().encode_token_weights(reader.tokenize_with_weights(prompt))
 
 
+# Names of textual inversions, and how many vectors each has.
+VECTORS = {"sks person": 2, "sks": 1, "wide-style": 30}
+CALLS = [
+    "a photo of sks person, (smiling:1.2)",
+    "a photo of (SKS  Person:1.3) and sks, wide-style",
+    "wide-style, red hat, (wide-style), blue hat, wide-style, sks person",
+    "nothing of the kind",
+]
+
+
+def a1111_embeddings(encoders, vectors):
+    """A1111's own database and the module that puts vectors in the place of tokens, around both encoders."""
+    _, clip = a1111()
+    folder = Path(importlib.util.find_spec("auto1111sdk").origin).parent / "modules"
+
+    def classes(file, *names):
+        tree = ast.parse((folder / file).read_text("utf-8"))
+        tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
+        module = {"torch": torch, "devices": types.SimpleNamespace(cond_cast_unet=lambda x: x)}
+        exec(compile(tree, file, "exec"), module)
+        return [module[name] for name in names]
+
+    (database,) = classes("textual_inversion/textual_inversion.py", "EmbeddingDatabase")
+    (fixes,) = classes("sd_hijack.py", "EmbeddingsWithFixes")
+    database = database()
+    hijack = types.SimpleNamespace(embedding_db=database, fixes=None, extra_generation_params={})
+    embedders = []
+    for key, (tokenizer, transformer) in zip(["clip_l", "clip_g"], encoders):
+        embedder = a1111_encoder(clip, tokenizer, transformer)
+        embedder.hijack = hijack
+        embeddings = transformer.text_model.embeddings if hasattr(transformer, "text_model") else transformer.embeddings
+        embeddings.token_embedding = fixes(embeddings.token_embedding, hijack, key)
+        embedders.append(embedder)
+    model = types.SimpleNamespace(cond_stage_model=embedders[0])
+    for name, count in VECTORS.items():
+        pair = {key: vectors[f"{name}.{key}"] for key in ["clip_l", "clip_g"]}
+        embedding = types.SimpleNamespace(name=name, vec=pair, vectors=count, shorthash="")
+        database.register_embedding_by_name(embedding, model, name)
+    return embedders
+
+
+def added_tokens(encoders, vectors, prompt):
+    """Context and pooled output where each vector is a token of its own."""
+    out = []
+    for key, (tokenizer, transformer) in zip(["clip_l", "clip_g"], encoders):
+        tokenizer, transformer = copy.deepcopy(tokenizer), copy.deepcopy(transformer)
+        text = prompt
+        for name, count in sorted(VECTORS.items(), key=lambda item: -len(item[0])):
+            word = "tok" + "".join(c for c in name if c.isalnum())
+            tokens = [word] + [f"{word}_{i}" for i in range(1, count)]
+            tokenizer.add_tokens(tokens)
+            transformer.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            for token, row in zip(tokens, vectors[f"{name}.{key}"]):
+                transformer.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] = row
+            text = text.replace(name, " ".join(tokens))
+        ids = tokenizer(text, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        outputs = transformer(ids, output_hidden_states=True)
+        out.append((outputs.hidden_states[-2], getattr(outputs, "text_embeds", None)))
+    return torch.cat([out[0][0], out[1][0]], dim=-1), out[1][1]
+
+
+@torch.no_grad()
+def embeddings():
+    torch.manual_seed(3)
+    encoders = [encoder(1), encoder(2)]
+    tensors, cases = {}, []
+    for name, count in VECTORS.items():
+        for key, (_, transformer) in zip(["clip_l", "clip_g"], encoders):
+            tensors[f"{name}.{key}"] = torch.randn(count, transformer.config.hidden_size) * 0.5
+    plain = "a photo of sks person and sks, in wide-style and wide-style"
+    context, pooled = added_tokens(encoders, tensors, plain)
+    results = [("plain", plain, context, pooled)]
+    embedders = a1111_embeddings(encoders, tensors)
+    for prompt in CALLS:
+        first, (second, pooled) = embedders[0]([prompt]), embedders[1]([prompt])
+        results.append(("a1111", prompt, torch.cat([first, second], dim=-1), pooled))
+    for syntax, prompt, context, pooled in results:
+        tensors[f"{len(cases)}.context"] = context.as_subclass(torch.Tensor).contiguous()
+        tensors[f"{len(cases)}.pooled"] = pooled.contiguous()
+        cases.append({"syntax": syntax, "prompt": prompt})
+    save_file(tensors, GOLDEN / "embeddings.safetensors", {"cases": json.dumps(cases), "names": json.dumps(list(VECTORS))})
+    print(len(cases), "prompts with textual inversions")
+
+
 @torch.no_grad()
 def main():
     parser, clip = a1111()
@@ -157,4 +245,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    embeddings() if sys.argv[1:] == ["--embeddings"] else main()

@@ -22,6 +22,7 @@ use crate::device::Precision;
 use crate::files;
 use crate::hypernet::hyperlora::with_trigger;
 use crate::lora::block_weights::BlockWeights;
+use crate::lora::embedding::Embedding;
 use crate::lora::file::{self, Missing};
 use crate::personal_lora::PersonalLora;
 use crate::progress::{self, Stage};
@@ -35,7 +36,7 @@ use crate::weights::model_folder::WeightType;
 pub fn run(args: Args, output: &Output) -> Result<()> {
     let start = Instant::now();
     let (mut prompts, loras) = prompts::read(&args)?;
-    let outputs = Outputs::plan(&args, &loras)?;
+    let outputs = Outputs::plan(&args, &loras, output.json)?;
     let device = args.device.open()?;
     let base = args.base_options.open(&args.base)?;
     let plan = match args.prompt.is_empty() {
@@ -82,6 +83,7 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         let clock = Stage::begin("reading LoRAs");
         let loras = lora_stack(&args, &loras, person.as_ref(), &base)?;
         clock.end();
+        prompts.note_embeddings(&loras);
         report["loras"] = loras.check(&model)?;
         let series = ImageSeries {
             model: &model,
@@ -119,7 +121,11 @@ fn lora_stack(
         guidance: args.sampling.guidance,
         widen: args.dtype == Precision::F32,
         missing: if args.strict { Missing::Refuse } else { Missing::Warn },
+        embeddings: Vec::new(),
     };
+    for path in &args.embedding {
+        stack.embeddings.push((path.display().to_string(), Embedding::read(path)?));
+    }
     if let Some(person) = person {
         let stem = args.lora_out.as_deref().and_then(Path::file_stem);
         let name = stem.map_or("person".into(), |stem| stem.to_string_lossy());
@@ -137,7 +143,7 @@ fn write_images(series: &ImageSeries, args: &Args, outputs: &Outputs, output: &O
     let paths = &outputs.images;
     let mut written = Vec::new();
     let strip = series.generate(
-        |k, preview| preview.save(&paths[k].with_extension("preview.png"), None),
+        |k, preview| preview.save(&outputs::preview(&paths[k]), None),
         |k, image, settings| {
             let path = &paths[k];
             let text = settings.parameters();
@@ -145,7 +151,7 @@ fn write_images(series: &ImageSeries, args: &Args, outputs: &Outputs, output: &O
             let mut record = settings.to_json();
             record["file"] = json!(path.display().to_string());
             if output.json {
-                files::write_whole(&path.with_extension("json"), format!("{record:#}\n").as_bytes())?;
+                files::write_whole(&outputs::record(path), format!("{record:#}\n").as_bytes())?;
             } else {
                 print_line!("image {}", path.display())?;
             }

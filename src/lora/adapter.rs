@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::embedding::Embedding;
 use super::keys::Part;
 use super::{Lora, LoraError, LoraLayer};
 
@@ -18,6 +19,8 @@ use super::{Lora, LoraError, LoraLayer};
 pub struct AdapterFile {
     /// By module path as diffusers spells it.
     pub modules: BTreeMap<String, Adapter>,
+    /// Textual inversions that the file brings along.
+    pub embeddings: Vec<Embedding>,
     /// The file's metadata.
     pub metadata: BTreeMap<String, String>,
 }
@@ -42,8 +45,36 @@ pub struct Adapter {
     pub kind: AdapterKind,
     /// DoRA: the sizes that rows or columns of the changed weight are brought to.
     pub magnitude: Option<Magnitude>,
-    /// What is added to the bias (out).
-    pub bias: Option<Tensor>,
+    /// What happens to the bias.
+    pub bias: Option<BiasChange>,
+}
+
+/// The change of a bias (out).
+#[derive(Clone, Debug)]
+pub enum BiasChange {
+    /// Added to the base's.
+    Added(Tensor),
+    /// In the place of the base's.
+    Replaced(Tensor),
+}
+
+impl BiasChange {
+    /// The numbers that the file holds.
+    pub fn values(&self) -> &Tensor {
+        match self {
+            Self::Added(values) | Self::Replaced(values) => values,
+        }
+    }
+
+    /// What is added to `bias`, with the change `times` as strong; f32.
+    pub fn delta(&self, bias: Option<&Tensor>, times: f64) -> Result<Tensor> {
+        let values = f32(self.values())?.flatten_all()?;
+        let delta = match (self, bias) {
+            (Self::Replaced(_), Some(bias)) => (values.to_device(bias.device())? - f32(bias)?)?,
+            _ => values,
+        };
+        delta * times
+    }
 }
 
 /// Sizes of the rows, or of the columns, of a weight.
@@ -94,6 +125,8 @@ pub enum AdapterKind {
     },
     /// The difference itself, as large as the weight; norms as well.
     Full(Tensor),
+    /// A weight in the place of the base's (PEFT's `modules_to_save`, ComfyUI's `set_weight`).
+    Replaced(Tensor),
     /// Only the bias changes.
     BiasOnly,
     /// IA3: W ⊙ factor, along the outputs or the inputs.
@@ -150,6 +183,7 @@ impl Adapter {
             AdapterKind::Kronecker { .. } => "LoKr",
             AdapterKind::Full(diff) if diff.rank() == 1 => "norm",
             AdapterKind::Full(_) => "full",
+            AdapterKind::Replaced(_) => "replacement",
             AdapterKind::BiasOnly => "bias",
             AdapterKind::Scaled { .. } => "IA3",
             AdapterKind::Orthogonal { blocks, .. } if blocks.rank() == 4 => "BOFT",
@@ -171,6 +205,7 @@ impl Adapter {
             }
             AdapterKind::Generalised { a, alpha, .. } => Some((a[1].dims()[0], *alpha)),
             AdapterKind::Full(_)
+            | AdapterKind::Replaced(_)
             | AdapterKind::BiasOnly
             | AdapterKind::Scaled { .. }
             | AdapterKind::Orthogonal { .. } => None,
@@ -216,6 +251,7 @@ impl Adapter {
         let delta = match &self.kind {
             AdapterKind::BiasOnly => Tensor::zeros(shape, DType::F32, device)?,
             AdapterKind::Full(diff) => on(diff)?.reshape(shape)?,
+            AdapterKind::Replaced(whole) => (on(whole)?.reshape(shape)? - on(weight)?)?,
             AdapterKind::LowRank { .. } => {
                 let Some((down, up)) = self.plain().factors()? else { candle_core::bail!("no factors") };
                 on(&up)?.matmul(&on(&down)?)?.reshape(shape)?
@@ -299,7 +335,7 @@ impl Adapter {
             _ => self.same_size(weight),
         };
         let magnitude = self.magnitude.as_ref().is_none_or(|m| m.values.elem_count() == axis(m.on_input));
-        let bias = self.bias.as_ref().is_none_or(|bias| bias.elem_count() == out);
+        let bias = self.bias.as_ref().is_none_or(|bias| bias.values().elem_count() == out);
         let has_inputs = weight.len() > 1 || self.magnitude.is_none();
         kind && magnitude && bias && has_inputs && rest > 0
     }
@@ -341,8 +377,8 @@ impl Adapter {
                 };
                 [&[a * second[0], c * second[1]], &second[2..]].concat()
             }
-            AdapterKind::Full(diff) => diff.dims().to_vec(),
-            AdapterKind::BiasOnly => self.bias.iter().map(Tensor::elem_count).collect(),
+            AdapterKind::Full(whole) | AdapterKind::Replaced(whole) => whole.dims().to_vec(),
+            AdapterKind::BiasOnly => self.bias.iter().map(|bias| bias.values().elem_count()).collect(),
             AdapterKind::Scaled { factor, on_input: true } => vec![0, factor.elem_count()],
             AdapterKind::Scaled { factor, on_input: false } => vec![factor.elem_count()],
             AdapterKind::Orthogonal { blocks, .. } => {
@@ -386,6 +422,7 @@ impl Adapter {
             }
             AdapterKind::Full(diff) if diff.rank() == 1 => parts.push((Part::WNorm, diff.clone())),
             AdapterKind::Full(diff) => parts.push((Part::Diff, diff.clone())),
+            AdapterKind::Replaced(whole) => parts.push((Part::SetWeight, whole.clone())),
             AdapterKind::BiasOnly => {}
             AdapterKind::Scaled { factor, on_input } => {
                 let on_input = Tensor::new(i64::from(*on_input), &Device::Cpu)?;
@@ -406,12 +443,14 @@ impl Adapter {
             let axes = if values.rank() > 1 { values.rank() } else { self.target().len().max(2) };
             parts.push((Part::DoraScale, along(values, magnitude.on_input, axes)?));
         }
-        let bias = if matches!(&self.kind, AdapterKind::Full(diff) if diff.rank() == 1) {
-            Part::BNorm
-        } else {
-            Part::DiffB
-        };
-        parts.extend(self.bias.iter().map(|tensor| (bias, tensor.clone())));
+        parts.extend(self.bias.iter().map(|bias| {
+            let part = match (bias, &self.kind) {
+                (BiasChange::Replaced(_), _) => Part::SetBias,
+                (_, AdapterKind::Full(diff)) if diff.rank() == 1 => Part::BNorm,
+                _ => Part::DiffB,
+            };
+            (part, bias.values().clone())
+        }));
         Ok(parts)
     }
 }
@@ -430,7 +469,7 @@ impl From<&LoraLayer> for Adapter {
 impl From<&Lora> for AdapterFile {
     fn from(lora: &Lora) -> Self {
         let modules = lora.layers.iter().map(|(module, layer)| (module.clone(), layer.into())).collect();
-        Self { modules, metadata: lora.metadata.clone() }
+        Self { modules, metadata: lora.metadata.clone(), embeddings: Vec::new() }
     }
 }
 

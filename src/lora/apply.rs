@@ -151,7 +151,7 @@ pub fn widen(
 fn add(layer: &mut Layer, adapters: &[(&Adapter, f64)]) -> Result<(Tensor, Option<Tensor>), LoraError> {
     let (weight, bias) = (layer.weight().clone(), layer.bias().cloned());
     let after = merged_weight(&weight, adapters)?;
-    let adapter = bias_delta(adapters)?;
+    let adapter = bias_delta(bias.as_ref(), adapters)?;
     let bias_after = match (adapter, &bias) {
         (None, bias) => bias.clone(),
         (Some(adapter), Some(bias)) => Some(merged_bias(bias, &adapter)?),
@@ -184,15 +184,15 @@ pub fn merged_weight(weight: &Tensor, adapters: &[(&Adapter, f64)]) -> Result<Te
     Ok(sum.to_dtype(weight.dtype())?)
 }
 
-/// Σ times · Δbias (out) in f32, where one of the changes has a bias.
-pub fn bias_delta(adapters: &[(&Adapter, f64)]) -> Result<Option<Tensor>, LoraError> {
+/// Σ times · Δbias (out) in f32 for the original `bias`, where one of the adapters changes it.
+pub fn bias_delta(bias: Option<&Tensor>, adapters: &[(&Adapter, f64)]) -> Result<Option<Tensor>, LoraError> {
     let mut sum: Option<Tensor> = None;
     for (adapter, times) in adapters {
-        let Some(bias) = &adapter.bias else { continue };
-        let bias = (bias.to_dtype(DType::F32)?.flatten_all()? * *times)?;
+        let Some(change) = &adapter.bias else { continue };
+        let delta = change.delta(bias, *times)?;
         sum = Some(match sum {
-            Some(sum) => (sum + bias)?,
-            None => bias,
+            Some(sum) => (sum + delta)?,
+            None => delta,
         });
     }
     Ok(sum)
@@ -314,7 +314,7 @@ mod tests {
     use super::*;
     use crate::diffusion::noise::normal;
     use crate::layers::{Conv2d, Linear};
-    use crate::lora::adapter::{AdapterKind, Magnitude};
+    use crate::lora::adapter::{AdapterKind, BiasChange, Magnitude};
     use crate::lora::{Lora, LoraLayer};
     use candle_core::{Device, Module};
 
@@ -473,7 +473,7 @@ mod tests {
         let mut dora = lora(20, 4, 1.0);
         for adapter in dora.modules.values_mut() {
             adapter.magnitude = Some(Magnitude { values: random(77, (6, 1)).abs()?, on_input: false });
-            adapter.bias = Some(random(78, 6));
+            adapter.bias = Some(BiasChange::Added(random(78, 6)));
         }
         let (mut merged, mut attached) = (model(), model());
         merge_all(&mut merged, &[(&dora, 0.7)], Unmatched::Refuse)?;

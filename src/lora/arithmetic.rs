@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
 use super::LoraError;
-use super::adapter::{Adapter, AdapterFile, AdapterKind};
+use super::adapter::{Adapter, AdapterFile, AdapterKind, BiasChange};
 use super::block_weights::BlockWeights;
 use super::low_rank::LowRank;
 use crate::named::named;
@@ -98,7 +98,7 @@ struct Delta {
     thin: LowRank,
     target: Vec<usize>,
     dtype: DType,
-    bias: Option<Tensor>,
+    bias: Option<BiasChange>,
 }
 
 impl Delta {
@@ -146,7 +146,7 @@ impl Delta {
 
 /// Σ strength · ΔW of all files, as LoRAs whose ranks are added up, then shortened to `keep`.
 ///
-/// Metadata are the first file's. The type of numbers is the widest of a module's.
+/// Metadata are the first file's, embeddings those of all, of one name the first. The type of numbers is the widest of a module's.
 ///
 /// # Errors
 /// [`LoraError::Kind`] for a module whose ΔW needs the base, [`LoraError::Size`] for one that is of two shapes.
@@ -158,6 +158,11 @@ pub fn sum(
         metadata: files.first().map(|(adapters, _)| adapters.metadata.clone()).unwrap_or_default(),
         ..AdapterFile::default()
     };
+    for embedding in files.iter().flat_map(|(adapters, _)| &adapters.embeddings) {
+        if sum.embeddings.iter().all(|other| other.name != embedding.name) {
+            sum.embeddings.push(embedding.clone());
+        }
+    }
     let mut kept_energy = BTreeMap::new();
     let modules: BTreeSet<&String> = files.iter().flat_map(|(adapters, _)| adapters.modules.keys()).collect();
     for module in modules {
@@ -166,9 +171,16 @@ pub fn sum(
         for (adapters, weights) in files {
             let Some(adapter) = adapters.modules.get(module) else { continue };
             let times = weights.of(module);
-            if let Some(own) = &adapter.bias {
-                let own = (own.to_dtype(DType::F32)? * times)?;
-                bias = Some(bias.map_or(Ok(own.clone()), |bias| bias + own)?);
+            match &adapter.bias {
+                None => {}
+                Some(change @ BiasChange::Added(_)) => {
+                    let own = change.delta(None, times)?;
+                    bias = Some(bias.map_or(Ok(own.clone()), |bias| bias + own)?);
+                }
+                Some(BiasChange::Replaced(_)) => {
+                    let kind = "a bias in the place of the base's";
+                    return Err(LoraError::Kind { key: module.clone(), kind });
+                }
             }
             deltas.push((Delta::of(module, adapter)?, times));
         }
@@ -181,7 +193,8 @@ pub fn sum(
         let dtype = deltas.iter().map(|(delta, _)| delta.dtype).max_by_key(DType::size_in_bytes);
         let terms: Vec<(&LowRank, f64)> = deltas.iter().map(|(delta, times)| (&delta.thin, *times)).collect();
         let thin = LowRank::sum(&terms)?;
-        let whole = Delta { thin, target, dtype: dtype.unwrap_or(DType::F32), bias };
+        let whole =
+            Delta { thin, target, dtype: dtype.unwrap_or(DType::F32), bias: bias.map(BiasChange::Added) };
         let (adapter, kept) = shorten(&whole, keep)?;
         sum.modules.insert(module.clone(), adapter);
         kept_energy.insert(module.clone(), kept);
@@ -350,7 +363,11 @@ mod tests {
 
     fn file(modules: &[(&str, Adapter)]) -> AdapterFile {
         let modules = modules.iter().map(|(module, adapter)| (module.to_string(), adapter.clone())).collect();
-        AdapterFile { modules, metadata: BTreeMap::from([("ss_seed".to_string(), "1".to_string())]) }
+        AdapterFile {
+            modules,
+            metadata: BTreeMap::from([("ss_seed".to_string(), "1".to_string())]),
+            ..AdapterFile::default()
+        }
     }
 
     fn delta(adapter: &Adapter, shape: &[usize]) -> Tensor {

@@ -131,7 +131,8 @@ impl<'a> Merge<'a> {
             };
             let begin = Instant::now();
             let part = target.form.take(stored.clone())?;
-            let part = match apply::bias_delta(&adapters)? {
+            let bias = if target.is_weight { None } else { apply::bias_delta(Some(&part), &adapters)? };
+            let part = match bias {
                 _ if target.is_weight => apply::merged_weight(&part, &adapters)?,
                 Some(adapter) => apply::merged_bias(&part, &adapter)?,
                 None => part,

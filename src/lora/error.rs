@@ -52,6 +52,14 @@ pub enum LoraError {
         /// The base by the file's metadata.
         base: String,
     },
+    /// A bundled embedding that is none.
+    #[error("the embedding `{name}`: {why}")]
+    Embedding {
+        /// The word by which prompts call it.
+        name: String,
+        /// What is wrong.
+        why: String,
+    },
     /// Parts of a file that are left out, where the user wants none to be.
     #[error("{why} (--strict)")]
     Incomplete {

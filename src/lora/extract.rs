@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use candle_core::{DType, Tensor};
 
-use super::adapter::{Adapter, AdapterFile, AdapterKind};
+use super::adapter::{Adapter, AdapterFile, AdapterKind, BiasChange};
 use super::arithmetic::{self, Kept};
 use super::checkpoint::{COMPONENTS, module_of};
 use super::listed;
@@ -114,7 +114,7 @@ fn add_biases(adapters: &mut AdapterFile, biases: Vec<(String, Tensor)>) {
     for (module, bias) in biases {
         let adapter = adapters.modules.entry(module);
         adapter.or_insert(Adapter { kind: AdapterKind::BiasOnly, magnitude: None, bias: None }).bias =
-            Some(bias);
+            Some(BiasChange::Added(bias));
     }
 }
 

@@ -14,6 +14,7 @@ use candle_core::Tensor;
 use safetensors::tensor::View;
 
 use super::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude};
+use super::embedding::{self, Embedding, take_pairs};
 use super::foreign::{self, bundled_embeddings};
 use super::keys::{self, Key, Part};
 use super::ldm_keys::BlockLayout;
@@ -21,6 +22,7 @@ use super::parts::{Parts, is_finite};
 use super::peft_config::{self, ConfigFile, PeftConfig};
 use super::{Lora, LoraError, listed, listed_for_user, metadata};
 use crate::failure::Failure;
+use crate::files::open_input;
 use crate::named::named;
 use crate::progress;
 use crate::weights::header::{Entry, Header, Storage};
@@ -116,8 +118,8 @@ fn left_out(file: &mut (impl Read + Seek), unknown: &[String]) -> Result<Vec<Str
     let tokens: Vec<String> = bundled_embeddings(unknown).into_iter().map(String::from).collect();
     if !tokens.is_empty() {
         warnings.push(format!(
-            "it brings textual inversion embeddings for {}, which are not used; in a prompt these words have the \
-             meaning that the base gives them, and the likeness is weaker",
+            "its textual inversion embeddings for {} lack the vectors of SDXL's two text encoders (clip_l and clip_g) \
+             and are not used; in a prompt these words have the meaning that the base gives them",
             listed(&tokens)
         ));
     }
@@ -178,7 +180,7 @@ pub fn weights_in(path: &Path) -> Result<PathBuf> {
 /// # Errors
 /// [`Failure::Unusable`] when it is missing or not to be read.
 pub fn open(path: &Path) -> Result<File> {
-    File::open(weights_in(path)?).map_err(|error| Failure::unusable(path, error))
+    open_input(&weights_in(path)?).map_err(|error| Failure::unusable(path, error))
 }
 
 /// Reads a LoRA of linear layers from memory; returns it with the keys that belong to no known layer.
@@ -198,9 +200,8 @@ fn from_reader(
     beside: Option<&ConfigFile>,
 ) -> Result<(AdapterFile, Vec<String>)> {
     let header = Header::read(file)?;
-    let (modules, unknown) = sorted(&header, layout)?;
     let config = PeftConfig::of(&header, beside)?;
-    config.check_replaced(&unknown)?;
+    let (modules, mut unknown) = sorted(&header, layout, &config)?;
     let mut adapters = BTreeMap::new();
     for (module, entries) in modules {
         let stem = entries.values().find_map(|entry| keys::stem(&entry.key)).unwrap_or(&module);
@@ -224,7 +225,16 @@ fn from_reader(
         let adapter = Parts { module: &module, parts }.into_adapter(&noted, whole_lokr_scale)?;
         adapters.insert(module, adapter);
     }
-    Ok((AdapterFile { modules: adapters, metadata: header.metadata }, unknown))
+    let mut embeddings = Vec::new();
+    for (name, keys) in take_pairs(&mut unknown) {
+        let mut load = |key: &String| -> Result<Tensor> {
+            let entry = header.tensors.iter().find(|entry| entry.key == *key);
+            Ok(header.load(file, entry.with_context(|| format!("`{key}`"))?)?)
+        };
+        let [clip_l, clip_g] = [load(&keys[0])?, load(&keys[1])?];
+        embeddings.push(embedding::bundled(&name, clip_l, clip_g)?);
+    }
+    Ok((AdapterFile { modules: adapters, embeddings, metadata: header.metadata }, unknown))
 }
 
 /// Whether an alpha beside these parts scales nothing: whole changes have the scale 1 (LyCORIS, `lokr.py` and
@@ -233,29 +243,56 @@ fn from_reader(
 fn alpha_may_be_infinite(parts: &BTreeMap<Part, &Entry>) -> bool {
     let has = |part: Part| parts.contains_key(&part);
     (has(Part::LokrW1) && has(Part::LokrW2))
-        || [Part::Diff, Part::WNorm, Part::Ia3, Part::OftBlocks].into_iter().any(has)
+        || [Part::Diff, Part::SetWeight, Part::WNorm, Part::Ia3, Part::OftBlocks].into_iter().any(has)
 }
 
 /// The entries of a file by module and part.
-pub type Modules<'a> = BTreeMap<String, BTreeMap<Part, &'a Entry>>;
+pub(super) type Modules<'a> = BTreeMap<String, BTreeMap<Part, &'a Entry>>;
 
 /// Sorts the keys of a file by the modules they belong to; returns them with the keys that belong to none.
 ///
 /// # Errors
 /// [`LoraError::NoLayers`], [`LoraError::OtherBlocks`], [`LoraError::Kind`] and [`LoraError::Twice`].
-pub fn sorted<'a>(header: &'a Header, layout: &BlockLayout) -> Result<(Modules<'a>, Vec<String>), LoraError> {
+pub(super) fn sorted<'a>(
+    header: &'a Header,
+    layout: &BlockLayout,
+    config: &PeftConfig,
+) -> Result<(Modules<'a>, Vec<String>), LoraError> {
     let mut modules: Modules = BTreeMap::new();
-    let mut unknown = Vec::new();
+    let mut rest: Vec<&Entry> = Vec::new();
+    let mut place =
+        |module: String, part, entry: &'a Entry| match modules.entry(module).or_default().insert(part, entry)
+        {
+            Some(other) => Err(LoraError::Twice { first: other.key.clone(), second: entry.key.clone() }),
+            None => Ok(()),
+        };
     for entry in &header.tensors {
         match keys::parse(&entry.key, layout) {
-            Key::Layer(module, part) => {
-                if let Some(other) = modules.entry(module).or_default().insert(part, entry) {
-                    return Err(LoraError::Twice { first: other.key.clone(), second: entry.key.clone() });
-                }
-            }
+            Key::Layer(module, part) => place(module, part, entry)?,
             Key::Other(kind) => return Err(LoraError::Kind { key: entry.key.clone(), kind }),
-            Key::Unknown => unknown.push(entry.key.clone()),
+            Key::Unknown => rest.push(entry),
         }
+    }
+    let raw = |entry: &Entry| entry.key.starts_with("base_model.model.");
+    let mut unknown = Vec::new();
+    let is_adapter = rest.len() < header.tensors.len();
+    let mut replaced: BTreeMap<(String, Part), &Entry> = BTreeMap::new();
+    for entry in rest {
+        let may_replace = config.replaces() || (is_adapter && raw(entry));
+        match keys::replaced(&entry.key, layout).filter(|_| may_replace) {
+            // With `bias: all` PEFT stores a module that it saves whole under three names, one of them as it was before.
+            Some(_) if entry.key.contains(".original_module.") => {}
+            Some(place) if entry.key.contains(".modules_to_save.") => {
+                replaced.entry(place).or_insert(entry);
+            }
+            Some(place) => {
+                replaced.insert(place, entry);
+            }
+            None => unknown.push(entry.key.clone()),
+        }
+    }
+    for ((module, part), entry) in replaced {
+        place(module, part, entry)?;
     }
     unknown.sort();
     // An alpha alone is no change.
@@ -315,6 +352,9 @@ pub fn adapters_to_bytes(adapters: &AdapterFile, format: Format, layout: &BlockL
         for (part, tensor) in adapter.parts()? {
             tensors.insert(format!("{stem}.{}", part.suffix()), tensor);
         }
+    }
+    if format != Format::Peft {
+        tensors.extend(adapters.embeddings.iter().flat_map(Embedding::tensors));
     }
     // Wider numbers first, so that each tensor is aligned to its own size.
     let mut order: Vec<(&String, &Tensor)> = tensors.iter().collect();

@@ -22,15 +22,13 @@ pub(super) fn kind(key: &str) -> Option<&'static str> {
         (".miss_", "MiSS"),
         (".delora_", "DeLoRA"),
         (".road_theta", "RoAd"),
-        (".set_weight", "a weight that ComfyUI replaces"),
         (".reshape_weight", "a weight that ComfyUI reshapes"),
-        (".modules_to_save.", "a layer that PEFT saved whole (`modules_to_save`)"),
     ];
     kinds.into_iter().find_map(|(mark, kind)| key.contains(mark).then_some(kind))
 }
 
 const TRANSFORMER: &str = "this is a LoRA for a diffusion transformer, not for SDXL's UNet";
-const EMBEDDING: &str = "this is a textual inversion embedding";
+const EMBEDDING: &str = "this is a textual inversion embedding: give it to `gen` as --embedding";
 
 /// What the keys of such a file contain. The first that fits counts.
 const MARKS: [(&str, &str); 38] = [

@@ -61,6 +61,10 @@ pub enum Part {
     DiffB,
     /// The bias of B, which PEFT trains with `lora_bias`: alpha / R times it is added to the layer's bias.
     UpBias,
+    /// What replaces the weight (ComfyUI's name; PEFT's `modules_to_save`).
+    SetWeight,
+    /// What replaces the bias: PEFT's `bias: all` and `lora_only`. The suffix is this program's own.
+    SetBias,
     /// The difference of a norm's weight.
     WNorm,
     /// The difference of a norm's bias.
@@ -84,7 +88,7 @@ pub enum Part {
 }
 
 /// Suffixes of LyCORIS (`modules/*.py`, `weight_list`) and sd-scripts.
-const SUFFIXES: [(&str, Part); 31] = [
+const SUFFIXES: [(&str, Part); 33] = [
     ("lora_down.weight", Part::Down),
     ("lora_up.weight", Part::Up),
     ("lora_mid.weight", Part::Mid),
@@ -107,6 +111,8 @@ const SUFFIXES: [(&str, Part); 31] = [
     ("lokr_t2", Part::LokrT2),
     ("diff", Part::Diff),
     ("diff_b", Part::DiffB),
+    ("set_weight", Part::SetWeight),
+    ("set_bias", Part::SetBias),
     ("w_norm", Part::WNorm),
     ("b_norm", Part::BNorm),
     ("on_input", Part::OnInput),
@@ -166,6 +172,20 @@ pub fn parse(key: &str, layout: &BlockLayout) -> Key {
         Some(module) => Key::Layer(module, part),
         None => Key::Unknown,
     }
+}
+
+/// The layer whose weight or bias a key replaces, in files of PEFT: `base_model.model.conv_in.weight`,
+/// `….to_q.base_layer.bias`, and before PEFT 0.5 `….conv_in.modules_to_save.weight`.
+pub fn replaced(key: &str, layout: &BlockLayout) -> Option<(String, Part)> {
+    let (path, part) = match (key.strip_suffix(".weight"), key.strip_suffix(".bias")) {
+        (Some(path), _) => (path, Part::SetWeight),
+        (_, Some(path)) => (path, Part::SetBias),
+        _ => return None,
+    };
+    let wrappers = [".modules_to_save", ".original_module"];
+    let path = wrappers.iter().find_map(|wrapper| path.split_once(wrapper)).map_or(path, |(path, _)| path);
+    let path = path.strip_suffix(".base_layer").unwrap_or(path);
+    Some((module(path, layout)?, part))
 }
 
 /// The kohya stem with LDM path.

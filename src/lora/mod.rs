@@ -43,6 +43,7 @@ mod parts;
 mod peft_config;
 
 pub mod adapter;
+pub mod embedding;
 
 pub mod canonical;
 pub mod layout;

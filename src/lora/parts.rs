@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{CpuStorage, DType, Tensor};
 
 use super::LoraError;
-use super::adapter::{Adapter, AdapterKind, Magnitude, Matrix};
+use super::adapter::{Adapter, AdapterKind, BiasChange, Magnitude, Matrix};
 use super::keys::Part;
 
 /// What a file holds of one layer.
@@ -23,8 +23,15 @@ impl Parts<'_> {
     ) -> Result<Adapter, LoraError> {
         let stored = self.number(Part::Alpha)?;
         let up_bias = self.take(Part::UpBias);
-        let bias = self.take(Part::DiffB).or_else(|| self.take(Part::BNorm));
-        let bias = bias.map(|bias| bias.flatten_all()).transpose()?;
+        let added = self.take(Part::DiffB).or_else(|| self.take(Part::BNorm));
+        let added = added.map(|bias| bias.flatten_all()).transpose()?.map(BiasChange::Added);
+        let bias = match added {
+            Some(bias) => Some(bias),
+            None => {
+                let whole = self.take(Part::SetBias).map(|bias| bias.flatten_all());
+                whole.transpose()?.map(BiasChange::Replaced)
+            }
+        };
         let magnitude = self.magnitude()?;
         // sd-scripts: without alpha, or with alpha 0, ΔW is not scaled.
         let alpha =
@@ -90,6 +97,11 @@ impl Parts<'_> {
                 return Err(self.shape("diff", &diff));
             }
             AdapterKind::Full(diff)
+        } else if let Some(whole) = self.take(Part::SetWeight) {
+            if whole.rank() == 0 {
+                return Err(self.shape("set_weight", &whole));
+            }
+            AdapterKind::Replaced(whole)
         } else if self.has(&[Part::Ia3, Part::OnInput]) {
             let factor = self.factor(Part::Ia3, "weight")?;
             let on_input = self.number(Part::OnInput)?.ok_or_else(|| self.half("on_input"))?;
@@ -119,9 +131,11 @@ impl Parts<'_> {
             (Some(up), AdapterKind::LowRank { down, alpha, .. }) => {
                 let scaled =
                     (up.to_dtype(DType::F32)?.flatten_all()? * (f64::from(*alpha) / down.dims()[0] as f64))?;
+                let sum = |bias: Tensor| bias.to_dtype(DType::F32)? + &scaled;
                 Some(match bias {
-                    Some(bias) => (bias.to_dtype(DType::F32)? + scaled)?,
-                    None => scaled,
+                    Some(BiasChange::Added(bias)) => BiasChange::Added(sum(bias)?),
+                    Some(BiasChange::Replaced(bias)) => BiasChange::Replaced(sum(bias)?),
+                    None => BiasChange::Added(scaled),
                 })
             }
             (Some(up), _) => return Err(self.shape("lora_up.bias beside a layer of another kind", &up)),

@@ -8,6 +8,7 @@ use anyhow::Result;
 use candle_core::DType;
 use serde::Serialize;
 
+use super::embedding::take_pairs;
 use super::file;
 use super::keys::{self, Part};
 use super::ldm_keys::BlockLayout;
@@ -34,6 +35,8 @@ pub struct Summary {
     pub matched: usize,
     /// Keys that belong to none.
     pub unmatched: Vec<String>,
+    /// Vectors of each textual inversion that the file brings along.
+    pub embeddings: BTreeMap<String, usize>,
     /// Tensors of each number type.
     pub storage: BTreeMap<String, usize>,
     /// How wide the text is that cross-attention listens to: 2048 in SDXL, 768 in SD 1.5.
@@ -70,9 +73,14 @@ impl Summary {
         beside: Option<&ConfigFile>,
     ) -> Result<Self> {
         let header = Header::read(from)?;
-        let (modules, unmatched) = file::sorted(&header, layout)?;
         let noted = PeftConfig::of(&header, beside)?;
-        let mut report = Self { unmatched, metadata: header.metadata.clone(), ..Self::default() };
+        let (modules, mut unmatched) = file::sorted(&header, layout, &noted)?;
+        let vectors =
+            |key: &String| header.tensors.iter().find(|entry| entry.key == *key)?.shape.first().copied();
+        let embeddings = take_pairs(&mut unmatched);
+        let embeddings =
+            embeddings.into_iter().map(|(name, [key, _])| (name, vectors(&key).unwrap_or(1))).collect();
+        let mut report = Self { unmatched, embeddings, metadata: header.metadata.clone(), ..Self::default() };
         for entry in &header.tensors {
             *report.storage.entry(format!("{:?}", entry.storage)).or_default() += 1;
         }
@@ -170,13 +178,15 @@ fn kind(parts: &Parts) -> &'static str {
         "norm"
     } else if has(Part::Diff) {
         if axes(Part::Diff) == 1 { "norm" } else { "full" }
+    } else if has(Part::SetWeight) {
+        "replacement"
     } else if has(Part::Ia3) {
         "IA3"
     } else if has(Part::OftBlocks) {
         if axes(Part::OftBlocks) == 4 { "BOFT" } else { "OFT" }
     } else if has(Part::A1) {
         "GLoRA"
-    } else if has(Part::DiffB) || has(Part::BNorm) {
+    } else if has(Part::DiffB) || has(Part::BNorm) || has(Part::SetBias) {
         "bias"
     } else {
         "incomplete"

@@ -5,8 +5,8 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
-use super::prompt::{Piece, PromptSyntax, parse_a1111, parse_comfyui};
-use super::text::{ClipTextModel, TextConditioning, TextEncoders};
+use super::prompt::{EMBEDDING, Piece, PromptSyntax, next_embedding, parse_a1111, parse_comfyui};
+use super::text::{ClipTextModel, TextConditioning, TextEncoders, Word};
 use super::tokenizer::ClipTokenizer;
 
 /// A text goes on in the next chunk after its last comma, if that is at most so many tokens back (A1111's default of
@@ -26,14 +26,19 @@ struct Chunk {
 impl TextEncoders {
     /// The conditioning of one prompt, (1, N, D₁ + D₂) and (1, P); N is a multiple of the tokenizer's length.
     pub fn encode(&self, prompt: &str, syntax: PromptSyntax) -> Result<TextConditioning> {
-        let chunks = |tokenizer: &ClipTokenizer| match syntax {
-            PromptSyntax::Comfyui => comfyui_chunks(tokenizer, &parse_comfyui(prompt)),
-            _ => a1111_chunks(tokenizer, &parse_a1111(prompt)),
+        let chunks = |tokenizer, words| {
+            let vocabulary = Vocabulary { tokenizer, words };
+            match syntax {
+                PromptSyntax::Comfyui => comfyui_chunks(vocabulary, &parse_comfyui(prompt)),
+                PromptSyntax::A1111 => a1111_chunks(vocabulary, &parse_a1111(prompt)),
+                PromptSyntax::Plain => Ok(vec![plain_chunk(vocabulary, prompt)?]),
+            }
         };
-        if syntax == PromptSyntax::Plain {
+        if syntax == PromptSyntax::Plain && self.words[0].is_empty() {
             return self.encode_prompts(&[prompt]);
         }
-        let (mut one, mut two) = (chunks(&self.tokenizer)?, chunks(&self.tokenizer_2)?);
+        let mut one = chunks(&self.tokenizer, &self.words[0])?;
+        let mut two = chunks(&self.tokenizer_2, &self.words[1])?;
         let count = one.len().max(two.len());
         one.resize(count, Chunk::empty(&self.tokenizer));
         two.resize(count, Chunk::empty(&self.tokenizer_2));
@@ -113,6 +118,34 @@ impl Chunk {
     }
 }
 
+/// A tokenizer, and the words that stand for vectors of textual inversions.
+#[derive(Clone, Copy)]
+struct Vocabulary<'a> {
+    tokenizer: &'a ClipTokenizer,
+    words: &'a [Word],
+}
+
+impl Vocabulary<'_> {
+    /// The numbers of the tokens in `text`; those of a textual inversion stay together.
+    fn tokens(&self, text: &str) -> Result<Vec<Vec<u32>>> {
+        let tokens = self.tokenizer.tokens(text)?;
+        let (mut all, mut at) = (Vec::new(), 0);
+        while at < tokens.len() {
+            match self.words.iter().find(|word| tokens[at..].starts_with(&word.tokens)) {
+                Some(word) => {
+                    all.push(word.vectors.clone());
+                    at += word.tokens.len();
+                }
+                None => {
+                    all.push(vec![tokens[at]]);
+                    at += 1;
+                }
+            }
+        }
+        Ok(all)
+    }
+}
+
 /// The tokens of a chunk without begin and end, while it fills.
 #[derive(Default)]
 struct Filling(Vec<(u32, f32)>);
@@ -134,7 +167,8 @@ impl Filling {
 }
 
 /// As A1111 parts a prompt (`sd_hijack_clip.py`, `tokenize_line`).
-fn a1111_chunks(tokenizer: &ClipTokenizer, pieces: &[Piece]) -> Result<Vec<Chunk>> {
+fn a1111_chunks(vocabulary: Vocabulary, pieces: &[Piece]) -> Result<Vec<Chunk>> {
+    let tokenizer = vocabulary.tokenizer;
     let room = tokenizer.max_length() - 2;
     let comma = tokenizer.special().comma;
     let mut chunks = Vec::new();
@@ -148,20 +182,20 @@ fn a1111_chunks(tokenizer: &ClipTokenizer, pieces: &[Piece]) -> Result<Vec<Chunk
                 continue;
             }
         };
-        for id in tokenizer.tokens(text)? {
+        for ids in vocabulary.tokens(text)? {
             let full = filling.0.len() == room;
-            if Some(id) == comma {
+            if ids.first().copied() == comma {
                 last_comma = Some(filling.0.len());
             } else if let Some(at) = last_comma.filter(|at| full && filling.0.len() - at <= COMMA_BACKTRACK) {
                 let moved = filling.0.split_off(at + 1);
                 chunks.push(std::mem::replace(&mut filling, Filling(moved)).close(tokenizer));
                 last_comma = None;
             }
-            if filling.0.len() == room {
+            if filling.0.len() + ids.len() > room {
                 chunks.push(std::mem::take(&mut filling).close(tokenizer));
                 last_comma = None;
             }
-            filling.0.push((id, weight));
+            filling.0.extend(ids.into_iter().map(|id| (id, weight)));
         }
     }
     if !filling.0.is_empty() || chunks.is_empty() {
@@ -170,16 +204,42 @@ fn a1111_chunks(tokenizer: &ClipTokenizer, pieces: &[Piece]) -> Result<Vec<Chunk
     Ok(chunks)
 }
 
-/// As ComfyUI parts a prompt (`sd1_clip.py`, `SDTokenizer.tokenize_with_weights`): words are kept whole.
-fn comfyui_chunks(tokenizer: &ClipTokenizer, pieces: &[Piece]) -> Result<Vec<Chunk>> {
+/// As diffusers encodes a prompt: one chunk, and what does not fit is cut.
+fn plain_chunk(vocabulary: Vocabulary, prompt: &str) -> Result<Chunk> {
+    let tokens = vocabulary.tokens(prompt)?.into_iter().flatten();
+    let room = vocabulary.tokenizer.max_length() - 2;
+    Ok(Filling(tokens.take(room).map(|id| (id, 1.0)).collect()).close(vocabulary.tokenizer))
+}
+
+/// As ComfyUI parts a prompt (`sd1_clip.py`, `SDTokenizer.tokenize_with_weights`): words are kept whole, and
+/// `embedding:NAME` stands for a textual inversion.
+fn comfyui_chunks(vocabulary: Vocabulary, pieces: &[Piece]) -> Result<Vec<Chunk>> {
+    let tokenizer = vocabulary.tokenizer;
     let room = tokenizer.max_length() - 2;
     let mut chunks = Vec::new();
     let mut filling = Filling::default();
     for piece in pieces {
         let Piece::Text(text, weight) = piece else { continue };
-        for word in text.split([' ', '\n']).filter(|word| !word.is_empty()) {
-            let mut tokens: Vec<(u32, f32)> =
-                tokenizer.tokens(word)?.into_iter().map(|id| (id, *weight as f32)).collect();
+        let mut words: Vec<Vec<u32>> = Vec::new();
+        let plain = |text: &str, words: &mut Vec<Vec<u32>>| -> Result<()> {
+            for word in text.split([' ', '\n']).filter(|word| !word.is_empty()) {
+                words.push(tokenizer.tokens(word)?);
+            }
+            Ok(())
+        };
+        let mut rest = text.as_str();
+        while let Some((at, name)) =
+            next_embedding(rest, vocabulary.words.iter().map(|word| word.name.as_str()))
+        {
+            plain(&rest[..at], &mut words)?;
+            words.extend(
+                vocabulary.words.iter().find(|word| word.name == name).map(|word| word.vectors.clone()),
+            );
+            rest = &rest[at + EMBEDDING.len() + name.len()..];
+        }
+        plain(rest, &mut words)?;
+        for word in words {
+            let mut tokens: Vec<(u32, f32)> = word.into_iter().map(|id| (id, *weight as f32)).collect();
             let is_long = tokens.len() >= LONG_WORD;
             while filling.0.len() + tokens.len() > room {
                 let rest = if is_long { tokens.split_off(room - filling.0.len()) } else { tokens.clone() };

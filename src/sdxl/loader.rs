@@ -54,7 +54,8 @@ impl SdxlLoader {
             files: files.clone(),
             unet: files.config("unet/config.json")?,
             vae: files.config("vae/config.json")?,
-            schedule: NoiseSchedule::new(&scheduler)?,
+            schedule: NoiseSchedule::new(&scheduler)
+                .map_err(|error| files.unusable(scheduler_file, format!("{error:#}")))?,
             sampler,
             force_zeros_for_empty_prompt: index["force_zeros_for_empty_prompt"].as_bool().unwrap_or(true),
             weights: weights.into(),
@@ -116,6 +117,11 @@ pub struct SdxlSkeleton {
 }
 
 impl SdxlSkeleton {
+    /// Widths of the tokens of both text encoders.
+    pub fn text_widths(&self) -> [usize; 2] {
+        [self.text[0].width(), self.text[1].width()]
+    }
+
     /// Visits all layers that a LoRA may change.
     pub fn visit_layers(&mut self, visit: &mut Visit) {
         self.unet.visit_layers(visit);

@@ -14,6 +14,7 @@ use crate::layers::Visit;
 use crate::lora::adapter::AdapterFile;
 use crate::lora::apply::{self, Branch, Originals, Unmatched};
 use crate::lora::block_weights::BlockWeights;
+use crate::lora::embedding::Embedding;
 use crate::lora::file::{self, Format, Missing, Reading};
 use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::summary::Summary;
@@ -62,6 +63,8 @@ pub struct LoraStack {
     pub widen: bool,
     /// What happens where a part of a LoRA cannot be used.
     pub missing: Missing,
+    /// Textual inversions of files of their own, each with its file.
+    pub embeddings: Vec<(String, Embedding)>,
 }
 
 impl LoraStack {
@@ -108,10 +111,11 @@ impl LoraStack {
     /// [`Failure::Unusable`] for a LoRA of another base; [`Failure::Usage`] for one that cannot change the prompt's pass
     /// alone.
     pub fn check(&self, model: &SdxlLoader) -> Result<Value> {
-        if self.loras.is_empty() {
+        if self.loras.is_empty() && self.embeddings.is_empty() {
             return Ok(json!([]));
         }
         let mut skeleton = model.skeleton()?;
+        self.check_embeddings(skeleton.text_widths())?;
         let mut reports = Vec::new();
         for lora in &self.loras {
             let alone = [(&lora.changes, lora.strength.clone())];
@@ -174,11 +178,45 @@ impl LoraStack {
         if self.widen {
             apply::widen(|visit| text.visit_layers(visit), &loras)?;
         }
+        for (_, embedding) in self.embeddings() {
+            text.add_embedding(embedding)?;
+        }
         let visit = |visit: &mut Visit| text.visit_layers(visit);
         match self.mode {
             LoraMode::Merge => apply::merge(visit, &loras, Unmatched::Ignore, Originals::Drop)?,
             LoraMode::Runtime => apply::attach(visit, &loras, Unmatched::Ignore, Branch::Both)?,
         };
+        Ok(())
+    }
+
+    /// The textual inversions with their files, each name once: those of files of their own come first.
+    pub fn embeddings(&self) -> Vec<(&str, &Embedding)> {
+        let bundled = self
+            .loras
+            .iter()
+            .flat_map(|lora| lora.changes.embeddings.iter().map(|e| (lora.file.as_str(), e)));
+        let mut all: Vec<(&str, &Embedding)> = Vec::new();
+        for (file, embedding) in self.embeddings.iter().map(|(file, e)| (file.as_str(), e)).chain(bundled) {
+            if all.iter().all(|(_, other)| other.name != embedding.name) {
+                all.push((file, embedding));
+            }
+        }
+        all
+    }
+
+    /// # Errors
+    /// [`Failure::Unusable`] for vectors of other widths than the text encoders'.
+    fn check_embeddings(&self, widths: [usize; 2]) -> Result<()> {
+        for (file, embedding) in self.embeddings() {
+            let own = [embedding.clip_l.dim(1)?, embedding.clip_g.dim(1)?];
+            if own != widths {
+                let why = format!(
+                    "the embedding `{}` has vectors of {} and {} numbers, the text encoders of this base are {} and {} wide",
+                    embedding.name, own[0], own[1], widths[0], widths[1]
+                );
+                return Err(Failure::unusable(Path::new(file), why));
+            }
+        }
         Ok(())
     }
 

@@ -294,6 +294,38 @@ impl LoraTag {
     }
 }
 
+/// How ComfyUI's prompts call a textual inversion.
+pub(super) const EMBEDDING: &str = "embedding:";
+
+/// Where the next `embedding:NAME` of a ComfyUI prompt lies that calls one of `names`, and which; the longest name counts.
+pub(super) fn next_embedding<'a>(
+    text: &str,
+    names: impl Iterator<Item = &'a str>,
+) -> Option<(usize, &'a str)> {
+    let names: Vec<&str> = names.collect();
+    text.match_indices(EMBEDDING).find_map(|(at, _)| {
+        let rest = &text[at + EMBEDDING.len()..];
+        let ends = |name: &&&str| {
+            let after = rest.strip_prefix(**name);
+            after.is_some_and(|after| {
+                after.chars().next().is_none_or(|c| !c.is_alphanumeric() && !"_-.".contains(c))
+            })
+        };
+        Some((at, *names.iter().filter(ends).max_by_key(|name| name.len())?))
+    })
+}
+
+/// Whether a prompt calls the textual inversion `name`.
+pub fn calls_embedding(prompt: &str, name: &str, syntax: PromptSyntax) -> bool {
+    match syntax {
+        PromptSyntax::Comfyui => next_embedding(prompt, [name].into_iter()).is_some(),
+        _ => {
+            let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
+            plain(prompt).contains(&plain(name))
+        }
+    }
+}
+
 /// Names of what other programs would read in this prompt and this one reads as text.
 pub fn not_supported(prompt: &str, syntax: PromptSyntax) -> Vec<&'static str> {
     let mut found = Vec::new();
@@ -316,15 +348,18 @@ pub fn not_supported(prompt: &str, syntax: PromptSyntax) -> Vec<&'static str> {
             if prompt.split(words).any(|word| word == "AND") {
                 found.push("composition with AND");
             }
-            if prompt.contains("<hypernet:") {
-                found.push("<hypernet:…>");
+            let called = |rest: &str| {
+                let kind = rest.split_once(':').filter(|(_, rest)| rest.contains('>')).map(|(kind, _)| kind);
+                kind.is_some_and(|kind| !kind.is_empty() && kind.chars().all(|c| c.is_ascii_alphabetic()))
+            };
+            if prompt.split('<').skip(1).any(called) {
+                found.push("<name:…> of other kinds than <lora:…>");
+            }
+            if prompt.contains(EMBEDDING) {
+                found.push("embedding:NAME (ComfyUI's call; here NAME alone calls a textual inversion)");
             }
         }
-        PromptSyntax::Comfyui => {
-            if prompt.contains("embedding:") {
-                found.push("embedding:NAME");
-            }
-        }
+        PromptSyntax::Comfyui => {}
     }
     let after_bracket = |rest: &str| rest.starts_with(|c: char| c.is_ascii_digit() || c == '+');
     if prompt.split(')').skip(1).any(after_bracket) || prompt.contains("++") {
@@ -445,11 +480,14 @@ mod tests {
             "{red|blue} hair",
             "smiling++",
             "(red hat)1.3",
+            "<hypernet:a:1> b",
+            "<LORA:a:1> b",
+            "embedding:a",
         ] {
             assert_eq!(of(prompt), 1, "{prompt}");
             assert!(not_supported(prompt, PromptSyntax::Plain).is_empty());
         }
-        assert_eq!(of("a photo (smiling:1.2), [red] and ANDes, snake_case"), 0);
+        assert_eq!(of("a photo (smiling:1.2), [red] and ANDes, snake_case, 1 < 2: yes > no"), 0);
     }
 
     proptest! {

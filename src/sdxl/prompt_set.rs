@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 
-use super::prompt::{LoraTag, PromptSyntax, check, emphasis, lora_tags, not_supported};
+use super::lora_stack::LoraStack;
+use super::prompt::{LoraTag, PromptSyntax, calls_embedding, check, emphasis, lora_tags, not_supported};
 use crate::failure::Failure;
 use crate::progress;
 
@@ -69,5 +70,35 @@ impl PromptSet {
             ));
         }
         Ok(Self { texts, negative, loras: tags.unwrap_or_default(), syntax })
+    }
+
+    /// Notes which textual inversions the prompts call, and which they do not.
+    pub fn note_embeddings(&self, loras: &LoraStack) {
+        let prompts = || self.texts.iter().chain(&self.negative);
+        let known = loras.embeddings();
+        for (file, embedding) in &known {
+            let (name, count) = (&embedding.name, embedding.vectors());
+            let word = match self.syntax {
+                PromptSyntax::Comfyui => format!("embedding:{name}"),
+                _ => name.clone(),
+            };
+            if prompts().any(|prompt| calls_embedding(prompt, name, self.syntax)) {
+                progress::note(format_args!(
+                    "`{word}` stands for {count} textual inversion vectors of `{file}`"
+                ));
+            } else {
+                progress::note(format_args!(
+                    "`{file}` brings the textual inversion `{name}`, which no prompt calls; write `{word}` in the prompt"
+                ));
+            }
+        }
+        let unknown = |word: &&str| {
+            let name = word.strip_prefix("embedding:").map(|name| name.trim_end_matches(','));
+            name.is_some_and(|name| !known.iter().any(|(_, embedding)| embedding.name.starts_with(name)))
+        };
+        let comfyui = prompts().filter(|_| self.syntax == PromptSyntax::Comfyui);
+        for word in comfyui.flat_map(|prompt| prompt.split_whitespace()).filter(unknown) {
+            progress::warn(format_args!("there is no embedding for `{word}`: give its file as --embedding"));
+        }
     }
 }

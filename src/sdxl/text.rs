@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Layer, LayerNorm, Linear, Visit, compute_dtype,
 };
+use crate::lora::embedding::Embedding;
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, WeightType};
 
 use super::tokenizer::ClipTokenizer;
@@ -37,6 +38,18 @@ pub struct TextEncoders {
     pub tokenizer_2: ClipTokenizer,
     /// `text_encoder_2/`, OpenCLIP bigG in SDXL, with projection.
     pub encoder_2: ClipTextModel,
+    /// Words of both tokenizers that stand for vectors of textual inversions.
+    pub(super) words: [Vec<Word>; 2],
+}
+
+/// A word that stands for the vectors of a textual inversion.
+#[derive(Clone, Debug)]
+pub(super) struct Word {
+    pub(super) name: String,
+    /// The tokens that the word has without it.
+    pub(super) tokens: Vec<u32>,
+    /// The numbers of its vectors in the table of token embeddings.
+    pub(super) vectors: Vec<u32>,
 }
 
 impl TextEncoders {
@@ -47,12 +60,47 @@ impl TextEncoders {
             let config: ClipTextConfig = files.config(&format!("{folder}/config.json"))?;
             files.load(folder, TRANSFORMERS_WEIGHTS, weights, device, |vb| ClipTextModel::new(&config, vb))
         };
-        Ok(Self {
-            tokenizer: ClipTokenizer::new(files, "tokenizer")?,
-            encoder: encoder("text_encoder")?,
-            tokenizer_2: ClipTokenizer::new(files, "tokenizer_2")?,
-            encoder_2: encoder("text_encoder_2")?,
-        })
+        let tokenizers = [ClipTokenizer::new(files, "tokenizer")?, ClipTokenizer::new(files, "tokenizer_2")?];
+        let [length, other] = [0, 1].map(|i: usize| tokenizers[i].max_length());
+        if length != other {
+            let why = format!(
+                "`model_max_length` is {other}, that of `tokenizer` is {length}; SDXL needs the same"
+            );
+            return Err(files.unusable("tokenizer_2/tokenizer_config.json", why));
+        }
+        let encoders = [encoder("text_encoder")?, encoder("text_encoder_2")?];
+        for (encoder, folder) in encoders.iter().zip(["tokenizer", "tokenizer_2"]) {
+            let positions = encoder.position_embedding.dim(0)?;
+            if length > positions {
+                let why =
+                    format!("`model_max_length` is {length}, and the text encoder has {positions} positions");
+                return Err(files.unusable(&format!("{folder}/tokenizer_config.json"), why));
+            }
+        }
+        Ok(Self::new(tokenizers, encoders))
+    }
+
+    /// Both tokenizers, and the encoder of each.
+    pub fn new(tokenizers: [ClipTokenizer; 2], encoders: [ClipTextModel; 2]) -> Self {
+        let ([tokenizer, tokenizer_2], [encoder, encoder_2]) = (tokenizers, encoders);
+        Self { tokenizer, encoder, tokenizer_2, encoder_2, words: Default::default() }
+    }
+
+    /// Lets the name of a textual inversion stand for its vectors in the prompts of [`TextEncoders::encode`].
+    ///
+    /// # Errors
+    /// Vectors of other widths than the encoders', and a name without tokens.
+    pub fn add_embedding(&mut self, embedding: &Embedding) -> Result<()> {
+        let Embedding { name, clip_l, clip_g } = embedding;
+        let tokens = [self.tokenizer.tokens(name)?, self.tokenizer_2.tokens(name)?];
+        ensure!(tokens.iter().all(|tokens| !tokens.is_empty()), "`{name}` is no word of a prompt");
+        let vectors = [self.encoder.add_tokens(clip_l)?, self.encoder_2.add_tokens(clip_g)?];
+        for (words, (tokens, vectors)) in self.words.iter_mut().zip(tokens.into_iter().zip(vectors)) {
+            words.push(Word { name: name.clone(), tokens, vectors });
+            // Where several names begin at a token, the longest one is meant, as in A1111.
+            words.sort_by_key(|word| std::cmp::Reverse(word.tokens.len()));
+        }
+        Ok(())
     }
 
     /// Calls `visit` with the name of each layer of both, under `text_encoder.` and `text_encoder_2.`.
@@ -200,6 +248,8 @@ pub struct ClipTextModel {
     final_layer_norm: LayerNorm,
     text_projection: Option<Linear>,
     eos_token_id: u32,
+    /// Tokens without those of textual inversions.
+    vocabulary: u32,
 }
 
 impl ClipTextModel {
@@ -229,12 +279,28 @@ impl ClipTextModel {
             final_layer_norm: LayerNorm::new(width, config.layer_norm_eps, inner.pp("final_layer_norm"))?,
             text_projection,
             eos_token_id: config.eos_token_id,
+            vocabulary: config.vocab_size as u32,
         })
     }
 
     /// Width of a token, D.
     pub(super) fn width(&self) -> usize {
         self.position_embedding.dims()[1]
+    }
+
+    /// Appends `vectors` (N, D) to the table of token embeddings; returns their numbers.
+    fn add_tokens(&mut self, vectors: &Tensor) -> Result<Vec<u32>> {
+        let (count, width) = vectors.dims2()?;
+        ensure!(
+            width == self.width(),
+            "vectors of {width} numbers do not fit a text encoder of {}",
+            self.width()
+        );
+        let table = &self.token_embedding;
+        let first = table.dim(0)? as u32;
+        let vectors = vectors.to_device(table.device())?.to_dtype(table.dtype())?;
+        self.token_embedding = Tensor::cat(&[table, &vectors], 0)?;
+        Ok((first..first + count as u32).collect())
     }
 
     /// Where its weights lie.
@@ -283,7 +349,7 @@ impl ClipTextModel {
         let mut rows = Vec::with_capacity(b);
         for (i, ids) in ids.to_vec2::<u32>()?.iter().enumerate() {
             let end = if self.eos_token_id == 2 {
-                let highest = ids.iter().max();
+                let highest = ids.iter().filter(|id| **id < self.vocabulary).max();
                 ids.iter().position(|id| Some(id) == highest)
             } else {
                 ids.iter().position(|id| *id == self.eos_token_id)

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::noise::normal;
-use difflora::lora::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude};
+use difflora::lora::adapter::{Adapter, AdapterFile, AdapterKind, BiasChange, Magnitude};
 use difflora::lora::file::{self, Format};
 use difflora::registry::{self, Base, BaseOptions};
 use difflora::sdxl::pipeline::Sdxl;
@@ -103,9 +103,10 @@ fn every_part_of_the_model_takes_a_lora_in_both_modes() {
     }
     let norm = shapes()["conv_norm_out"].clone();
     let kind = AdapterKind::Full(small(5, &norm));
-    strange
-        .modules
-        .insert("conv_norm_out".into(), Adapter { kind, magnitude: None, bias: Some(small(6, &norm)) });
+    strange.modules.insert(
+        "conv_norm_out".into(),
+        Adapter { kind, magnitude: None, bias: Some(BiasChange::Added(small(6, &norm))) },
+    );
     write(&at("strange"), &strange);
     let merged = draw(folder.path(), &["--lora", text(&at("strange"))]);
     let beside = draw(folder.path(), &["--lora", text(&at("strange")), "--lora-mode", "runtime"]);
@@ -387,15 +388,20 @@ fn on_every_sort(weights: &BTreeMap<String, Tensor>) -> AdapterFile {
             mid: None,
             alpha: 8.0,
         };
-        let bias = (stream == 3).then(|| bias(&format!("{name}.bias")));
+        let bias = (stream == 3).then(|| BiasChange::Added(bias(&format!("{name}.bias"))));
         modules.insert(module.to_string(), Adapter { kind, magnitude: None, bias });
     }
     let kind = AdapterKind::Full(small(800, weights["unet/conv_norm_out.weight"].dims()));
-    let norm = Adapter { kind, magnitude: None, bias: Some(bias("unet/conv_norm_out.bias")) };
+    let norm =
+        Adapter { kind, magnitude: None, bias: Some(BiasChange::Added(bias("unet/conv_norm_out.bias"))) };
     modules.insert("conv_norm_out".into(), norm);
     modules.insert(
         "conv_out".into(),
-        Adapter { kind: AdapterKind::BiasOnly, magnitude: None, bias: Some(bias("unet/conv_out.bias")) },
+        Adapter {
+            kind: AdapterKind::BiasOnly,
+            magnitude: None,
+            bias: Some(BiasChange::Added(bias("unet/conv_out.bias"))),
+        },
     );
     AdapterFile { modules, ..AdapterFile::default() }
 }
@@ -502,7 +508,7 @@ fn one_file_and_a_folder_are_merged_alike_and_compared_with_each_other() {
     // A bias that the base has no place for, and results of the wrong sort.
     let mut strange = changes.clone();
     let module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q";
-    strange.modules.get_mut(module).unwrap().bias = Some(small(7, &[8]));
+    strange.modules.get_mut(module).unwrap().bias = Some(BiasChange::Added(small(7, &[8])));
     file::write_adapters(&at("strange"), &strange, Format::Kohya, &layout).unwrap();
     for (base, lora, out, code, said) in [
         (one, "strange", "new.safetensors", 4, "has none to add it to"),

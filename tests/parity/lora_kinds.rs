@@ -78,7 +78,7 @@ fn every_kind_changes_weights_as_the_library_that_wrote_it_does() -> Result<()> 
             let (part, module) = (pieces.next().context("part")?, pieces.next().context("module")?);
             let change = changes.modules.get(module).with_context(|| format!("{kind}: {module}"))?;
             let ours = if part == "bias" {
-                (change.bias.as_ref().context("a bias")?.to_dtype(DType::F32)? * times)?
+                change.bias.as_ref().context("a bias")?.delta(None, times)?
             } else {
                 let original = &expected[&format!("original.{module}")];
                 assert!(change.fits(original.dims()), "{kind}: {module}");
@@ -141,6 +141,44 @@ fn peft_files_hold_what_peft_knows_and_other_kinds_are_refused_by_name() -> Resu
     for (kind, said) in [("loha", "LoHa"), ("lokr", "LoKr"), ("dora_in", "DoRA"), ("boft", "BOFT")] {
         let error = file::adapters_to_bytes(&read(kind)?, Format::Peft, &blocks()).unwrap_err().to_string();
         assert!(error.contains(&format!("{said} is not supported")), "{error}");
+    }
+    Ok(())
+}
+
+/// The weights and biases of PEFT's own merged model, from folders that replace some of them (`modules_to_save`, `bias`).
+#[test]
+fn peft_folders_that_replace_weights_and_biases_give_the_merged_model_of_peft() -> Result<()> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/peft_replaced");
+    let expected = weights::read_file(&folder.join("expected.safetensors"))?;
+    for (kind, replacements) in [("all", 19), ("lora_only", 19), ("none", 2)] {
+        let adapters = file::read_adapters(&folder.join(kind), &blocks())?;
+        let found = adapters.modules.values().filter(|change| change.kind_name() == "replacement").count();
+        assert_eq!(found, replacements, "{kind}");
+        let mut compared = 0;
+        for (name, after) in &expected {
+            let Some(name) = name.strip_prefix(&format!("{kind}.after.")) else { continue };
+            let before = &expected[&format!("before.{name}")];
+            let (module, part) = name.rsplit_once('.').context("a part")?;
+            let change = adapters.modules.get(module).with_context(|| format!("{kind}: {module}"))?;
+            let delta = match part {
+                "weight" => change.delta(before, 1.0)?,
+                _ => change
+                    .bias
+                    .as_ref()
+                    .with_context(|| format!("{kind}: {name}"))?
+                    .delta(Some(before), 1.0)?,
+            };
+            let far = far(&(before + delta)?, after)?;
+            assert!(far < 1e-6, "{kind}: {name}: {far:e}");
+            compared += 1;
+        }
+        let parts =
+            |change: &Adapter| usize::from(change.kind_name() != "bias") + usize::from(change.bias.is_some());
+        assert_eq!(
+            compared,
+            adapters.modules.values().map(parts).sum::<usize>(),
+            "{kind}: nothing else changes"
+        );
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use difflora::diffusion::noise::normal;
-use difflora::lora::adapter::{Adapter, AdapterFile, AdapterKind, Magnitude, Matrix};
+use difflora::lora::adapter::{Adapter, AdapterFile, AdapterKind, BiasChange, Magnitude, Matrix};
 use difflora::lora::file::{self, Format};
 use difflora::lora::ldm_keys::BlockLayout;
 use difflora::lora::summary::Summary;
@@ -45,7 +45,7 @@ struct Draw {
 fn draw() -> impl Strategy<Value = Draw> {
     let sizes = (2usize..7, 2usize..7, 1usize..5);
     let dtypes = prop_oneof![Just(DType::F32), Just(DType::F16), Just(DType::BF16)];
-    (0usize..12, sizes, 1u8..64, 0u64..10_000, dtypes, 0usize..3, any::<bool>()).prop_map(
+    (0usize..13, sizes, 1u8..64, 0u64..10_000, dtypes, 0usize..3, any::<bool>()).prop_map(
         |(kind, (out, input, rank), alpha, seed, dtype, dora, bias)| {
             let alpha = f32::from(alpha) / 7.0;
             Draw { kind, out, input, rank, alpha, seed, dtype, dora, bias }
@@ -107,6 +107,7 @@ impl Draw {
                 alpha,
             },
             7 => AdapterKind::Full(self.tensor(1, &inner(out, input))),
+            12 => AdapterKind::Replaced(self.tensor(1, &inner(out, input))),
             8 => {
                 let on_input = self.dora == 2;
                 AdapterKind::Scaled {
@@ -147,12 +148,17 @@ impl Draw {
             Magnitude { values: self.tensor(7, &shape), on_input }
         });
         let bias =
-            (self.bias && !matches!(kind, AdapterKind::Orthogonal { .. })).then(|| self.tensor(8, &[out]));
+            (self.bias && !matches!(kind, AdapterKind::Orthogonal { .. })).then(|| self.bias_change(8, out));
         Adapter { kind, magnitude, bias }
     }
 
+    fn bias_change(&self, stream: u64, out: usize) -> BiasChange {
+        let values = self.tensor(stream, &[out]);
+        if self.rank % 2 == 0 { BiasChange::Added(values) } else { BiasChange::Replaced(values) }
+    }
+
     fn norm(&self) -> Adapter {
-        let bias = self.bias.then(|| self.tensor(2, &[self.out]));
+        let bias = self.bias.then(|| self.bias_change(2, self.out));
         let kind = if self.kind == 0 && bias.is_some() {
             AdapterKind::BiasOnly
         } else {
@@ -176,6 +182,7 @@ fn files() -> impl Strategy<Value = AdapterFile> {
             AdapterFile {
                 modules: modules.map(|(module, change)| (module.to_string(), change)).collect(),
                 metadata,
+                ..AdapterFile::default()
             }
         })
         .prop_filter("a file without modules is refused", |changes| !changes.modules.is_empty())

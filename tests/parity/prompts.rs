@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
+use difflora::lora::embedding::Embedding;
 use difflora::named::Named;
 use difflora::sdxl::prompt::{Piece, PromptSyntax, parse_a1111, parse_comfyui};
 use difflora::sdxl::text::TextEncoders;
@@ -81,4 +82,38 @@ fn plain_prompts_are_the_same_in_every_syntax() {
     }
     let weighted = text.encode("a photo of a person, (smiling:1.3)", PromptSyntax::A1111).unwrap();
     assert!(apart(&weighted.context, &plain.context) > 1e-3);
+}
+
+#[derive(Deserialize)]
+struct Call {
+    syntax: String,
+    prompt: String,
+}
+
+#[test]
+fn textual_inversions_stand_for_their_words_as_in_a1111_and_diffusers() {
+    let (golden, mut text) = (Golden::open("embeddings"), encoders());
+    let calls: Vec<Call> = golden.json("cases");
+    let before: Vec<Tensor> =
+        calls.iter().map(|call| text.encode(&call.prompt, PromptSyntax::A1111).unwrap().context).collect();
+    for name in golden.json::<Vec<String>>("names") {
+        let [clip_l, clip_g] = ["clip_l", "clip_g"].map(|part| golden.get(&format!("{name}.{part}")));
+        text.add_embedding(&Embedding { name, clip_l, clip_g }).unwrap();
+    }
+    let mut changed = 0;
+    for (number, (Call { syntax, prompt }, before)) in calls.iter().zip(before).enumerate() {
+        let encoded = text.encode(prompt, PromptSyntax::from_str(syntax, false).unwrap()).unwrap();
+        let context = apart(&encoded.context, &golden.get(&format!("{number}.context")));
+        let pooled = apart(&encoded.pooled, &golden.get(&format!("{number}.pooled")));
+        assert!(context < 1e-4 && pooled < 1e-5, "{syntax} `{prompt}`: {context:.1e} {pooled:.1e}");
+        changed +=
+            usize::from(before.dims() != encoded.context.dims() || apart(&encoded.context, &before) > 1e-2);
+    }
+    assert_eq!(changed, calls.len() - 1, "one prompt calls none");
+    // ComfyUI's call, with the same vectors in the same places.
+    let one = text.encode("a photo of sks person, smiling", PromptSyntax::A1111).unwrap().context;
+    let two = text.encode("a photo of embedding:sks person, smiling", PromptSyntax::Comfyui).unwrap().context;
+    assert_eq!(apart(&one, &two), 0.0);
+    let plain = text.encode("a photo of sks person, smiling", PromptSyntax::Comfyui).unwrap().context;
+    assert!(apart(&one, &plain) > 1e-2, "bare words are text in ComfyUI's syntax");
 }

@@ -36,12 +36,10 @@ fn networks(golden: &Golden, text: bool) -> (Networks, TextEncoders) {
     };
     // Token numbers come from the file; these tokenizers are not asked.
     let tokenizer = |name| ClipTokenizer::new(&registry::built_in("base").unwrap(), name).unwrap();
-    let encoders = TextEncoders {
-        tokenizer: tokenizer("tokenizer"),
-        encoder: encoder("text_encoder"),
-        tokenizer_2: tokenizer("tokenizer_2"),
-        encoder_2: encoder("text_encoder_2"),
-    };
+    let encoders = TextEncoders::new(
+        [tokenizer("tokenizer"), tokenizer("tokenizer_2")],
+        [encoder("text_encoder"), encoder("text_encoder_2")],
+    );
     (Networks { unet, text: text.then(|| encoders.clone()) }, encoders)
 }
 

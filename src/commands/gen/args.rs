@@ -56,6 +56,9 @@ pub struct Args {
     /// te2, down, down.N, mid, up, up.N).
     #[arg(help_heading = "Model", long, value_name = "FILE[:WEIGHT]", num_args = 1.., env = "DIFFLORA_LORA")]
     pub(super) lora: Vec<String>,
+    /// Textual inversion for SDXL (a `.safetensors` with clip_l and clip_g): prompts call it by the file's name.
+    #[arg(help_heading = "Model", long, value_name = "FILE", num_args = 1.., env = "DIFFLORA_EMBEDDING")]
+    pub(super) embedding: Vec<PathBuf>,
     /// Fail where a part of a LoRA cannot be used, or where HyperLoRA's own search shows no face, instead of a warning.
     #[arg(help_heading = "Model", long, env = "DIFFLORA_STRICT")]
     pub(super) strict: bool,

@@ -61,6 +61,9 @@ pub(super) fn run(args: Args, reading: &Reading, output: &Output) -> Result<()> 
         };
         print_line!("text      {width} wide{base}")?;
     }
+    if !report.embeddings.is_empty() {
+        print_line!("embedding {}", counts(&report.embeddings))?;
+    }
     if !report.unmatched.is_empty() {
         print_line!("unknown   {} keys: {}", report.unmatched.len(), listed(&report.unmatched))?;
     }

@@ -13,8 +13,8 @@ use crate::files::{self, check_writable, refuse_inputs};
 use crate::lora::arithmetic::Keep;
 use crate::lora::checkpoint::Merge;
 use crate::lora::file::Reading;
-use crate::lora::listed_for_user;
 use crate::lora::weighted_file::WeightedFile;
+use crate::lora::{listed, listed_for_user};
 use crate::registry::Base;
 use crate::weights::model_folder::ModelFiles;
 
@@ -62,6 +62,15 @@ pub(super) fn run_with_base(args: Args, base: &Base, reading: &Reading, output: 
             lora.adapters.modules.len(),
             100.0 * lora.adapters.share_of(missing),
             listed_for_user(missing)
+        );
+        let reported = reading.missing.report(lora.path.display(), why);
+        reported.map_err(|error| Failure::unusable(&lora.path, error))?;
+    }
+    for lora in loras.iter().filter(|lora| !lora.adapters.embeddings.is_empty()) {
+        let names: Vec<String> = lora.adapters.embeddings.iter().map(|e| e.name.clone()).collect();
+        let why = format!(
+            "its textual inversion embeddings {} have no place in a checkpoint and are left out",
+            listed(&names)
         );
         let reported = reading.missing.report(lora.path.display(), why);
         reported.map_err(|error| Failure::unusable(&lora.path, error))?;

@@ -16,6 +16,7 @@ use crate::lora::file::{self, Format, Reading};
 use crate::lora::ldm_keys::BlockLayout;
 use crate::lora::weighted_file::WeightedFile;
 use crate::lora::{LoraError, listed};
+use crate::progress;
 
 /// Spelling of the result.
 #[derive(Debug, clap::Args)]
@@ -82,6 +83,14 @@ impl Written<'_> {
             if known { Failure::Unusable(why).into() } else { error }
         })?;
         files::write_whole(self.out, &bytes)?;
+        if self.format == Format::Peft && !adapters.embeddings.is_empty() {
+            let names: Vec<String> = adapters.embeddings.iter().map(|e| e.name.clone()).collect();
+            progress::warn(format_args!(
+                "PEFT's format has no place for the textual inversion embeddings {}; `{}` is without them",
+                listed(&names),
+                self.out.display()
+            ));
+        }
         report["file"] = json!(self.out.display().to_string());
         report["modules"] = json!(adapters.modules.len());
         print_report(&report, self.output)

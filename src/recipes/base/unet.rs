@@ -169,13 +169,15 @@ pub fn train(
     let vae = files.load("vae", DIFFUSERS_WEIGHTS, DType::F32, &Device::Cpu, |vb| Vae::new(&config, vb))?;
     let vae_weights: BTreeMap<String, Tensor> =
         files.tensors("vae", DIFFUSERS_WEIGHTS)?.into_iter().collect();
+    all.check_latents(&config)?;
     let latents = latents(&vae, all, images, run_options.folder)?.to_device(start.device)?;
 
     let trainable = Trainable::new(all.seed);
     let vb = trainable.builder(start.device);
-    let unet = UNet::new(&settings.model, vb.pp("unet"))?;
-    let encoder = ClipTextModel::new(&settings.text_encoder, vb.pp("text_encoder"))?;
-    let encoder_2 = ClipTextModel::new(&settings.text_encoder_2, vb.pp("text_encoder_2"))?;
+    let unet = trainable.checked(UNet::new(&settings.model, vb.pp("unet")))?;
+    let text = |config, name| trainable.checked(ClipTextModel::new(config, vb.pp(name)));
+    let encoder = text(&settings.text_encoder, "text_encoder")?;
+    let encoder_2 = text(&settings.text_encoder_2, "text_encoder_2")?;
     let vars = trainable.vars();
     for (_, var) in vars.iter().filter(|(name, _)| name.contains("_embedding.weight")) {
         var.set(&(var.as_tensor() * settings.embedding_scale)?.detach())?;
@@ -205,12 +207,8 @@ pub fn train(
     };
     // The tokenizers are read from files as those of any other model are.
     write(&vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect())?;
-    let text = TextEncoders {
-        tokenizer: ClipTokenizer::new(&files, "tokenizer")?,
-        encoder,
-        tokenizer_2: ClipTokenizer::new(&files, "tokenizer_2")?,
-        encoder_2,
-    };
+    let tokenizers = [ClipTokenizer::new(&files, "tokenizer")?, ClipTokenizer::new(&files, "tokenizer_2")?];
+    let text = TextEncoders::new(tokenizers, [encoder, encoder_2]);
     let schedule = NoiseSchedule::new(&settings.scheduler)?;
     let denoiser = Denoiser { text, unet, schedule, size: all.images.size, device: start.device.clone() };
 
