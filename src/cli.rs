@@ -1,6 +1,7 @@
 //! The command line. Doc comments here and in [`crate::commands`] are the help text.
 
 use anyhow::Result;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::commands::output::Output;
@@ -110,11 +111,45 @@ pub unsafe fn tidy_environment() {
 impl Cli {
     /// Reads the process's arguments; exits after `--help`, `--version` and usage errors.
     pub fn read() -> Self {
-        match Self::from_arg_matches(&command().get_matches()) {
+        match command().try_get_matches().and_then(|matches| Self::from_arg_matches(&matches)) {
             Ok(cli) => cli,
-            Err(error) => error.exit(),
+            Err(error) => {
+                if let Some(origin) = origin(&error) {
+                    eprintln!("note: {origin}");
+                }
+                error.exit()
+            }
         }
     }
+}
+
+/// Where a refused value comes from, if clap does not say: a variable of the environment, or an argument that is not UTF-8.
+fn origin(error: &clap::Error) -> Option<String> {
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        let odd = std::env::args_os().find(|argument| argument.to_str().is_none())?;
+        return Some(format!("{odd:?} is not UTF-8, which only options that name nothing but a file take"));
+    }
+    let (Some(ContextValue::String(option)), Some(ContextValue::String(value))) =
+        (error.get(ContextKind::InvalidArg), error.get(ContextKind::InvalidValue))
+    else {
+        return None;
+    };
+    let long = option.strip_prefix("--")?.split(' ').next()?;
+    let given = |argument: std::ffi::OsString| {
+        let argument = argument.to_string_lossy().into_owned();
+        argument.strip_prefix("--").is_some_and(|rest| rest == long || rest.starts_with(&format!("{long}=")))
+    };
+    if std::env::args_os().any(given) {
+        return None;
+    }
+    fn variables(command: &clap::Command, long: &str) -> Vec<String> {
+        let own = command.get_arguments().filter(|arg| arg.get_long() == Some(long));
+        let own = own.filter_map(|arg| Some(arg.get_env()?.to_string_lossy().into_owned()));
+        own.chain(command.get_subcommands().flat_map(|inner| variables(inner, long))).collect()
+    }
+    let is_it = |name: &String| std::env::var(name).is_ok_and(|set| set == *value);
+    let name = variables(&command(), long).into_iter().find(is_it)?;
+    Some(format!("the value is that of the environment variable {name}"))
 }
 
 /// The command line. Its help omits the environment variables: their names follow from those of the options.

@@ -16,8 +16,17 @@ pub enum Failure {
     Unusable(String),
     /// A signal of this number asked the program to end: 2 for Ctrl-C (exit code 130), 15 for SIGTERM (143), 1 for
     /// SIGHUP (129).
-    #[error("interrupted{}", match .0 { 15 => " by SIGTERM", 1 => " by SIGHUP", _ => "" })]
-    Interrupted(u8),
+    #[error(
+        "interrupted{}{}",
+        match .signal { 15 => " by SIGTERM", 1 => " by SIGHUP", _ => "" },
+        .hint.as_deref().map(|hint| format!("; {hint}")).unwrap_or_default()
+    )]
+    Interrupted {
+        /// Its number.
+        signal: u8,
+        /// What is kept, and how to continue.
+        hint: Option<String>,
+    },
 }
 
 impl Failure {
@@ -27,10 +36,20 @@ impl Failure {
             Some(Failure::Usage(_)) => 2,
             Some(Failure::NoFace(_)) => 3,
             Some(Failure::Unusable(_)) => 4,
-            Some(Failure::Interrupted(signal)) => 128 + signal,
+            Some(Failure::Interrupted { signal, .. }) => 128 + signal,
             None => 1,
         };
         ExitCode::from(code)
+    }
+
+    /// `error` with a hint how to continue, where it is an interruption without one.
+    pub fn with_hint(error: anyhow::Error, hint: &str) -> anyhow::Error {
+        match error.downcast_ref() {
+            Some(Self::Interrupted { signal, hint: None }) => {
+                Self::Interrupted { signal: *signal, hint: Some(hint.into()) }.into()
+            }
+            _ => error,
+        }
     }
 
     /// An input file that cannot be used, as an error: `cannot use PATH: why`.

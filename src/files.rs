@@ -19,6 +19,21 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     write_with(path, |file| Ok(file.write_all(bytes)?))
 }
 
+/// The same where no file of other contents may be replaced: an older run may have left this one.
+///
+/// # Errors
+/// [`Failure::Usage`] for a file of other contents, without `--overwrite`.
+pub fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    let is_other = std::fs::metadata(path).is_ok_and(|data| data.is_file() && data.len() > 0)
+        && !std::fs::read(path).is_ok_and(|before| before == bytes);
+    if is_other && !may_overwrite() {
+        let why =
+            "it exists and is not what this command wrote before; choose another --out, or give --overwrite";
+        return Err(Failure::Usage(format!("cannot write `{}`: {why}", path.display())).into());
+    }
+    write_whole(path, bytes)
+}
+
 /// The same for a file that is not in memory: `fill` writes it piece by piece. When it fails there is no file.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     write_beside(path, |beside| fill(beside.as_file_mut()))
@@ -123,6 +138,18 @@ fn remove_leftovers(folder: &Path) {
     }
 }
 
+/// Opens an input file; a pipe or a device is an error, since opening it might wait for what is never written.
+///
+/// # Errors
+/// As [`File::open`].
+pub fn open_input(path: &Path) -> std::io::Result<File> {
+    let data = std::fs::metadata(path)?;
+    if !data.is_file() && !data.is_dir() {
+        return Err(std::io::Error::other("it is a device or a pipe, wanted a file"));
+    }
+    File::open(path)
+}
+
 /// Reads an input file whole.
 ///
 /// # Errors
@@ -155,6 +182,11 @@ static OVERWRITE: AtomicBool = AtomicBool::new(false);
 /// `--overwrite`: images and LoRAs of other programs may be replaced.
 pub fn set_overwrite(overwrite: bool) {
     OVERWRITE.store(overwrite, Ordering::SeqCst);
+}
+
+/// Whether files of other programs may be replaced.
+pub fn may_overwrite() -> bool {
+    OVERWRITE.load(Ordering::SeqCst)
 }
 
 /// Refuses an output that is an input of the same command, under whatever name: the same path, a link or a hard link.
@@ -250,7 +282,7 @@ pub fn check_writable(path: &Path) -> Result<()> {
     }
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     let precious = ["png", "jpg", "jpeg", "webp", "safetensors"].contains(&extension.as_str());
-    if precious && path.is_file() && !OVERWRITE.load(Ordering::SeqCst) && !is_own(path) {
+    if precious && path.is_file() && !may_overwrite() && !is_own(path) {
         return refuse("it exists and was not written by difflora; give --overwrite to replace it".into());
     }
     if path.exists() && !path.is_file() {
@@ -273,6 +305,18 @@ pub struct FolderLock {
 }
 
 impl FolderLock {
+    /// Refuses a folder that another process has locked; it is not locked here.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] with the process id.
+    pub fn require_free(folder: &Path) -> Result<()> {
+        let path = folder.join(".lock");
+        match File::open(&path).map(|file| file.try_lock_shared()) {
+            Ok(Err(TryLockError::WouldBlock)) => Err(taken(folder, &path)),
+            _ => Ok(()),
+        }
+    }
+
     /// Locks the folder, which is made if it is missing.
     ///
     /// # Errors
@@ -289,18 +333,7 @@ impl FolderLock {
                 Ok(()) if !is_same_file(&file, &path) => continue,
                 // A full disk is no reason to refuse: the id only makes the message of another process better.
                 Ok(()) => drop(file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()))),
-                Err(TryLockError::WouldBlock) => {
-                    let owner = std::fs::read_to_string(&path).unwrap_or_default();
-                    let owner = match owner.trim() {
-                        "" => "another process".to_string(),
-                        id => format!("process {id}"),
-                    };
-                    let folder = folder.display();
-                    let why = format!(
-                        "cannot use `{folder}`: {owner} is writing to it; wait, or choose another --out"
-                    );
-                    return Err(Failure::Usage(why).into());
-                }
+                Err(TryLockError::WouldBlock) => return Err(taken(folder, &path)),
                 // Some network file systems have no locks.
                 Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => {}
                 Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
@@ -308,6 +341,18 @@ impl FolderLock {
             return Ok(Self { path, _file: file });
         }
     }
+}
+
+/// The error for a `folder` that the process in the file `lock` holds.
+fn taken(folder: &Path, lock: &Path) -> anyhow::Error {
+    let owner = std::fs::read_to_string(lock).unwrap_or_default();
+    let owner = match owner.trim() {
+        "" => "another process".to_string(),
+        id => format!("process {id}"),
+    };
+    let folder = folder.display();
+    Failure::Usage(format!("cannot use `{folder}`: {owner} is writing to it; wait, or choose another --out"))
+        .into()
 }
 
 impl Drop for FolderLock {

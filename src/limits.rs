@@ -70,7 +70,7 @@ const BOUNDS: [(&str, f64, f64); 108] = [
     // Schedules.
     ("beta_end", 0.0, 1.0),
     ("beta_start", 0.0, 1.0),
-    ("num_train_timesteps", 1.0, 100_000.0),
+    ("num_train_timesteps", 2.0, 100_000.0),
     ("original_inference_steps", 1.0, 100_000.0),
     ("steps_offset", 0.0, 100_000.0),
     ("timestep_scaling", 1e-6, 1e6),
@@ -135,6 +135,12 @@ const BOUNDS: [(&str, f64, f64); 108] = [
     ("references", 0.0, 4096.0),
 ];
 
+/// Lists with an entry for each level of a network. An image is halved from one to the next.
+const LISTS_OF_LEVELS: [&str; 3] = ["block_out_channels", "down_block_types", "up_block_types"];
+
+/// The most levels of a network.
+const MAX_LEVELS: usize = 16;
+
 /// Bounds of numbers of people and of their images, which have keys that other tables use too.
 const POPULATIONS: [(&str, f64, f64); 13] = [
     ("basis.people", 1.0, 65_536.0),
@@ -151,6 +157,39 @@ const POPULATIONS: [(&str, f64, f64); 13] = [
     ("shortest_edge", 1.0, 8192.0),
     ("people_per_batch", 1.0, 1024.0),
 ];
+
+/// Bytes of memory that this process can have: the least of the machine's, the control group's, and the limit on address
+/// space (`ulimit -v`). A TiB where the system tells none of them.
+pub fn memory() -> u64 {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let field = |text: &str, name: &str, at: usize| -> Option<u64> {
+        text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().nth(at)?.parse().ok())
+    };
+    let machine = field(&read("/proc/meminfo"), "MemTotal:", 0).map(|kib| kib << 10);
+    let address_space = field(&read("/proc/self/limits"), "Max address space", 0);
+    let groups = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let groups = groups.into_iter().filter_map(|path| read(path).trim().parse().ok());
+    machine.into_iter().chain(address_space).chain(groups).min().unwrap_or(1 << 40)
+}
+
+/// Refuses what needs more memory than this process can have, before any of it is taken: `factors` multiply to bytes.
+/// Single numbers have bounds; several large ones together are refused here.
+///
+/// # Errors
+/// [`Failure::Usage`] with what needs it, how much, and the settings to lower.
+pub fn require_memory(what: &str, factors: &[usize], lower: &str) -> Result<()> {
+    let (needed, most) = (factors.iter().map(|factor| *factor as f64).product::<f64>(), memory() as f64);
+    if needed <= most {
+        return Ok(());
+    }
+    let gb = |bytes: f64| bytes / 1e9;
+    let why = format!(
+        "{what} need {:.0} GB of memory, and this process can have {:.0} GB; lower {lower}",
+        gb(needed),
+        gb(most)
+    );
+    Err(Failure::Usage(why).into())
+}
 
 /// A number of JSON or TOML, or what holds numbers.
 trait Tree: Sized {
@@ -197,7 +236,15 @@ fn check(tree: &impl Tree, place: &mut Vec<String>) -> Result<(), String> {
         }
         return Err(format!("`{}` is {number}; it goes from {least} to {most}", place.join(".")));
     }
-    for (key, item) in tree.inside() {
+    let (inside, levels) =
+        (tree.inside(), LISTS_OF_LEVELS.iter().any(|key| place.last().is_some_and(|at| at == key)));
+    if levels && inside.len() > MAX_LEVELS {
+        let (name, count) = (place.join("."), inside.len());
+        return Err(format!(
+            "`{name}` has {count} entries; networks of at most {MAX_LEVELS} levels are built"
+        ));
+    }
+    for (key, item) in inside {
         place.extend(key.map(String::from));
         check(item, place)?;
         if key.is_some() {
@@ -262,6 +309,17 @@ mod tests {
         );
         let config = serde_json::json!({ "transformer_layers_per_block": [[1, 2], [3, 1_000_000_000]] });
         assert!(check_json(&config).unwrap_err().contains("transformer_layers_per_block"));
+        let config = serde_json::json!({ "block_out_channels": vec![4; 100] });
+        assert!(check_json(&config).unwrap_err().contains("100 entries"));
+    }
+
+    #[test]
+    fn products_beyond_memory_are_refused() {
+        assert!(memory() > 1 << 28);
+        assert!(require_memory("images", &[1000, 64, 64, 3, 4], "`people`").is_ok());
+        let error = require_memory("images", &[1 << 20, 1 << 20, 1 << 20, 1 << 20], "`people`").unwrap_err();
+        assert!(error.to_string().contains("images need 1208925819614629120000 GB"), "{error}");
+        assert!(error.to_string().ends_with("lower `people`"), "{error}");
     }
 
     #[test]

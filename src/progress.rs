@@ -65,7 +65,7 @@ pub fn interrupted() -> bool {
 pub fn check() -> anyhow::Result<()> {
     match SIGNAL.load(Ordering::SeqCst) {
         0 => Ok(()),
-        signal => Err(Failure::Interrupted(signal as u8).into()),
+        signal => Err(Failure::Interrupted { signal: signal as u8, hint: None }.into()),
     }
 }
 

@@ -1,18 +1,20 @@
 //! `difflora build-dataset`: portraits of many people → a LoRA of each, and a manifest.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
 
 use crate::commands::output::{Output, print_line};
 use crate::commands::run_args::{BaseOptionArgs, DeviceArgs};
-use crate::dataset::manifest::Header;
-use crate::files::FolderLock;
+use crate::dataset::manifest::{HEADER, Header, MANIFEST, SETTINGS};
+use crate::failure::Failure;
+use crate::files::{self, FolderLock};
 use crate::identity::catalog::{self, open_encoder};
 use crate::identity::clip::ImageEncoder;
+use crate::identity::hyperlora::FacePreparation;
 use crate::limits::read_toml;
-use crate::recipes::lora_dataset::{DatasetBuilder, DatasetSettings, settings_hash};
+use crate::recipes::lora_dataset::{BASIS, DatasetBuilder, DatasetSettings, settings_hash};
 use crate::registry;
 use crate::sdxl::pipeline::Sdxl;
 
@@ -60,9 +62,19 @@ pub struct Args {
 
 /// Builds the dataset, or the rest of it.
 pub fn run(args: Args, output: &Output) -> Result<()> {
+    build(args, output)
+        .map_err(|error| Failure::with_hint(error, "what is finished is kept; the same command continues"))
+}
+
+fn build(args: Args, output: &Output) -> Result<()> {
+    let written = [HEADER, SETTINGS, MANIFEST, BASIS].map(|name| args.out.join(name));
+    let written: Vec<&Path> = written.iter().map(PathBuf::as_path).collect();
+    files::refuse_inputs(&written, std::slice::from_ref(&args.config))?;
     let settings: DatasetSettings = read_toml(&args.config)?;
     let device = args.device.open()?;
-    for folder in ["loras", "embeddings", "portraits"] {
+    let records = settings.records;
+    let crops = records.grey_crops.then_some("crops");
+    for folder in ["loras", "embeddings", "portraits"].into_iter().chain(crops) {
         std::fs::create_dir_all(args.out.join(folder))
             .with_context(|| format!("cannot make the folder `{}`", args.out.join(folder).display()))?;
     }
@@ -76,12 +88,20 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         blocks: base.block_layout,
         faces: open_encoder(&args.face_encoder)?,
         image_encoder: ImageEncoder::open(&image_files)?.with_input(settings.image_input),
+        preparation: match records.grey_crops {
+            true => Some(FacePreparation::new(
+                open_encoder(&args.face_encoder)?,
+                catalog::open_landmarks(&args.face_encoder)?,
+            )?),
+            false => None,
+        },
         settings_hash: settings_hash(&settings, &base_id)?,
         out: args.out,
         model,
         settings,
         lock,
     };
+    builder.check_memory()?;
     let downs = builder.basis()?;
     if args.repeatability > 0 {
         let cosine = builder.repeatability(&downs, args.repeatability)?;

@@ -5,6 +5,7 @@ mod args;
 mod compress;
 mod open;
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -14,6 +15,7 @@ pub use args::Args;
 use args::{Figure, PeopleArgs};
 
 use crate::commands::output::{self, Output, print_line};
+use crate::dataset::manifest::MANIFEST;
 use crate::eval::held_out::HeldOut;
 use crate::eval::methods::{Generator, Method, PeopleOptions};
 use crate::eval::people::People;
@@ -42,7 +44,13 @@ fn evaluate(args: &PeopleArgs, output: &Output, finish: impl Fn(Findings) -> Res
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out)
             .with_context(|| format!("cannot make the folder `{}`", out.display()))?;
-        files::check_writable(&out.join("table.json"))?;
+        let written =
+            ["table.json", "table.md", "sheet.png", "report.html", "images.csv"].map(|name| out.join(name));
+        let inputs = [&args.dataset, &args.dataset.as_ref().map(|folder| folder.join(MANIFEST))];
+        let named = [&args.hypernet, &args.base].map(PathBuf::from);
+        let inputs: Vec<PathBuf> = inputs.into_iter().flatten().cloned().chain(named).collect();
+        files::refuse_inputs(&written.iter().map(PathBuf::as_path).collect::<Vec<_>>(), &inputs)?;
+        written.iter().try_for_each(|path| files::check_writable(path))?;
     }
     let begin = Instant::now();
     let findings = match args.base_only {

@@ -56,7 +56,8 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             print_line!("{}", on_the_hub(&name)?.cached()?.display())?;
             Ok(())
         }
-        Command::Pull(args) => pull::run(&args),
+        Command::Pull(args) => pull::run(&args)
+            .map_err(|error| Failure::with_hint(error, "the same command continues the download")),
         Command::Verify { name, options } => verify(&name, &options.options(), output),
         Command::Show(args) => show::run(&args, output),
     }

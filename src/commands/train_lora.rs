@@ -39,6 +39,11 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         checkpoint::require_any(&states.chain(finished).collect::<Vec<_>>())?;
     }
     let _lock = FolderLock::acquire(if alone { &jobs[0].folder } else { &args.out })?;
+    // Of a person alone and of many together, the one that comes second is refused.
+    match alone {
+        true => FolderLock::require_free(files::folder_of(&args.out))?,
+        false => jobs.iter().try_for_each(|job| FolderLock::require_free(&job.folder))?,
+    }
     let folders = jobs.iter().map(|job| match TrainingFolder::read(&job.images) {
         // Of many people, one who fails is reported when the turn comes.
         Err(_) if !alone => Ok(TrainingFolder::default()),

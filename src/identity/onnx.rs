@@ -46,14 +46,14 @@ impl Network {
         load().with_context(|| format!("cannot load the network `{name}`"))
     }
 
-    /// Loads a network from a file, with what its header says; [`Network::run`] gives back all outputs in the file's
+    /// Loads a network from a file of at most 4 GiB, with what its header says; [`Network::run`] gives back all outputs in the file's
     /// order.
     ///
     /// # Errors
     /// [`Failure::Unusable`] for a file that is missing, damaged or no ONNX, or that has operators which are not
     /// known here.
     pub fn file(name: &str, path: &Path) -> Result<(Self, Header)> {
-        let bytes = std::fs::read(path).map_err(|error| Failure::unusable(path, error))?;
+        let bytes = crate::files::read_input(path, 1 << 32)?;
         Self::from_bytes(name, bytes).map_err(|error| Failure::unusable(path, format!("{error:#}")))
     }
 

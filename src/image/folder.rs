@@ -1,18 +1,31 @@
 //! Image files in folders.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::Result;
 
 use crate::failure::Failure;
+use crate::progress;
 
 /// Extensions of image files.
 const EXTENSIONS: [&str; 10] = ["png", "jpg", "jpeg", "jfif", "jpe", "webp", "bmp", "tif", "tiff", "gif"];
 
-/// Names that macOS and Windows leave in folders of images.
-const SYSTEM_FILES: [&str; 3] = ["__MACOSX", "Thumbs.db", "desktop.ini"];
+/// Names that systems and network drives leave in folders of images; some hold small copies of these.
+const SYSTEM_FILES: [&str; 10] = [
+    "__MACOSX",
+    "Thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "@eaDir",
+    "#recycle",
+    "@Recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+];
 
 /// The image files in a folder and in the folders inside it, by their extension and sorted by path; what is hidden
 /// is left out.
@@ -30,12 +43,14 @@ pub fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
         let entry = entry.map_err(|error| Failure::unusable(folder, error))?;
         let path = entry.path();
         if is_skipped(&entry.file_name()) {
+            note_skipped(&path);
             continue;
         }
         if path.is_dir() {
             // A link to a folder may lead in a circle.
-            if !path.is_symlink() {
-                found.extend(files_in(&path)?);
+            match path.is_symlink() {
+                true => note_once(&path, "a link to a folder is not followed; name the folder itself"),
+                false => found.extend(files_in(&path)?),
             }
         } else {
             found.push(path);
@@ -43,6 +58,22 @@ pub fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     found.sort();
     Ok(found)
+}
+
+/// Says once that a folder of a system is passed over, whose files have the names of images.
+pub fn note_skipped(path: &Path) {
+    let is_system = |name: &OsStr| SYSTEM_FILES.iter().any(|system| name == *system);
+    if path.file_name().is_some_and(is_system) && path.is_dir() {
+        note_once(path, "passed over: the system keeps no photos there, but copies or parts of them");
+    }
+}
+
+/// Notes something about a path, which may be listed several times.
+fn note_once(path: &Path, what: &str) {
+    static NOTED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    if NOTED.lock().is_ok_and(|mut noted| noted.insert(path.to_path_buf())) {
+        progress::note(format_args!("`{}`: {what}", path.display()));
+    }
 }
 
 /// Whether files and folders of this name are never read as images: what is hidden, what archives and systems put

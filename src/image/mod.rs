@@ -12,7 +12,8 @@ use candle_core::{DType, Device, Tensor};
 pub use decode::{MAX_MEGAPIXELS, set_max_megapixels};
 pub use encode::FileFormat;
 pub use folder::{
-    files_in, has_image_name, images_in, is_skipped, is_written_as_folder, numbered, pngs_for, short_names,
+    files_in, has_image_name, images_in, is_skipped, is_written_as_folder, note_skipped, numbered, pngs_for,
+    short_names,
 };
 pub use resize::Filter;
 

@@ -19,7 +19,9 @@ use crate::failure::Failure;
 use crate::files::{self, FolderLock};
 use crate::identity::FaceEncoder;
 use crate::identity::clip::{ImageEncoder, ImageInput};
+use crate::identity::hyperlora::FacePreparation;
 use crate::image::Image;
+use crate::limits::require_memory;
 use crate::lora::Lora;
 use crate::lora::file::{self, Format};
 use crate::lora::layout::LoraLayout;
@@ -30,11 +32,12 @@ use crate::sdxl::pipeline::Sdxl;
 use crate::synthetic::Person;
 use crate::synthetic::scenes::{paint_image, reference_scene, training_captions, training_scenes};
 use crate::threads::in_threads_or_turn;
+use crate::weights::header;
 use crate::weights::model_id::ModelId;
 use crate::weights::sha256;
 
-/// File name of the shared `down`s.
-const BASIS: &str = "basis.safetensors";
+/// The shared `down`s.
+pub const BASIS: &str = "basis.safetensors";
 
 /// The file given by `--config`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,10 +55,32 @@ pub struct DatasetSettings {
     /// `"penultimate"`, `blank_background = true` keeps the background out of the identity.
     #[serde(default, skip_serializing_if = "ImageInput::is_default")]
     pub image_input: ImageInput,
+    /// What is recorded of each reference image beside both embeddings.
+    #[serde(default, skip_serializing_if = "Records::is_default")]
+    pub records: Records,
     /// DreamBooth training of each person.
     pub recipe: LockstepConfig,
     /// Training of the shared basis; without it the `down`s are random.
     pub basis: Option<Basis>,
+}
+
+/// Conditions as HyperLoRA takes them, for hypernetworks that are trained on the dataset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Records {
+    /// `clip_tokens` (references, N, D) in the embeddings: `hidden_states[-2]` of the image encoder, the class token first,
+    /// of the crop that it is shown.
+    pub clip_tokens: bool,
+    /// `crops/ID-N.png`: the face on a grey background, which the image encoder is then shown for its tokens. Needs a
+    /// face encoder with SCRFD and 106 landmarks.
+    pub grey_crops: bool,
+}
+
+impl Records {
+    /// Whether nothing more is recorded.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Painted people by number: first the training people, then the held-out ones.
@@ -102,6 +127,8 @@ pub struct DatasetBuilder {
     pub faces: FaceEncoder,
     /// Embeds whole images.
     pub image_encoder: ImageEncoder,
+    /// Cuts out faces on a grey background, where the settings ask for it.
+    pub preparation: Option<FacePreparation>,
     /// [`settings_hash`] of settings and base.
     pub settings_hash: String,
     /// Held open; the operating system releases the lock when the process ends.
@@ -118,6 +145,33 @@ struct Finished {
 impl DatasetBuilder {
     fn frozen(&self) -> Frozen<'_> {
         Frozen { unet: &self.model.unet, schedule: &self.model.schedule }
+    }
+
+    /// Refuses settings that together need more memory than there is, before anything is painted or trained.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] with the settings to lower.
+    pub fn check_memory(&self) -> Result<()> {
+        let DatasetSettings { images, recipe, basis, people_per_batch, .. } = &self.settings;
+        let (scenes, side) = (images.scenes as usize, images.size);
+        let vae = self.model.vae.config();
+        let channels = 3 + vae.block_out_channels.first().copied().unwrap_or(0);
+        let sizes = "`images.scenes` or `images.size`";
+        require_memory("the images of a person", &[scenes, side, side, channels, 4], sizes)?;
+        let people = basis.as_ref().map_or(0, |basis| basis.people).max(*people_per_batch) as usize;
+        let lower = "`basis.people`, `people_per_batch` or `images.scenes`";
+        let side = side / vae.factor();
+        require_memory("the latents", &[people, scenes, side, side, vae.latent_channels, 4], lower)?;
+        let channels = self.model.unet.config.block_out_channels.first().copied().unwrap_or(0);
+        let lower = "`basis.people`, `people_per_batch` or `recipe.batch`";
+        require_memory("the images of a step", &[people, recipe.batch, side, side, channels, 4], lower)?;
+        let mut outputs = 0;
+        self.model.unet.clone().visit_linears(&mut |_, linear| {
+            outputs += linear.weight.dims()[0];
+        });
+        // Weight, gradient and two moments of each `up`.
+        let lower = "`basis.people`, `people_per_batch` or `recipe.rank`";
+        require_memory("the LoRAs in training", &[people, recipe.rank, outputs, 4, 4], lower)
     }
 
     /// The face encoder's name and hash.
@@ -323,13 +377,25 @@ impl DatasetBuilder {
             );
             return Err(Failure::unusable(path, why));
         }
+        let Population { seed, train, held_out } = self.settings.people;
+        let foreign = |row: &&Row| row.person.0 != seed || !(1..=train + held_out).contains(&row.person.1);
+        if let Some(row) = rows.iter().find(foreign) {
+            let why = format!(
+                "`{}` is person {} of seed {}; the settings have {} people of seed {seed}",
+                row.id,
+                row.person.1,
+                row.person.0,
+                train + held_out
+            );
+            return Err(Failure::unusable(path, why));
+        }
         truncate_to_whole_lines(path)?;
         let missing: Vec<&str> =
             rows.iter().filter(|row| !self.has_files(row)).map(|row| row.id.as_str()).collect();
         if let Some(first) = missing.first() {
             let count = missing.len();
             progress::warn(format_args!(
-                "files of {count} people are missing ({first}, …): they are built again"
+                "files of {count} people are missing or cut off ({first}, …): they are built again"
             ));
         }
         let mut known = BTreeMap::new();
@@ -339,8 +405,13 @@ impl DatasetBuilder {
         Ok(known)
     }
 
+    /// Whether the files of a person are there and whole.
     fn has_files(&self, row: &Row) -> bool {
-        [&row.lora, &row.embeddings].into_iter().all(|file| self.out.join(file).is_file())
+        let is_whole = |file: &String| {
+            let file = std::fs::File::open(self.out.join(file));
+            file.is_ok_and(|mut file| header::Header::read(&mut file).is_ok())
+        };
+        [&row.lora, &row.embeddings].into_iter().all(is_whole)
     }
 
     /// Writes the manifest again, one row a person in the order of their numbers; returns their count.
@@ -404,7 +475,10 @@ impl DatasetBuilder {
         }
         lora.metadata.insert(crate::lora::metadata::TRIGGER_PHRASE.into(), "person".into());
         let references = self.references(&person);
-        let embeddings = self.embed(&references, &row.id)?;
+        let (embeddings, crops) = self.embed(&references, &row.id)?;
+        for (number, crop) in (1..).zip(&crops) {
+            crop.save(&self.out.join(format!("crops/{}-{number}.png", row.id)), None)?;
+        }
         references[0].save(&self.out.join(format!("portraits/{}.png", row.id)), None)?;
         file::write(&self.out.join(&row.lora), &lora, Format::Kohya, &self.blocks)?;
         files::write_whole(&self.out.join(&row.embeddings), &safetensors::serialize(&embeddings, None)?)?;
@@ -418,20 +492,36 @@ impl DatasetBuilder {
         scenes.map(|scene| paint_image(person, &scene, size)).collect()
     }
 
-    /// `face` (references, 512) and `image` (references, D).
-    fn embed(&self, references: &[Image], id: &str) -> Result<BTreeMap<String, Tensor>> {
+    /// `face` (references, 512), `image` (references, D) and what [`Records`] names; and the crops that are kept.
+    fn embed(&self, references: &[Image], id: &str) -> Result<(BTreeMap<String, Tensor>, Vec<Image>)> {
         let (mut face, mut image) = (Vec::new(), Vec::new());
+        let (mut tokens, mut crops) = (Vec::new(), Vec::new());
         for reference in references {
             let found = self.faces.search(reference)?;
             // Images without a detected face are left out.
             if let Some(first) = found.faces.first() {
                 face.push(self.faces.embed(reference, first)?);
                 image.push(self.image_encoder.embed(reference, first)?);
+                let shown = match &self.preparation {
+                    Some(preparation) => preparation.prepare(reference, id, Some(1))?.clip,
+                    None => self.image_encoder.shown(reference, first),
+                };
+                if self.settings.records.clip_tokens {
+                    tokens.push(self.image_encoder.tokens(&shown)?);
+                }
+                if self.settings.records.grey_crops {
+                    crops.push(shown);
+                }
             }
         }
         ensure!(!face.is_empty(), "no face was found in any reference image of `{id}`");
         let tensor = |rows: Vec<Vec<f32>>| Tensor::new(rows, &Device::Cpu);
-        Ok([("face".to_string(), tensor(face)?), ("image".to_string(), tensor(image)?)].into())
+        let mut tensors =
+            BTreeMap::from([("face".to_string(), tensor(face)?), ("image".to_string(), tensor(image)?)]);
+        if !tokens.is_empty() {
+            tensors.insert("clip_tokens".into(), Tensor::stack(&tokens, 0)?);
+        }
+        Ok((tensors, crops))
     }
 }
 

@@ -78,13 +78,13 @@ pub fn open(path: &Path, base_config: Option<&Path>) -> Result<ModelFiles> {
 }
 
 fn header(path: &Path) -> Result<Header> {
-    Ok(Header::read(&mut std::fs::File::open(path)?)?)
+    Ok(Header::read(&mut crate::files::open_input(path)?)?)
 }
 
 /// Pickles can run programs; torch writes them bare or inside a zip.
 fn refuse_pickle(path: &Path) -> Result<()> {
     let mut start = [0u8; 4];
-    let read = std::fs::File::open(path).and_then(|mut file| file.read(&mut start));
+    let read = crate::files::open_input(path).and_then(|mut file| file.read(&mut start));
     let count = read.map_err(|error| Failure::unusable(path, error))?;
     let named =
         path.extension().is_some_and(|kind| ["ckpt", "pt", "pth", "bin", "pkl"].iter().any(|k| kind == *k));

@@ -35,6 +35,12 @@ impl Portraits {
     pub fn paint(&self, person: &Person, folder: &Path, painted: impl Fn()) -> Result<()> {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make the folder `{}`", folder.display()))?;
+        // person.json is written last, and by this program alone.
+        let is_own = folder.join("person.json").is_file();
+        let write = |path: &Path, bytes: &[u8]| match is_own {
+            true => files::write_whole(path, bytes),
+            false => files::write_new(path, bytes),
+        };
         let options = CaptionOptions { subject: &self.subject, attributes: self.attributes, drop: 0.0 };
         let mut records = Vec::new();
         for number in 1..=self.images {
@@ -52,9 +58,9 @@ impl Portraits {
                 }
             };
             let image = format!("{number:04}.png");
-            Image { width: self.size, height: self.size, rgb }.save(&folder.join(&image), None)?;
-            let text = folder.join(&image).with_extension("txt");
-            files::write_whole(&text, format!("{caption}\n").as_bytes())?;
+            let painted_image = Image { width: self.size, height: self.size, rgb };
+            write(&folder.join(&image), &painted_image.to_png(None)?)?;
+            write(&folder.join(&image).with_extension("txt"), format!("{caption}\n").as_bytes())?;
             records.push(serde_json::to_string(&Record { image, caption, scene })?);
             painted();
         }

@@ -156,7 +156,7 @@ pub fn run_until<S: Serialize>(
     while state.step < plan.steps {
         if progress::interrupted() {
             state.save(&path, settings)?;
-            progress::check()?;
+            progress::check().map_err(|error| Failure::with_hint(error, &resume_hint(state.step)))?;
         }
         if run_options.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             state.save(&path, settings)?;
@@ -196,11 +196,16 @@ pub fn run_until<S: Serialize>(
     Ok((Outcome::Finished, state.into_ema()?))
 }
 
+/// How an interrupted training continues.
+pub fn resume_hint(step: u64) -> String {
+    format!("the state after step {step} is kept; the same command with --resume continues")
+}
+
 /// Warns of something that was not written along the way, on a full disk for example: the run matters more.
 pub fn optional(written: Result<()>) {
     match written {
         // The loop sees the signal and saves the state.
-        Err(error) if matches!(error.downcast_ref(), Some(Failure::Interrupted(_))) => {}
+        Err(error) if matches!(error.downcast_ref(), Some(Failure::Interrupted { .. })) => {}
         Err(error) => progress::warn(format_args!("{error:#}; training continues")),
         Ok(()) => {}
     }

@@ -261,8 +261,8 @@ fn other_format(first: &[u8]) -> Option<&'static str> {
         [0x80, 2..=5, ..] => "a Python pickle",
         [b'G', b'G', b'U', b'F', ..] => "a GGUF file",
         [0x89, b'P', b'N', b'G', ..] | [0xff, 0xd8, 0xff, ..] => "an image",
-        b"version " => "a Git LFS pointer to a file",
-        [b'<', b'!' | b'h', ..] => "a web page",
+        b"version " => "a Git LFS pointer, which `git lfs pull` replaces by the file",
+        [b'<', b'!' | b'h', ..] => "a web page, as a server sends in the place of a file: download it again",
         _ => return None,
     })
 }

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::RecvTimeoutError;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -250,11 +250,12 @@ impl Repository {
             .with_user_agent("difflora", env!("CARGO_PKG_VERSION"))
             .with_retries(3)
             .with_progress(!progress::is_quiet());
-        let builder = match std::env::var("HF_ENDPOINT") {
-            Ok(endpoint) => builder.with_endpoint(endpoint.trim_end_matches('/').to_string()),
-            Err(_) => builder,
+        let builder = match endpoint() {
+            Some(endpoint) => builder.with_endpoint(endpoint.trim_end_matches('/').to_string()),
+            None => builder,
         };
         let builder = match std::env::var("HF_TOKEN") {
+            _ if is_mirror() => builder.with_token(None),
             Ok(token) if !token.trim().is_empty() => builder.with_token(Some(token.trim().to_string())),
             _ => builder,
         };
@@ -295,6 +296,25 @@ impl Repository {
     }
 }
 
+static MIRROR: Mutex<Option<String>> = Mutex::new(None);
+
+/// The mirror that is asked from now on in the place of the hub; `None` for the hub itself.
+pub fn set_mirror(url: Option<&str>) {
+    if let Ok(mut mirror) = MIRROR.lock() {
+        *mirror = url.map(String::from);
+    }
+}
+
+fn is_mirror() -> bool {
+    MIRROR.lock().is_ok_and(|mirror| mirror.is_some())
+}
+
+/// The server in the place of the hub: the mirror, else `HF_ENDPOINT`.
+fn endpoint() -> Option<String> {
+    let mirror = MIRROR.lock().ok().and_then(|mirror| mirror.clone());
+    mirror.or_else(|| std::env::var("HF_ENDPOINT").ok().filter(|url| !url.is_empty()))
+}
+
 /// Time without a byte after which a download is given up.
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -306,7 +326,7 @@ fn size_of(folder: &Path) -> u64 {
 
 /// The server that is asked, with the proxy on the way to it.
 fn server() -> String {
-    let hub = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| "https://huggingface.co".into());
+    let hub = endpoint().unwrap_or_else(|| "https://huggingface.co".into());
     // In the order in which ureq takes them.
     let names = ["ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"];
     let proxy = names.iter().find_map(|name| {

@@ -26,6 +26,7 @@ use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 use crate::files;
+use crate::limits;
 use header::{Header, Storage};
 
 /// The tensors of a `.safetensors` file, as stored.
@@ -73,17 +74,39 @@ pub fn frozen(tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -
 pub struct Trainable {
     seed: u64,
     vars: Mutex<BTreeMap<String, Var>>,
+    /// Why a network was refused.
+    refused: Mutex<Option<anyhow::Error>>,
 }
 
 impl Trainable {
     /// No variables yet; they appear as networks are built from [`Trainable::builder`].
     pub fn new(seed: u64) -> Arc<Self> {
-        Arc::new(Self { seed, vars: Mutex::default() })
+        Arc::new(Self { seed, vars: Mutex::default(), refused: Mutex::default() })
     }
 
     /// A builder whose every tensor is a variable of `self`.
     pub fn builder(self: &Arc<Self>, device: &Device) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(Source(self.clone())), DType::F32, device.clone())
+    }
+
+    /// A network that was built from [`Trainable::builder`].
+    ///
+    /// # Errors
+    /// [`Failure::Usage`](crate::failure::Failure) for one of which the training fits no memory; any other error of
+    /// `built`.
+    pub fn checked<T, E: Into<anyhow::Error>>(&self, built: std::result::Result<T, E>) -> Result<T> {
+        let refused = || self.refused.lock().ok()?.take();
+        built.map_err(|error| refused().unwrap_or_else(|| error.into()))
+    }
+
+    /// # Errors
+    /// As [`Trainable::checked`], for the variables so far and one of `shape`.
+    fn require_memory(&self, vars: &BTreeMap<String, Var>, shape: &Shape) -> Result<()> {
+        // The shape of a refused network may hold more numbers than there are.
+        let numbers = shape.dims().iter().fold(1usize, |all, side| all.saturating_mul(*side));
+        let numbers = vars.values().map(|var| var.elem_count()).fold(numbers, usize::saturating_add);
+        // Weight, gradient, two moments and average, in f32.
+        limits::require_memory("the network and its training state", &[numbers, 5, 4], "its sizes")
     }
 
     /// All variables by name.
@@ -131,6 +154,11 @@ impl SimpleBackend for Source {
                 candle_core::bail!("`{name}` was made with shape {:?}, asked for {shape:?}", var.shape());
             }
             return Ok(var.as_tensor().clone());
+        }
+        if let Err(error) = self.0.require_memory(&vars, &shape) {
+            let text = error.to_string();
+            *self.0.refused.lock().expect("no thread panics while it holds the reason") = Some(error);
+            candle_core::bail!("{text}");
         }
         let var =
             Var::from_tensor(&initial(self.0.seed, name, &shape, init)?.to_dtype(dtype)?.to_device(device)?)?;

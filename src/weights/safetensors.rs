@@ -36,7 +36,7 @@ enum Bytes {
 impl Stored {
     /// Reads the header.
     pub fn open(path: &Path) -> std::result::Result<Self, HeaderError> {
-        let mut file = File::open(path)?;
+        let mut file = crate::files::open_input(path)?;
         let header = Header::read(&mut file)?;
         Ok(Self::new(Bytes::File(file), header))
     }

@@ -4,7 +4,6 @@
 //! hash; A1111 does the same (`modules/hashes.py`). It can be deleted at any time.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -75,7 +74,7 @@ fn of_files(paths: &[PathBuf]) -> Result<String> {
     let mut piece = vec![0; 1 << 20];
     for path in paths {
         let unusable = |error| Failure::unusable(path, error);
-        let mut file = File::open(path).map_err(unusable)?;
+        let mut file = crate::files::open_input(path).map_err(unusable)?;
         loop {
             progress::check()?;
             match file.read(&mut piece).map_err(unusable)? {
@@ -148,7 +147,7 @@ mod tests {
     fn file(path: &Path, bytes: &[u8], age: u64) {
         std::fs::write(path, bytes).unwrap();
         let changed = SystemTime::now() - Duration::from_secs(age);
-        File::options().write(true).open(path).unwrap().set_modified(changed).unwrap();
+        std::fs::File::options().write(true).open(path).unwrap().set_modified(changed).unwrap();
     }
 
     #[test]

@@ -117,3 +117,32 @@ fn a_second_process_is_refused_with_the_id_of_the_first() {
     // A killed process leaves no lock behind.
     assert_eq!(build(&out, &config, &["--quiet"]).code, 0);
 }
+
+#[test]
+fn tokens_of_the_image_encoder_are_recorded_where_the_settings_ask_for_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let (plain, out) = (config(folder.path()), folder.path().join("ds"));
+    let text = fs::read_to_string(&plain).unwrap();
+    let records = |lines: &str| {
+        let path = folder.path().join("records.toml");
+        fs::write(&path, format!("{text}\n[records]\n{lines}\n")).unwrap();
+        path
+    };
+    let run = build(&out, &records("clip_tokens = true"), &["--quiet"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let tensors = difflora::weights::read_file(&out.join("embeddings/person-000001.safetensors")).unwrap();
+    let (tokens, image) = (&tensors["clip_tokens"], &tensors["image"]);
+    let encoder = difflora::registry::built_in("image_encoder").unwrap();
+    let sizes: serde_json::Value = serde_json::from_slice(&encoder.read("config.json").unwrap()).unwrap();
+    let number = |key: &str| sizes[key].as_u64().unwrap() as usize;
+    let count = (number("image_size") / number("patch_size")).pow(2) + 1;
+    assert_eq!(tokens.dims(), [image.dims()[0], count, number("hidden_size")]);
+    let spread = tokens.var(1).unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+    assert!(spread.is_finite() && spread > 1e-3, "{spread}");
+    // What is recorded is part of the settings.
+    let run = build(&out, &plain, &[]);
+    assert!(run.code == 4 && run.stderr.contains("other settings"), "{}", run.stderr);
+    // Grey crops are cut out along landmarks, which the built-in face encoder does not have.
+    let run = build(&folder.path().join("grey"), &records("grey_crops = true"), &[]);
+    assert!(run.code != 0 && run.code != 101 && run.stderr.contains("SCRFD"), "{}: {}", run.code, run.stderr);
+}

@@ -177,3 +177,126 @@ fn hypernetwork_configs() {
         Hypernet::open(&ModelFiles::folder(folder.path())?, &Device::Cpu).map(drop)
     });
 }
+
+/// The settings of `configs/FILE` with some numbers replaced, by `table.key`.
+fn changed(folder: &Path, file: &str, numbers: &[(&str, &str)]) -> PathBuf {
+    let mut whole: toml::Table =
+        toml::from_str(&fs::read_to_string(format!("configs/{file}")).unwrap()).unwrap();
+    for (place, value) in numbers {
+        let (tables, key) = place.rsplit_once('.').unwrap_or(("", place));
+        let tables = tables.split('.').filter(|name| !name.is_empty());
+        let table = tables.fold(&mut whole, |table, name| table[name].as_table_mut().unwrap());
+        let value: toml::Table = toml::from_str(&format!("value = {value}")).unwrap();
+        table.insert((*key).into(), value["value"].clone());
+    }
+    let path = folder.join(file);
+    fs::write(&path, toml::to_string(&whole).unwrap()).unwrap();
+    path
+}
+
+/// Numbers within their bounds that together need more memory than any machine has: refused before it is taken, with a
+/// setting to lower. Each alone is taken.
+#[test]
+fn products_of_numbers_are_refused_before_memory_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let few = [("people.train", "3"), ("people.held_out", "1"), ("recipe.steps", "1"), ("basis.steps", "1")];
+    type Case<'a> = (&'a [&'a str], &'a str, Vec<(&'a str, &'a str)>, &'a str);
+    let cases: Vec<Case> = vec![
+        (
+            &["build-dataset"],
+            "dataset-tiny.toml",
+            vec![("images.scenes", "4096"), ("images.size", "1024")],
+            "images.scenes",
+        ),
+        (
+            &["build-dataset"],
+            "dataset-tiny.toml",
+            vec![("basis.people", "65536"), ("recipe.batch", "65536")],
+            "basis.people",
+        ),
+        (
+            &["build-dataset"],
+            "dataset-tiny.toml",
+            vec![("people_per_batch", "1024"), ("images.scenes", "4096"), ("images.size", "256")],
+            "images.scenes",
+        ),
+        (
+            &["train-encoder", "--kind", "judge"],
+            "encoder-tiny.toml",
+            vec![("judge.plan.batch", "65536"), ("judge.model.image_size", "8192")],
+            "image_size",
+        ),
+        (
+            &["train-encoder", "--kind", "judge"],
+            "encoder-tiny.toml",
+            vec![("judge.model.channels", "[65536, 65536]"), ("judge.model.hidden", "65536")],
+            "its sizes",
+        ),
+        (
+            &["train-encoder", "--kind", "image"],
+            "encoder-tiny.toml",
+            vec![("image.plan.batch", "65536"), ("image.model.image_size", "8192")],
+            "image_size",
+        ),
+        (
+            &["train-encoder", "--kind", "image"],
+            "encoder-tiny.toml",
+            vec![("image.model.hidden_size", "65535"), ("image.model.intermediate_size", "1000000")],
+            "its sizes",
+        ),
+        (
+            &["train-base", "--stage", "vae"],
+            "base-tiny.toml",
+            vec![("vae.plan.batch", "65536"), ("images.size", "1024"), ("images.people", "1")],
+            "images.size",
+        ),
+        (
+            &["train-base", "--stage", "vae"],
+            "base-tiny.toml",
+            vec![
+                ("vae.model.block_out_channels", "[65536, 65536, 65536]"),
+                ("vae.model.layers_per_block", "64"),
+            ],
+            "its sizes",
+        ),
+    ];
+    for (command, file, numbers, lower) in cases {
+        let config = changed(
+            folder.path(),
+            file,
+            &[&few[..if command[0] == "build-dataset" { 4 } else { 0 }], &numbers[..]].concat(),
+        );
+        let out = at("out");
+        let run =
+            crate::difflora(&[command, &["--config", config.to_str().unwrap(), "--out", &out]].concat());
+        assert_eq!(run.code, 2, "{command:?} {numbers:?}: {}", run.stderr);
+        let said = run.stderr.contains(lower) && run.stderr.contains("GB of memory");
+        assert!(said && !run.stderr.contains("panicked"), "{command:?} {numbers:?}: {}", run.stderr);
+        let _ = fs::remove_dir_all(out);
+    }
+    // The UNet's latents, with a VAE of the settings.
+    let settings: BaseSettings = limits::read_toml(&changed(
+        folder.path(),
+        "base-tiny.toml",
+        &[("images.people", "1000000"), ("images.each", "1000")],
+    ))
+    .unwrap();
+    let error = settings.check_latents(&settings.vae.model).unwrap_err().to_string();
+    assert!(error.contains("images.each"), "{error}");
+    let small: BaseSettings = limits::read_toml(Path::new("configs/base-tiny.toml")).unwrap();
+    small.check_latents(&small.vae.model).unwrap();
+    small.check_images().unwrap();
+}
+
+#[test]
+fn a_batch_of_large_images_is_refused_by_train_lora() {
+    let folder = tempfile::tempdir().unwrap();
+    let (people, out) = (folder.path().join("p"), folder.path().join("a.safetensors"));
+    let [people, out] = [&people, &out].map(|path| path.to_str().unwrap());
+    assert_eq!(crate::difflora(&["portraits", "--people", "1", "--images", "1", "--out", people]).code, 0);
+    let person = format!("{people}/person-0001");
+    let run =
+        crate::difflora(&["train-lora", &person, "--out", out, "--batch", "1024", "--resolution", "8192"]);
+    assert!(run.code == 2 && run.stderr.contains("--resolution"), "{}", run.stderr);
+}

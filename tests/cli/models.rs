@@ -584,3 +584,27 @@ fn a_face_encoder_is_fetched_after_its_licence_and_held_against_its_checksum() {
         "{asked:?}"
     );
 }
+
+#[test]
+fn a_mirror_is_asked_where_the_hub_fails_and_is_sent_no_token() {
+    let home = tempfile::tempdir().unwrap();
+    let (broken, _) = hub(golden("folder"), Some(404));
+    let (mirror, asked) = hub(golden("folder"), None);
+    let env = [
+        ("HF_HOME", text(home.path())),
+        ("HF_ENDPOINT", broken.as_str()),
+        ("HF_TOKEN", "secret"),
+        ("HF_HUB_CACHE", ""),
+    ];
+    let pull = |more: &[&str]| difflora_with(&env, &[&["models", "pull", "owner/name"], more].concat());
+    assert_ne!(pull(&[]).code, 0);
+    let run = pull(&["--mirror", &broken, &mirror]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert_eq!(run.stderr.matches("; asking `").count(), 2, "{}", run.stderr);
+    let requests = asked.lock().unwrap().clone();
+    assert!(
+        !requests.is_empty() && requests.iter().all(|request| !request.contains("secret")),
+        "{requests:?}"
+    );
+    assert_eq!(pull(&["--mirror", "hf-mirror.com"]).code, 2);
+}

@@ -61,3 +61,84 @@ fn names_that_are_not_utf8_do_not_panic() {
         assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }
+
+#[test]
+fn files_that_are_written_beside_an_image_replace_no_file_of_the_user() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let image = |name: &str, more: &[&str]| {
+        let out = at(name);
+        difflora(&[&["gen", "--prompt", "x", "--steps", "2", "--out", text(&out)], more].concat())
+    };
+    fs::copy("tests/data/astronaut.png", at("a.preview.png")).unwrap();
+    fs::write(at("b.json"), "{\"mine\": 1}").unwrap();
+    for (name, more, kept) in
+        [("a.png", ["--preview", "1"], "a.preview.png"), ("b.png", ["--json", "--quiet"], "b.json")]
+    {
+        let before = fs::read(at(kept)).unwrap();
+        let run = image(name, &more);
+        assert!(
+            run.code == 2 && run.stderr.contains(kept) && run.stderr.contains("--overwrite"),
+            "{}",
+            run.stderr
+        );
+        assert_eq!(fs::read(at(kept)).unwrap(), before);
+        let run = image(name, &[&more[..], &["--overwrite"]].concat());
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        // Its own file is replaced without a word.
+        assert_eq!(image(name, &more).code, 0);
+    }
+}
+
+#[test]
+fn portraits_and_reports_replace_no_file_of_the_user() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let paint = |more: &[&str]| {
+        let out = at("people");
+        difflora(&[&["portraits", "--people", "1", "--images", "2", "--out", text(&out)], more].concat())
+    };
+    let photo = at("people/person-0001/0002.png");
+    fs::create_dir_all(photo.parent().unwrap()).unwrap();
+    fs::copy("tests/data/astronaut.png", &photo).unwrap();
+    let run = paint(&[]);
+    assert!(run.code == 2 && run.stderr.contains("0002.png"), "{}", run.stderr);
+    assert_eq!(fs::read(&photo).unwrap(), fs::read("tests/data/astronaut.png").unwrap());
+    assert_eq!(paint(&["--overwrite"]).code, 0);
+    // What an interrupted run left is completed, and a finished folder painted again in another way.
+    fs::remove_file(at("people/person-0001/person.json")).unwrap();
+    assert_eq!(paint(&[]).code, 0);
+    assert_eq!(paint(&["--size", "32"]).code, 0);
+
+    fs::create_dir(at("report")).unwrap();
+    fs::copy("tests/data/astronaut.png", at("report/sheet.png")).unwrap();
+    let run = difflora(&["eval", "--base-only", "1", "--out", text(&at("report"))]);
+    assert!(run.code == 2 && run.stderr.contains("sheet.png"), "{}", run.stderr);
+    let dataset = at("ds");
+    fs::create_dir(&dataset).unwrap();
+    fs::copy("configs/dataset-tiny.toml", dataset.join("settings.toml")).unwrap();
+    let run = difflora(&[
+        "build-dataset",
+        "--config",
+        text(&dataset.join("settings.toml")),
+        "--out",
+        text(&dataset),
+    ]);
+    assert!(run.code == 2 && run.stderr.contains("input of this command"), "{}", run.stderr);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_refused_value_is_named_with_where_it_comes_from() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let run = crate::difflora_with(&[("DIFFLORA_STEPS", "many")], &["gen", "--prompt", "x"]);
+    assert!(run.code == 2 && run.stderr.contains("environment variable DIFFLORA_STEPS"), "{}", run.stderr);
+    let run =
+        crate::difflora_with(&[("DIFFLORA_STEPS", "many")], &["gen", "--prompt", "x", "--steps", "few"]);
+    assert!(run.code == 2 && !run.stderr.contains("environment variable"), "{}", run.stderr);
+    let mut run = std::process::Command::new(env!("CARGO_BIN_EXE_difflora"));
+    let output = run.args(["gen", "--lora"]).arg(OsStr::from_bytes(b"caf\xe9.safetensors")).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("caf\\xE9.safetensors"), "{said}");
+}

@@ -510,3 +510,90 @@ fn resuming_what_was_never_begun_and_an_output_in_use_are_refused() {
     drop(lock);
     assert_eq!(world.train("new", &[]).code, 0);
 }
+
+#[test]
+fn a_person_alone_and_many_people_do_not_write_one_lora_together() {
+    let world = World::new(1);
+    let (people, many) = (world.at("people"), world.at("many"));
+    fs::create_dir(&many).unwrap();
+    let together =
+        ["train-lora", "--many", text(&people), "--out", text(&many), "--steps", "2", "--rank", "1"];
+    let (person, out) = (world.person(1), many.join("person-0001.safetensors"));
+    let alone = ["train-lora", text(&person), "--out", text(&out), "--steps", "2", "--rank", "1"];
+    for (locked, arguments) in
+        [(many.clone(), &alone[..]), (many.join("person-0001.training"), &together[..])]
+    {
+        let lock = difflora::files::FolderLock::acquire(&locked).unwrap();
+        let run = difflora(arguments);
+        let id = format!("process {}", std::process::id());
+        assert!(run.code == 2 && run.stderr.contains(&id), "{}", run.stderr);
+        drop(lock);
+        assert_eq!(difflora(arguments).code, 0);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interruption_says_how_to_continue() {
+    let world = World::new(1);
+    let (person, out) = (world.person(1), world.at("me.safetensors"));
+    let checkpoint = world.at("me.training/lora.checkpoint.safetensors");
+    let child = Command::new(env!("CARGO_BIN_EXE_difflora"))
+        .args(["train-lora", text(&person), "--out", text(&out), "--quiet"])
+        .args(["--steps", "100000", "--rank", "1", "--batch", "1", "--checkpoint-every", "1"])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    while !checkpoint.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no checkpoint appears");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(143), "{said}");
+    assert!(
+        said.contains("interrupted by SIGTERM; the state after step ") && said.contains("--resume"),
+        "{said}"
+    );
+}
+
+#[test]
+fn folders_of_systems_and_tables_of_captions_are_named() {
+    let world = World::new(1);
+    let person = world.person(1);
+    for name in ["__MACOSX", "@eaDir", "$RECYCLE.BIN"] {
+        fs::create_dir(person.join(name)).unwrap();
+        fs::copy(person.join("0001.png"), person.join(name).join("0001.png")).unwrap();
+    }
+    fs::write(person.join("metadata.csv"), "file_name,text\n0001.png,a cat\n").unwrap();
+    #[cfg(unix)]
+    std::os::unix::fs::symlink("..", person.join("circle")).unwrap();
+    let run = world.train("me", &[]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(run.stderr.contains("3 image files found, 3 used"), "{}", run.stderr);
+    for name in ["__MACOSX", "@eaDir", "$RECYCLE.BIN", "metadata.csv"] {
+        assert_eq!(run.stderr.matches(name).count(), 1, "{name}: {}", run.stderr);
+    }
+    #[cfg(unix)]
+    assert_eq!(run.stderr.matches("circle").count(), 1, "{}", run.stderr);
+}
+
+#[test]
+fn prompts_of_previews_are_read_as_those_of_gen() {
+    let world = World::new(1);
+    let sheet = |name: &str, prompt: &str| {
+        let run = world.train(name, &["--steps", "1", "--sample-every", "1", "--sample-prompt", prompt]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        (fs::read(world.at(&format!("{name}.training/samples/step-000001.png"))).unwrap(), run.stderr)
+    };
+    let (plain, _) = sheet("plain", "a photo of a person, smiling");
+    let (same, said) = sheet("same", "a photo of a person, smiling <lora:me:1>");
+    assert!(plain == same && said.contains("<lora:me> in a preview's prompt is ignored"), "{said}");
+    let (strong, _) = sheet("strong", "a photo of a person, (smiling:1.8)");
+    assert!(plain != strong);
+    let deep = "(".repeat(100) + "a" + &")".repeat(100);
+    let run = world.train("deep", &["--sample-every", "1", "--sample-prompt", &deep]);
+    assert!(run.code == 2 && run.stderr.contains("100 brackets"), "{}", run.stderr);
+}

@@ -20,6 +20,9 @@ pub(super) struct Args {
     /// Prefer half-precision weights: half the download.
     #[arg(long)]
     fp16: bool,
+    /// Servers to ask one after the other where the hub fails, such as https://hf-mirror.com; they are sent no token.
+    #[arg(long, value_name = "URL", num_args = 1.., value_parser = mirror, env = "DIFFLORA_MIRROR")]
+    mirror: Vec<String>,
     /// Accept the licences that are shown for hyperlora.
     #[arg(long, alias = "accept-license", env = "DIFFLORA_ACCEPT_LICENCE")]
     accept_licence: bool,
@@ -30,14 +33,40 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if hub::offline() {
         return Err(Failure::Usage("HF_HUB_OFFLINE forbids the network; unset it to fetch".into()).into());
     }
-    let folder = match (Variant::parse(&args.name)?, catalog::find(&args.name)) {
-        (Some(variant), _) => pull_hyperlora(variant, args.accept_licence)?,
-        (None, Some(model)) => pull_faces(model)?,
-        (None, None) => {
-            on_the_hub(&args.name)?.fetch(if args.fp16 { Weights::Half } else { Weights::Any })?
+    let mut mirrors = args.mirror.iter();
+    let folder = loop {
+        match (fetch(args), mirrors.next()) {
+            (Err(error), Some(mirror)) if !is_final(&error) => {
+                progress::warn(format_args!("{error:#}; asking `{mirror}`"));
+                hub::set_mirror(Some(mirror));
+            }
+            (outcome, _) => break outcome?,
         }
     };
     print_line!("{}", folder.display())
+}
+
+/// Whether another server would not help: wrong arguments, and an interruption.
+fn is_final(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(Failure::Usage(_) | Failure::Interrupted { .. }))
+}
+
+/// The URL of a server.
+fn mirror(text: &str) -> Result<String, String> {
+    let host = ["https://", "http://"].iter().find_map(|scheme| text.strip_prefix(scheme));
+    match host.filter(|host| !host.trim_matches('/').is_empty() && !host.contains(char::is_whitespace)) {
+        Some(_) => Ok(text.into()),
+        None => Err("write the URL of a server, such as https://hf-mirror.com".into()),
+    }
+}
+
+/// Fetches the model; gives its folder.
+fn fetch(args: &Args) -> Result<PathBuf> {
+    match (Variant::parse(&args.name)?, catalog::find(&args.name)) {
+        (Some(variant), _) => pull_hyperlora(variant, args.accept_licence),
+        (None, Some(model)) => pull_faces(model),
+        (None, None) => on_the_hub(&args.name)?.fetch(if args.fp16 { Weights::Half } else { Weights::Any }),
+    }
 }
 
 /// Fetches HyperLoRA's weights, CLIP and antelopev2, once their licences are accepted.

@@ -63,11 +63,12 @@ pub fn train(
     out: &Path,
 ) -> Result<Outcome> {
     let settings = &all.vae;
+    all.check_images()?;
     let trainable = Trainable::new(all.seed);
-    let vae = Vae::new(&settings.model, trainable.builder(&Device::Cpu))?;
+    let vae = trainable.checked(Vae::new(&settings.model, trainable.builder(&Device::Cpu)))?;
     let mut vars = trainable.vars();
     let patches = Patches::fit(
-        &images.batch(&images.spread(2048))?,
+        &images.batch(&images.spread(FITTED_IMAGES))?,
         settings.model.latent_channels,
         1 << (settings.model.block_out_channels.len() - 1),
     )?;
@@ -144,6 +145,9 @@ fn loss(
 fn number(x: &Tensor) -> Result<f64> {
     Ok(f64::from(x.to_scalar::<f32>()?))
 }
+
+/// Images whose patches the principal components are fitted to.
+pub(super) const FITTED_IMAGES: usize = 2048;
 
 /// Measures the scale of the latents, writes the model and says how well it reconstructs held-out people.
 fn finish(

@@ -72,8 +72,8 @@ pub fn train(
         config,
         data,
         image_loss,
-        mixer: Mixer::new(&networks_config.mixer, vb.pp("mixer"))?,
-        dit: Dit::new(&networks_config.dit, vb.pp("dit"))?,
+        mixer: trainable.checked(Mixer::new(&networks_config.mixer, vb.pp("mixer")))?,
+        dit: trainable.checked(Dit::new(&networks_config.dit, vb.pp("dit")))?,
         prior: data
             .stats
             .prior

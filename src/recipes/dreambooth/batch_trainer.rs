@@ -23,7 +23,7 @@ use crate::recipes::dreambooth::lockstep::{Networks, SharedDown, TargetModule, T
 use crate::recipes::dreambooth::lora_trainer::{Job, LoraTrainer, SharedData, SharedStart};
 use crate::recipes::dreambooth::loss::{self, Objective, PersonGradients};
 use crate::recipes::dreambooth::metadata::{self, SETTINGS_STAMP};
-use crate::recipes::dreambooth::previews::Previewer;
+use crate::recipes::dreambooth::previews::{PreviewPrompts, Previewer};
 use crate::sdxl::text::TextConditioning;
 use crate::train::trainer;
 use crate::weights::header::Header;
@@ -42,9 +42,9 @@ pub struct BatchTrainer {
     /// For samples along the way.
     pub previewer: Option<Previewer>,
     /// Prompts of the previews.
-    pub sample_prompts: Vec<String>,
+    pub preview_prompts: PreviewPrompts,
     /// The same, encoded without adapters.
-    pub sample_captions: Option<TextConditioning>,
+    pub preview_captions: Option<Vec<TextConditioning>>,
     /// Layers that are adapted.
     pub modules: Vec<TargetModule>,
     /// `down` of each at the start.
@@ -170,7 +170,8 @@ impl BatchTrainer {
             }
             if progress::interrupted() {
                 trainers.iter().try_for_each(LoraTrainer::save)?;
-                progress::check()?;
+                let step = trainers.iter().map(|trainer| trainer.step()).max().unwrap_or(0);
+                progress::check().map_err(|error| Failure::with_hint(error, &trainer::resume_hint(step)))?;
             }
             if !trainers.iter().any(LoraTrainer::is_done) {
                 let outcomes = self.step(&mut trainers)?;
@@ -279,7 +280,7 @@ impl BatchTrainer {
 
     /// Writes a contact sheet at the steps that ask for one.
     fn sample(&self, trainer: &LoraTrainer) -> Result<()> {
-        let (Some(previewer), Some(captions)) = (&self.previewer, &self.sample_captions) else {
+        let (Some(previewer), Some(captions)) = (&self.previewer, &self.preview_captions) else {
             return Ok(());
         };
         if !trainer.step().is_multiple_of(self.settings.samples.every) {
@@ -287,10 +288,9 @@ impl BatchTrainer {
         }
         let path = trainer.folder.join(format!("samples/step-{:06}.png", trainer.step()));
         let lora = trainer.result();
-        let prompts: Vec<&str> = self.sample_prompts.iter().map(String::as_str).collect();
         let mut networks = self.networks.clone();
         networks.attach(&[&lora])?;
-        let adapted = networks.text.as_ref().map(|text| text.encode_prompts(&prompts)).transpose()?;
+        let adapted = networks.text.as_ref().map(|text| self.preview_prompts.encode(text)).transpose()?;
         previewer.sheet(&self.networks, &lora, adapted.as_ref().unwrap_or(captions), &self.settings, &path)
     }
 
@@ -314,7 +314,7 @@ impl BatchTrainer {
 
     /// One of many who cannot go on is named, and the others do; the only one's error is the run's.
     fn fail(&self, name: &str, error: anyhow::Error, queue: &JobQueue) -> Result<()> {
-        if self.alone || matches!(error.downcast_ref(), Some(Failure::Interrupted(_))) {
+        if self.alone || matches!(error.downcast_ref(), Some(Failure::Interrupted { .. })) {
             return Err(error);
         }
         progress::warn(format_args!("{name}: {error:#}"));

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::diffusion::noise;
 use crate::failure::Failure;
 use crate::identity::FaceEncoder;
-use crate::image::{Image, is_skipped};
+use crate::image::{Image, is_skipped, note_skipped};
 use crate::layers::compute_dtype;
 use crate::progress;
 use crate::recipes::dreambooth::augment::{self, Cut};
@@ -368,7 +368,9 @@ pub fn people_in(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut people = Vec::new();
     for entry in entries {
         let entry = entry.map_err(|error| Failure::unusable(folder, error))?;
-        if entry.path().is_dir() && !is_skipped(&entry.file_name()) {
+        if is_skipped(&entry.file_name()) {
+            note_skipped(&entry.path());
+        } else if entry.path().is_dir() {
             people.push(entry.path());
         }
     }

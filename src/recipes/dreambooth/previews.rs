@@ -7,12 +7,14 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::diffusion::noise;
 use crate::diffusion::schedule::NoiseSchedule;
+use crate::failure::Failure;
 use crate::files;
 use crate::image::{Image, contact_sheet};
 use crate::progress;
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::lockstep::{Networks, TrainableLora};
 use crate::sdxl::pipeline::{DenoiserInput, GenerationParams, Pipeline, Sampler, SdxlLoader, Tiling};
+use crate::sdxl::prompt::{PromptSyntax, check, lora_tags};
 use crate::sdxl::text::{TextConditioning, TextEncoders};
 use crate::sdxl::vae::Vae;
 
@@ -25,6 +27,41 @@ pub struct Previewer {
     /// (C, h, w)
     shape: [usize; 3],
     negative: TextConditioning,
+}
+
+/// The prompts of previews, and how they are read: those of the settings as `gen` reads prompts, the caption in their
+/// place as training reads captions.
+#[derive(Clone, Debug)]
+pub struct PreviewPrompts {
+    texts: Vec<String>,
+    syntax: PromptSyntax,
+}
+
+impl PreviewPrompts {
+    /// The prompts of the settings, else `caption`.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] for prompts that cannot be read.
+    pub fn new(settings: &Settings, caption: impl FnOnce() -> String) -> Result<Self> {
+        let mut texts = Vec::new();
+        for prompt in &settings.samples.prompts {
+            let (text, tags) = lora_tags(prompt).map_err(Failure::Usage)?;
+            check(&text, PromptSyntax::A1111).map_err(Failure::Usage)?;
+            if let Some(tag) = tags.first() {
+                progress::warn(format_args!("<lora:{}> in a preview's prompt is ignored", tag.name));
+            }
+            texts.push(text);
+        }
+        Ok(match texts.is_empty() {
+            true => Self { texts: vec![caption()], syntax: PromptSyntax::Plain },
+            false => Self { texts, syntax: PromptSyntax::A1111 },
+        })
+    }
+
+    /// The conditioning of each.
+    pub fn encode(&self, text: &TextEncoders) -> Result<Vec<TextConditioning>> {
+        self.texts.iter().map(|prompt| text.encode(prompt, self.syntax)).collect()
+    }
 }
 
 /// Images of a prompt on a sheet.
@@ -77,12 +114,12 @@ impl Previewer {
         Ok(images)
     }
 
-    /// Generates previews with `lora`: a row of images a prompt, the same noise at every time, into `path`.
+    /// Generates previews with `lora`: a row of images for each prompt, the same noise at every time, into `path`.
     pub fn sheet(
         &self,
         networks: &Networks,
         lora: &TrainableLora,
-        encoded: &TextConditioning,
+        encoded: &[TextConditioning],
         settings: &Settings,
         path: &Path,
     ) -> Result<()> {
@@ -90,13 +127,11 @@ impl Previewer {
         networks.attach(&[lora])?;
         let samples = &settings.samples;
         let mut rows = Vec::new();
-        for i in 0..encoded.context.dim(0)? {
+        for prompt in encoded {
             let same = |x: &Tensor| -> Result<Tensor> {
-                let row = x.narrow(0, i, 1)?.to_dtype(DType::F32)?;
-                Ok(Tensor::cat(&vec![row; COLUMNS], 0)?)
+                Ok(Tensor::cat(&vec![x.to_dtype(DType::F32)?; COLUMNS], 0)?)
             };
-            let prompts =
-                TextConditioning { context: same(&encoded.context)?, pooled: same(&encoded.pooled)? };
+            let prompts = TextConditioning { context: same(&prompt.context)?, pooled: same(&prompt.pooled)? };
             rows.push(self.draw(&networks, &prompts, settings.seed, samples.steps, samples.guidance)?);
         }
         let rows: Vec<Vec<&Image>> = rows.iter().map(|row| row.iter().collect()).collect();

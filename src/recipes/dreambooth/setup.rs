@@ -8,13 +8,14 @@ use candle_core::{DType, Device};
 
 use crate::failure::Failure;
 use crate::identity::FaceEncoder;
+use crate::limits::require_memory;
 use crate::lora::ldm_keys::BlockLayout;
 use crate::recipes::dreambooth::batch_trainer::{BatchTrainer, JobQueue};
 use crate::recipes::dreambooth::config::Settings;
 use crate::recipes::dreambooth::image_dataset::{Encoders, ImageDataset, Scaling};
 use crate::recipes::dreambooth::lockstep::Networks;
 use crate::recipes::dreambooth::lora_trainer::Job;
-use crate::recipes::dreambooth::previews::Previewer;
+use crate::recipes::dreambooth::previews::{PreviewPrompts, Previewer};
 use crate::recipes::dreambooth::{class_images, image_dataset, targets};
 use crate::sdxl::pipeline::SdxlLoader;
 use crate::weights::model_folder::ModelFiles;
@@ -55,6 +56,9 @@ pub fn open(run: RunConfig, jobs: Vec<Job>) -> Result<(BatchTrainer, JobQueue)> 
     let usage = |error: anyhow::Error| Failure::Usage(format!("{error:#}"));
     let model = SdxlLoader::open(files, DType::from(settings.training.dtype), &device)?;
     model.latent_shape(side, side).map_err(usage)?;
+    let batch = settings.training.batch;
+    let channels = model.vae.block_out_channels.first().map_or(0, |channels| 3 + channels);
+    require_memory("the images of a step", &[batch, side, side, channels, 4], "--batch or --resolution")?;
     let (text, vae) = (model.load_text()?, model.load_vae()?);
     let mut networks =
         Networks { unet: model.skeleton()?.unet, text: settings.lora.text_encoders.then(|| text.clone()) };
@@ -70,12 +74,8 @@ pub fn open(run: RunConfig, jobs: Vec<Job>) -> Result<(BatchTrainer, JobQueue)> 
     if let (Some(folder), Some(previewer)) = (class_folder, &previewer) {
         class_images::complete(folder, &model, &text, previewer, &settings)?;
     }
-    let sample_prompts = match &settings.samples.prompts[..] {
-        [] => vec![settings.caption(called)],
-        prompts => prompts.to_vec(),
-    };
-    let prompts: Vec<&str> = sample_prompts.iter().map(String::as_str).collect();
-    let sample_captions = previewer.as_ref().map(|_| text.encode_prompts(&prompts)).transpose()?;
+    let preview_prompts = PreviewPrompts::new(&settings, || settings.caption(called))?;
+    let preview_captions = previewer.as_ref().map(|_| preview_prompts.encode(&text)).transpose()?;
     let scaling = Scaling::of(&vae, &device)?;
     let encoders = Encoders { vae, text, device: device.clone() };
     let class = match class_folder {
@@ -103,8 +103,8 @@ pub fn open(run: RunConfig, jobs: Vec<Job>) -> Result<(BatchTrainer, JobQueue)> 
         scaling,
         class,
         previewer: previewer.filter(|_| settings.samples.every > 0),
-        sample_prompts,
-        sample_captions,
+        preview_prompts,
+        preview_captions,
         modules,
         downs,
         weight_norm,

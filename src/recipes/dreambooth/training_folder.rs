@@ -17,6 +17,7 @@ use serde::Deserialize;
 use crate::failure::Failure;
 use crate::files;
 use crate::image::{files_in, has_image_name};
+use crate::progress;
 
 /// The largest caption file that is read, in bytes.
 const MAX_CAPTION: u64 = 1 << 16;
@@ -82,6 +83,12 @@ impl TrainingFolder {
     pub fn read(folder: &Path) -> Result<Self> {
         let files = files_in(folder)?;
         let captions = Captions::of(&files)?;
+        for table in files.iter().filter(|file| file.file_name().is_some_and(|name| name == "metadata.csv")) {
+            progress::warn(format_args!(
+                "captions in `{}` are not read; save them as metadata.jsonl, or as a text file beside each image",
+                table.display()
+            ));
+        }
         let mut images: Vec<PathBuf> = files
             .into_iter()
             .filter(|path| has_image_name(path) || has_extension(path, &CONTAINERS))

@@ -10,6 +10,7 @@ use rand_distr::StandardNormal;
 use serde_json::{Value, json};
 
 use crate::image::Image;
+use crate::limits::require_memory;
 use crate::progress;
 use crate::recipes::encoder::config::{HELD_OUT, Recipe, paint, soften};
 use crate::synthetic::attribute_classifier::{self, Config, Network, NetworkConfig, Record, Truth};
@@ -29,7 +30,11 @@ pub fn train(
 ) -> Result<(Outcome, Value)> {
     let model = &recipe.model;
     let trainable = Trainable::new(recipe.seed);
-    let network = Network::new(model, trainable.builder(&Device::Cpu))?;
+    let network = trainable.checked(Network::new(model, trainable.builder(&Device::Cpu)))?;
+    let side = model.image_size;
+    let channels = 3 + model.channels.first().copied().unwrap_or(0);
+    let factors = [recipe.plan.batch, side, side, channels, 4];
+    require_memory("the images of a step", &factors, "`batch` or `image_size`")?;
 
     let (shards, samples) = (recipe.plan.shards as u64, recipe.plan.samples_a_shard()?);
     let loss = |step: u64, shard: usize| {

@@ -21,6 +21,7 @@ use crate::identity::clip::{ClipPreprocessor, ClipVision, ClipVisionConfig, Imag
 use crate::identity::crop::{MARGIN, square_around};
 use crate::identity::{FaceEncoder, cosine};
 use crate::image::Image;
+use crate::limits::require_memory;
 use crate::progress;
 use crate::recipes::encoder::config::{HELD_OUT, Recipe, paint, soften};
 use crate::recipes::encoder::randomise::randomise;
@@ -40,7 +41,13 @@ pub fn train(
 ) -> Result<(Outcome, Value)> {
     let trainable = Trainable::new(recipe.seed);
     let vb = trainable.builder(&Device::Cpu);
-    let network = ClipVision::new(&recipe.model, vb.clone())?;
+    let network = trainable.checked(ClipVision::new(&recipe.model, vb.clone()))?;
+    let (side, patch) = (recipe.model.image_size, recipe.model.patch_size.max(1));
+    let tokens = (side / patch) * (side / patch) + 1;
+    let width = recipe.model.hidden_size + recipe.model.num_attention_heads * tokens;
+    for factors in [&[recipe.plan.batch, side, side, 3, 4], &[recipe.plan.batch, tokens, width, 4, 1]] {
+        require_memory("the images of a step", factors, "`batch` or `image_size`")?;
+    }
     let scale = vb.get_with_hints(1, SCALE, Init::Const((1.0f64 / 0.07).ln()))?;
     let preprocessor = ClipPreprocessor::sized(recipe.model.image_size);
 

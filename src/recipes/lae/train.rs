@@ -18,6 +18,7 @@ use crate::hypernet::pca::{EXACT, Pca};
 use crate::hypernet::row_source::RowSource;
 use crate::hypernet::scaler::{ScaledRows, StandardScaler};
 use crate::hypernet::weight_preserved_loss;
+use crate::limits::require_memory;
 use crate::progress;
 use crate::recipes::lae::config::LaeTrainConfig;
 use crate::recipes::lae::report::report;
@@ -182,7 +183,10 @@ impl LaeTrainer<'_> {
     ) -> Result<(BTreeMap<String, Tensor>, Outcome)> {
         let Self { config, set, rows, device, .. } = *self;
         let trainable = Trainable::new(config.seed);
-        let lae = Lae::new(self.lae, trainable.builder(device))?;
+        let lae = trainable.checked(Lae::new(self.lae, trainable.builder(device)))?;
+        // LoRA, noise, guess and error of each sample.
+        let factors = [config.plan.batch, self.lae.input(), 4, 4];
+        require_memory("the LoRAs of a step", &factors, "`batch`")?;
         let vars = trainable.vars();
         if let Some(pca) = start {
             lae.start_from(&pca, &vars)?;
