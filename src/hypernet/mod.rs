@@ -72,6 +72,44 @@ use crate::lora::Lora;
 use crate::weights::model_folder::{ModelFiles, save_json};
 use crate::weights::sha256;
 
+/// What both hypernetworks do: a person's conditions → LoRA.
+pub trait PersonToLora {
+    /// What is known of a person from all photos.
+    type Conditions;
+
+    /// The LoRA of one person, or of a mixture of people whose weights sum to 1. The same conditions give the same LoRA.
+    ///
+    /// # Errors
+    /// Conditions that the network was not trained with; no person at all.
+    fn predict(&self, people: &[(Self::Conditions, f64)]) -> Result<Lora>;
+}
+
+/// DiffLoRA's hypernetwork with the options of its sampling.
+#[derive(Clone, Copy, Debug)]
+pub struct LatentSampler<'a> {
+    /// The networks.
+    pub hypernet: &'a Hypernet,
+    /// How latents are sampled.
+    pub options: &'a SampleOptions,
+    /// As in [`Hypernet::vary`], with the seed of the options.
+    pub vary: Option<f64>,
+}
+
+impl PersonToLora for LatentSampler<'_> {
+    type Conditions = Identity;
+
+    fn predict(&self, people: &[(Identity, f64)]) -> Result<Lora> {
+        let Self { hypernet, options, vary } = *self;
+        let latent =
+            |(identity, weight): &(Identity, f64)| Ok((hypernet.sample_latent(identity, options)?, *weight));
+        let mut latent = mixture(&people.iter().map(latent).collect::<Result<Vec<_>>>()?)?;
+        if let Some(vary) = vary {
+            latent = hypernet.vary(&latent, vary, options.seed)?;
+        }
+        hypernet.codec.lora(&latent)
+    }
+}
+
 /// A trained hypernetwork.
 #[derive(Clone, Debug)]
 pub struct Hypernet {
@@ -178,13 +216,23 @@ impl Hypernet {
     /// A folder of an earlier version, which does not hold σ.
     pub fn vary(&self, z: &Tensor, amount: f64, seed: u64) -> Result<Tensor> {
         ensure!((0.0..=1.0).contains(&amount), "the amount is a number from 0 to 1, not {amount}");
-        let spread = self.denoiser.stats.spread.as_ref().context(
-            "the hypernetwork does not hold how much people differ (`latent.spread` in stats.safetensors); make it \
-             again with `difflora train-dit`",
-        )?;
+        let spread = self.spread()?;
         // A stream that no sample has.
         let eps = noise::normal(seed, u64::MAX, z.shape(), z.device())?;
         Ok(((z * (1.0 - amount * amount).sqrt())? + (eps.broadcast_mul(spread)? * amount)?)?)
+    }
+}
+
+impl Hypernet {
+    /// σ of [`Hypernet::vary`], (1, L).
+    ///
+    /// # Errors
+    /// A folder of an earlier version, which does not hold it.
+    pub fn spread(&self) -> Result<&Tensor> {
+        self.denoiser.stats.spread.as_ref().context(
+            "the hypernetwork does not hold how much people differ (`latent.spread` in stats.safetensors); make it \
+             again with `difflora train-dit`",
+        )
     }
 }
 

@@ -7,7 +7,7 @@ use candle_core::DType;
 
 use super::Predicted;
 use crate::failure::Failure;
-use crate::hypernet::{Hypernet, SampleOptions, mixture};
+use crate::hypernet::{Hypernet, LatentSampler, PersonToLora, SampleOptions};
 use crate::identity::FaceEncoder;
 use crate::identity::clip::ImageEncoder;
 use crate::identity::references::{Reference, References};
@@ -52,18 +52,16 @@ pub fn predict(
     vary: Option<f64>,
 ) -> Result<Predicted> {
     let clock = Stage::begin("sampling the LoRA");
-    let (mut parts, mut gates) = (Vec::new(), Vec::new());
+    if vary.is_some() {
+        hypernet.spread().map_err(|error| Failure::Usage(format!("--vary: {error:#}")))?;
+    }
+    let (mut conditions, mut gates) = (Vec::new(), Vec::new());
     for person in people {
         let identity = person.identity();
-        parts.push((hypernet.sample_latent(&identity, options)?, person.weight));
         gates.extend(hypernet.gate(&identity)?);
+        conditions.push((identity, person.weight));
     }
-    let mut latent = mixture(&parts)?;
-    if let Some(vary) = vary {
-        let usage = |error| Failure::Usage(format!("--vary: {error:#}"));
-        latent = hypernet.vary(&latent, vary, options.seed).map_err(usage)?;
-    }
-    let lora = hypernet.codec.lora(&latent)?;
+    let lora = LatentSampler { hypernet, options, vary }.predict(&conditions)?;
     clock.end();
 
     let face_encoder = &hypernet.denoiser.config.face_encoder;

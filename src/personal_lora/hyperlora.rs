@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Predicted;
 use crate::failure::Failure;
-use crate::hypernet::hyperlora::{self, CAPTION, Conditions, LORA_SCALE, Person, Shapes, TRIGGER};
+use crate::hypernet::PersonToLora;
+use crate::hypernet::hyperlora::{self, CAPTION, Conditions, LORA_SCALE, Shapes, TRIGGER};
 use crate::identity::clip::ImageEncoder;
 use crate::identity::hyperlora::FacePreparation;
 use crate::identity::references::{Reference, References};
@@ -85,13 +86,13 @@ pub fn look(
 ///
 /// # Errors
 /// The image encoder fails; Ctrl-C.
-pub fn encode(people: &[References<Image>], encoder: ImageEncoder) -> Result<Vec<Person>> {
+pub fn encode(people: &[References<Image>], encoder: ImageEncoder) -> Result<Vec<(Vec<Conditions>, f64)>> {
     let conditions = |person: &References<Image>| {
         let photos = person.used.iter().map(|(_, photo)| {
             progress::check()?;
             Ok(Conditions { face: photo.face.clone(), clip: encoder.tokens(&photo.image)? })
         });
-        Ok(Person { photos: photos.collect::<Result<_>>()?, weight: person.weight })
+        Ok((photos.collect::<Result<_>>()?, person.weight))
     };
     people.iter().map(conditions).collect()
 }
@@ -111,14 +112,13 @@ pub struct Encoders {
 pub fn predict(
     files: &ModelFiles,
     shapes: Shapes,
-    conditions: &[Person],
+    conditions: &[(Vec<Conditions>, f64)],
     encoders: Encoders,
     seed: u64,
     device: &Device,
 ) -> Result<Predicted> {
     let clock = Stage::begin("mixing the LoRA");
-    let network = shapes.load(files, device)?;
-    let lora = network.lora(files, &network.coefficients(conditions)?)?;
+    let lora = shapes.load(files, device)?.predict(conditions)?;
     clock.end();
     Ok(Predicted {
         lora,

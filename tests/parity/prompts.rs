@@ -102,7 +102,7 @@ fn textual_inversions_stand_for_their_words_as_in_a1111_and_diffusers() {
     }
     let mut changed = 0;
     for (number, (Call { syntax, prompt }, before)) in calls.iter().zip(before).enumerate() {
-        let encoded = text.encode(prompt, PromptSyntax::from_str(syntax, false).unwrap()).unwrap();
+        let encoded = text.encode(prompt, PromptSyntax::from_name(syntax).unwrap()).unwrap();
         let context = apart(&encoded.context, &golden.get(&format!("{number}.context")));
         let pooled = apart(&encoded.pooled, &golden.get(&format!("{number}.pooled")));
         assert!(context < 1e-4 && pooled < 1e-5, "{syntax} `{prompt}`: {context:.1e} {pooled:.1e}");

@@ -24,6 +24,7 @@ use candle_core::{DType, Device, Tensor};
 use basis::Basis;
 use resampler::{IdProjector, Resampler};
 
+use super::PersonToLora;
 use crate::lora::Lora;
 use crate::weights::model_folder::{ModelFiles, WeightType};
 use crate::weights::sha256;
@@ -86,15 +87,6 @@ pub struct Conditions {
     pub face: Vec<f32>,
     /// CLIP's `hidden_states[-2]` of the grey-background crop, (N, D), the class token first.
     pub clip: Tensor,
-}
-
-/// A person, alone or in a mixture.
-#[derive(Clone, Debug)]
-pub struct Person {
-    /// Of each photo; they count alike.
-    pub photos: Vec<Conditions>,
-    /// The weights of all people sum to 1.
-    pub weight: f64,
 }
 
 /// What the shapes in a folder say; no weight is read for it.
@@ -170,7 +162,7 @@ impl Shapes {
         let resampler = files.load("", "resampler", weights, device, build)?;
         let build = |vb| IdProjector::new(self.face, self.tokens, self.resampler.face_width, vb);
         let id_projector = files.load("", "id_projector", weights, device, build)?;
-        Ok(HyperLora { id_projector, resampler, shapes: self, device: device.clone() })
+        Ok(HyperLora { id_projector, resampler, shapes: self, files: files.clone(), device: device.clone() })
     }
 }
 
@@ -179,7 +171,18 @@ pub struct HyperLora {
     id_projector: IdProjector,
     resampler: Resampler,
     shapes: Shapes,
+    /// With the bases, which are read as they are mixed.
+    files: ModelFiles,
     device: Device,
+}
+
+impl PersonToLora for HyperLora {
+    /// Of each photo; they count alike.
+    type Conditions = Vec<Conditions>;
+
+    fn predict(&self, people: &[(Vec<Conditions>, f64)]) -> Result<Lora> {
+        self.lora(&self.coefficients(people)?)
+    }
 }
 
 impl HyperLora {
@@ -187,9 +190,9 @@ impl HyperLora {
     ///
     /// # Errors
     /// Conditions of other widths than those that it was trained with.
-    pub fn coefficients(&self, people: &[Person]) -> Result<Tensor> {
+    pub fn coefficients(&self, people: &[(Vec<Conditions>, f64)]) -> Result<Tensor> {
         let mut sum: Option<Tensor> = None;
-        for Person { photos, weight } in people {
+        for (photos, weight) in people {
             for photo in photos {
                 let z = (self.photo(photo)? * (weight / photos.len() as f64))?;
                 sum = Some(match sum {
@@ -215,7 +218,7 @@ impl HyperLora {
     }
 
     /// The LoRA that `coefficients` (N, K) mix from the bases, in f32 on the CPU. The bases are read once, matrix by matrix.
-    pub fn lora(&self, files: &ModelFiles, coefficients: &Tensor) -> Result<Lora> {
-        self.shapes.basis.lora(files, &coefficients.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)
+    pub fn lora(&self, coefficients: &Tensor) -> Result<Lora> {
+        self.shapes.basis.lora(&self.files, &coefficients.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)
     }
 }

@@ -92,8 +92,8 @@ fn official(folder: &Path) -> ModelFiles {
     ModelFiles::folder(folder).unwrap()
 }
 
-fn person(photos: Vec<Conditions>, weight: f64) -> Person {
-    Person { photos, weight }
+fn person(photos: Vec<Conditions>, weight: f64) -> (Vec<Conditions>, f64) {
+    (photos, weight)
 }
 
 fn open(files: &ModelFiles) -> HyperLora {
@@ -145,7 +145,7 @@ fn the_official_code_s_numbers_come_out() {
     let wanted = [-0.638_023, 0.407_243_47, -0.205_832_63, -0.054_150_64, 0.364_013_05, -0.499_274_03];
     assert_near(&alone[0], &wanted, NEAR, "photo 0 alone");
 
-    let lora = network.lora(&files, &tokens).unwrap();
+    let lora = network.lora(&tokens).unwrap();
     let path = |i: usize, attn: usize, to: &str| {
         format!("mid_block.attentions.{i}.transformer_blocks.0.attn{attn}.{to}")
     };
@@ -194,7 +194,7 @@ fn every_layer_is_pytorch_s() {
         &network.coefficients(&[person(vec![photo(0)], 0.3), person(vec![photo(1)], 0.7)]).unwrap(),
         "mixed",
     );
-    let lora = network.lora(&files, &mean).unwrap();
+    let lora = network.lora(&mean).unwrap();
     let deltas = wanted.keys().filter(|name| name.ends_with(".delta")).count();
     assert_eq!((lora.layers.len(), deltas), (16, 16));
     for (path, layer) in &lora.layers {
