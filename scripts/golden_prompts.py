@@ -182,8 +182,9 @@ def added_tokens(encoders, vectors, prompt):
     for key, (tokenizer, transformer) in zip(["clip_l", "clip_g"], encoders):
         tokenizer, transformer = copy.deepcopy(tokenizer), copy.deepcopy(transformer)
         text = prompt
-        for name, count in sorted(VECTORS.items(), key=lambda item: -len(item[0])):
-            word = "tok" + "".join(c for c in name if c.isalnum())
+        for place, (name, count) in enumerate(sorted(VECTORS.items(), key=lambda item: -len(item[0]))):
+            # A word that no name is part of.
+            word = f"zq{place}"
             tokens = [word] + [f"{word}_{i}" for i in range(1, count)]
             tokenizer.add_tokens(tokens)
             transformer.resize_token_embeddings(len(tokenizer), mean_resizing=False)

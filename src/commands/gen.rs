@@ -143,7 +143,9 @@ fn write_images(series: &ImageSeries, args: &Args, outputs: &Outputs, output: &O
     let paths = &outputs.images;
     let mut written = Vec::new();
     let strip = series.generate(
-        |k, preview| preview.save(&outputs::preview(&paths[k]), None),
+        |k, preview| {
+            preview.save(&outputs::preview(&paths[k]), Some(&format!("preview\n{}", files::version_mark())))
+        },
         |k, image, settings| {
             let path = &paths[k];
             let text = settings.parameters();
@@ -160,11 +162,7 @@ fn write_images(series: &ImageSeries, args: &Args, outputs: &Outputs, output: &O
         },
     )?;
     if let (Some(strip), Some(path)) = (strip, &outputs.strip) {
-        let text = format!(
-            "denoising strip\nSteps: {}, Version: difflora {}",
-            args.sampling.steps,
-            env!("CARGO_PKG_VERSION")
-        );
+        let text = format!("denoising strip\nSteps: {}, {}", args.sampling.steps, files::version_mark());
         strip.save(path, Some(&text))?;
         if !output.json {
             print_line!("strip {}", path.display())?;

@@ -10,6 +10,7 @@ use crate::eval::methods::{LoraSources, Method};
 use crate::eval::prompts::PromptSet;
 use crate::eval::renderer::{PromptBatch, Renderer, Sampling};
 use crate::eval::subjects::{EmbeddedSubject, Subject};
+use crate::files;
 use crate::progress;
 use crate::threads::in_threads_or_turn;
 
@@ -129,8 +130,8 @@ impl Drawing<'_> {
             for ((number, image), text) in numbers.zip(&images).zip(batch.texts()) {
                 let Sampling { steps, guidance, seed, .. } = self.sampling;
                 let parameters = format!(
-                    "{text}\nSteps: {steps}, CFG scale: {guidance}, Seed: {seed}, Version: difflora {}",
-                    env!("CARGO_PKG_VERSION")
+                    "{text}\nSteps: {steps}, CFG scale: {guidance}, Seed: {seed}, {}",
+                    files::version_mark()
                 );
                 self.store.save(&key, folder, number, image, &parameters)?;
             }

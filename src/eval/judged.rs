@@ -1,6 +1,7 @@
 //! From images to what the measures need of them, one person after the other.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use anyhow::{Context, Result};
 
@@ -92,12 +93,11 @@ fn shared<'a>(
     let mut all = BTreeMap::new();
     for (method, has) in methods.iter().filter(|(method, _)| method.is_shared()) {
         for (subject, _) in subjects.iter().zip(has).filter(|(_, has)| **has) {
-            let key = (method.key(), folder_name(method, subject));
-            if !all.contains_key(&key) {
+            if let Entry::Vacant(place) = all.entry((method.key(), folder_name(method, subject))) {
                 progress::check()?;
-                let judged =
-                    Judged::of(judges, &store.images(&key.0, key.1, count)?, store.times(&key.0, key.1))?;
-                all.insert(key, judged);
+                let (key, class) = place.key();
+                let judged = Judged::of(judges, &store.images(key, class, count)?, store.times(key, class))?;
+                place.insert(judged);
             }
         }
     }

@@ -41,7 +41,8 @@ impl Findings {
         let json = serde_json::to_string_pretty(&self.report)? + "\n";
         files::write_whole(&folder.join("table.json"), json.as_bytes())?;
         files::write_whole(&folder.join("table.md"), self.text.as_bytes())?;
-        self.sheet.save(&folder.join("sheet.png"), None)?;
+        let parameters = format!("contact sheet\n{}", files::version_mark());
+        self.sheet.save(&folder.join("sheet.png"), Some(&parameters))?;
         for (name, text) in [("report.html", &self.html), ("images.csv", &self.csv)] {
             if let Some(text) = text {
                 files::write_whole(&folder.join(name), text.as_bytes())?;

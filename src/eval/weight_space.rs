@@ -58,12 +58,11 @@ pub fn compare(
     };
     let cosine =
         |i: usize| pairs[i] / (of_generated.squares[i] * of_own.squares[i]).sqrt().max(f64::MIN_POSITIVE);
-    let mut cosines = vec![vec![0.0; people]; people]; // [generated][own]
+    let mut cosines = vec![Vec::with_capacity(people); people]; // [generated][own]
     for other in 0..people {
-        let row = own.narrow(0, other, 1)?;
-        let products = inner(generated, &row)?;
-        for (i, product) in products.iter().enumerate() {
-            cosines[i][other] = of_generated.centred_cosine(i, &of_own, other, *product);
+        let products = inner(generated, &own.narrow(0, other, 1)?)?;
+        for (i, (row, product)) in cosines.iter_mut().zip(products).enumerate() {
+            row.push(of_generated.centred_cosine(i, &of_own, other, product));
         }
     }
     let mut nearest = [vec![f64::NEG_INFINITY; people], vec![f64::NEG_INFINITY; people]];

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::lora_stack::StackedLora;
+use crate::files;
 use crate::named::Named;
 use crate::sdxl::pipeline::Sampler;
 use crate::weights::model_id::ModelId;
@@ -55,7 +56,7 @@ impl Settings<'_> {
                 self.loras.iter().map(|lora| format!("{}: {}", lora.name, &lora.hash[..12])).collect();
             text.push_str(&format!(", Lora hashes: {}", quoted(&hashes.join(", "))));
         }
-        text.push_str(&format!(", Version: difflora {}", env!("CARGO_PKG_VERSION")));
+        text.push_str(&format!(", {}", files::version_mark()));
         text
     }
 

@@ -144,5 +144,10 @@ fn tokens_of_the_image_encoder_are_recorded_where_the_settings_ask_for_them() {
     assert!(run.code == 4 && run.stderr.contains("other settings"), "{}", run.stderr);
     // Grey crops are cut out along landmarks, which the built-in face encoder does not have.
     let run = build(&folder.path().join("grey"), &records("grey_crops = true"), &[]);
-    assert!(run.code != 0 && run.code != 101 && run.stderr.contains("SCRFD"), "{}: {}", run.code, run.stderr);
+    assert!(
+        run.code != 0 && run.code != 101 && run.stderr.contains("antelopev2"),
+        "{}: {}",
+        run.code,
+        run.stderr
+    );
 }

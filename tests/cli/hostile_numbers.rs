@@ -225,7 +225,7 @@ fn products_of_numbers_are_refused_before_memory_is_taken() {
             &["train-encoder", "--kind", "judge"],
             "encoder-tiny.toml",
             vec![("judge.plan.batch", "65536"), ("judge.model.image_size", "8192")],
-            "image_size",
+            "its sizes",
         ),
         (
             &["train-encoder", "--kind", "judge"],
@@ -258,7 +258,7 @@ fn products_of_numbers_are_refused_before_memory_is_taken() {
                 ("vae.model.block_out_channels", "[65536, 65536, 65536]"),
                 ("vae.model.layers_per_block", "64"),
             ],
-            "its sizes",
+            "images.size",
         ),
     ];
     for (command, file, numbers, lower) in cases {

@@ -477,7 +477,7 @@ fn textual_inversions_that_a_lora_brings_are_used_and_kept() {
     let kept = kept.to_str().unwrap();
     assert_eq!(difflora(&["lora", "convert", with, kept, "--base", "tiny"]).code, 0);
     assert!(used == image("kept", &["--lora", kept], prompt).0);
-    let told = difflora(&["lora", "inspect", kept, "--json"]).stdout;
+    let told = difflora(&["lora", "--base", "tiny", "inspect", kept, "--json"]).stdout;
     let told: Value = serde_json::from_str(&told).unwrap();
     assert_eq!((&told["embeddings"]["sks person"], &told["unmatched"]), (&2.into(), &Value::Array(vec![])));
     let peft = folder.join("peft.safetensors");

@@ -112,7 +112,7 @@ fn portraits_and_reports_replace_no_file_of_the_user() {
 
     fs::create_dir(at("report")).unwrap();
     fs::copy("tests/data/astronaut.png", at("report/sheet.png")).unwrap();
-    let run = difflora(&["eval", "--base-only", "1", "--out", text(&at("report"))]);
+    let run = difflora(&["eval", "--base-only=1", "--out", text(&at("report"))]);
     assert!(run.code == 2 && run.stderr.contains("sheet.png"), "{}", run.stderr);
     let dataset = at("ds");
     fs::create_dir(&dataset).unwrap();

@@ -154,7 +154,7 @@ impl Draw {
 
     fn bias_change(&self, stream: u64, out: usize) -> BiasChange {
         let values = self.tensor(stream, &[out]);
-        if self.rank % 2 == 0 { BiasChange::Added(values) } else { BiasChange::Replaced(values) }
+        if self.rank.is_multiple_of(2) { BiasChange::Added(values) } else { BiasChange::Replaced(values) }
     }
 
     fn norm(&self) -> Adapter {

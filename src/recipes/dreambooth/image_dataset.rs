@@ -67,6 +67,12 @@ pub fn read_images(folder: &Path, caption: impl Fn(Option<&str>) -> String) -> R
         };
         return Err(Failure::unusable(folder, why));
     }
+    for table in &found.tables {
+        progress::warn(format_args!(
+            "captions in `{}` are not read; save them as metadata.jsonl, or as a text file beside each image",
+            table.display()
+        ));
+    }
     progress::note(format_args!("{}: {}", folder.display(), found.summary(unreadable)));
     Ok(read)
 }

@@ -17,7 +17,6 @@ use serde::Deserialize;
 use crate::failure::Failure;
 use crate::files;
 use crate::image::{files_in, has_image_name};
-use crate::progress;
 
 /// The largest caption file that is read, in bytes.
 const MAX_CAPTION: u64 = 1 << 16;
@@ -73,6 +72,8 @@ pub struct TrainingFolder {
     pub masks: usize,
     /// Images that difflora generated, where there are others.
     pub generated: usize,
+    /// Tables of captions in a format that is not read.
+    pub tables: Vec<PathBuf>,
 }
 
 impl TrainingFolder {
@@ -83,12 +84,8 @@ impl TrainingFolder {
     pub fn read(folder: &Path) -> Result<Self> {
         let files = files_in(folder)?;
         let captions = Captions::of(&files)?;
-        for table in files.iter().filter(|file| file.file_name().is_some_and(|name| name == "metadata.csv")) {
-            progress::warn(format_args!(
-                "captions in `{}` are not read; save them as metadata.jsonl, or as a text file beside each image",
-                table.display()
-            ));
-        }
+        let tables = files.iter().filter(|file| file.file_name().is_some_and(|name| name == "metadata.csv"));
+        let tables: Vec<PathBuf> = tables.cloned().collect();
         let mut images: Vec<PathBuf> = files
             .into_iter()
             .filter(|path| has_image_name(path) || has_extension(path, &CONTAINERS))
@@ -96,7 +93,7 @@ impl TrainingFolder {
         let stems: BTreeSet<PathBuf> = images.iter().map(|path| path.with_extension("")).collect();
         let found = images.len();
         images.retain(|path| !is_mask(&path.with_extension(""), &stems));
-        let mut read = Self { masks: found - images.len(), ..Self::default() };
+        let mut read = Self { masks: found - images.len(), tables, ..Self::default() };
         let generated: BTreeSet<PathBuf> =
             images.iter().filter(|path| files::is_generated(path)).cloned().collect();
         if generated.len() < images.len() {
