@@ -8,7 +8,7 @@ use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{Activation, Linear, attention, layer_norm_plain};
+use crate::layers::{Activation, Linear, attention, layer_norm_modulated};
 
 /// A size with a name; facebookresearch/DiT `models.py`, `DiT_models`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -223,13 +223,13 @@ impl Block {
     fn forward(&self, x: &Tensor, c: &Tensor) -> Result<Tensor> {
         let [shift, scale, gate, mlp_shift, mlp_scale, mlp_gate] =
             parts(&self.ada_ln_modulation.forward(c)?)?;
-        let h = modulate(&layer_norm_plain(x, EPS)?, &shift, &scale)?;
+        let h = layer_norm_modulated(x, &shift, &scale, EPS)?;
         let d = h.dim(2)?;
         let qkv = self.qkv.forward(&h)?; // (B, N, 3D)
         let part = |i| qkv.narrow(2, i * d, d);
         let h = self.proj.forward(&attention(&part(0)?, &part(1)?, &part(2)?, self.heads, false)?)?;
         let x = (x + h.broadcast_mul(&gate)?)?;
-        let h = modulate(&layer_norm_plain(&x, EPS)?, &mlp_shift, &mlp_scale)?;
+        let h = layer_norm_modulated(&x, &mlp_shift, &mlp_scale, EPS)?;
         let h = self.mlp[1].forward(&Activation::GeluTanh.apply(&self.mlp[0].forward(&h)?)?)?;
         x + h.broadcast_mul(&mlp_gate)?
     }
@@ -253,13 +253,8 @@ impl FinalLayer {
     /// `x` (B, N, D), `c` (B, D) after SiLU → (B, N, token).
     fn forward(&self, x: &Tensor, c: &Tensor) -> Result<Tensor> {
         let [shift, scale] = parts(&self.ada_ln_modulation.forward(c)?)?;
-        self.linear.forward(&modulate(&layer_norm_plain(x, EPS)?, &shift, &scale)?)
+        self.linear.forward(&layer_norm_modulated(x, &shift, &scale, EPS)?)
     }
-}
-
-/// x · (1 + scale) + shift. `x` (B, N, D), the others (B, 1, D).
-fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    x.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
 }
 
 /// (B, K·D) → K tensors (B, 1, D).

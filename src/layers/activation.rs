@@ -1,8 +1,11 @@
 //! SiLU, the GELUs, GEGLU and nearest upsampling, each a single pass forward and backward.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 
 use crate::layers::cpu;
+use crate::layers::cuda;
 
 /// An element-wise non-linearity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -21,7 +24,7 @@ pub enum Activation {
 impl Activation {
     /// Applies it to every value of `x`.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
-        if cpu::is_cpu_f32(x) {
+        if cpu::is_cpu_f32(x) || cuda::applies(x) {
             return x.contiguous()?.apply_op1(PointwiseOp(self));
         }
         match self {
@@ -95,8 +98,17 @@ impl CustomOp1 for PointwiseOp {
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::gpu::activate(self.0, (x, layout))
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if cuda::applies(x) {
+            return cuda::gpu::activate_grad(self.0, x, &grad).map(Some);
+        }
         let values = cpu::with_values(x, |x| {
             cpu::with_values(&grad, |grad| {
                 let mut out = vec![0f32; x.len()];
@@ -119,7 +131,7 @@ impl CustomOp1 for PointwiseOp {
 /// The feed-forward gate of SDXL: the first half of the last axis times GELU of the second. (…, 2D) → (…, D).
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
     let width = x.dim(D::Minus1)? / 2;
-    if cpu::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) || cuda::applies(x) {
         return x.contiguous()?.apply_op1(GegluOp);
     }
     let value = x.narrow(D::Minus1, 0, width)?;
@@ -147,9 +159,18 @@ impl CustomOp1 for GegluOp {
         Ok((CpuStorage::F32(y), shape.into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::gpu::geglu((x, layout))
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let width = x.dim(D::Minus1)? / 2;
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if cuda::applies(x) {
+            return cuda::gpu::geglu_grad(x, &grad).map(Some);
+        }
         let values = cpu::with_values(x, |x| {
             cpu::with_values(&grad, |grad| {
                 let mut out = vec![0f32; x.len()];
@@ -166,7 +187,7 @@ impl CustomOp1 for GegluOp {
 /// Each pixel becomes four. (B, C, H, W) → (B, C, 2H, 2W).
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
-    if cpu::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) || cuda::applies(x) {
         return x.contiguous()?.apply_op1(UpsampleOp);
     }
     // Broadcasting is differentiable everywhere; candle's own upsampling overwrites gradients.
@@ -193,8 +214,17 @@ impl CustomOp1 for UpsampleOp {
         Ok((CpuStorage::F32(y), (b, c, 2 * h, 2 * w).into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::gpu::upsample((x, layout))
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (grad, w) = (grad.contiguous()?, x.dim(D::Minus1)?);
+        #[cfg(feature = "cuda")]
+        if cuda::applies(x) {
+            return cuda::gpu::upsample_grad(&grad).map(Some);
+        }
         let values = cpu::with_values(&grad, |grad| {
             let mut out = vec![0f32; x.elem_count()];
             let together = (CHUNK / w).max(1) * w;

@@ -2,10 +2,15 @@
 
 use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use gemm::Parallelism;
 
 use crate::layers::cpu::{self, Matrix, Product, Shared, Weight};
+use crate::layers::cuda::Saved;
+#[cfg(feature = "cuda")]
+use crate::layers::cuda::gpu;
 use crate::layers::gemm::isa::ElemType;
 use crate::layers::gemm::microkernel::{self, Tile};
 use crate::layers::gemm::operands::{ContiguousDepth, PackA, PackB, StridedDepth};
@@ -19,12 +24,16 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
         candle_core::bail!("width {width} does not part into {heads} heads");
     }
     if cpu::is_cpu_f32(q) {
-        let op = AttentionOp { heads, causal };
+        let op = AttentionOp { heads, causal, saved: Saved::default() };
         return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
     }
     #[cfg(feature = "flash-attn")]
     if let Some(y) = flash(q, k, v, heads, causal)? {
         return Ok(y);
+    }
+    #[cfg(feature = "cuda")]
+    if gpu::takes_attention([q, k, v], width / heads) {
+        return q.apply_op3(k, v, AttentionOp { heads, causal, saved: Saved::default() });
     }
     composite(q, k, v, heads, causal, SCORES)
 }
@@ -91,6 +100,8 @@ const SCORES: usize = 1 << 26;
 struct AttentionOp {
     heads: usize,
     causal: bool,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    saved: Saved,
 }
 
 /// Queries whose scores are held at once, backward.
@@ -442,16 +453,39 @@ impl CustomOp3 for AttentionOp {
         Ok((CpuStorage::F32(y), q_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        q_layout: &Layout,
+        k: &CudaStorage,
+        k_layout: &Layout,
+        v: &CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        let (y, scores) = gpu::attention(inputs, self.heads, self.causal)?;
+        self.saved.keep(scores)?;
+        Ok((y, q_layout.shape().clone()))
+    }
+
     fn bwd(
         &self,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        _: &Tensor,
+        _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let size = sizes(q.shape(), k.shape())?;
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if q.device().is_cuda() {
+            let saved = [_y, self.saved.get()?, &grad];
+            let grads = gpu::attention_grad([q, k, v], saved, self.heads, self.causal)?;
+            let [grad_q, grad_k, grad_v] = grads.map(Some);
+            return Ok((grad_q, grad_k, grad_v));
+        }
         let [grad_q, grad_k, grad_v] = cpu::with_values(q, |q| {
             cpu::with_values(k, |k| {
                 cpu::with_values(v, |v| cpu::with_values(&grad, |grad| self.backward(q, k, v, grad, size)))

@@ -127,6 +127,11 @@ fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: ConvGeometry, p
             ConvOp(g, pass),
         );
     }
+    #[cfg(feature = "cudnn")]
+    if super::cuda::applies(x) {
+        let weight = super::like(weight, x)?;
+        return super::cuda::convolution::conv2d(x, &weight, bias.as_ref(), g, pass);
+    }
     let (x, padding) = if g.pad_before == g.pad_after {
         (x.clone(), g.pad_before)
     } else {

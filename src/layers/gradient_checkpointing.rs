@@ -15,7 +15,7 @@ use candle_core::{
 };
 
 use crate::layers::backward::backward;
-use crate::layers::cpu;
+use crate::layers::{cpu, cuda};
 
 /// Which run of a piece this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +46,7 @@ pub fn checkpointed(
     }
     let small = inputs.iter().skip(2).filter(|input| input.track_op()).copied();
     let small = end_to_end(variables.iter().chain(small), &y)?;
-    let none = Tensor::zeros(0, DType::F32, y.device())?;
+    let none = Tensor::zeros(1, DType::F32, y.device())?;
     let kept = |i: usize| inputs.get(i).copied().unwrap_or(&none);
     let op = Segment {
         run: Box::new(piece),
@@ -60,11 +60,12 @@ pub fn checkpointed(
 
 /// All values in one row of f32.
 fn end_to_end<'a>(tensors: impl Iterator<Item = &'a Tensor>, beside: &Tensor) -> Result<Tensor> {
-    let mut rows = vec![Tensor::zeros(0, DType::F32, beside.device())?];
+    let mut rows = Vec::new();
     for tensor in tensors {
         rows.push(tensor.flatten_all()?.to_dtype(DType::F32)?);
     }
-    Tensor::cat(&rows, 0)
+    // CUDA has no empty tensors.
+    if rows.is_empty() { Tensor::zeros(1, DType::F32, beside.device()) } else { Tensor::cat(&rows, 0) }
 }
 
 /// Part of a network: its output from its inputs.
@@ -157,7 +158,7 @@ impl CustomOp3 for Segment {
             }
         }
         let y = (self.run)(&inputs, Pass::Recompute)?;
-        let grads = if cpu::is_cpu_f32(&y) {
+        let grads = if cpu::is_cpu_f32(&y) || cuda::applies(&y) {
             backward(&y.apply_op1(Seed(grad.contiguous()?))?)?
         } else {
             backward(&(y * grad)?.sum_all()?)? // dΣ(y · grad)/dy = grad
@@ -186,6 +187,11 @@ impl CustomOp1 for Seed {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok((CpuStorage::F32(vec![0.0]), ().into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, y: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::gpu::zeros(y, &().into())?, ().into()))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {

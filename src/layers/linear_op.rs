@@ -1,10 +1,14 @@
 //! y = x·Wᵀ + b as one operation with its own gradient.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::Pass;
 use super::backward::gradient;
 use super::cpu::{self, Shared, Weight};
+#[cfg(feature = "cuda")]
+use super::cuda::{self, gpu};
 use super::gemm::isa::ElemType;
 use super::gemm::operands::{Accumulate, ContiguousDepth, Output, OutputLayout, Size, StridedDepth};
 use crate::layers::gemm::matmul::{self, matmul};
@@ -26,7 +30,15 @@ pub(super) fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass
         // Whatever its shape: a gradient would be copied for each change of it.
         let none = Tensor::zeros(0, x.dtype(), x.device())?;
         let (weight, bias) = (weight.contiguous()?, bias.as_ref().unwrap_or(&none));
-        return x.contiguous()?.apply_op3(&weight, bias, LinearOp(pass));
+        return x.contiguous()?.apply_op3(&weight, bias, LinearOp { pass, bias: true });
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::applies(x) {
+        let weight = super::like(weight, x)?.contiguous()?;
+        let op = LinearOp { pass, bias: bias.is_some() };
+        // There are no empty tensors on CUDA: without a bias the weight stands in its place.
+        let bias = bias.as_ref().unwrap_or(&weight);
+        return x.contiguous()?.apply_op3(&weight, bias, op);
     }
     let y = x.reshape(((), input))?.matmul(&super::like(weight, x)?.t()?)?;
     let y = match bias {
@@ -36,7 +48,12 @@ pub(super) fn linear_in(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, pass
     y.reshape(shape)
 }
 
-struct LinearOp(Pass);
+struct LinearOp {
+    pass: Pass,
+    /// Whether the third operand is a bias; on the CPU an empty one is none.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    bias: bool,
+}
 
 impl CustomOp3 for LinearOp {
     fn name(&self) -> &'static str {
@@ -55,11 +72,33 @@ impl CustomOp3 for LinearOp {
         let (n, k) = w_layout.shape().dims2()?;
         let (rows, shape) = (x_layout.shape().elem_count() / k, with_last(x_layout.dims(), n));
         let (x, b) = (cpu::operand(x, x_layout)?, cpu::operand(b, b_layout)?);
-        let y = match self.0 {
+        let y = match self.pass {
             Pass::Forward => product(x, Weight::operand(w, w_layout)?, b, [rows, n, k]),
             Pass::Recompute => vec![0.0; rows * n],
         };
         Ok((CpuStorage::F32(y), shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        w: &CudaStorage,
+        w_layout: &Layout,
+        b: &CudaStorage,
+        b_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (n, k) = w_layout.shape().dims2()?;
+        let (rows, shape) = (x_layout.shape().elem_count() / k, with_last(x_layout.dims(), n));
+        let y = match self.pass {
+            Pass::Forward => {
+                let bias = self.bias.then_some((b, b_layout));
+                gpu::linear((x, x_layout), (w, w_layout), bias, [rows, n, k])?
+            }
+            Pass::Recompute => gpu::zeros(x, &shape)?,
+        };
+        Ok((y, shape))
     }
 
     fn bwd(
@@ -73,6 +112,14 @@ impl CustomOp3 for LinearOp {
         let grad = grad.contiguous()?;
         let (n, k) = w.dims2()?;
         let rows = x.elem_count() / k;
+        #[cfg(feature = "cuda")]
+        if cuda::applies(x) {
+            let flat = grad.reshape((rows, n))?;
+            let grad_x = x.track_op().then(|| flat.matmul(&w.detach())?.reshape(x.shape()));
+            let grad_w = w.track_op().then(|| flat.t()?.matmul(&x.detach().reshape((rows, k))?));
+            let grad_b = (self.bias && b.track_op()).then(|| gpu::column_sums(&grad, n));
+            return Ok((grad_x.transpose()?, grad_w.transpose()?, grad_b.transpose()?));
+        }
         let grad_x = if x.track_op() {
             let values =
                 cpu::with_weight(w, |w| cpu::with_values(&grad, |grad| grad_input(grad, w, [rows, n, k])))??;

@@ -1,10 +1,13 @@
 //! GroupNorm (with SiLU fused where it follows) and LayerNorm.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use super::Layer;
 use crate::layers::cpu::{self, lanes_dot, lanes_sum};
+use crate::layers::cuda::{self, Saved};
 
 /// Normalises each of `groups` groups of channels of an image (B, C, H, W).
 #[derive(Clone, Debug)]
@@ -74,7 +77,7 @@ impl GroupNorm {
 
     fn apply(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
         let (b, c) = (x.dim(0)?, x.dim(1)?);
-        if cpu::is_cpu_f32(x) {
+        if cpu::is_cpu_f32(x) || cuda::applies(x) {
             let (weight, bias) = (super::like(&self.weight, x)?, super::like(&self.bias, x)?);
             let inner = x.elem_count() / (b * c);
             let op = NormOp {
@@ -82,6 +85,7 @@ impl GroupNorm {
                 scale: Scale::Channels { per_group: c / self.groups, inner },
                 eps: self.eps as f32,
                 silu,
+                saved: Saved::default(),
             };
             return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
         }
@@ -147,11 +151,37 @@ pub fn layer_norm_plain(x: &Tensor, eps: f64) -> Result<Tensor> {
     normalise_last(x, &one, &one.zeros_like()?, eps)
 }
 
+/// LayerNorm shifted and scaled by a condition, norm(x)·(1 + scale) + shift (adaLN, Peebles and Xie 2023). `x` (B, N, D),
+/// the others (B, 1, D) → (B, N, D).
+pub fn layer_norm_modulated(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::applies(x) {
+        let (b, n, d) = x.dims3()?;
+        for modulation in [shift, scale] {
+            if modulation.dims() != [b, 1, d] {
+                candle_core::bail!("{:?} is no modulation of {:?}", modulation.shape(), x.shape());
+            }
+        }
+        let sizes =
+            cuda::ops::LayerSizes { sets: b, per_set: n, width: d, eps: eps as f32, modulation: true };
+        let (scale, shift) = (super::like(scale, x)?, super::like(shift, x)?);
+        let op = ModulatedOp { sizes, saved: Saved::default() };
+        return x.contiguous()?.apply_op3(&scale.contiguous()?, &shift.contiguous()?, op);
+    }
+    layer_norm_plain(x, eps)?.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
+}
+
 fn normalise_last(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let width = x.dim(D::Minus1)?;
-    if cpu::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) || cuda::applies(x) {
         let (weight, bias) = (super::like(weight, x)?, super::like(bias, x)?);
-        let op = NormOp { length: width, scale: Scale::Last, eps: eps as f32, silu: false };
+        let op = NormOp {
+            length: width,
+            scale: Scale::Last,
+            eps: eps as f32,
+            silu: false,
+            saved: Saved::default(),
+        };
         return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
     }
     composite(&x.to_dtype(DType::F32)?, eps)?
@@ -173,6 +203,8 @@ struct NormOp {
     scale: Scale,
     eps: f32,
     silu: bool,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    saved: Saved,
 }
 
 /// Which weight belongs to the `i`-th value of a row.
@@ -326,6 +358,26 @@ impl CustomOp3 for NormOp {
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        w: &CudaStorage,
+        w_layout: &Layout,
+        b: &CudaStorage,
+        b_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let inputs = [(x, x_layout), (w, w_layout), (b, b_layout)];
+        let (count, weights) = (x_layout.shape().elem_count(), w_layout.shape().elem_count());
+        let (y, statistics) = match self.cuda_sizes(count, weights) {
+            CudaSizes::Group(sizes) => cuda::gpu::group_norm(sizes, inputs)?,
+            CudaSizes::Layer(sizes) => cuda::gpu::layer_norm(sizes, inputs)?,
+        };
+        self.saved.keep(statistics)?;
+        Ok((y, x_layout.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -336,6 +388,20 @@ impl CustomOp3 for NormOp {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         let trained = w.track_op() || b.track_op();
+        #[cfg(feature = "cuda")]
+        if cuda::applies(x) {
+            let statistics = self.saved.get()?;
+            let (grad_x, rest) = match self.cuda_sizes(x.elem_count(), w.elem_count()) {
+                CudaSizes::Group(sizes) => {
+                    cuda::gpu::group_norm_grad(sizes, [x, w, b, statistics, &grad], trained)?
+                }
+                CudaSizes::Layer(sizes) => {
+                    cuda::gpu::layer_norm_grad(sizes, [x, w, statistics, &grad], trained)?
+                }
+            };
+            let [grad_w, grad_b] = rest.map_or([None, None], |rest| rest.map(Some));
+            return Ok((Some(grad_x), grad_w, grad_b));
+        }
         let [grad_x, grad_w, grad_b] = cpu::with_values(x, |x| {
             cpu::with_values(w, |w| {
                 cpu::with_values(b, |b| {
@@ -347,6 +413,94 @@ impl CustomOp3 for NormOp {
             input.track_op().then(|| Tensor::from_vec(values, input.shape(), input.device())).transpose()
         };
         Ok((wanted(x, grad_x)?, wanted(w, grad_w)?, wanted(b, grad_b)?))
+    }
+}
+
+/// What the CUDA kernels take for either norm.
+#[cfg(feature = "cuda")]
+enum CudaSizes {
+    Group(cuda::ops::GroupSizes),
+    Layer(cuda::ops::LayerSizes),
+}
+
+#[cfg(feature = "cuda")]
+impl NormOp {
+    /// For `count` values, and weights for `weights` channels or columns.
+    fn cuda_sizes(&self, count: usize, weights: usize) -> CudaSizes {
+        let eps = self.eps;
+        match self.scale {
+            Scale::Last => CudaSizes::Layer(cuda::ops::LayerSizes {
+                sets: 1,
+                per_set: count / self.length.max(1),
+                width: self.length,
+                eps,
+                modulation: false,
+            }),
+            Scale::Channels { per_group, inner } => CudaSizes::Group(cuda::ops::GroupSizes {
+                batch: count / (weights * inner).max(1),
+                channels: weights,
+                groups: weights / per_group,
+                inner,
+                eps,
+                silu: self.silu,
+            }),
+        }
+    }
+}
+
+/// norm(x)·(1 + scale) + shift on CUDA.
+#[cfg(feature = "cuda")]
+struct ModulatedOp {
+    sizes: cuda::ops::LayerSizes,
+    saved: Saved,
+}
+
+#[cfg(feature = "cuda")]
+impl CustomOp3 for ModulatedOp {
+    fn name(&self) -> &'static str {
+        "modulated-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        candle_core::bail!("a modulated norm for CUDA was given tensors on the CPU")
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        scale: &CudaStorage,
+        scale_layout: &Layout,
+        shift: &CudaStorage,
+        shift_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let inputs = [(x, x_layout), (scale, scale_layout), (shift, shift_layout)];
+        let (y, statistics) = cuda::gpu::layer_norm(self.sizes, inputs)?;
+        self.saved.keep(statistics)?;
+        Ok((y, x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        scale: &Tensor,
+        shift: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let trained = scale.track_op() || shift.track_op();
+        let inputs = [x, scale, self.saved.get()?, &grad.contiguous()?];
+        let (grad_x, rest) = cuda::gpu::layer_norm_grad(self.sizes, inputs, trained)?;
+        let [grad_scale, grad_shift] = rest.map_or([None, None], |rest| rest.map(Some));
+        Ok((Some(grad_x), grad_scale, grad_shift))
     }
 }
 

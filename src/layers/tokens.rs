@@ -1,14 +1,17 @@
 //! Images as tokens and back, and what is added to all pixels of a channel: one step of the graph each, where candle's
 //! operations take three, and backward two passes over memory for every step.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
 use crate::layers::cpu;
+use crate::layers::cuda;
 
 /// Each pixel's channels as a token. (B, D, H, W) → (B, H·W, D).
 pub fn image_to_tokens(x: &Tensor) -> Result<Tensor> {
     let (b, d, h, w) = x.dims4()?;
-    if cpu::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) || cuda::applies(x) {
         return x.contiguous()?.apply_op1(TurnOp { to: (b, h * w, d).into() });
     }
     x.reshape((b, d, h * w))?.transpose(1, 2)
@@ -20,7 +23,7 @@ pub fn tokens_to_image(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     if n != h * w {
         candle_core::bail!("{n} tokens are no image of {h} × {w}");
     }
-    if cpu::is_cpu_f32(x) {
+    if cpu::is_cpu_f32(x) || cuda::applies(x) {
         return x.contiguous()?.apply_op1(TurnOp { to: (b, d, h, w).into() });
     }
     x.transpose(1, 2)?.reshape((b, d, h, w))
@@ -56,8 +59,17 @@ impl CustomOp1 for TurnOp {
         Ok((CpuStorage::F32(y), self.to.clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::gpu::transpose((x, layout), matrix(layout.shape()), &self.to)
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if cuda::applies(x) {
+            return cuda::gpu::transpose_tensor(&grad, matrix(&self.to), x.shape()).map(Some);
+        }
         let values = cpu::with_values(&grad, |grad| turned(grad, matrix(&self.to)))?;
         Ok(Some(Tensor::from_vec(values, x.shape(), x.device())?))
     }
@@ -85,7 +97,8 @@ pub fn add_to_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
     if shift.dims() != [b, c] {
         candle_core::bail!("{:?} is no shift of the channels of {:?}", shift.shape(), x.shape());
     }
-    if cpu::is_cpu_f32(x) && cpu::is_cpu_f32(shift) {
+    let on_cuda = cuda::applies(x) && cuda::applies(shift) && x.dtype() == shift.dtype();
+    if on_cuda || cpu::is_cpu_f32(x) && cpu::is_cpu_f32(shift) {
         return x.contiguous()?.apply_op2(&shift.contiguous()?, ShiftOp);
     }
     x.broadcast_add(&shift.unsqueeze(2)?.unsqueeze(3)?)
@@ -116,6 +129,18 @@ impl CustomOp2 for ShiftOp {
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        shift: &CudaStorage,
+        shift_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let pixels = x_layout.dims()[2..].iter().product();
+        cuda::gpu::add_bias((x, x_layout), (shift, shift_layout), pixels)
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -123,6 +148,11 @@ impl CustomOp2 for ShiftOp {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if cuda::applies(x) {
+            let sums = shift.track_op().then(|| cuda::gpu::channel_sums(&grad.contiguous()?, false));
+            return Ok((x.track_op().then(|| grad.clone()), sums.transpose()?));
+        }
         let sums = shift.track_op().then(|| grad.flatten_from(2)?.sum(2)).transpose()?;
         Ok((x.track_op().then(|| grad.clone()), sums))
     }
