@@ -8,6 +8,8 @@ use crate::failure::Failure;
 use crate::named::named;
 use crate::progress;
 
+mod cuda;
+
 named! {
     /// A number type for weights. Where the device is a CPU they are widened as they are used: half the memory, and the
     /// arithmetic of f32.
@@ -79,12 +81,18 @@ fn local_rank() -> Result<usize> {
 }
 
 fn cuda(number: usize) -> Result<Device, Failure> {
-    Device::new_cuda(number).map_err(|error| {
-        let error = error.to_string();
-        // Behind it candle may show where in the program that was.
-        let why = error.lines().next().unwrap_or_default();
-        Failure::Usage(format!("cuda:{number} cannot be used: no such GPU, or no driver for it ({why})"))
-    })
+    #[cfg(feature = "cuda")]
+    return cuda::open(number).map_err(|why| Failure::Usage(format!("cuda:{number} cannot be used: {why}")));
+    #[cfg(not(feature = "cuda"))]
+    Err(Failure::Usage(format!("cuda:{number} cannot be used: this build has no cuda")))
+}
+
+/// An error with what it means where it is one of a GPU's driver, and with what helps.
+pub fn explained(error: anyhow::Error) -> anyhow::Error {
+    match cuda::explain(&format!("{error:#}"), cuda::memory()) {
+        Some(why) => error.context(why),
+        None => error,
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use difflora::cli;
+use difflora::device;
 use difflora::failure::Failure;
 use difflora::layers;
 use difflora::progress;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     match cli::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            let error = device::explained(error);
             progress::error(&error);
             Failure::exit_code(&error)
         }
