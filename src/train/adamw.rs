@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, InplaceOp2, Layout, Storage, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use crate::layers::vectorised;
+use crate::layers::{self, vectorised};
 use crate::train::gradients::Gradients;
 use crate::train::muon::MuonOptions;
 
@@ -166,12 +166,11 @@ pub fn norm(gradients: &Gradients) -> Result<f64> {
         }
     }
     if !elsewhere.is_empty() {
-        let squares = elsewhere.into_iter().map(|gradient| -> candle_core::Result<Tensor> {
-            gradient.flatten_all()?.to_dtype(DType::F32)?.sqr()?.sum_all()
-        });
+        let squares = elsewhere
+            .into_iter()
+            .map(|gradient| -> candle_core::Result<Tensor> { layers::square_sums(gradient) });
         // All at once: a GPU is waited for as often as something is read.
-        let squares =
-            Tensor::stack(&squares.collect::<candle_core::Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
+        let squares = Tensor::cat(&squares.collect::<candle_core::Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
         sum += squares.into_iter().map(f64::from).sum::<f64>();
     }
     Ok(sum.sqrt())
@@ -194,7 +193,7 @@ vectorised! {
 pub(super) fn blend(kept: &mut Tensor, new: &Tensor, keep: f64, take: f64) -> Result<()> {
     if in_place(kept) {
         kept.inplace_op2(&new.contiguous()?, &Blend { keep: keep as f32, take: take as f32 })?;
-    } else {
+    } else if !layers::blend_on_gpu(kept, new, [keep as f32, take as f32])? {
         *kept = ((&*kept * keep)? + (new * take)?)?.detach();
     }
     Ok(())
@@ -220,6 +219,11 @@ impl Slot {
                     adamw(update, w, first, second, gradient);
                 });
             })?);
+        }
+        let ([beta1, beta2], [take1, take2]) = (update.betas, update.take);
+        let constants = [beta1, beta2, take1, take2, update.keep, update.step, update.root, update.eps];
+        if layers::adamw_on_gpu([self.var.as_tensor(), &self.first, &self.second, gradient], constants)? {
+            return Ok(());
         }
         let [[beta1, beta2], [first, second]] = [update.betas, update.take].map(|pair| pair.map(f64::from));
         blend(&mut self.first, gradient, beta1, first)?;
