@@ -4,7 +4,7 @@
 #     scripts/make-tiny.sh OUT            the recipe of configs/, see tests/bench/RESULTS.md for times
 #     scripts/make-tiny.sh OUT --quick    a few steps of everything, to see that it runs
 #     scripts/make-tiny.sh OUT --install  afterwards put the bundle into src/assets/tiny
-#     scripts/make-tiny.sh OUT --device cuda   UNet, LoRAs, LAE, DiT and eval on a GPU (VAE and encoders on the CPU)
+#     scripts/make-tiny.sh OUT --device cuda   everything on a GPU; never run
 #
 # Every stage goes on where it was stopped; a stage that is finished is skipped. Delete its folder to train it again.
 set -euo pipefail

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::commands::output::{Output, print_line};
-use crate::commands::run_args::{RunArgs, note_pause};
-use crate::device;
+use crate::commands::run_args::{DeviceArgs, RunArgs, note_pause};
 use crate::files;
 use crate::recipes::base::config::Settings;
 use crate::recipes::base::{unet, vae};
@@ -30,15 +29,8 @@ pub struct Args {
     /// is kept.
     #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_FROM")]
     from: Option<PathBuf>,
-    /// Device of the UNet and the text encoders; the VAE is trained by the CPU. `auto` is the GPU in builds with CUDA.
-    #[arg(
-        help_heading = "Advanced",
-        long,
-        value_name = "auto|cpu|cuda[:N]|metal",
-        default_value = "auto",
-        env = "DIFFLORA_DEVICE"
-    )]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Attribute classifier that measures generated images along the way, in OUT/training/unet-quality.jsonl.
     #[arg(help_heading = "Input", long, value_name = "DIR", env = "DIFFLORA_JUDGE")]
     judge: Option<PathBuf>,
@@ -68,9 +60,10 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
         files::refuse_inputs(&[&args.run.out.join("unet")], &[from.join("unet")])?;
     }
     files::write_whole(&training.join("settings.toml"), toml::to_string(&settings)?.as_bytes())?;
+    let device = args.device.open()?;
     let images = PaintedImages::new(&settings.images);
     if matches!(args.stage, Stage::Vae | Stage::All) {
-        let end = vae::train(&settings, &images, &options("vae"), &args.run.out)?;
+        let end = vae::train(&settings, &images, &options("vae"), &args.run.out, &device)?;
         if report(end, "vae", output)? {
             return Ok(());
         }
@@ -80,7 +73,6 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
             Some(name) => Some(AttributeClassifier::open(&ModelFiles::folder(name)?)?),
             None => None,
         };
-        let device = device::open(&args.device)?;
         let start =
             unet::Start { device: &device, from: args.from.as_deref(), classifier: classifier.as_ref() };
         let end = unet::train(&settings, &images, &options("unet"), &args.run.out, &start)?;

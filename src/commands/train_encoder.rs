@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::commands::output::{Output, print_line};
-use crate::commands::run_args::{RunArgs, note_pause};
+use crate::commands::run_args::{DeviceArgs, RunArgs, note_pause};
 use crate::files;
 use crate::recipes::encoder::config::Settings;
 use crate::recipes::encoder::{attributes, image};
@@ -21,6 +21,8 @@ pub struct Args {
     kind: Kind,
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Number of steps [default: the settings].
     #[arg(help_heading = "Training", long, value_name = "N", env = "DIFFLORA_STEPS")]
     steps: Option<u64>,
@@ -49,9 +51,10 @@ pub fn run(args: Args, output: &Output) -> Result<()> {
     let options = args.run.options(&training, name, 120);
     let _lock = options.begin(&[options.checkpoint()])?;
     files::refuse_inputs(&[&args.run.out.join("config.json")], std::slice::from_ref(&args.run.config))?;
+    let device = args.device.open()?;
     let (end, figures) = match args.kind {
-        Kind::Image => image::train(&settings.image, &options, &args.run.out)?,
-        Kind::Judge => attributes::train(&settings.judge, &options, &args.run.out)?,
+        Kind::Image => image::train(&settings.image, &options, &args.run.out, &device)?,
+        Kind::Judge => attributes::train(&settings.judge, &options, &args.run.out, &device)?,
     };
     note_pause(end, name);
     if output.json {

@@ -5,7 +5,7 @@
 //! `models/autoencoders/autoencoder_kl.py`; a parity test holds values and gradients against it.
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Module, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -168,6 +168,11 @@ impl Vae {
             decoder: Decoder::new(config, vb.pp("decoder"))?,
             config: config.clone(),
         })
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        self.encoder.conv_in.weight.device()
     }
 
     /// The settings that it was built from.

@@ -28,6 +28,7 @@ pub fn gradients(
         let mut store = backward(&value)?;
         let gradients =
             vars.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?.detach()))).collect();
+        let parts = parts.iter().map(|(name, figure)| Ok((*name, figure.read()?))).collect::<Result<_>>()?;
         Ok(Sum {
             loss: f64::from(value.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()?),
             parts,

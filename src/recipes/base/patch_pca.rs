@@ -241,8 +241,8 @@ impl<'a> Kernel<'a> {
     fn store(self) -> Result<()> {
         let [weight, bias] = self.vars;
         let count = self.bias.len();
-        weight.set(&Tensor::from_vec(self.weight, self.shape, &Device::Cpu)?)?;
-        Ok(bias.set(&Tensor::from_vec(self.bias, count, &Device::Cpu)?)?)
+        weight.set(&Tensor::from_vec(self.weight, self.shape, weight.device())?)?;
+        Ok(bias.set(&Tensor::from_vec(self.bias, count, bias.device())?)?)
     }
 }
 

@@ -24,7 +24,7 @@ use crate::synthetic;
 use crate::synthetic::attribute_classifier::AttributeClassifier;
 use crate::synthetic::image_set::PaintedImages;
 use crate::threads::{in_threads, in_threads_or_turn};
-use crate::train::gradients::Loss;
+use crate::train::gradients::{Figure, Loss};
 use crate::train::trainer::{self, Outcome, RunOptions, TrainerConfig};
 use crate::train::{self, checkpoint};
 use crate::weights::Trainable;
@@ -170,7 +170,7 @@ pub fn train(
     let vae_weights: BTreeMap<String, Tensor> =
         files.tensors("vae", DIFFUSERS_WEIGHTS)?.into_iter().collect();
     all.check_latents(&config)?;
-    let latents = latents(&vae, all, images, run_options.folder)?.to_device(start.device)?;
+    let latents = latents(&vae, all, images, run_options.folder)?;
 
     let trainable = Trainable::new(all.seed);
     let vb = trainable.builder(start.device);
@@ -319,8 +319,10 @@ impl Denoiser {
             .map(|u| ((u.powf(settings.timestep_power) * all as f64) as usize).min(all - 1))
             .collect();
         let rows: Vec<u32> = numbers.iter().map(|number| *number as u32).collect();
+        // Latents and noise come from the CPU, where both are equal whatever computes the rest.
         let x0 = latents.index_select(&Tensor::from_vec(rows, samples, latents.device())?, 0)?;
-        let noise = nearest_noise(&mut rng, &x0, settings.noise_candidates)?;
+        let noise = nearest_noise(&mut rng, &x0, settings.noise_candidates)?.to_device(&self.device)?;
+        let x0 = x0.to_device(&self.device)?;
         let x_t = self.schedule.add_noise(&x0, &noise, &t)?;
         let target = self.schedule.target(&x0, &noise, &t)?;
         let captions: Vec<&str> = captions.iter().map(String::as_str).collect();
@@ -328,7 +330,7 @@ impl Denoiser {
         let times: Vec<f32> = t.iter().map(|t| *t as f32).collect();
         let output = self.predict(&x_t, &times, &conditioning)?;
         let mut errors = (output - target)?.sqr()?;
-        let plain = f64::from(errors.mean_all()?.to_scalar::<f32>()?);
+        let plain = Figure::from(&errors.mean_all()?);
         if settings.head > 0.0 || settings.features > 0.0 {
             let weights = images
                 .weights(&numbers, x0.dim(3)?, settings.head, settings.features)?

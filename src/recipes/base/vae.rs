@@ -17,7 +17,7 @@ use crate::recipes::base::patch_pca::Patches;
 use crate::sdxl::vae::{Vae, VaeConfig};
 use crate::synthetic::image_set::{self, PaintedImages};
 use crate::train;
-use crate::train::gradients::Loss;
+use crate::train::gradients::{Figure, Loss};
 use crate::train::trainer::{self, Outcome, RunOptions, TrainerConfig};
 use crate::weights::model_folder::{DIFFUSERS_WEIGHTS, save_component};
 use crate::weights::{self, Trainable};
@@ -55,17 +55,18 @@ struct Recipe<'a> {
     vae: &'a Settings,
 }
 
-/// Trains the VAE and writes it to `out`/vae.
+/// Trains the VAE on `device` and writes it to `out`/vae; it is measured on the CPU.
 pub fn train(
     all: &crate::recipes::base::config::Settings,
     images: &PaintedImages,
     run_options: &RunOptions,
     out: &Path,
+    device: &Device,
 ) -> Result<Outcome> {
     let settings = &all.vae;
     all.check_images()?;
     let trainable = Trainable::new(all.seed);
-    let vae = trainable.checked(Vae::new(&settings.model, trainable.builder(&Device::Cpu)))?;
+    let vae = trainable.checked(Vae::new(&settings.model, trainable.builder(device)))?;
     let mut vars = trainable.vars();
     let patches = Patches::fit(
         &images.batch(&images.spread(FITTED_IMAGES))?,
@@ -78,14 +79,12 @@ pub fn train(
         .iter()
         .map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach())))
         .collect::<Result<_>>()?;
-    let encoder = Vae::new(
-        &settings.model,
-        weights::frozen(set.clone().into_iter().collect(), DType::F32, &Device::Cpu),
-    )?;
+    let encoder =
+        Vae::new(&settings.model, weights::frozen(set.clone().into_iter().collect(), DType::F32, device))?;
     vars.retain(|name, _| name.starts_with("decoder.") || name.starts_with("post_quant_conv."));
 
     let recipe = Recipe { seed: all.seed, images: &all.images, vae: settings };
-    let shown = images.batch(&images.held_out(16))?;
+    let shown = images.batch(&images.held_out(16))?.to_device(device)?;
     let samples = settings.plan.samples_a_shard()?;
     let loss = |step: u64, shard: usize| {
         let mut rng = train::rng(all.seed, step * settings.plan.shards as u64 + shard as u64);
@@ -116,7 +115,8 @@ fn loss(
     numbers: &[usize],
     rng: &mut impl Rng,
 ) -> Result<Loss> {
-    let x = images.batch(numbers)?;
+    let device = vae.device();
+    let x = images.batch(numbers)?.to_device(device)?;
     let (mean, _) = encoder.encode(&x)?;
     let mut noise = (train::normal(rng, mean.shape(), mean.device())? * settings.noise)?;
     if settings.noise_varies {
@@ -126,17 +126,18 @@ fn loss(
     let mut error = (vae.decode(&(mean + noise)?)? - &x)?;
     if settings.head > 0.0 || settings.features > 0.0 {
         let side = x.dim(3)?;
-        error = error.broadcast_mul(&images.weights(numbers, side, settings.head, settings.features)?)?;
+        let weights = images.weights(numbers, side, settings.head, settings.features)?;
+        error = error.broadcast_mul(&weights.to_device(device)?)?;
     }
     let mut value = error.abs()?.mean_all()?;
-    let mut parts = vec![("l1", number(&value)?)];
+    let mut parts = vec![("l1", Figure::from(&value))];
     if settings.edges > 0.0 {
         let difference = |axis: usize| -> Result<Tensor> {
             let length = error.dim(axis)? - 1;
             Ok((error.narrow(axis, 1, length)? - error.narrow(axis, 0, length)?)?.abs()?.mean_all()?)
         };
         let edges = (difference(2)? + difference(3)?)?;
-        parts.push(("edges", number(&edges)?));
+        parts.push(("edges", Figure::from(&edges)));
         value = (value + (edges * settings.edges)?)?;
     }
     Ok(Loss { value, parts })

@@ -22,7 +22,7 @@ use crate::recipes::dit::learned_prior::LearnedPrior;
 use crate::recipes::dit::training_set::LatentTrainingSet;
 use crate::train;
 use crate::train::distributed;
-use crate::train::gradients::Loss;
+use crate::train::gradients::{Figure, Loss};
 use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_id::ModelId;
@@ -169,7 +169,7 @@ impl DitTrainer<'_> {
                 let shift = prior.shift(&clusters)?;
                 if prior.learned() {
                     let loss = prior.loss(&shift, &x0, &weights, rng)?;
-                    parts.push(("prior", scalar(&loss)?));
+                    parts.push(("prior", Figure::from(&loss)));
                     prior_loss = Some(loss);
                 }
                 // The network's error must not train the prior.
@@ -184,10 +184,10 @@ impl DitTrainer<'_> {
         let mut value = (errors * weights)?.mean_all()?;
         if let Some(gates) = &mixed.gates {
             let gates = GateFigures::of(&gates.detach())?;
-            parts.extend([("gate_face", gates.face), ("gate_spread", gates.spread)]);
+            parts.extend([("gate_face", gates.face.into()), ("gate_spread", gates.spread.into())]);
         }
         if prior_loss.is_some() || image_loss.is_some() {
-            parts.push(("denoising", scalar(&value)?));
+            parts.push(("denoising", Figure::from(&value)));
         }
         if let Some(prior_loss) = prior_loss {
             value = (value + prior_loss)?;
@@ -196,7 +196,7 @@ impl DitTrainer<'_> {
             let rows = &rows[..functional.how.people.min(batch)];
             let z = ((guess.narrow(0, 0, rows.len())? / data.stats.scale)? + data.guess(rows)?)?;
             let loss = functional.loss(&z, &data.people(rows), rng)?;
-            parts.push(("functional", scalar(&loss)?));
+            parts.push(("functional", Figure::from(&loss)));
             value = (value + (loss * functional.how.weight)?)?;
         }
         Ok(Loss { value, parts })

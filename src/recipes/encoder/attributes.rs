@@ -17,20 +17,21 @@ use crate::synthetic::attribute_classifier::{self, Config, Network, NetworkConfi
 use crate::synthetic::{Identity, Person, World};
 use crate::threads::in_threads;
 use crate::train;
-use crate::train::gradients::Loss;
+use crate::train::gradients::{Figure, Loss};
 use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component};
 
-/// Trains the classifier, measures it on held-out people and writes it to `out`.
+/// Trains the classifier on `device`, measures it on held-out people on the CPU and writes it to `out`.
 pub fn train(
     recipe: &Recipe<NetworkConfig>,
     run_options: &RunOptions,
     out: &Path,
+    device: &Device,
 ) -> Result<(Outcome, Value)> {
     let model = &recipe.model;
     let trainable = Trainable::new(recipe.seed);
-    let network = trainable.checked(Network::new(model, trainable.builder(&Device::Cpu)))?;
+    let network = trainable.checked(Network::new(model, trainable.builder(device)))?;
     let side = model.image_size;
     let channels = 3 + model.channels.first().copied().unwrap_or(0);
     let factors = [recipe.plan.batch, side, side, channels, 4];
@@ -46,11 +47,8 @@ pub fn train(
             images.push(grain(soften(image, &mut rng), &mut rng));
             truth.push(right);
         }
-        error(
-            model.world,
-            &network.forward(&attribute_classifier::pixels(&images, model.image_size)?)?,
-            &truth,
-        )
+        let pixels = attribute_classifier::pixels(&images, model.image_size)?.to_device(device)?;
+        error(model.world, &network.forward(&pixels)?, &truth)
     };
     let (end, ema) = trainer::run(&recipe.plan, recipe, run_options, &trainable.vars(), loss, |_, _| Ok(()))?;
     if end != Outcome::Finished {
@@ -103,10 +101,7 @@ fn error(world: World, outputs: &Tensor, truth: &[Truth]) -> Result<Loss> {
         truth.iter().flat_map(|(_, factors)| factors.map(attribute_classifier::scaled)).collect();
     let right = Tensor::from_vec(right, (truth.len(), range.len()), device)?;
     let squares = (outputs.narrow(1, range.start, range.len())? - right)?.sqr()?.mean_all()?;
-    let parts = vec![
-        ("entropy", f64::from(entropy.to_scalar::<f32>()?)),
-        ("squares", f64::from(squares.to_scalar::<f32>()?)),
-    ];
+    let parts = vec![("entropy", Figure::from(&entropy)), ("squares", Figure::from(&squares))];
     Ok(Loss { value: (entropy + (squares * 2.0)?)?, parts })
 }
 

@@ -28,19 +28,20 @@ use crate::recipes::encoder::randomise::randomise;
 use crate::synthetic::Person;
 use crate::threads::in_threads;
 use crate::train;
-use crate::train::gradients::Loss;
+use crate::train::gradients::{Figure, Loss};
 use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS, save_component, save_json};
 
-/// Trains the encoder, writes it to `out` and measures it on held-out people.
+/// Trains the encoder on `device`, writes it to `out` and measures it on held-out people on the CPU.
 pub fn train(
     recipe: &Recipe<ClipVisionConfig>,
     run_options: &RunOptions,
     out: &Path,
+    device: &Device,
 ) -> Result<(Outcome, Value)> {
     let trainable = Trainable::new(recipe.seed);
-    let vb = trainable.builder(&Device::Cpu);
+    let vb = trainable.builder(device);
     let network = trainable.checked(ClipVision::new(&recipe.model, vb.clone()))?;
     let (side, patch) = (recipe.model.image_size, recipe.model.patch_size.max(1));
     let tokens = (side / patch) * (side / patch) + 1;
@@ -65,7 +66,7 @@ pub fn train(
                 pixels.push(preprocessor.apply(&square, &Device::Cpu)?);
             }
         }
-        contrast(&network.forward(&Tensor::stack(&pixels, 0)?)?, &scale)
+        contrast(&network.forward(&Tensor::stack(&pixels, 0)?.to_device(device)?)?, &scale)
     };
     let (end, ema) = trainer::run(&recipe.plan, recipe, run_options, &trainable.vars(), loss, |_, _| Ok(()))?;
     if end != Outcome::Finished {
@@ -97,10 +98,7 @@ fn contrast(embeddings: &Tensor, scale: &Tensor) -> Result<Loss> {
         + candle_nn::loss::cross_entropy(&logits.t()?.contiguous()?, &same)?)?
         * 0.5)?;
     let found = logits.argmax(1)?.eq(&same)?.to_dtype(DType::F32)?.mean_all()?;
-    let parts = vec![
-        ("found", f64::from(found.to_scalar::<f32>()?)),
-        ("scale", f64::from(scale.exp()?.to_vec1::<f32>()?[0])),
-    ];
+    let parts = vec![("found", Figure::from(&found)), ("scale", Figure::from(&scale.exp()?.squeeze(0)?))];
     Ok(Loss { value, parts })
 }
 

@@ -24,7 +24,7 @@ use crate::recipes::lae::config::LaeTrainConfig;
 use crate::recipes::lae::report::report;
 use crate::train;
 use crate::train::distributed;
-use crate::train::gradients::Loss;
+use crate::train::gradients::{Figure, Loss};
 use crate::train::trainer::{self, Outcome, RunOptions};
 use crate::weights::Trainable;
 use crate::weights::model_folder::save_json;
@@ -209,16 +209,15 @@ impl LaeTrainer<'_> {
             let size = f64::from(z.detach().sqr()?.mean_all()?.to_scalar::<f32>()?).sqrt();
             let guess = lae.decode(&noisy(&z, config.latent_noise * size)?)?;
             let loss = weight_preserved_loss::loss(&x0, &guess, config.distance, config.weight_preserved)?;
-            let part = |x: &Tensor| -> Result<f64> { Ok(f64::from(x.to_scalar::<f32>()?)) };
             let mut parts = vec![
-                ("reconstruction", part(&loss.reconstruction)?),
-                ("weight_preserved", part(&loss.weight_preserved)?),
-                ("latent_rms", size),
+                ("reconstruction", Figure::from(&loss.reconstruction)),
+                ("weight_preserved", Figure::from(&loss.weight_preserved)),
+                ("latent_rms", size.into()),
             ];
             let mut total = loss.total;
             if config.angle > 0.0 {
                 let angle = space.angle(&standardise.undo(&guess)?, &standardise.undo(&x0)?)?;
-                parts.push(("angle", part(&angle)?));
+                parts.push(("angle", Figure::from(&angle)));
                 total = (total + (angle * config.angle)?)?;
             }
             Ok(Loss { value: total, parts })
