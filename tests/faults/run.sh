@@ -232,7 +232,12 @@ two_test() { # NAME
         rm -rf two
         spawn "$1" two
         until find two -name .lock -size +0 2>/dev/null | grep -q . || ! kill -0 $process 2>/dev/null; do sleep 0.01; done
+        # It stops a little after the signal, if it has not ended.
         kill -STOP $process 2>/dev/null
+        for _ in 1 2 3 4 5 6 7 8 9 10; do
+            grep -q 'State:.*\(stopped\|zombie\)' "/proc/$process/status" 2>/dev/null || [[ ! -e /proc/$process ]] && break
+            sleep 0.01
+        done
         if grep -q 'State:.*stopped' "/proc/$process/status" 2>/dev/null; then
             owner=$(cat "$(find two -name .lock | head -1)" 2>/dev/null)
             start "$1" two
@@ -242,6 +247,7 @@ two_test() { # NAME
             { ((code == 2)) && grep -q "process $owner" stderr; } && note "$test" ok || note "$test" FAILED "exit $code"
             return
         fi
+        kill -CONT $process 2>/dev/null
         wait $process
     done
     note "$test" FAILED "it always ended before the second one began"
