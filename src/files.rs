@@ -131,11 +131,21 @@ fn remove_leftovers(folder: &Path) {
         let name = entry.file_name();
         let process =
             name.to_str().and_then(|name| name.strip_prefix(&prefix)?.split('-').next()?.parse::<u32>().ok());
-        if process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists()) {
+        if process.is_some_and(|process| !is_running(process)) {
             let path = entry.path();
             let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
         }
     }
+}
+
+/// Whether a process exists and has not ended: in a container whose first process waits for no other, killed ones stay
+/// in the list as zombies.
+fn is_running(process: u32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{process}/stat")) else {
+        return Path::new(&format!("/proc/{process}")).exists();
+    };
+    // `PID (NAME) STATE …`, and a name may hold brackets.
+    !matches!(stat.rsplit(") ").next().and_then(|rest| rest.chars().next()), Some('Z' | 'X'))
 }
 
 /// Opens an input file; a pipe or a device is an error, since opening it might wait for what is never written.
@@ -472,6 +482,20 @@ mod tests {
     }
 
     #[cfg(target_os = "linux")]
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_process_that_has_ended_but_was_not_waited_for_is_not_running() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let begun = std::time::Instant::now();
+        while is_running(child.id()) {
+            assert!(begun.elapsed().as_secs() < 10, "`true` does not end");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(Path::new(&format!("/proc/{}", child.id())).exists(), "it is a zombie");
+        child.wait().unwrap();
+        assert!(is_running(std::process::id()) && !is_running(child.id()));
+    }
+
     #[test]
     fn temporary_files_of_killed_processes_are_removed() {
         let folder = tempfile::tempdir().unwrap();
