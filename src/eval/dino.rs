@@ -11,6 +11,7 @@ use candle_nn::VarBuilder;
 use serde::Deserialize;
 
 use crate::identity::clip::ClipPreprocessor;
+use crate::identity::unit;
 use crate::image::Image;
 use crate::layers::{Activation, Conv2d, ConvGeometry, LayerNorm, Linear, attention};
 use crate::weights::model_folder::{ModelFiles, TRANSFORMERS_WEIGHTS};
@@ -150,10 +151,7 @@ impl Dino {
     /// The unit vector of an image.
     pub fn embed(&self, image: &Image) -> Result<Vec<f32>> {
         let pixels = self.preprocessor.apply(image, &Device::Cpu)?.unsqueeze(0)?;
-        let vector: Vec<f32> = self.forward(&pixels)?.squeeze(0)?.to_vec1()?;
-        let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
-        ensure!(length.is_finite() && length > 0.0, "DINO gives no direction (length {length})");
-        Ok(vector.iter().map(|value| value / length).collect())
+        unit(self.forward(&pixels)?.squeeze(0)?.to_vec1()?, "DINO")
     }
 
     /// `pixels` (B, 3, H, W), normalised, of whole patches → transformers' `last_hidden_state[:, 0]`, (B, D).

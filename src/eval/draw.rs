@@ -1,11 +1,11 @@
 //! Generates the images of all methods and people that are not there yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::eval::image_store::ImageStore;
+use crate::eval::image_store::{ImageStore, Made};
 use crate::eval::methods::{LoraSources, Method};
 use crate::eval::prompts::PromptSet;
 use crate::eval::renderer::{PromptBatch, Renderer, Sampling};
@@ -46,7 +46,7 @@ impl Drawing<'_> {
     /// # Errors
     /// Errors of the networks, with the person; [`crate::failure::Failure::Unusable`] for LoRA files.
     pub fn run(&self, methods: &[Method], subjects: &[Subject], embedded: &[EmbeddedSubject]) -> Result<()> {
-        let jobs = self.jobs(methods, subjects);
+        let jobs = self.jobs(methods, subjects, embedded)?;
         let batches = self.batches(subjects)?;
         let images: usize = jobs.iter().map(|job| job.missing.len()).sum();
         let bar = progress::bar(images as u64, "generating");
@@ -61,22 +61,32 @@ impl Drawing<'_> {
         Ok(())
     }
 
-    fn jobs<'a>(&self, methods: &'a [Method], subjects: &[Subject]) -> Vec<Job<'a>> {
-        let mut jobs: BTreeMap<(String, &str), Job> = BTreeMap::new();
-        let mut order = Vec::new();
+    /// What is to be generated. Images of a LoRA that is no longer the one of this evaluation are removed first.
+    fn jobs<'a>(
+        &self,
+        methods: &'a [Method],
+        subjects: &[Subject],
+        embedded: &[EmbeddedSubject],
+    ) -> Result<Vec<Job<'a>>> {
+        let (mut jobs, mut seen, mut removed) = (Vec::new(), BTreeSet::new(), 0);
         for (i, subject) in subjects.iter().enumerate() {
             for method in
                 methods.iter().filter(|method| method.is_drawn() && self.sources.has(method, subject))
             {
-                let key = (method.key(), folder_name(method, subject));
-                let missing = self.store.missing(&key.0, key.1, self.prompts.prompts.len());
-                if !missing.is_empty() && !jobs.contains_key(&key) {
-                    order.push(key.clone());
-                    jobs.insert(key, Job { method, subject: i, missing });
+                let (key, folder) = (method.key(), folder_name(method, subject));
+                if seen.insert((key.clone(), folder)) {
+                    let origin = self.sources.origin(method, subject, &embedded[i].condition)?;
+                    removed += self.store.begin(&key, folder, &origin)?;
+                    let missing = self.store.missing(&key, folder, self.prompts.prompts.len());
+                    jobs.push(Job { method, subject: i, missing });
                 }
             }
         }
-        order.iter().filter_map(|key| jobs.remove(key)).collect()
+        if removed > 0 {
+            progress::note(format_args!("{removed} images of other LoRAs or photos are generated again"));
+        }
+        jobs.retain(|job| !job.missing.is_empty());
+        Ok(jobs)
     }
 
     /// The prompts of each class word, in batches.
@@ -111,7 +121,7 @@ impl Drawing<'_> {
         done: impl Fn(u64),
     ) -> Result<()> {
         let (key, folder) = (job.method.key(), folder_name(job.method, subject));
-        let mut times = self.store.times(&key, folder);
+        let Made { origin, mut times } = self.store.made(&key, folder);
         times.encode = embedded.seconds;
         let lora = self.sources.lora(job.method, subject, &embedded.condition, &mut times)?;
         let clock = Instant::now();
@@ -135,7 +145,7 @@ impl Drawing<'_> {
                 );
                 self.store.save(&key, folder, number, image, &parameters)?;
             }
-            self.store.save_times(&key, folder, &times)?;
+            self.store.save_made(&key, folder, &Made { origin: origin.clone(), times })?;
             done(images.len() as u64);
         }
         Ok(())

@@ -1,13 +1,14 @@
 //! Encoders of whole images, whose cosines say how alike two images are (CLIP-I, DINO), or an image and its prompt
 //! (CLIP-T).
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use serde_json::Value;
 
 use crate::eval::dino::Dino;
 use crate::identity::clip::ImageEncoder;
+use crate::identity::unit;
 use crate::image::Image;
 use crate::limits;
 use crate::sdxl::text::{ClipTextConfig, ClipTextModel};
@@ -95,10 +96,7 @@ impl ClipText {
     fn embed(&self, prompts: &[String]) -> Result<Vec<Vec<f32>>> {
         let one = |prompt: &String| -> Result<Vec<f32>> {
             let ids = self.tokenizer.encode_batch(&[prompt], &Device::Cpu)?;
-            let vector: Vec<f32> = self.model.forward(&ids)?.pooled.squeeze(0)?.to_vec1()?;
-            let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
-            ensure!(length.is_finite() && length > 0.0, "CLIP gives no direction for `{prompt}`");
-            Ok(vector.iter().map(|value| value / length).collect())
+            unit(self.model.forward(&ids)?.pooled.squeeze(0)?.to_vec1()?, "CLIP's text encoder")
         };
         prompts.iter().map(one).collect()
     }

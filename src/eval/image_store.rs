@@ -3,7 +3,7 @@
 //! ```text
 //! settings.json                what all images were made with
 //! METHOD/SUBJECT/0000.png      image of prompt 0
-//! METHOD/SUBJECT/times.json    seconds of each stage, size of the LoRA
+//! METHOD/SUBJECT/made.json     origin of the LoRA, seconds of each stage
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -18,8 +18,8 @@ use crate::image::Image;
 
 /// File name of the settings.
 const SETTINGS: &str = "settings.json";
-/// File name of the times of a subject.
-const TIMES: &str = "times.json";
+/// File name of the record of a method and subject.
+const MADE: &str = "made.json";
 
 /// Largest settings file, in bytes.
 const MOST_BYTES: u64 = 16 << 20;
@@ -28,6 +28,17 @@ const MOST_BYTES: u64 = 16 << 20;
 pub struct ImageStore {
     folder: PathBuf,
     _lock: FolderLock,
+}
+
+/// How the images of one method and subject were made.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Made {
+    /// Hash of what decides the LoRA.
+    pub origin: String,
+    /// What they took.
+    #[serde(flatten)]
+    pub times: Times,
 }
 
 /// What the images of one method and subject took.
@@ -75,16 +86,6 @@ impl ImageStore {
         Ok(Self { folder: folder.to_path_buf(), _lock: lock })
     }
 
-    /// The settings of an existing folder, for judging without generating.
-    ///
-    /// # Errors
-    /// [`Failure::Unusable`] where there are none.
-    pub fn settings(folder: &Path) -> Result<Value> {
-        let path = folder.join(SETTINGS);
-        let text = files::read_text(&path, MOST_BYTES)?;
-        serde_json::from_str(&text).map_err(|error| Failure::unusable(&path, error))
-    }
-
     /// File of image `number`.
     pub fn path(&self, method: &str, subject: &str, number: usize) -> PathBuf {
         self.folder.join(method).join(subject).join(format!("{number:04}.png"))
@@ -93,6 +94,29 @@ impl ImageStore {
     /// The numbers below `count` whose images are missing.
     pub fn missing(&self, method: &str, subject: &str, count: usize) -> Vec<usize> {
         (0..count).filter(|number| !self.path(method, subject, *number).is_file()).collect()
+    }
+
+    /// Begins with a LoRA of `origin`: images of another one are removed. Returns how many.
+    ///
+    /// # Errors
+    /// A file that cannot be removed or written.
+    pub fn begin(&self, method: &str, subject: &str, origin: &str) -> Result<usize> {
+        let folder = self.folder.join(method).join(subject);
+        if self.made(method, subject).origin == origin {
+            return Ok(0);
+        }
+        let mut removed = 0;
+        // The record last: until it is written, what is left still counts as the old origin's.
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|extension| extension == "png") {
+                std::fs::remove_file(entry.path())
+                    .with_context(|| format!("cannot remove `{}`", entry.path().display()))?;
+                removed += 1;
+            }
+        }
+        std::fs::create_dir_all(&folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+        self.save_made(method, subject, &Made { origin: origin.to_string(), ..Made::default() })?;
+        Ok(removed)
     }
 
     /// Keeps image `number`, with `parameters` as its metadata.
@@ -118,16 +142,16 @@ impl ImageStore {
         (0..count).map(|number| Image::open(&self.path(method, subject, number))).collect()
     }
 
-    /// What they took; zeros where that is not known.
-    pub fn times(&self, method: &str, subject: &str) -> Times {
-        let text = std::fs::read_to_string(self.folder.join(method).join(subject).join(TIMES));
+    /// The record of a method and subject; empty where there is none.
+    pub fn made(&self, method: &str, subject: &str) -> Made {
+        let text = std::fs::read_to_string(self.folder.join(method).join(subject).join(MADE));
         text.ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
     }
 
-    /// Keeps what they took.
-    pub fn save_times(&self, method: &str, subject: &str, times: &Times) -> Result<()> {
-        let path = self.folder.join(method).join(subject).join(TIMES);
-        files::write_whole(&path, (serde_json::to_string_pretty(times)? + "\n").as_bytes())
+    /// Keeps the record of a method and subject.
+    pub fn save_made(&self, method: &str, subject: &str, made: &Made) -> Result<()> {
+        let path = self.folder.join(method).join(subject).join(MADE);
+        files::write_whole(&path, (serde_json::to_string_pretty(made)? + "\n").as_bytes())
     }
 }
 
@@ -160,18 +184,24 @@ mod tests {
         let image = Image { width: 2, height: 1, rgb: vec![0, 127, 255, 1, 2, 3] };
         {
             let store = ImageStore::open(&folder, &json!({ "steps": 4, "seed": 0 }))?;
+            assert_eq!(store.begin("own", "a", "one")?, 0);
             assert_eq!(store.missing("own", "a", 2), [0, 1]);
             store.save("own", "a", 1, &image, "a person")?;
-            store.save_times("own", "a", &Times { draw: 1.5, images: 1, ..Times::default() })?;
+            let times = Times { draw: 1.5, images: 1, ..Times::default() };
+            store.save_made("own", "a", &Made { origin: "one".into(), times })?;
         }
         let store = ImageStore::open(&folder, &json!({ "steps": 4, "seed": 0 }))?;
+        assert_eq!(store.begin("own", "a", "one")?, 0);
         assert_eq!(store.missing("own", "a", 2), [0]);
-        assert_eq!(store.times("own", "a").draw, 1.5);
-        assert_eq!(store.times("own", "b"), Times::default());
+        assert_eq!(store.made("own", "a").times.draw, 1.5);
+        assert_eq!(store.made("own", "b"), Made::default());
         let error = store.images("own", "a", 2).unwrap_err().to_string();
         assert!(error.contains("0000.png"), "{error}");
         store.save("own", "a", 0, &image, "a person")?;
         assert_eq!(store.images("own", "a", 2)?[1].rgb, image.rgb);
+        assert_eq!(store.begin("own", "a", "two")?, 2, "images of another LoRA are not kept");
+        assert_eq!(store.missing("own", "a", 2), [0, 1]);
+        assert_eq!(store.made("own", "a").times, Times::default());
         drop(store);
         let Err(error) = ImageStore::open(&folder, &json!({ "steps": 5, "seed": 0 })) else { panic!() };
         assert!(error.to_string().contains("steps: 4, now 5"), "{error}");

@@ -63,7 +63,7 @@ pub fn judge(
                 Some(judged) => judged.clone(),
                 None => {
                     bar.inc(count as u64);
-                    Judged::of(judges, &images, store.times(&key, folder))?
+                    Judged::of(judges, &images, store.made(&key, folder).times)?
                 }
             };
             judged.pixels_from_own = own.as_ref().map(|own| pixel_distance(&images, own));
@@ -96,7 +96,8 @@ fn shared<'a>(
             if let Entry::Vacant(place) = all.entry((method.key(), folder_name(method, subject))) {
                 progress::check()?;
                 let (key, class) = place.key();
-                let judged = Judged::of(judges, &store.images(key, class, count)?, store.times(key, class))?;
+                let judged =
+                    Judged::of(judges, &store.images(key, class, count)?, store.made(key, class).times)?;
                 place.insert(judged);
             }
         }

@@ -22,6 +22,7 @@ use crate::lora::file;
 use crate::lora::ldm_keys::BlockLayout;
 use crate::recipes::dreambooth::refine::{Refinement, refine};
 use crate::sdxl::pipeline::Sdxl;
+use crate::weights::sha256;
 
 /// A row of the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,6 +184,8 @@ impl Serialize for Method {
 pub struct Generator {
     /// As the user named it.
     pub name: String,
+    /// SHA-256 of its files.
+    pub sha256: String,
     /// The hypernetwork.
     pub hypernet: Hypernet,
     /// Encoder of the photo as a whole, for its condition.
@@ -247,30 +250,23 @@ impl LoraSources<'_> {
         condition: &Condition,
         times: &mut Times,
     ) -> Result<Option<AdapterFile>> {
-        let own = || subject.own_lora.as_deref().context("the person has no LoRA of their own");
         let lora = match method {
             Method::NoLora | Method::Photo => return Ok(None),
-            Method::Files(folder) => {
-                let path = lora_file(folder, &subject.id).context("there is no LoRA of this person")?;
+            Method::Files(_) | Method::Own | Method::Nearest | Method::Perturbed(..) => {
+                let path =
+                    self.file(method, subject, condition).context("there is no LoRA of this person")?;
                 times.lora_bytes = file::weights_in(&path)?.metadata().map_or(0, |data| data.len());
-                return Ok(Some(file::read_adapters(&path, self.block_layout)?));
-            }
-            Method::Perturbed(which, replacement) => {
-                let mut lora = file::read_adapters(own()?, self.block_layout)?;
-                perturb(&mut lora, *which, QUARTER, *replacement, PERTURBATION_SEED)?;
+                let mut lora = file::read_adapters(&path, self.block_layout)?;
+                if let Method::Perturbed(which, replacement) = method {
+                    perturb(&mut lora, *which, QUARTER, *replacement, PERTURBATION_SEED)?;
+                }
                 return Ok(Some(lora));
             }
             Method::MeanLora => self.generator()?.hypernet.codec.mean_lora()?,
-            Method::Own => file::read(own()?, self.block_layout)?,
-            Method::Nearest => {
-                let people = self.training_people.context("there are no training people")?;
-                let nearest =
-                    people.nearest(&condition.identity.face).context("there is no training person")?;
-                file::read(nearest, self.block_layout)?
-            }
             Method::Restored => {
+                let own = subject.own_lora.as_deref().context("the person has no LoRA of their own")?;
                 let codec = &self.generator()?.hypernet.codec;
-                codec.lora(&codec.encode(&codec.vector(&file::read(own()?, self.block_layout)?)?)?)?
+                codec.lora(&codec.encode(&codec.vector(&file::read(own, self.block_layout)?)?)?)?
             }
             Method::Ridge | Method::Generated | Method::Shuffled | Method::Refined => {
                 let Generator { hypernet, options, .. } = self.generator()?;
@@ -302,6 +298,40 @@ impl LoraSources<'_> {
             .map(|layer| 4 * (layer.down.elem_count() + layer.up.elem_count()) as u64)
             .sum();
         Ok(Some(AdapterFile::from(&lora)))
+    }
+
+    /// The file that `method` reads the LoRA of a person from, where it reads one.
+    fn file(&self, method: &Method, subject: &Subject, condition: &Condition) -> Option<PathBuf> {
+        match method {
+            Method::Files(folder) => lora_file(folder, &subject.id),
+            Method::Own | Method::Perturbed(..) | Method::Restored => subject.own_lora.clone(),
+            Method::Nearest => self.training_people?.nearest(&condition.identity.face).map(Path::to_path_buf),
+            _ => None,
+        }
+    }
+
+    /// A hash of what decides the LoRA that `method` gives a person: its file, or the hypernetwork with its options and
+    /// the person's embeddings. Images of another origin are not those of this evaluation.
+    ///
+    /// # Errors
+    /// A LoRA file that cannot be read.
+    pub fn origin(&self, method: &Method, subject: &Subject, condition: &Condition) -> Result<String> {
+        let file = self.file(method, subject, condition);
+        let mut text = match file {
+            Some(path) => sha256::of_file(&file::weights_in(&path)?)?,
+            None => String::new(),
+        };
+        if method.needs_hypernet() {
+            let generator = self.generator()?;
+            text += &format!("\n{}", generator.sha256);
+            if !matches!(method, Method::MeanLora | Method::Restored) {
+                text += &format!("\n{:?}\n{:?}", generator.options, condition.identity);
+            }
+        }
+        if *method == Method::Refined {
+            text += &format!("\n{:?}", self.refinement);
+        }
+        Ok(sha256::of_bytes(text.as_bytes()))
     }
 
     fn generator(&self) -> Result<&Generator> {

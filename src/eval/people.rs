@@ -62,7 +62,7 @@ pub fn evaluate(
         training_people: people.training_people,
         refinement: options.refinement,
     };
-    let store = ImageStore::open(images, &store_settings(renderer, generator, people, options))?;
+    let store = ImageStore::open(images, &store_settings(renderer, people, options))?;
     let embedded = embed(renderer, generator, people.subjects)?;
     if !options.judge_only {
         let drawing = Drawing {
@@ -150,29 +150,10 @@ fn has_images(
     people.subjects.iter().map(has).collect()
 }
 
-/// All that decides what an image shows, but the person and the method.
-fn store_settings(
-    renderer: &Renderer,
-    generator: Option<&Generator>,
-    people: &People,
-    options: &PeopleOptions,
-) -> serde_json::Value {
+/// All that decides what an image shows, but the LoRA.
+fn store_settings(renderer: &Renderer, people: &People, options: &PeopleOptions) -> serde_json::Value {
     let prompts: Vec<_> = people.prompts.prompts.iter().map(|prompt| (&prompt.text, prompt.grain)).collect();
-    json!({
-        "base": renderer.base,
-        "sampling": options.sampling.to_json(),
-        "prompts": prompts,
-        "references": people.subjects.first().map(|subject| subject.references),
-        "hypernet": generator.map(|generator| json!({
-            "name": generator.name,
-            "steps": generator.options.steps,
-            "guidance": generator.options.guidance,
-            "samples": generator.options.samples,
-            "strength": generator.options.strength,
-            "seed": generator.options.seed,
-        })),
-        "refinement": options.refinement.map(|refinement| json!({ "steps": refinement.steps, "rate": refinement.rate })),
-    })
+    json!({ "base": renderer.base, "sampling": options.sampling.to_json(), "prompts": prompts })
 }
 
 /// Detects and embeds everyone's photos.
@@ -230,7 +211,7 @@ impl Table<'_> {
         (rows, left_out)
     }
 
-    /// The row of a method that somebody has images of.
+    /// The row of a method; none where no person has images of it.
     fn row(&self, method: &Method, left_out: &mut Vec<String>) -> Option<MethodRow> {
         let visible = self.renderer.judges.visible_factors();
         let requested: Vec<RequestedClasses> =

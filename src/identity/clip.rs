@@ -9,8 +9,8 @@ use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Face;
 use super::crop::{blank_background, portrait_crop};
+use super::{Face, unit};
 use crate::image::{Filter, Image};
 use crate::layers::{
     Activation, ClipTransformer, ClipTransformerSizes, Conv2d, ConvGeometry, LayerNorm, Linear, compute_dtype,
@@ -70,10 +70,7 @@ impl ImageEncoder {
             ImageOutput::Projected => self.network.forward(&self.pixels(image)?)?,
             ImageOutput::Penultimate => self.network.penultimate(&self.pixels(image)?)?.mean(1)?,
         };
-        let embedding: Vec<f32> = embedding.squeeze(0)?.to_vec1()?;
-        let length = embedding.iter().map(|value| value * value).sum::<f32>().sqrt();
-        ensure!(length.is_finite() && length > 0.0, "the image encoder gives no direction (length {length})");
-        Ok(embedding.iter().map(|value| value / length).collect())
+        unit(embedding.squeeze(0)?.to_vec1()?, "the image encoder")
     }
 
     /// transformers' `hidden_states[-2]` of an image as it is: (N, D), the class token first.

@@ -36,7 +36,7 @@ pub use crop::portrait_crop;
 pub use detector::Search;
 pub use face::Face;
 pub use quality::Quality;
-pub use recognise::cosine;
+pub use recognise::{cosine, unit};
 
 use crate::image::Image;
 use crate::weights::model_id::ModelId;

@@ -128,6 +128,16 @@ fn shift_and_scale(header: &Header) -> (f32, f32) {
     if has(["Sub", "_minus"]) && has(["Mul", "_mul"]) { (0.0, 1.0) } else { (127.5, 127.5) }
 }
 
+/// The unit vector along an output of the network `name`.
+///
+/// # Errors
+/// A vector without a direction: of zeros, or with values that are not finite.
+pub fn unit(vector: Vec<f32>, name: &str) -> Result<Vec<f32>> {
+    let length = vector.iter().map(|value| value * value).sum::<f32>().sqrt();
+    ensure!(length.is_finite() && length > 0.0, "{name} gives no direction (length {length})");
+    Ok(vector.into_iter().map(|value| value / length).collect())
+}
+
 /// The cosine of two vectors, −1 to 1.
 pub fn cosine(a: &[f32], b: &[f32]) -> f32 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(x * y)).sum::<f64>();

@@ -90,6 +90,16 @@ fn an_evaluation_goes_on_where_it_was_and_judges_again_to_the_same_table() {
     assert_eq!(without_times(&table(&again.stdout)), without_times(&report));
     assert_eq!(std::fs::read_to_string(path("out/images.csv")).unwrap(), csv);
 
+    // Another LoRA under the same name: its images are made again, those of the base are kept.
+    let base_image = path("out/images/no-lora/person/0000.png");
+    let before = std::fs::metadata(&base_image).unwrap().modified().unwrap();
+    let weaker = with(&[&methods[..], &["--strength", "0.2"]].concat());
+    assert!(weaker.code == 0 && weaker.stderr.contains("6 images of other LoRAs"), "{}", weaker.stderr);
+    assert_ne!(std::fs::read(&lost).unwrap(), bytes);
+    assert_eq!(std::fs::metadata(&base_image).unwrap().modified().unwrap(), before);
+    let more = with(&["--methods", "none,generated,ridge", "--steps", "2"]);
+    assert_eq!(more.code, 0, "a method can be added: {}", more.stderr);
+
     let other = with(&["--methods", "none", "--steps", "3"]);
     assert_eq!(other.code, 2, "{}", other.stderr);
     assert!(other.stderr.contains("\"steps\":2") && other.stderr.contains("\"steps\":3"), "{}", other.stderr);

@@ -21,14 +21,15 @@ use crate::synthetic::attribute_classifier::AttributeClassifier;
 
 /// The hypernetwork, with the image encoder that it was made for.
 pub(super) fn generator(args: &PeopleArgs, device: &Device) -> Result<Generator> {
-    let hypernet =
-        Hypernet::open(&registry::find_hypernet(&args.hypernet, args.base_options.offline)?, device)?;
+    let files = registry::find_hypernet(&args.hypernet, args.base_options.offline)?;
+    let hypernet = Hypernet::open(&files, device)?;
     let wanted = &hypernet.denoiser.config;
     let encoder_files = registry::find(&args.image_encoder, "image_encoder")?;
     let image_id = registry::identify(&encoder_files, &args.image_encoder, registry::ENCODER_WEIGHTS)?;
     wanted.image_encoder.demand(&image_id, "image encoder")?;
     Ok(Generator {
         name: args.hypernet.clone(),
+        sha256: Hypernet::sha256(&files)?,
         image_encoder: ImageEncoder::open(&encoder_files)?.with_input(wanted.image_input),
         options: SampleOptions {
             seed: args.seed,

@@ -354,7 +354,7 @@ pub(in crate::layers) fn attention_grad(
     causal: bool,
 ) -> Result<[Tensor; 3]> {
     let (s, places) = attention_inputs(qkv.map(Tensor::layout), heads, causal)?;
-    // From their first value on; strides are told apart.
+    // From their first value on; strides are passed beside.
     let held = qkv.map(|x| x.storage_and_layout());
     let mut storages = Vec::with_capacity(3);
     for (storage, _) in &held {
