@@ -178,6 +178,10 @@ mod tests {
         assert_eq!(mean(found.retrieval), 1.0);
         assert!((mean(found.singular_value_error) - (18f64.sqrt() - 1.0) / 2.0).abs() < 1e-6);
         assert_eq!((found.copy_rate, found.training), (0.5, 2));
+        // A training LoRA that a held-out person's own one is like: no generated LoRA is nearer.
+        let like_own = tensor(&[[0.0, 1.0, 0.0, 3.0]])?;
+        let found = compare(&layout(), &generated, &own, &tensor(&[[0.0; 4]])?, &like_own)?;
+        assert_eq!((found.copy_rate, mean(found.nearest_training_of_own)), (0.0, 0.5));
         Ok(())
     }
 }
