@@ -1,4 +1,4 @@
-//! The parts of a training loop: optimiser, moving average, learning rates, gradients on several threads,
+//! The training loop, [`trainer::descend`], and its parts: optimiser, moving average, learning rates, gradients on several threads,
 //! checkpoints that resume to the bit, and a log.
 //!
 //! A step draws everything that is random from [`rng`] of the run's seed and the step's number, so that a run
@@ -16,6 +16,7 @@ pub mod muon;
 mod nccl;
 pub mod shards;
 pub mod state;
+pub mod tail_mean;
 pub mod trainer;
 
 use candle_core::{Device, Shape, Tensor};

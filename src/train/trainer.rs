@@ -153,47 +153,93 @@ pub fn run_until<S: Serialize>(
     let mut recent = Recent::of(&mut state.figures);
     let (start, first) = (Instant::now(), state.step);
     let mut saved_at = Instant::now();
-    while state.step < plan.steps {
+    // Between two steps: a signal ends the run, and the deadline pauses it.
+    let pause = |state: &State| -> Result<ControlFlow<Outcome>> {
         if progress::interrupted() {
             state.save(&path, settings)?;
             progress::check().map_err(|error| Failure::with_hint(error, &resume_hint(state.step)))?;
         }
         if run_options.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             state.save(&path, settings)?;
-            bar.finish_and_clear();
-            return Ok((Outcome::Paused { step: state.step }, state.into_ema()?));
+            return Ok(ControlFlow::Break(Outcome::Paused { step: state.step }));
         }
-        let rate = plan.rate.learning_rate(state.step, plan.steps);
-        let Sum { loss, parts, gradients } =
-            shards::gradients(vars, plan.shards, |shard| loss(state.step, shard))?;
+        Ok(ControlFlow::Continue(()))
+    };
+    let mut outcome = match state.step < plan.steps {
+        true => pause(&state)?.break_value(),
+        false => None,
+    };
+    if outcome.is_none() {
+        let gradients = |step: u64| shards::gradients(vars, plan.shards, |shard| loss(step, shard));
+        let rate = |step: u64| plan.rate.learning_rate(step, plan.steps);
+        outcome = descend(&mut state, plan.steps, rate, gradients, |state, made| {
+            let step = state.step;
+            recent.add(made.loss, made.norm, &made.parts);
+            bar.inc(1);
+            if step % REPORT == 0 || step == plan.steps {
+                let a_second = (step - first) as f64 / start.elapsed().as_secs_f64();
+                let mut figures =
+                    vec![("rate", made.rate), ("samples_a_second", a_second * plan.batch as f64)];
+                figures.extend(recent.means());
+                bar.set_message(format!("loss {:.4} {a_second:.2} it/s", recent.loss()));
+                log.write(step, &figures);
+                recent = Recent::default();
+            }
+            state.figures = recent.figures();
+            if after(step, state.ema.as_ref().context("this run keeps an average")?)?.is_break() {
+                state.save(&path, settings)?;
+                return Ok(ControlFlow::Break(Outcome::Stopped { step }));
+            }
+            if saved_at.elapsed() >= run_options.save_every {
+                keep_going(state.save(&path, settings));
+                saved_at = Instant::now();
+            }
+            if step < plan.steps { pause(state) } else { Ok(ControlFlow::Continue(())) }
+        })?;
+    }
+    if outcome.is_none() {
+        keep_going(state.save(&path, settings));
+    }
+    bar.finish_and_clear();
+    Ok((outcome.unwrap_or(Outcome::Finished), state.into_ema()?))
+}
+
+/// What one step came to.
+pub struct StepReport {
+    /// Learning rate.
+    pub rate: f64,
+    /// Loss before the step.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub norm: f64,
+    /// Figures of [`Loss::parts`].
+    pub parts: Vec<(&'static str, f64)>,
+}
+
+/// Gradient descent from the step of `state` up to `steps`, the core of every training of one set of variables:
+/// `gradients(step)` and `rate(step)` count from 0; `after` is called after each update and may end the run early, with a
+/// value that is returned.
+///
+/// # Errors
+/// Those of the closures; a gradient that is not finite.
+pub fn descend<B>(
+    state: &mut State,
+    steps: u64,
+    rate: impl Fn(u64) -> f64,
+    mut gradients: impl FnMut(u64) -> Result<Sum>,
+    mut after: impl FnMut(&mut State, StepReport) -> Result<ControlFlow<B>>,
+) -> Result<Option<B>> {
+    while state.step < steps {
+        let rate = rate(state.step);
+        let Sum { loss, parts, gradients } = gradients(state.step)?;
         let norm = state.update(&gradients, rate)?;
         // A checkpoint needs their memory.
         drop(gradients);
-        let step = state.step;
-        recent.add(loss, norm, &parts);
-        bar.inc(1);
-        if step % REPORT == 0 || step == plan.steps {
-            let a_second = (step - first) as f64 / start.elapsed().as_secs_f64();
-            let mut figures = vec![("rate", rate), ("samples_a_second", a_second * plan.batch as f64)];
-            figures.extend(recent.means());
-            bar.set_message(format!("loss {:.4} {a_second:.2} it/s", recent.loss()));
-            log.write(step, &figures);
-            recent = Recent::default();
-        }
-        state.figures = recent.figures();
-        if after(step, state.ema.as_ref().context("this run keeps an average")?)?.is_break() {
-            state.save(&path, settings)?;
-            bar.finish_and_clear();
-            return Ok((Outcome::Stopped { step }, state.into_ema()?));
-        }
-        if saved_at.elapsed() >= run_options.save_every {
-            keep_going(state.save(&path, settings));
-            saved_at = Instant::now();
+        if let ControlFlow::Break(value) = after(state, StepReport { rate, loss, norm, parts })? {
+            return Ok(Some(value));
         }
     }
-    keep_going(state.save(&path, settings));
-    bar.finish_and_clear();
-    Ok((Outcome::Finished, state.into_ema()?))
+    Ok(None)
 }
 
 /// How an interrupted training continues.

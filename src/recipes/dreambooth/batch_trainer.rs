@@ -1,5 +1,9 @@
 //! Trains many LoRAs on one frozen base: a queue of jobs, the LoRAs that share each forward pass, and the files
 //! written when one is finished.
+//!
+//! This loop is not [`descend`](crate::train::trainer::descend), which makes the steps of one state: here each forward
+//! pass serves the states of several people, who begin and end at different steps, and of whom one may fail without the
+//! others. A step of each is [`State::update`](crate::train::state::State::update), as there.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;

@@ -9,6 +9,7 @@
 //! runs from the same parts.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, IndexOp, Tensor, Var};
@@ -24,9 +25,12 @@ use crate::lora::Lora;
 use crate::sdxl::pipeline::time_ids;
 use crate::sdxl::text::TextConditioning;
 use crate::sdxl::unet::UNet;
-use crate::train::adamw::{AdamW, AdamWOptions};
-use crate::train::gradients::Gradients;
+use crate::train::adamw::AdamWOptions;
+use crate::train::gradients::Sum;
 use crate::train::lr_schedule::Schedule;
+use crate::train::state::State;
+use crate::train::tail_mean::TailMean;
+use crate::train::trainer::descend;
 
 /// How a LoRA is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -194,32 +198,24 @@ impl<'a> LockstepBatch<'a> {
         mut tick: impl FnMut(f64) -> Result<()>,
     ) -> Result<BTreeMap<String, Tensor>> {
         let options = AdamWOptions { betas: [0.9, 0.99], weight_decay: 0.0, clip: 0.0, ..Default::default() };
-        let mut optimiser = AdamW::new(vars.clone(), options)?;
+        let mut state = State::new(vars.clone(), options, None)?;
         // A learnt basis turns slowly under the `up`s that are made for it.
-        optimiser.scale_rate("down.", 0.1);
-        let first_averaged =
-            config.steps - (config.steps as f64 * config.average_last.clamp(0.0, 1.0)) as u64;
-        let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
-        let mut averaged = 0;
-        for step in 0..config.steps {
+        state.optimiser().scale_rate("down.", 0.1);
+        let mut mean = TailMean::new(config.steps, config.average_last);
+        let gradients = |step: u64| -> Result<Sum> {
             let loss = self.loss(config, step)?;
             let mut store = loss.backward()?;
-            let gradients: Gradients =
+            let gradients =
                 vars.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var)?))).collect();
-            optimiser.step(&gradients, config.rate.learning_rate(step, config.steps))?;
-            if step >= first_averaged || step + 1 == config.steps {
-                averaged += 1;
-                for (name, var) in vars {
-                    let sum = match sums.remove(name) {
-                        Some(sum) => (sum + var.as_tensor().detach())?,
-                        None => var.as_tensor().detach().copy()?,
-                    };
-                    sums.insert(name.clone(), sum);
-                }
-            }
-            tick(f64::from(loss.to_scalar::<f32>()?))?;
-        }
-        sums.into_iter().map(|(name, sum)| Ok((name, (sum / f64::from(averaged))?))).collect()
+            Ok(Sum { loss: f64::from(loss.to_scalar::<f32>()?), parts: Vec::new(), gradients })
+        };
+        let rate = |step: u64| config.rate.learning_rate(step, config.steps);
+        descend(&mut state, config.steps, rate, gradients, |state, made| {
+            mean.follow(state.step - 1, vars)?;
+            tick(made.loss)?;
+            Ok(ControlFlow::<()>::Continue(()))
+        })?;
+        mean.means()
     }
 
     /// Sum over the people of the mean squared error of each, with what is random drawn from the step alone.

@@ -1,6 +1,7 @@
 //! Fine-tunes a predicted LoRA on the photos that it was predicted from, by the functional loss.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
@@ -15,8 +16,10 @@ use crate::recipes::dreambooth::functional_loss::{Adapters, FunctionalBatch, los
 use crate::sdxl::pipeline::Sdxl;
 use crate::sdxl::text::TextConditioning;
 use crate::train;
-use crate::train::adamw::{AdamW, AdamWOptions};
+use crate::train::adamw::AdamWOptions;
 use crate::train::shards::gradients;
+use crate::train::state::State;
+use crate::train::trainer::descend;
 
 /// How a predicted LoRA is fine-tuned on the photos that it was made from.
 #[derive(Clone, Copy, Debug)]
@@ -60,14 +63,22 @@ pub fn refine(
     let loss_at = |step: u64| photos.loss(&adapters, options.seed, step);
     let before = photos.validation_loss(loss_at)?;
     let adamw = AdamWOptions { betas: [0.9, 0.99], weight_decay: 0.0, ..AdamWOptions::default() };
-    let mut optimiser = AdamW::new(vars.clone(), adamw)?;
-    for step in 0..u64::from(options.steps) {
+    let mut state = State::new(vars.clone(), adamw, None)?;
+    let gradients = |step: u64| {
         progress::check()?;
-        let sum = gradients(&vars, 1, |_| Ok(loss_at(step)?.into()))?;
-        optimiser.step(&sum.gradients, options.rate)?;
-        bar.set_message(format!("loss {:.4}", sum.loss));
-        bar.inc(1);
-    }
+        gradients(&vars, 1, |_| Ok(loss_at(step)?.into()))
+    };
+    descend(
+        &mut state,
+        options.steps.into(),
+        |_| options.rate,
+        gradients,
+        |_, made| {
+            bar.set_message(format!("loss {:.4}", made.loss));
+            bar.inc(1);
+            Ok(ControlFlow::<()>::Continue(()))
+        },
+    )?;
     let after = photos.validation_loss(loss_at)?;
     Ok((trained(lora, &vars)?, Refined { before, after }))
 }
