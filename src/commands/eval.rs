@@ -23,7 +23,6 @@ use crate::eval::prompts::PromptSet;
 use crate::eval::report::Findings;
 use crate::eval::{base_model, people, people_folder, perturbation};
 use crate::failure::Failure;
-use crate::files;
 use crate::identity::FaceEncoder;
 use crate::recipes::dreambooth::refine::{CAPTION, Refinement};
 
@@ -44,13 +43,12 @@ fn evaluate(args: &PeopleArgs, output: &Output, finish: impl Fn(Findings) -> Res
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out)
             .with_context(|| format!("cannot make the folder `{}`", out.display()))?;
-        let written =
-            ["table.json", "table.md", "sheet.png", "report.html", "images.csv"].map(|name| out.join(name));
         let inputs = [&args.dataset, &args.dataset.as_ref().map(|folder| folder.join(MANIFEST))];
         let named = [&args.hypernet, &args.base].map(PathBuf::from);
-        let inputs: Vec<PathBuf> = inputs.into_iter().flatten().cloned().chain(named).collect();
-        files::refuse_inputs(&written.iter().map(PathBuf::as_path).collect::<Vec<_>>(), &inputs)?;
-        written.iter().try_for_each(|path| files::check_writable(path))?;
+        Findings::check_outputs(
+            out,
+            &inputs.into_iter().flatten().cloned().chain(named).collect::<Vec<_>>(),
+        )?;
     }
     let begin = Instant::now();
     let findings = match args.base_only {
@@ -102,14 +100,11 @@ fn evaluate_people(args: &PeopleArgs) -> Result<Findings> {
             return Err(Failure::Usage("eval needs --dataset, --people or --base-only".into()).into());
         }
     };
-    let prompts = match (&args.prompts, &held_out) {
-        (Some(name), _) => PromptSet::open(name, args.images)?,
-        (None, Some(held_out)) => {
-            renderer.judges.demand_world(held_out.world)?;
-            PromptSet::painted(held_out.world, args.images.unwrap_or(4))
-        }
-        (None, None) => PromptSet::open("photomaker-40", args.images)?,
-    };
+    let world = held_out.as_ref().map(|held_out| held_out.world);
+    let prompts = PromptSet::choose(args.prompts.as_deref(), world, args.images)?;
+    if let (None, Some(world)) = (&args.prompts, world) {
+        renderer.judges.demand_world(world)?;
+    }
     let options = PeopleOptions {
         methods,
         sampling: args.sampling(),

@@ -2,13 +2,20 @@
 //! one kind, at several factors of compression. The kind is the closed form, principal components: what a linear
 //! autoencoder ends at.
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use serde::Serialize;
+use serde_json::{Value, json};
 
+use crate::dataset::lora_dataset::{LoraDataset, ReadOptions};
+use crate::eval::html::Page;
+use crate::eval::painted_rows::PaintedRows;
 use crate::eval::plots::{self, Line};
 use crate::eval::similarity::{psnr_of, ssim_of};
 use crate::eval::tables::{interval, table};
+use crate::files;
 use crate::hypernet::pca::Pca;
 use crate::hypernet::row_source::RowSource;
 use crate::progress;
@@ -113,11 +120,81 @@ fn restore(data: &Data, fitted: &Fitted, factor: f64, latent: usize) -> Result<R
     })
 }
 
+/// The figure: numbers, a table in Markdown, and a page with plots.
+pub struct Figure {
+    /// For `table.json`.
+    pub report: Value,
+    /// For `table.md`.
+    pub text: String,
+    /// For `report.html`.
+    pub html: String,
+}
+
+/// Restores images and LoRAs of a dataset's held-out people at each of `factors`.
+///
+/// # Errors
+/// As [`LoraDataset::open`] and [`compress`].
+pub fn evaluate(dataset: &Path, factors: &[f64]) -> Result<Figure> {
+    let loras = LoraDataset::open(dataset, &ReadOptions::default())?;
+    let painted = PaintedRows::read(dataset)?;
+    let side = painted.train.side();
+    let parameters = loras.train.vectors.width();
+    // A LoRA has no rows and columns that all layers share: its values in order, as one nearly square plane.
+    let height = parameters.isqrt();
+    let data = [
+        Data {
+            name: "images".into(),
+            train: &painted.train,
+            held_out: &painted.held_out,
+            plane: [side, side],
+        },
+        Data {
+            name: "LoRAs".into(),
+            train: &loras.train.vectors,
+            held_out: &loras.held_out.vectors,
+            plane: [height, parameters / height],
+        },
+    ];
+    let mut rows = Vec::new();
+    for data in &data {
+        rows.extend(compress(data, factors)?);
+    }
+    let (table, plots) = table_and_plots(&rows)?;
+    let page = Page {
+        title: "Compression of images and LoRAs".into(),
+        tables: vec![("Restored".into(), table.clone())],
+        plots,
+        notes: vec![NOTE.into()],
+        people: Vec::new(),
+    };
+    Ok(Figure {
+        report: json!({ "rows": rows, "train": loras.train.people(), "held_out": loras.held_out.people() }),
+        text: format!("{table}\n{NOTE}\n"),
+        html: page.to_html(),
+    })
+}
+
+/// How to read the table.
+const NOTE: &str = "Principal components fitted to the training people, restored on held-out ones. PSNR and SSIM are \
+                    relative to the range of all held-out values; a LoRA's SSIM is that of its values in order as one \
+                    plane.";
+
+impl Figure {
+    /// Writes table.json, table.md and report.html.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let json = serde_json::to_string_pretty(&self.report)? + "\n";
+        for (name, text) in [("table.json", &json), ("table.md", &self.text), ("report.html", &self.html)] {
+            files::write_whole(&folder.join(name), text.as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
 /// The table of the figure, and its plots.
 ///
 /// # Errors
 /// What the plotting library says.
-pub fn figure(rows: &[Restored]) -> Result<(String, Vec<String>)> {
+fn table_and_plots(rows: &[Restored]) -> Result<(String, Vec<String>)> {
     let head = ["data", "factor", "latent", "PSNR, dB", "SSIM", "variance kept"].map(String::from);
     let cells = |row: &Restored| {
         vec![
@@ -171,7 +248,7 @@ mod tests {
         assert_eq!(found.iter().map(|row| row.latent).collect::<Vec<_>>(), [2, 1]);
         assert!(found[0].variance.unwrap().mean > 0.9999 && found[0].ssim.unwrap().mean > 0.999);
         assert!(found[1].variance.unwrap().mean < 0.99);
-        let (text, plots) = figure(&found)?;
+        let (text, plots) = table_and_plots(&found)?;
         assert!(text.contains("242") && plots.len() == 3, "{text}");
         assert!(compress(&data, &[1.0]).is_err());
         Ok(())

@@ -20,6 +20,9 @@ pub const BUILT_IN: [(&str, &str); 2] = [
     ("dreambooth-25", include_str!("prompt_sets/dreambooth_25.txt")),
 ];
 
+/// Images of a painted person unless another number is asked for: each of the four prompts once.
+const PAINTED_IMAGES: u64 = 4;
+
 /// Largest file of prompts, in bytes.
 const MOST_BYTES: u64 = 4 << 20;
 
@@ -55,6 +58,17 @@ impl PromptSet {
             }
         };
         Self { name: format!("{} world", world.name()), prompts: (0..images).map(prompt).collect() }
+    }
+
+    /// The set called `name`; without a name that of the painted `world`, else PhotoMaker's.
+    ///
+    /// # Errors
+    /// As [`PromptSet::open`].
+    pub fn choose(name: Option<&str>, world: Option<World>, images: Option<u64>) -> Result<Self> {
+        match (name, world) {
+            (None, Some(world)) => Ok(Self::painted(world, images.unwrap_or(PAINTED_IMAGES))),
+            (name, _) => Self::open(name.unwrap_or(BUILT_IN[0].0), images),
+        }
     }
 
     /// `images` prompts of a set that is built in, or of a text file with one a line; one of each by default.

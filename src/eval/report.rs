@@ -1,6 +1,6 @@
 //! Reports of an evaluation: JSON and a Markdown table.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -36,6 +36,17 @@ pub struct Findings {
 }
 
 impl Findings {
+    /// Refuses a folder whose files are `inputs`, or files of the user's.
+    ///
+    /// # Errors
+    /// As [`files::refuse_inputs`] and [`files::check_writable`].
+    pub fn check_outputs(folder: &Path, inputs: &[PathBuf]) -> Result<()> {
+        let written = ["table.json", "table.md", "sheet.png", "report.html", "images.csv"];
+        let written = written.map(|name| folder.join(name));
+        files::refuse_inputs(&written.each_ref().map(PathBuf::as_path), inputs)?;
+        written.iter().try_for_each(|path| files::check_writable(path))
+    }
+
     /// Writes table.json, table.md, sheet.png, and where there are any report.html and images.csv.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let json = serde_json::to_string_pretty(&self.report)? + "\n";

@@ -58,6 +58,7 @@ pub mod extract;
 pub mod low_rank;
 pub mod named;
 pub mod summary;
+mod tensor_products;
 
 mod error;
 

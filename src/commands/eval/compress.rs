@@ -3,16 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use serde_json::json;
 
 use crate::commands::output::{self, Output, print_line};
 use crate::commands::values::number;
-use crate::dataset::lora_dataset::{LoraDataset, ReadOptions};
-use crate::eval::compression::{Data, compress, figure};
-use crate::eval::html::Page;
-use crate::eval::painted_rows::PaintedRows;
-use crate::files;
-use crate::hypernet::row_source::RowSource;
+use crate::eval::compression;
 
 /// Arguments of `difflora eval compress`.
 #[derive(Debug, clap::Args)]
@@ -30,47 +24,14 @@ pub(super) struct Args {
 
 /// Fits and judges at each factor.
 pub(super) fn run(args: &Args, output: &Output) -> Result<()> {
-    let loras = LoraDataset::open(&args.dataset, &ReadOptions::default())?;
-    let painted = PaintedRows::read(&args.dataset)?;
-    let side = painted.train.side();
-    let parameters = loras.train.vectors.width();
-    // A LoRA has no rows and columns that all layers share: its values in order, as one nearly square plane.
-    let height = parameters.isqrt();
-    let data = [
-        Data {
-            name: "images".into(),
-            train: &painted.train,
-            held_out: &painted.held_out,
-            plane: [side, side],
-        },
-        Data {
-            name: "LoRAs".into(),
-            train: &loras.train.vectors,
-            held_out: &loras.held_out.vectors,
-            plane: [height, parameters / height],
-        },
-    ];
-    let mut rows = Vec::new();
-    for data in &data {
-        rows.extend(compress(data, &args.factors)?);
-    }
-    let (text, plots) = figure(&rows)?;
-    let note = "Principal components fitted to the training people, restored on held-out ones. PSNR and SSIM are relative \
-                to the range of all held-out values; a LoRA's SSIM is that of its values in order as one plane.";
-    let report = json!({ "rows": rows, "train": loras.train.people(), "held_out": loras.held_out.people() });
+    let figure = compression::evaluate(&args.dataset, &args.factors)?;
     if let Some(out) = &args.out {
         std::fs::create_dir_all(out).with_context(|| format!("cannot make `{}`", out.display()))?;
-        let page = Page {
-            title: "Compression of images and LoRAs".into(),
-            tables: vec![("Restored".into(), text.clone())],
-            plots,
-            notes: vec![note.into()],
-            people: Vec::new(),
-        };
-        let json = serde_json::to_string_pretty(&report)? + "\n";
-        for (name, text) in [("table.json", &json), ("table.md", &text), ("report.html", &page.to_html())] {
-            files::write_whole(&out.join(name), text.as_bytes())?;
-        }
+        figure.write(out)?;
     }
-    if output.json { print_line!("{report}") } else { output::print(format_args!("{text}\n{note}\n")) }
+    if output.json {
+        print_line!("{}", figure.report)
+    } else {
+        output::print(format_args!("{}", figure.text))
+    }
 }
